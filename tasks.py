@@ -34,11 +34,14 @@ def _hand_over():
 
 if __name__ != "__main__" or sys.version_info < (3, 11):
     _hand_over()
+# invoke's own copy of YAML would load all of PyYAML, which costs every verb 30 ms; no verb uses it.
+sys.modules["yaml._yaml"] = None
 try:
     import invoke  # noqa: F401
 except ImportError:
     _hand_over()
     raise
+del sys.modules["yaml._yaml"]
 
 from workspace.cli import main
 from workspace.cli.program import program

@@ -1,9 +1,9 @@
 """Write the pages of docs/ that are generated from the code, or compare them with it.
 
-Owns docs/verbs.md, docs/settings-reference.md, docs/exit-codes.md, docs/symptoms.md,
-docs/architecture.svg and the generated part of docs/architecture.md. Runs in the tool environment;
-`--check` writes nothing and exits with 1 where a page is out of date. scripts/docs_site.py builds
-the site.
+Owns docs/verbs.md, docs/settings-reference.md, docs/children.md, docs/exit-codes.md,
+docs/symptoms.md, docs/architecture.svg and the generated part of docs/architecture.md. Runs in the
+tool environment; `--check` writes nothing and exits with 1 where a page is out of date.
+scripts/docs_site.py builds the site.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from scripts import docs_picture  # noqa: E402
 from scripts.docs_picture import cell, table  # noqa: E402
 from workspace.cli.program import program  # noqa: E402
 from workspace.cli.sessions import SESSIONS  # noqa: E402
+from workspace.core import child_variables  # noqa: E402
+from workspace.core.child_variables import VARIABLES, Special, Variable  # noqa: E402
 from workspace.core.errors import ERRORS, INTERRUPTED_EXIT_CODE, WorkspaceError  # noqa: E402
 from workspace.core.known_settings import SETTINGS, Phase, Setting  # noqa: E402
 from workspace.machine.failures import Harmless, Symptom, harmless, symptoms  # noqa: E402
@@ -44,10 +46,22 @@ PHASES: dict[Phase, tuple[str, str]] = {
     "build": ("What a build sees", "Passed on to compilers only."),
     "run": ("What a running vLLM sees", "Passed on to vLLM only."),
 }
+INHERITED = {
+    "plain": "the shell",
+    "build": "the shell, `.env` and the settings of a build, without secrets",
+    "run": "the shell, `.env`, the settings of a running vLLM, a recipe",
+}
+VALUES = {
+    Special.GIVEN: "given",
+    Special.DROPPED: "removed where the reason holds",
+    Special.REMOVED: "removed",
+}
 KINDS = {
     "text": "text",
     "path": "path",
     "url": "address",
+    "mirror": "address or folder",
+    "python": "a version of Python 3",
     "count": "whole number, at least 1",
     "switch": "0 or 1",
     "archs": "architectures",
@@ -119,6 +133,7 @@ def render() -> dict[Path, str]:
     return {
         DOCS / "verbs.md": verbs_page(),
         DOCS / "settings-reference.md": settings_page(SETTINGS),
+        DOCS / "children.md": children_page(VARIABLES),
         DOCS / "exit-codes.md": exit_codes_page(ERRORS),
         DOCS / "symptoms.md": symptoms_page(symptoms(), harmless()),
         DOCS / "architecture.svg": docs_picture.draw(rooms),
@@ -167,6 +182,60 @@ def _of_setting(setting: Setting) -> tuple[str, ...]:
     values = choices or KINDS.get(setting.kind, setting.kind)
     secret = "; secret: never printed or logged" if setting.secret else ""
     return _code(setting.name), cell(setting.meaning) + secret, _code(setting.default), values
+
+
+def children_page(variables: Sequence[Variable]) -> str:
+    """Return the page of the variables that each kind of child process gets."""
+    children = [
+        (_code(phase), programs, INHERITED[base])
+        for phase, (base, programs) in child_variables.PHASES.items()
+    ]
+    lines = [
+        "# Variables of child processes",
+        "",
+        GENERATED.format("workspace/core/child_variables.py"),
+        "",
+        "Every program that the workspace starts gets the variables of its kind. The kinds are:",
+        "",
+        *table(("kind", "programs", "inherits"), children),
+        "",
+        "No kind inherits variables that point to another interpreter, checkout or build, such as",
+        "`PYTHONPATH`, `VIRTUAL_ENV` and `GIT_DIR`. Two checks start a program with `PATH` and the",
+        "checked values only: the check of values against `vllm/envs.py`, and `ninja -n`. Git that",
+        "contacts no remote gets the shell and the `GIT_*` variables of `workspace/repo/git`.",
+        "",
+        "To what it inherits a child gets these variables, from the top down. *Given* is a value",
+        "that the starting verb computes; *default* means that a value of yours goes before it.",
+        "",
+        *table(
+            ("variable", "value", "from", "kinds", "why"),
+            [_of_variable(variable) for variable in variables],
+        ),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _of_variable(variable: Variable) -> tuple[str, ...]:
+    if isinstance(variable.value, str):
+        value = _code(variable.value)
+    elif isinstance(variable.value, Special):
+        value = VALUES[variable.value]
+    else:
+        value = "computed"
+    default = ", default" if variable.is_default else ""
+    names = ", ".join(map(_code, variable.names.split()))
+    return names, f"{value}{default}", variable.source, _kinds(variable.phases), cell(variable.why)
+
+
+def _kinds(phases: Sequence[str]) -> str:
+    """Return the kinds of children, with one phrase for all that inherit the same."""
+    shown = []
+    for base, phrase in (("build", "all of a build"), ("run", "all of a running vLLM")):
+        every = [phase for phase, (own, _) in child_variables.PHASES.items() if own == base]
+        if set(every) <= set(phases):
+            shown.append(phrase)
+            phases = [phase for phase in phases if phase not in every]
+    return ", ".join([*shown, *map(_code, phases)])
 
 
 def exit_codes_page(errors: Sequence[type[WorkspaceError]]) -> str:

@@ -42,7 +42,12 @@ SINGLE_ENTRANCES = {
     "git": "workspace/repo/git/",
     "invoke": "workspace/cli/",
     "nox": "noxfile.py",
+    "tomllib": "workspace/core/records.py",
+    "msgspec": "workspace/core/records.py",
+    "pynvml": "workspace/machine/gpu.py",
 }
+# Programs that one module alone may start.
+SINGLE_PROGRAMS = {"nvidia-smi": "workspace/machine/gpu.py"}
 STARTS_A_PROGRAM = re.compile(r"os\.(system|popen|fork|forkpty|exec\w+|spawn\w+|posix_spawn\w*)$")
 # The seam, the program it puts between itself and what it starts, the one that a build puts before
 # each compiler, and the one above a server.
@@ -52,8 +57,19 @@ STARTS_PROGRAMS = {
     "workspace/compile/launcher.py",
     "workspace/server/process_tree.py",
 }
+# Everything else decodes with core/records, which has one exception for all damage.
+DECODES = re.compile(r"json\.(loads?|JSONDecoder)$")
+# The kernel's files; other modules take what they need from psutil or from machine/hardware. The
+# excepted are standard library only, or write a path that is too long for a socket (unix(7)).
+READS_PROC = {
+    "workspace/machine/hardware.py",
+    "workspace/core/guard.py",
+    "workspace/compile/launcher.py",
+    "workspace/compile/scheduler.py",
+    "workspace/server/process_tree.py",
+}
 READS_THE_ENVIRONMENT = re.compile(r"os\.(environ|environb|getenv|getenvb|putenv|unsetenv)$")
-HEAVY = {"requests", "git", "psutil", "rich", "pypi_simple", "torch", "vllm"}
+HEAVY = {"requests", "git", "psutil", "rich", "pypi_simple", "msgspec", "torch", "vllm"}
 # What the built environment is sure to have: vLLM's own requirements, and what those require; gguf
 # comes with the model that needs it.
 PROBES_MAY_IMPORT = {
@@ -76,6 +92,7 @@ MOST_PARAMETERS = 6
 # step of the running verb, several facts that no other call takes together.
 MORE_PARAMETERS = {
     "workspace/bench/compare.py:show",
+    "workspace/cli/verbs.py:bootstrap",
     "workspace/cli/verbs.py:rebuild",
     "workspace/compile/job_server.py:__init__",
     "workspace/compile/triton_build.py:build_wheel",
@@ -110,12 +127,12 @@ def imports(tree: ast.AST, path: str) -> Iterator[str]:
 
 
 def attributes(tree: ast.AST) -> Iterator[str]:
-    """Every `os.name`, also where it came by `from os import name`."""
+    """Every `os.name` and `json.name`, also where it came by `from os import name`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             yield f"{node.value.id}.{node.attr}"
-        elif isinstance(node, ast.ImportFrom) and node.module == "os":
-            yield from (f"os.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module in ("os", "json"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def wrong_arrows(source: str, path: str) -> list[str]:
@@ -144,9 +161,41 @@ def wrong_entrances(source: str, path: str) -> list[str]:
     ]
     for name in attributes(tree):
         starts = STARTS_A_PROGRAM.match(name) and path not in STARTS_PROGRAMS
-        if starts or (READS_THE_ENVIRONMENT.match(name) and path != "workspace/core/settings.py"):
+        decodes = DECODES.match(name) and path != "workspace/core/records.py"
+        reads = READS_THE_ENVIRONMENT.match(name) and path != "workspace/core/settings.py"
+        if starts or decodes or reads:
             complaints.append(f"{path} uses {name}")
+    complaints += [
+        f"{path} starts {name}"
+        for name in programs(tree)
+        if SINGLE_PROGRAMS.get(name, path) != path
+    ]
+    if path not in READS_PROC:
+        complaints += [f"{path} reads {text}" for text in texts(tree) if text.startswith("/proc")]
     return complaints
+
+
+def texts(tree: ast.AST) -> Iterator[str]:
+    """Every text in the code, also a part of an f-string, without docstrings."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and id(node) not in docstrings:
+            yield str(node.value)
+
+
+def programs(tree: ast.AST) -> Iterator[str]:
+    """Every text that stands first in a list or tuple, as in a command line, or that is searched on
+    PATH.
+    """
+    for node in ast.walk(tree):
+        values: list[ast.expr] = []
+        if isinstance(node, ast.List | ast.Tuple):
+            values = [value for value in node.elts if not isinstance(value, ast.Starred)][:1]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("which"):
+            values = node.args[:1]
+        for value in values:
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield value.value
 
 
 def _is_entrance(package: str, path: str) -> bool:
@@ -353,6 +402,16 @@ def test_entrances_parse_in_an_old_python_so_that_they_can_hand_over(name: str) 
         (wrong_entrances, "workspace/install/a.py", "import os\nprint(os.getenv('HOME'))"),
         (wrong_entrances, "workspace/repo/patches.py", "from git import Repo"),
         (wrong_entrances, "workspace/core/a.py", "import invoke"),
+        (wrong_entrances, "workspace/install/a.py", "import json\njson.loads('{}')"),
+        (wrong_entrances, "workspace/install/a.py", "from json import load"),
+        (wrong_entrances, "workspace/core/files.py", "def f():\n    import tomllib"),
+        (wrong_entrances, "workspace/core/files.py", "import msgspec"),
+        (wrong_entrances, "workspace/server/a.py", "def f():\n    import pynvml"),
+        (wrong_entrances, "workspace/server/a.py", "open(f'/proc/{pid}/stat')"),
+        (wrong_entrances, "workspace/server/a.py", "Path('/proc/meminfo').read_text()"),
+        (wrong_entrances, "workspace/server/a.py", "run(['timeout', '3'], ['nvidia-smi', '-q'])"),
+        (wrong_entrances, "workspace/server/a.py", "run([*bound, 'nvidia-smi'])"),
+        (wrong_entrances, "workspace/server/a.py", "shutil.which('nvidia-smi', path='')"),
         (wrong_probe, "workspace/probes/a.py", "from workspace.core import files"),
         (wrong_probe, "workspace/probes/a.py", "import requests"),
         (heavy_at_the_top, "workspace/install/a.py", "import rich.console"),
@@ -378,6 +437,12 @@ def test_each_rule_sees_what_breaks_it(rule, path: str, source: str) -> None:
             "if TYPE_CHECKING:\n    import rich\ndef f():\n    import git",
         ),
         (wrong_entrances, "workspace/core/settings.py", "import os\nos.environ"),
+        (wrong_entrances, "workspace/core/records.py", "import json, tomllib\njson.loads('')"),
+        (wrong_entrances, "workspace/install/a.py", "import json\njson.dumps({})"),
+        (wrong_entrances, "workspace/machine/gpu.py", "run(['nvidia-smi', '-q'])"),
+        (wrong_entrances, "workspace/machine/a.py", "hint('nvidia-smi')"),
+        (wrong_entrances, "workspace/machine/a.py", "def f():\n    '/proc/stat says it.'"),
+        (wrong_entrances, "workspace/machine/hardware.py", "Path('/proc/meminfo')"),
         (oversized, "workspace/install/a.py", "def f(a, b, c, d, *, e, f): pass"),
         (oversized, "workspace/install/a.py", 'def f():\n    """Doc."""\n' + "    x = 1\n" * 39),
     ],

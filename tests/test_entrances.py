@@ -35,10 +35,32 @@ def test_inv_works_from_any_folder_and_through_a_symlink(ready: Clone, tmp_path:
     ] * 4
 
 
+def test_a_verb_that_needs_no_yaml_and_reads_no_record_does_not_pay_for_them(ready: Clone) -> None:
+    python = ready.root / ".workspace" / "tools" / "bin" / "python"
+    done = ready.run(python, "-X", "importtime", ready.root / "tasks.py", "--list")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "invoke.program" in imported
+    assert not imported & {"yaml", "msgspec"}
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         (["nonsense"], "error: there is no verb nonsense\nhint: ./scripts/inv --list\n"),
+        (
+            ["pin.rollback", "v0.32.0"],
+            (
+                "error: inv pin.rollback takes no argument v0.32.0, and there is no verb of"
+                " that name\nhint: ./scripts/inv pin.rollback --good v0.32.0\n"
+            ),
+        ),
+        (
+            ["bootstrap", "xyzzy"],
+            (
+                "error: inv bootstrap takes no argument xyzzy, and there is no verb of that name\n"
+                "hint: ./scripts/inv --help bootstrap\n"
+            ),
+        ),
         (
             ["bootstarp"],
             (

@@ -67,7 +67,7 @@ def test_lower_throughput_is_a_regression_and_lower_latency_is_not(tmp_path: Pat
 def test_too_few_starts_report_the_number_that_is_needed(tmp_path: Path) -> None:
     _, err = output(tmp_path, record(), other(starts=record().starts[:3]))
     assert "inconclusive" in err
-    assert "next: ./scripts/nox -s bench -- latency --label latency --repeat 6" in err
+    assert "hint: ./scripts/nox -s bench -- latency --label latency --repeat 6" in err
 
 
 def test_json_is_one_document_without_nan(tmp_path: Path) -> None:

@@ -1,9 +1,15 @@
-"""What prevents a rollback."""
+"""What prevents a rollback, and the state that it reads."""
+
+import json
+from pathlib import Path
 
 import pytest
 
 from tests.small.world import World
 from workspace.bump import known_good
+from workspace.core import settings
+from workspace.core.paths import Layout
+from workspace.install import precompiled
 
 pytestmark = pytest.mark.xdist_group("good")
 
@@ -55,3 +61,21 @@ def test_edits_and_an_am_under_way_are_left_as_they_are(clone: World) -> None:
     folder.mkdir()
     (folder / "applying").touch()
     assert "in the middle of a git am" in clone.run("pin.rollback").error(3)
+
+
+@pytest.mark.parametrize(("former", "choice"), [("native", "native"), ("donor a.whl ", "auto")])
+def test_state_of_the_first_edition_repeats_its_kernels(
+    tmp_path: Path, former: str, choice: str
+) -> None:
+    layout, name = Layout(tmp_path), "v0.31.0-dd9d6f745a87"
+    record = dict.fromkeys(("tag", "head", "base", "tree", "recorded", "smoke"), "x")
+    inputs = {"origin": former + ("a" * 64 if former.endswith(" ") else ""), "device": "cpu"}
+    known_good.folder(layout, name).mkdir(parents=True)
+    (known_good.folder(layout, name) / "good.json").write_text(
+        json.dumps({"schema": 1, "name": name, "gitlink": None, "inputs": inputs, **record})
+    )
+    state = known_good.read(layout, name)
+    assert state
+    assert dict(state.inputs) == {"device": "cpu"}
+    repeated = precompiled.repeated(settings.load(layout, environ={}), state.kernels)
+    assert repeated.text("KERNELS") == choice

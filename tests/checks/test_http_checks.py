@@ -5,9 +5,9 @@ import json
 import pytest
 
 from workspace.checks import http_checks
-from workspace.checks.http_checks import Reply, Row
+from workspace.checks.http_checks import OfflineAnswer, Reply
 
-ROW = Row("Hello", (1, 2, 3, 4, 5), (300, 7, 301, 302), (-0.5, -0.25, -1.0, -2.0))
+ROW = OfflineAnswer("Hello", (1, 2, 3, 4, 5), (300, 7, 301, 302), (-0.5, -0.25, -1.0, -2.0))
 TEXT = "<300>$<301><302>"
 USED = {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
 
@@ -212,7 +212,7 @@ def test_whatever_comes_is_a_sentence_and_never_right(status: int | None) -> Non
 
 def test_rows_that_are_damaged_are_none() -> None:
     good = {"text": "a", "prompt": [1], "tokens": [300], "logprobs": [-0.5]}
-    assert http_checks.offline([good]) == (Row("a", (1,), (300,), (-0.5,)),)
+    assert http_checks.offline([good]) == (OfflineAnswer("a", (1,), (300,), (-0.5,)),)
     for bad in (
         None,
         {},

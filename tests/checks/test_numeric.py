@@ -6,7 +6,8 @@ import pytest
 
 from workspace.checks import numeric
 from workspace.checks.numeric import MAX_DIFFERENCE
-from workspace.checks.registry import Answer, Check
+from workspace.checks.probe_runs import Answer
+from workspace.checks.registry import Check
 
 
 def measured(**changes: object) -> dict:
@@ -210,3 +211,16 @@ def test_gpt_oss_is_judged_where_it_decodes_too() -> None:
         check = numeric.mxfp4(Answer({"models": {"gpt-oss": fine | changes}}, None, 1.0))
         assert (check.identifier, check.verdict) == ("parity.gpt-oss", "fail")
     assert numeric.mxfp4(Answer({}, "Hugging Face: killed", 1.0)).evidence == "Hugging Face: killed"
+
+
+def test_seconds_of_a_first_run_are_shown_apart_from_the_checks() -> None:
+    group = {"error": None, "skipped": None, "seconds": 203.5, "first_s": 201.25}
+    group |= {"rows": [{"case": "one", "difference": 0.5, "limit": 1.0}]}
+    slow = numeric.kernels(Answer({"groups": {"norm": group}}, None, 204.0), "norm")
+    assert (slow.verdict, slow.seconds) == ("pass", 2.25)
+    assert slow.evidence.endswith("; loading and compilation 201.2 s")
+    quick = numeric.kernels(
+        Answer({"groups": {"norm": group | {"seconds": 0.1, "first_s": -0.01}}}, None, 1.0), "norm"
+    )
+    assert quick.seconds == 0.1
+    assert "compilation" not in quick.evidence

@@ -5,13 +5,12 @@ import math
 
 from workspace.checks import registry
 from workspace.checks.registry import Check
-from workspace.machine.hardware import Machine
 
 GOOD, BAD = (
     Check("binary.load", "pass", "5 libraries", 1.23456),
     Check("parity.llama", "fail", "319/320", 16.0),
 )
-MACHINE = Machine("aarch64", 20, 128.0, 100.0, ())
+MACHINE = {"architecture": "aarch64", "cores": 20}
 TREE = registry.Tree("v0.31.0", "c" * 40, "d" * 40, None)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from workspace.checks import registry
-from workspace.checks.registry import REGISTRY, Answer, Check, Expected, chosen
+from workspace.checks.probe_runs import Answer
+from workspace.checks.registry import REGISTRY, Check, Expected, chosen
 
 TREE = Path("/clone/vendor/vllm")
 LIBRARIES = {"vllm/_C.abi3.so": (9, "a" * 64), "vllm/spinloop.abi3.so": (7, "b" * 64)}

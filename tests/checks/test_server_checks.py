@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from workspace.checks import server_checks, stack_dumps
+from workspace.checks import server_checks
 from workspace.checks.http_checks import offline
 from workspace.checks.registry import Check
 from workspace.core.console import Console, RunLog
@@ -58,7 +58,7 @@ class Place:
         argv = (sys.executable, "-S", str(FRONT), str(port), manner, str(self.rows))
         tested = server_checks.ServerUnderTest(
             argv,
-            {"PATH": "/usr/bin:/bin", **stack_dumps.FAULTS},
+            {"PATH": "/usr/bin:/bin", "PYTHONFAULTHANDLER": "1"},
             Address("127.0.0.1", port),
             "1+cpu",
             offline(rows),

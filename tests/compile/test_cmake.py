@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.compile.trees import GENERATOR, TAG, TOP, Site, put, written
-from workspace.compile import cmake, project
+from workspace.compile import cmake, externals, project
 from workspace.compile.cmake_inputs import folder
 from workspace.core.errors import BuildError
 
@@ -269,6 +269,39 @@ def test_failed_configure_is_reported_and_removes_no_object(
     assert caught.value.hint
     assert kept.read_text() == "an hour's work"
     assert due(own) == "it is not configured yet"
+
+
+@pytest.mark.parametrize(
+    ("text", "lacked"),
+    [
+        ("project(own NONE)\ninclude(${CMAKE_CURRENT_SOURCE_DIR}/CUDA.cmake)\n", "CUDA.cmake"),
+        ("project(own NONE)\ninclude(customConfigs.cmake)\n", "customConfigs.cmake"),
+        ("", "flashy/interface.py"),
+    ],
+)
+def test_incomplete_folder_of_an_external_project_is_named_with_its_variable_and_what_it_lacks(
+    own: Site, text: str, lacked: str
+) -> None:
+    mine = own.root / "mine"
+    put(mine, {"CMakeLists.txt": f"cmake_minimum_required(VERSION 3.26)\n{text}"})
+    with pytest.raises(BuildError) as caught:
+        own.configure(sources=own.provide(FLASHY_SRC_DIR=str(mine)))
+    assert f"cannot configure with flashy from {mine} (FLASHY_SRC_DIR)" in caught.value.message
+    assert lacked in caught.value.message
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith(f"unset FLASHY_SRC_DIR    fetches flashy {TAG[:12]}")
+    assert "doctor" not in caught.value.hint
+
+
+def test_incomplete_project_in_the_cache_is_named_with_the_command_that_fetches_it_again(
+    own: Site,
+) -> None:
+    place = own.settings().cache / "externals" / "flashy" / TAG
+    put(place, {"CMakeLists.txt": "include(${CMAKE_CURRENT_SOURCE_DIR}/CUDA.cmake)\n"})
+    (external,) = externals.declared(own.tree, "cpu")
+    with pytest.raises(BuildError, match="with flashy from .*CUDA.cmake") as caught:
+        own.configure(sources={external.variable: str(place)})
+    assert caught.value.hint == f"rm -rf {place}    the same command fetches it again"
 
 
 def test_users_cmake_arguments_come_last(own: Site) -> None:

@@ -324,3 +324,13 @@ def test_implausible_figure_is_not_recorded_in_the_history(tmp_path: Path, row: 
 def test_pipe_in_the_place_of_the_history_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "h")
     assert History(tmp_path / "h", setup="s").warnings
+
+
+def test_price_of_a_target_is_of_all_its_measured_units() -> None:
+    count, seconds = Costs(costs.read_table()[0]).of_target("_vllm_fa2_C")
+    assert count == 55
+    assert 172 < seconds / 60 < 173
+    own = [Entry("_vllm_fa2_C", f"{number}.cu", 60.0, 1.0) for number in range(55)]
+    measured = Costs(costs.read_table()[0], [*own, Entry("_vllm_fa2_C", "link", 30.0, 1.0)])
+    assert measured.of_target("_vllm_fa2_C") == (55, 55 * 60.0 + 30.0)
+    assert Costs(()).of_target("_vllm_fa2_C") == (0, 0.0)

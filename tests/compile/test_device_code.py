@@ -51,7 +51,7 @@ SPARK = (
 
 # The linker's own file with room for fat binaries; compiled once, because that takes longer than
 # all tests.
-ROOM = 1 << 14
+ROOM = 1 << 16
 SOURCE = (
     'void *nothing(void) { return 0; }\n__asm__(".section .nv_fatbin, \\"a\\"\\n.balign'
     f' 8\\n.fill {ROOM}, 1, 0x5a\\n.text\\n");\n'
@@ -175,7 +175,77 @@ def listed(root: Path, paths: list[Path], env: dict[str, str] | None = None) -> 
 
 def test_libraries_are_named_below_the_tree(tmp_path: Path) -> None:
     path = library(Layout(tmp_path).vllm / KERNELS, FATBINS / "sm_120f.fatbin")
-    assert listed(tmp_path, [path]) == (Cubins(KERNELS, ("sm_120f",)),)
+    assert listed(tmp_path, [path]) == (Cubins(KERNELS, ("sm_120f",), units=(("sm_120f",),) * 2),)
+
+
+def containers(*units: tuple[str, ...]) -> bytes:
+    """Return fat binaries with these entries and no code: only headers are read."""
+    found = b""
+    for unit in units:
+        entries = b""
+        for name in unit:
+            is_ptx, suffix = name.startswith("ptx"), name[-1] if name[-1] in "af" else ""
+            number = int("".join(filter(str.isdigit, name)))
+            flags = {"": 0, "a": 0x100000, "f": 0x200000}[suffix]
+            head = struct.pack("<HHIQ", 1 if is_ptx else 2, 0x101, 64, 0)
+            entries += head + bytes(12) + struct.pack("<I", number) + bytes(8)
+            entries += struct.pack("<Q", flags) + bytes(16)
+        found += struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(entries)) + entries
+    return found
+
+
+# All units of three libraries in the CUDA wheel of vLLM 0.31.0 for x86-64, as this reader found
+# them; MOE is _moe_C_stable_libtorch.
+FA2 = (("sm_80", "ptx 8.0"),) * 76
+FA3 = (("sm_90a",),) * 192
+MOE = (
+    *((("sm_80", "sm_120f", "ptx 8.0"),) * 14),
+    *((("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"),) * 7),
+    *((("sm_75",),) * 7),
+    *((("sm_89", "sm_120f"),) * 5),
+    ("sm_75", "sm_80", "ptx 8.0"),
+)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ("7.5", ""),
+        ("8.0", ""),
+        ("8.6", ""),
+        ("8.9", ""),
+        ("9.0", "_vllm_fa2_C (76 of 76 units for 9.0), _moe_C (15 of 34 units for 9.0)"),
+        ("12.1", "_vllm_fa2_C (76 of 76 units for 12.1), _moe_C (1 of 34 units for 12.1)"),
+    ],
+)
+def test_driver_compiles_the_units_of_which_only_ptx_serves_the_gpu(
+    tmp_path: Path, capability: str, expected: str
+) -> None:
+    """On the wheel itself the reader also finds units of _C_stable_libtorch: 12 of 115 for 9.0,
+    20 for 10.0, 10.3 and 11.0, 6 for 12.0 and 12.1; none for 7.5, 8.0, 8.6 and 8.9.
+    """
+    libraries = {"_vllm_fa2_C": FA2, "_vllm_fa3_C": FA3, "_moe_C": MOE}
+    paths = [
+        library(tmp_path / f"{name}.abi3.so", containers(*units))
+        for name, units in libraries.items()
+    ]
+    found = listed(tmp_path, paths)
+    assert [one.units for one in found] == list(libraries.values())
+    assert device_code.driver_work(found, [capability]) == expected
+
+
+def test_unit_without_any_code_for_the_gpu_is_not_compiled_by_the_driver() -> None:
+    held = (("sm_90a",), ("ptx 9.0a",), ("ptx 12.0",), ("ptx 8.0",))
+    found = Cubins(KERNELS, tuple(dict.fromkeys(one for unit in held for one in unit)), units=held)
+    assert device_code.driver_units(found, "10.0") == 1
+    assert device_code.driver_units(Cubins(KERNELS, ("ptx 12.0",)), "9.0") == 0
+    assert judge([found], capabilities=["7.0"], archs="")[0].state != "ok"
+
+
+def test_driver_work_is_part_of_the_verdict() -> None:
+    found = Cubins("vllm/_vllm_fa2_C.abi3.so", ("sm_80", "ptx 8.0"), units=FA2)
+    (verdict,) = judge([found], capabilities=["8.6", "12.1"], archs="")
+    assert verdict.sentence.endswith("the driver compiles PTX for 12.1 (76 of 76 units)")
 
 
 def test_unknown_form_without_cuobjdump_is_reported(tmp_path: Path) -> None:

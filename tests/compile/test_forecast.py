@@ -8,7 +8,7 @@ import pytest
 
 from workspace.compile import jobs
 from workspace.compile.costs import Costs, Entry, read_table
-from workspace.compile.jobs import RebuildPlan, Row
+from workspace.compile.jobs import RebuildPlan, TargetCost
 from workspace.compile.project import Project, Target, Unit
 from workspace.compile.scheduler import Bounds
 from workspace.compile.targets import Reached
@@ -25,6 +25,11 @@ COSTS = Costs(
         Entry("_C", "link", 6.0, 0.5),
     ]
 )
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def units(target: str, *sources: str) -> tuple[Unit, ...]:
@@ -58,8 +63,8 @@ def shown(plan: RebuildPlan, *, as_json: bool = False) -> tuple[list[str], str]:
 def test_row_has_compiler_time_with_the_link_and_the_largest_peak() -> None:
     plan = work_out(MOE, ONE)
     assert plan.rows == (
-        Row("_moe_C", MOE.reason, 2, 3.1, 4.0, True),
-        Row("_C", ONE.reason, 1, 0.6, 8.0, False),
+        TargetCost("_moe_C", MOE.reason, 2, 3.1, 4.0, True),
+        TargetCost("_C", ONE.reason, 1, 0.6, 8.0, False),
     )
     assert (plan.units, plan.guessed, plan.from_precompiled) == (3, 0, ("_fa2_C",))
     assert plan.compiler_minutes == pytest.approx(3.7)
@@ -119,9 +124,9 @@ def test_screen_explains_that_a_first_change_compiles_all_units_of_a_target() ->
     output, out = shown(work_out(MOE, ONE))
     assert out == ""
     assert output == [
-        "target  reason                                   units  minutes  peak GiB",
-        "_moe_C  csrc/a.cu changed                            2      3.1       4.0",
-        "_C      csrc/c.h changed, included by csrc/c.cu      1      0.6       8.0",
+        "target  units  minutes  peak GiB  reason",
+        "_moe_C      2      3.1       4.0  csrc/a.cu changed",
+        "_C          1      0.6       8.0  csrc/c.h changed, included by csrc/c.cu",
         (
             "3 units, 3.7 minutes of compiler time: about 2.5 minutes with at most 4 at once in"
             " 10.0 GiB, 8.0 GiB at the most"
@@ -135,20 +140,19 @@ def test_screen_explains_that_a_first_change_compiles_all_units_of_a_target() ->
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_reasons_too_long_for_the_row_are_below_their_target(width: int) -> None:
-    rows = [
-        Row(
-            "_moe_C_stable_libtorch",
-            "csrc/libtorch_stable/moe/topk_softmax_kernels.cu changed",
-            31,
-            34.3,
-            4.1,
-            True,
-        )
-    ]
-    lines = jobs.table(rows, width=width)
-    assert all(len(line) < width for line in lines)
-    assert len(lines) == (3 if width == 80 else 2)
+def test_reasons_too_long_for_the_row_are_below_their_target(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "dumb")
+    name = "_moe_C_stable_libtorch"
+    reason = "csrc/libtorch_stable/moe/topk_softmax_kernels.cu changed"
+    err = Terminal()
+    plan = work_out(Reached(name, reason, units(name, "csrc/a.cu"), False))
+    jobs.show(plan, Console(out=io.StringIO(), err=err))
+    lines = err.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert (f"    {reason}" in lines) == (width == 80)
 
 
 def test_json_is_the_whole_plan() -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.compile.trees import Site, put
 from workspace.compile import cmake, cmake_inputs
 from workspace.compile.cmake_inputs import Inputs
+from workspace.machine.machine import Machine
 from workspace.machine.torch import TorchBuild
 from workspace.repo.pins import Pin
 
@@ -41,9 +42,8 @@ def site(tmp_path: Path) -> Site:
 def observe(
     site: Site, device: cmake_inputs.Device = "cuda", torch: TorchBuild = TORCH, **more: str
 ) -> Inputs:
-    return cmake_inputs.observe(
-        site.layout, site.settings(**more), device=device, pin=PIN, torch=torch
-    )
+    machine = Machine(site.layout, site.settings(**more))
+    return cmake_inputs.observe(machine, device=device, pin=PIN, torch=torch)
 
 
 def test_key_changes_with_every_input_of_objects(site: Site) -> None:
@@ -115,9 +115,8 @@ def test_machine_without_compilers_is_observed(site: Site) -> None:
 
 def arguments(site: Site) -> dict[str, str]:
     with site.run_log() as run_log:
-        output = cmake.toolkit_arguments(
-            site.layout, site.settings(), site.root / "build", run_log=run_log
-        )
+        machine = Machine(site.layout, site.settings())
+        output = cmake.toolkit_arguments(machine, site.root / "build", run_log=run_log)
     return dict(argument.removeprefix("-D").split("=", 1) for argument in output)
 
 

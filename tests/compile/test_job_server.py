@@ -14,6 +14,7 @@ from workspace.compile import job_server, jobs
 from workspace.compile.costs import Costs, Entry, History, Unit
 from workspace.compile.scheduler import Admission, Bounds, MemoryStatus
 from workspace.core.errors import BuildError
+from workspace.machine import hardware
 
 
 def test_time_and_memory_of_a_unit_include_its_children_and_are_recorded(
@@ -158,7 +159,7 @@ def test_failure_of_the_job_server_is_reported_and_ends_waiting_launchers(site: 
 
     with (
         pytest.raises(BuildError, match="no such machine"),
-        start_job_server(site, memory=job_server.MemoryWatch(broken, jobs.kills)),
+        start_job_server(site, memory=job_server.MemoryWatch(broken, hardware.kills)),
     ):
         child = site.launch("a")
         child.communicate(timeout=10)
@@ -172,7 +173,7 @@ def test_memory_status_of_this_machine_is_plausible() -> None:
         status.available_gib - 2.0, abs=1.0
     )
     assert 0 <= status.pressure_percent <= 100
-    assert jobs.kills() >= 0
+    assert hardware.kills() >= 0
 
 
 def test_processes_below_a_root_are_its_descendants_only() -> None:

@@ -8,7 +8,7 @@ from workspace.compile import jobs
 from workspace.core import settings
 from workspace.core.errors import SettingsError
 from workspace.core.paths import Layout
-from workspace.machine.hardware import Machine
+from workspace.machine.hardware import Host
 
 
 def load(
@@ -22,8 +22,8 @@ def load(
     return settings.load(Layout(root), environ={"HOME": str(root), **(shell or {})}, flags=flags)
 
 
-def machine(total: float = 119.7, available: float = 110.0) -> Machine:
-    return Machine("aarch64", 20, total, available, ())
+def machine(total: float = 119.7, available: float = 110.0) -> Host:
+    return Host("aarch64", 20, total, available)
 
 
 def test_jobs_4_means_4_compilers_and_explains_it(tmp_path: Path) -> None:

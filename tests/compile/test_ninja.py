@@ -124,7 +124,7 @@ def test_second_build_of_a_unit_is_compared_with_the_first(clone: Clone) -> None
     clone.site.write_build(["a"])
     clone.compile(["a"])
     (clone.build / "a.cu").write_text("changed")
-    assert "as in the last build" in clone.compile(["a"]).summary[0]
+    assert "as in the last build" in clone.compile(["a"]).summary[0][-1]
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,6 @@ def test_ccache_settings_share_hits_between_clones_and_the_users_settings_win(
         "/t",
         "3",
     )
-    assert plain["PATH"].split(":")[0] == str(layout.environment / "bin")
     own = variables(CCACHE_BASEDIR="/src", CCACHE_HASHDIR="1", CCACHE_NODEPEND="1")
     assert own["CCACHE_BASEDIR"] == "/src"
     assert "CCACHE_NOHASHDIR" not in own

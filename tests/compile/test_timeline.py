@@ -131,12 +131,12 @@ def test_slowest_and_largest_units_are_compared_with_the_last_build() -> None:
     ]
     output = progress.build_summary(finished, before)
     assert output == (
-        "slowest      300.0 s   1.00 GiB  slow.cu  (last build 200.0 s: 100.0 s slower)",
-        "slowest      200.0 s   2.00 GiB  fast.cu  (last build 250.0 s: 50.0 s faster)",
-        "slowest      100.0 s   9.50 GiB  same.cu  (as in the last build)",
-        "largest      100.0 s   9.50 GiB  same.cu  (last build 9.40 GiB)",
-        "largest      200.0 s   2.00 GiB  fast.cu  (last build 1.90 GiB)",
-        "largest      300.0 s   1.00 GiB  slow.cu  (last build 1.00 GiB)",
+        ("slowest", "300.0 s", "1.00 GiB", "slow.cu  (last build 200.0 s: 100.0 s slower)"),
+        ("slowest", "200.0 s", "2.00 GiB", "fast.cu  (last build 250.0 s: 50.0 s faster)"),
+        ("slowest", "100.0 s", "9.50 GiB", "same.cu  (as in the last build)"),
+        ("largest", "100.0 s", "9.50 GiB", "same.cu  (last build 9.40 GiB)"),
+        ("largest", "200.0 s", "2.00 GiB", "fast.cu  (last build 1.90 GiB)"),
+        ("largest", "300.0 s", "1.00 GiB", "slow.cu  (last build 1.00 GiB)"),
     )
 
 

@@ -19,6 +19,8 @@ from workspace.compile.project import Target
 from workspace.compile.tree_files import install_targets
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.paths import Layout
+from workspace.core.settings import load
 
 ENV = {"PATH": "/usr/bin:/bin"}
 # Components as in vLLM's CMake: plain ones, the nested prefix and the link of flash-attention, one
@@ -299,9 +301,9 @@ def test_target_that_was_not_built_is_named_and_the_tree_stays(bench: Bench) -> 
 
 
 def test_destdir_of_the_users_shell_has_no_effect(bench: Bench) -> None:
-    bench.put(
-        "_C", env={"DESTDIR": str(bench.folder / "package"), "CMAKE_INSTALL_MODE": "ABS_SYMLINK"}
-    )
+    shell = {"DESTDIR": str(bench.folder / "package"), "CMAKE_INSTALL_MODE": "ABS_SYMLINK"}
+    settings = load(Layout(bench.folder), environ=ENV | shell)
+    bench.put("_C", env=settings.child_environment("compile", layout=Layout(bench.folder)))
     assert bench.text("_C.abi3.so") == "C 1"
     assert not (bench.tree / "vllm/_C.abi3.so").is_symlink()
 

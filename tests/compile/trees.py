@@ -18,6 +18,7 @@ from workspace.core import settings as settings_module
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
+from workspace.machine.machine import Machine
 
 TAG = "1" * 40
 LAUNCHER = Path("/usr/bin/env")
@@ -214,8 +215,7 @@ class Site:
         inputs, sources = inputs or self.inputs(), self.provide() if sources is None else sources
         with self.run_log() as run_log:
             return cmake.configure(
-                self.layout,
-                self.settings(**more),
+                Machine(self.layout, self.settings(**more)),
                 inputs,
                 sources,
                 launcher=LAUNCHER,

@@ -1,11 +1,12 @@
 """The console away from a terminal: plain lines, data and talk apart."""
 
 import io
+import json
 import re
 
 import pytest
 
-from workspace.core.console import Console
+from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import SourceError
 
 
@@ -43,8 +44,8 @@ def test_skipped_step_says_why_and_no_seconds() -> None:
 
 def test_name_of_any_length_has_a_blank_before_the_text() -> None:
     console, _, err = consoles()
-    console.row("ok", "fourteen-chars", "fits")
-    console.row("ok", "a-name-of-twenty-two-c", "is long")
+    console.row(State.OK, "fourteen-chars", "fits")
+    console.row(State.OK, "a-name-of-twenty-two-c", "is long")
     assert err.getvalue() == (
         "ok       fourteen-chars fits\nok       a-name-of-twenty-two-c is long\n"
     )
@@ -66,7 +67,9 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 
 def test_row_continues_below_its_text_on_a_terminal(narrow: Terminal) -> None:
-    Console(err=narrow).row("warn", "server", "no server runs, see ./scripts/inv serve.list for it")
+    Console(err=narrow).row(
+        State.WARN, "server", "no server runs, see ./scripts/inv serve.list for it"
+    )
     assert narrow.lines() == [
         "warn     server        no server runs, see",
         "                       ./scripts/inv serve.list",
@@ -81,4 +84,84 @@ def test_sentence_is_cut_at_blanks_and_hint_stays_one_line(narrow: Terminal) -> 
         "error: a sentence with more letters than this",
         "terminal has columns",
         f"hint: {hint.strip()}",
+    ]
+
+
+def test_state_orders_rows_by_gravity_and_only_the_last_fails_a_verb() -> None:
+    assert [state.value for state in sorted(State, key=lambda state: state.gravity)][-2:] == [
+        "warn",
+        "FAIL",
+    ]
+    rows = [Row(state, "row", "text") for state in State]
+    assert [row.state for row in failed(rows)] == ["FAIL"]
+
+
+def test_rows_of_one_screen_share_their_columns_and_end_with_what_to_type() -> None:
+    console, _, err = consoles()
+    console.rows(
+        [
+            Row(State.OK, "disk", "is large", why="it is needed", hint="df -h"),
+            Row(State.FAIL, "a-name-of-twenty-two-c", "is wrong", why="it matters", hint="fix it"),
+            Row(State.STALE, "smoke", "is old", hint="run it"),
+        ]
+    )
+    assert err.getvalue().splitlines() == [
+        "ok       disk                   is large",
+        "FAIL     a-name-of-twenty-two-c is wrong",
+        "                                it matters",
+        "                                $ fix it",
+        "stale    smoke                  is old",
+        "                                $ run it",
+    ]
+
+
+def test_document_has_the_rows_of_the_screen() -> None:
+    console, out, err = consoles()
+    row = Row(State.WARN, "disk", "is full", hint="df")
+    console.show([row], as_json=True, verdict="pass")
+    assert err.getvalue() == ""
+    assert json.loads(out.getvalue()) == {
+        "schema": 1,
+        "rows": [{"state": "warn", "name": "disk", "text": "is full", "hint": "df"}],
+        "verdict": "pass",
+    }
+
+
+TABLE = [("target", "units", "reason"), ("_C", "3", "csrc/c.cu changed"), ("_moe_C", "12", "new")]
+
+
+def test_columns_of_a_table_are_as_wide_as_their_widest_cell() -> None:
+    console, _, err = consoles()
+    console.table(TABLE, right={1})
+    assert err.getvalue().splitlines() == [
+        "target  units  reason",
+        "_C          3  csrc/c.cu changed",
+        "_moe_C     12  new",
+    ]
+
+
+def test_text_whose_words_have_no_room_beside_the_cells_is_below_them(narrow: Terminal) -> None:
+    path = "csrc/libtorch_stable/topk_softmax.cu"
+    Console(err=narrow).table([("a-target-of-some-length", "31", f"{path} changed")])
+    assert narrow.lines() == ["a-target-of-some-length  31", f"    {path} changed"]
+
+
+def test_cells_that_have_no_room_go_to_the_next_line_and_none_is_cut(narrow: Terminal) -> None:
+    cells = ("a cell of some length", "another of that length", "a third one", "the text")
+    Console(err=narrow).table([cells])
+    assert narrow.lines() == [
+        "a cell of some length  another of that length",
+        "a third one",
+        "    the text",
+    ]
+
+
+def test_hint_is_one_line_on_every_terminal(narrow: Terminal) -> None:
+    hints = ["./scripts/inv " + "x" * length for length in (10, 30, 90)]
+    for hint in hints:
+        Console(err=narrow).rows([Row(State.FAIL, "disk", "is full", hint=hint)])
+    assert narrow.lines()[1::2] == [
+        f"{' ' * 23}$ {hints[0]}",
+        f"    $ {hints[1]}",
+        f"    $ {hints[2]}",
     ]

@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from workspace.core import settings
+from workspace.core.child_variables import fitting_jobs
 from workspace.core.errors import SettingsError
 from workspace.core.paths import Layout
 
@@ -138,6 +139,17 @@ def test_cache_of_a_run_is_kept_from_builds(tmp_path: Path) -> None:
             b"TORCH_CUDA_ARCH_LIST=sm_121\n",
             ".env, line 1: TORCH_CUDA_ARCH_LIST: 'sm_121' is not architectures",
         ),
+        (
+            b"PYTHON_VERSION=2.7\n",
+            ".env, line 1: PYTHON_VERSION: '2.7' is not a version of Python 3",
+        ),
+        (b"PYTHON_VERSION=\n", ".env, line 1: PYTHON_VERSION: '' is not a version of Python 3"),
+        (
+            b'VLLM_MIRROR="not a url"\n',
+            ".env, line 1: VLLM_MIRROR: 'not a url' is not a URL such as https://host/vllm.git",
+        ),
+        (b"EXTERNALS_MIRROR=https://\n", ".env, line 1: EXTERNALS_MIRROR: 'https://' is not a URL"),
+        (b"TRITON_MIRROR=htp://host/x\n", ".env, line 1: TRITON_MIRROR: 'htp://host/x' is not a"),
     ],
 )
 def test_damaged_dotenv_stops_with_its_line(tmp_path: Path, text: bytes, says: str) -> None:
@@ -145,6 +157,36 @@ def test_damaged_dotenv_stops_with_its_line(tmp_path: Path, text: bytes, says: s
         load(tmp_path, text)
     assert caught.value.message.startswith(says)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "mirror",
+    [
+        *(
+            "",
+            "https://host/vllm.git",
+            "ssh://me@host:22/x",
+            "git@host:team/vllm.git",
+            "mirrors/vllm",
+        ),
+        *("file:///srv/vllm", "/srv/my mirrors/vllm", "./my mirror", "~/vllm", "http://[::1]:8/x"),
+    ],
+)
+def test_urls_and_paths_are_mirrors(tmp_path: Path, mirror: str) -> None:
+    assert load(tmp_path, shell={"VLLM_MIRROR": mirror}).text("VLLM_MIRROR") == mirror
+
+
+def test_second_line_of_a_name_is_reported_with_both_lines_and_counts(tmp_path: Path) -> None:
+    found = load(tmp_path, "MAX_JOBS=4\n\nDEVICE=cpu\nMAX_JOBS=8\n# end\nMAX_JOBS=9\n")
+    assert found.text("MAX_JOBS") == "9"
+    assert found.warnings == (
+        ".env, line 1: MAX_JOBS is set again in line 6, which counts",
+        ".env, line 4: MAX_JOBS is set again in line 6, which counts",
+    )
+    secret = load(tmp_path, "HF_TOKEN=hf_first\nHF_TOKEN=hf_second\n")
+    assert "hf_" not in "".join(secret.warnings)
+    with pytest.raises(SettingsError, match="^.env, line 2: NVCC_THREADS: 'x' is not"):
+        load(tmp_path, "NVCC_THREADS=2\nNVCC_THREADS=x\n")
 
 
 def test_directory_in_the_place_of_dotenv_stops(tmp_path: Path) -> None:
@@ -229,6 +271,13 @@ def test_cuda_home_is_put_first_once_and_nothing_old_is_stored(tmp_path: Path) -
     assert child["LD_LIBRARY_PATH"] == "/usr/local/cuda/lib64"
 
 
+def test_cuda_home_goes_before_the_libraries_that_dotenv_names_too(tmp_path: Path) -> None:
+    text = "CUDA_HOME=/usr/local/cuda\nLD_LIBRARY_PATH=/own/lib\n"
+    for phase in ("build", "run"):
+        child = load(tmp_path, text).child_environment(phase)
+        assert child["LD_LIBRARY_PATH"] == "/usr/local/cuda/lib64:/own/lib"
+
+
 def test_outer_git_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_CONFIG_KEY_0"):
         monkeypatch.setenv(name, "x")
@@ -247,7 +296,7 @@ def test_outer_git_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_jobs_at_run_time_fit_into_memory_whatever_they_compile(
     cores: int, memory_gib: float, jobs: int
 ) -> None:
-    assert settings.fitting_jobs(cores, memory_gib) == jobs
+    assert fitting_jobs(cores, memory_gib) == jobs
 
 
 def test_run_time_always_has_a_bound_on_compilers_and_a_build_has_its_own(tmp_path: Path) -> None:

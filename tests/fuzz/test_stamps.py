@@ -14,14 +14,15 @@ from tests.fuzz import places
 from tests.fuzz.strategies import DEEP, args, damaged_document, fuzz
 from workspace.core import files
 from workspace.install import stamp
+from workspace.install.precompiled import KernelSource
 
 WHOLE = stamp.Stamp(
     inputs={
-        "origin": "precompiled vllm.whl " + "a" * 64,
         "device": "cpu",
         "torch": "2.13.0+cpu CUDA none",
         "place": "/home/someone/vllm",
     },
+    kernels=KernelSource("precompiled", "vllm.whl", "a" * 64),
     outcome={"version": "0.31.0+cpu", "tree": "b" * 40},
     packages={"torch": "2.13.0+cpu"},
     libraries=(
@@ -29,7 +30,11 @@ WHOLE = stamp.Stamp(
         stamp.Library("vllm/vllm-rs", 8, "d" * 64),
     ),
 )
-DOCUMENT = {"schema": stamp.SCHEMA, **asdict(WHOLE)}
+DOCUMENT = {"schema": stamp.Stamp.SCHEMA, **asdict(WHOLE)}
+# A stamp until 2026-11.
+FORMER = {name: value for name, value in DOCUMENT.items() if name != "kernels"} | {
+    "inputs": {**WHOLE.inputs, "origin": "hybrid donor vllm.whl " + "a" * 64}
+}
 
 
 def with_library(**parts: object) -> bytes:
@@ -37,7 +42,7 @@ def with_library(**parts: object) -> bytes:
 
 
 @fuzz(fast=80, deep=10_000)
-@given(damaged_document(DOCUMENT))
+@given(damaged_document(DOCUMENT) | damaged_document(FORMER))
 @example(json.dumps(DOCUMENT).encode())
 @example(with_library(size=float("inf")))
 @example(with_library(size="4096"))
@@ -48,6 +53,8 @@ def with_library(**parts: object) -> bytes:
 @example(with_library(path="/etc/passwd"))
 @example(with_library(path="a" * 5000))
 @example(with_library(sha256=None))
+@example(json.dumps(FORMER).encode())
+@example(json.dumps({**DOCUMENT, "kernels": {"kind": "wheel", "wheel": "\ud800"}}).encode())
 @example(json.dumps({**DOCUMENT, "schema": True}).encode())
 @example(json.dumps({**DOCUMENT, "libraries": {}}).encode())
 @example(json.dumps({**DOCUMENT, "libraries": ""}).encode())
@@ -76,7 +83,10 @@ def test_any_stamp_is_of_its_form_or_is_none(tmp_path: Path, content: bytes) -> 
         # not get there.
         with contextlib.suppress(OSError):
             (tmp_path / library.path).stat()
+    if found.kernels:
+        assert found.kernels.text.encode()
     record = json.loads(content)
+    record["inputs"].pop("origin", None)
     assert (dict(found.inputs), dict(found.outcome), dict(found.packages)) == (
         record["inputs"],
         record["outcome"],

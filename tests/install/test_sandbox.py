@@ -106,10 +106,12 @@ def build(world: World, sandbox: Sandbox, **flags: str) -> Observation:
 
 
 def built(world: World, sandbox: Sandbox, **flags: str) -> str:
-    """Build a sandbox and return the origin of its kernels."""
+    """Build a sandbox and return the kind of its kernels."""
     observed = build(world, sandbox, **flags)
-    assert observed.kernels.recorded
-    return observed.kernels.recorded.inputs["origin"].split()[0]
+    recorded = observed.kernels.recorded
+    assert recorded
+    assert recorded.kernels
+    return recorded.kernels.kind
 
 
 def commit(world: World, path: str, old: str, new: str, *, parent: str | None = None) -> str:

@@ -12,9 +12,11 @@ import pytest
 
 from tests.machine.conftest import House, built, house
 from tests.small.materials import git
+from workspace.core.console import Row, State
 from workspace.core.errors import ToolchainError
 from workspace.install import stamp, triton_diagnosis, triton_fixes
-from workspace.install.triton_diagnosis import Diagnosis, Finding, Stale
+from workspace.install.precompiled import KernelSource
+from workspace.install.triton_diagnosis import Diagnosis, Stale
 from workspace.install.triton_fixes import FIXES, Context
 from workspace.machine import dotenv, interpreter, torch, venv
 from workspace.machine.dotenv import Assembler, Trial, Verdict
@@ -42,7 +44,7 @@ def verdict(
     return Verdict(one, own, **{"is_refused": False, "is_ignored": False, "trial": trial, **more})
 
 
-def changes(house: House, *verdicts: Verdict, findings: tuple[Finding, ...] = (), **shell: str):
+def changes(house: House, *verdicts: Verdict, findings: tuple[Row, ...] = (), **shell: str):
     with house.run_log(house.settings()) as run_log:
         return triton_fixes.assembler_changes(
             Context(house.layout, house.settings(**shell), run_log),
@@ -79,7 +81,7 @@ def test_nothing_is_named_for_a_triton_that_is_about_to_go(house):
     shell = toolkit(house, "13.9")
     assert (
         changes(
-            house, verdict(house, known=""), findings=(Finding("FAIL", "triton", "3.5.1"),), **shell
+            house, verdict(house, known=""), findings=(Row(State.FAIL, "triton", "3.5.1"),), **shell
         )
         == {}
     )
@@ -120,7 +122,9 @@ def test_leftovers_that_git_does_not_track_are_moved_and_the_wheels_own_files_re
     stamp.write(
         house.layout.stamp("vllm"),
         stamp.Stamp(
-            inputs={"device": "cuda", "origin": "precompiled"}, outcome={"wheel": str(wheel)}
+            inputs={"device": "cuda"},
+            outcome={"wheel": str(wheel)},
+            kernels=KernelSource("precompiled", wheel.name, "a" * 64),
         ),
     )
     stale = triton_diagnosis.stale_folders(house.layout)
@@ -158,7 +162,7 @@ def test_shadow_outside_of_the_environment_is_its_owners(house, built, tmp_path)
         context = Context(house.layout, house.settings(), run_log)
         assert FIXES[1].plan(context, replace(NOTHING, shadow=tmp_path / "triton_kernels")) == ()
     row = triton_diagnosis._shadow(house.layout, tmp_path / "triton_kernels")
-    assert "do it yourself" in row.fix
+    assert "do it yourself" in row.why
 
 
 def test_folder_that_cannot_be_moved_is_a_sentence(house):

@@ -10,10 +10,12 @@ from tests.small.world import World
 from workspace.core import settings
 from workspace.core.errors import SmokeError
 from workspace.install import status
+from workspace.machine.machine import Machine
 
 
 def require_built(world: World) -> None:
-    status.require_built(world.layout, settings.load(world.layout, environ=world.env))
+    known = settings.load(world.layout, environ=world.env)
+    status.require_built(Machine(world.layout, known))
 
 
 def test_commit_and_edit_survive_a_bootstrap_and_are_live(built: World) -> None:

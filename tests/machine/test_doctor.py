@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from workspace.core.console import Console
+from workspace.core.console import Console, Row
 from workspace.core.errors import ToolchainError
-from workspace.machine import doctor, hardware
-from workspace.machine.case import Case
+from workspace.machine import doctor, doctor_toolchain, hardware
+from workspace.machine.machine import Case, Machine
 
 CMAKE = 'message(FATAL_ERROR\n  "GCC >= 11.3 is required to build vLLM (found ${X}). ")\n'
 CPU_CMAKE = 'message(FATAL_ERROR "X86 backend requires gcc/g++ >= 12.3")\n'
@@ -26,12 +26,9 @@ def tree(house) -> Path:
     return house.layout.vllm
 
 
-def rows(
-    house, settings, *, device="cpu", kernels="precompiled", need=None
-) -> dict[str, doctor.Row]:
+def rows(house, settings, *, device="cpu", kernels="precompiled", need=None) -> dict[str, Row]:
     found = doctor.preflight(
-        house.layout,
-        settings,
+        Machine(house.layout, settings),
         device=device,
         kernels=kernels,
         need_gib=need or {house.layout.root: 0.001},
@@ -80,7 +77,7 @@ def test_disk_comes_first_and_places_on_one_file_system_share_what_is_free(house
         house.layout.root.parent / "cache" / "not made yet": free * 0.6,
     }
     found = doctor.preflight(
-        house.layout, settings, device="cpu", kernels="precompiled", need_gib=need
+        Machine(house.layout, settings), device="cpu", kernels="precompiled", need_gib=need
     )
     assert (found[0].state, found[0].name) == ("FAIL", "disk")
     assert len([row for row in found if row.name == "disk"]) == 1
@@ -145,7 +142,7 @@ def test_missing_headers_of_a_python_that_may_be_replaced_are_a_warning_only(hou
 def test_headers_of_the_made_environment_are_those_of_its_base(house, built, tree):
     settings = built()
     row = rows(house, settings, kernels="native")["headers"]
-    assert row.seen.endswith(".".join(str(part) for part in sys.version_info[:3]))
+    assert row.text.endswith(".".join(str(part) for part in sys.version_info[:3]))
 
 
 def test_missing_gpu_fails_for_cuda_with_the_hint_for_a_cpu_build(house, built, tree):
@@ -164,7 +161,7 @@ def test_missing_nvcc_stops_a_native_build_and_only_warns_beside_a_precompiled_w
     assert rows(house, settings, device="cuda")["toolkit"].state == "warn"
     row = rows(house, settings, device="cuda", kernels="native")["toolkit"]
     assert row.state == "FAIL"
-    assert "CUDA_HOME=/nonexistent/cuda" in row.seen
+    assert "CUDA_HOME=/nonexistent/cuda" in row.text
 
 
 def test_toolkit_of_another_major_version_than_torch_is_not_ok(house, built, tree, tmp_path):
@@ -178,14 +175,14 @@ def test_toolkit_of_another_major_version_than_torch_is_not_ok(house, built, tre
         house, house.settings(CUDA_HOME=str(tmp_path / "cuda")), device="cuda", kernels="native"
     )
     assert found["toolkit"].state == "FAIL"
-    assert "12.9" in found["toolkit"].seen
+    assert "12.9" in found["toolkit"].text
 
 
 def test_compiler_must_have_the_version_that_the_tree_requires_for_the_device(house, built, tree):
     settings = built()
     house.program("g++", "echo 12.2.0")
     row = rows(house, settings, kernels="native")["compiler"]
-    assert (row.state, row.seen) == ("FAIL", "g++ 12.2.0")
+    assert (row.state, row.text) == ("FAIL", "g++ 12.2.0")
     assert "CXX=g++-13" in row.hint
     house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580.95.05'")
     assert rows(house, settings, device="cuda", kernels="native")["compiler"].state == "ok"
@@ -200,16 +197,34 @@ def test_compiler_that_is_missing_stops_a_native_build(house, built, tree):
 
 
 def test_device_is_the_setting_and_otherwise_what_the_driver_shows(house):
-    bare = hardware.Machine("aarch64", 20, 120.0, 100.0, ())
-    spark = hardware.Machine(
-        "aarch64", 20, 120.0, 100.0, (hardware.Gpu("NVIDIA GB10", "12.1", "580"),)
-    )
-    assert (doctor.device(house.settings(), bare), doctor.device(house.settings(), spark)) == (
-        "cpu",
-        "cuda",
-    )
-    assert doctor.device(house.settings(DEVICE="cpu"), spark) == "cpu"
-    assert doctor.device(house.settings(DEVICE="cuda"), bare) == "cuda"
+    assert house.machine().device == "cpu"
+    assert house.machine(DEVICE="cuda").device == "cuda"
+    house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580'")
+    assert house.machine().device == "cuda"
+    assert house.machine(DEVICE="cpu").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "seen"),
+    [
+        (
+            "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18",
+            "FAIL",
+            "Failed to initialize NVML: Driver/library version mismatch",
+        ),
+        ("echo 'No devices were found'", "FAIL", "the driver shows no GPU"),
+        ("sleep 60", "warn", "no answer in 3 s"),
+    ],
+)
+def test_machine_whose_driver_fails_or_is_slow_is_not_taken_for_one_without_a_gpu(
+    house, script, state, seen
+):
+    house.program("nvidia-smi", script)
+    machine = house.machine()
+    assert machine.device == "cuda"
+    (row,) = doctor_toolchain.driver(Case(machine))
+    assert (row.state, row.seen) == (state, seen)
+    assert ("--device cpu" in row.hint) == (state == "FAIL")
 
 
 def shown(house, settings, *, as_json=False) -> tuple[str, str, ToolchainError | None]:
@@ -217,7 +232,10 @@ def shown(house, settings, *, as_json=False) -> tuple[str, str, ToolchainError |
     out, err = io.StringIO(), io.StringIO()
     try:
         doctor.show(
-            house.layout, settings, console=Console(out=out, err=err), as_json=as_json, offline=True
+            Machine(house.layout, settings),
+            console=Console(out=out, err=err),
+            as_json=as_json,
+            offline=True,
         )
     except ToolchainError as exc:
         return out.getvalue(), err.getvalue(), exc
@@ -273,9 +291,9 @@ def test_check_that_raises_does_not_end_the_others(house):
         yield
 
     def sound(_):
-        yield doctor.Row("ok", "sound", "", "")
+        yield Row("ok", "sound", "", "")
 
-    case = Case(house.layout, house.settings(), device="cpu", kernels="precompiled")
+    case = Case(house.machine(), device="cpu", kernels="precompiled")
     found = doctor.examine(
         case, [doctor.Check(hostile, frozenset()), doctor.Check(sound, frozenset())]
     )

@@ -2,8 +2,9 @@
 
 import pytest
 
+from workspace.core.console import Row
 from workspace.machine import doctor
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case
 
 CONFIG = {
     "cache_dir": "",
@@ -29,8 +30,7 @@ def ccache(house, *, size_kib="1048576", origin="default", **config) -> None:
 def row(house, *, device="cuda", kernels="precompiled", **shell) -> Row:
     (found,) = doctor.ccache(
         Case(
-            house.layout,
-            house.settings(PATH=f"{house.bin}:/bin", **shell),
+            house.machine(PATH=f"{house.bin}:/bin", **shell),
             device=device,
             kernels=kernels,
         )
@@ -49,14 +49,14 @@ def test_cache_that_can_hit_is_ok_and_shows_size_limit_and_settings(house):
         f"base_dir {house.layout.root}",
         "sloppiness time_macros",
     ):
-        assert text in found.seen
+        assert text in found.text
 
 
 def test_cache_of_size_0_is_called_empty_and_a_limit_of_0_none(house):
     ccache(house, size_kib="0", max_size="0")
     found = row(house)
     assert found.state == "ok"
-    assert "empty, no limit" in found.seen
+    assert "empty, no limit" in found.text
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_limit_of_five_gib_is_enough_without_a_gpu(house):
 def test_password_of_a_remote_cache_is_not_shown(house):
     ccache(house, remote_storage="redis://me:hunter2@cache.example|read-only file:///srv/cache")
     found = row(house)
-    assert "hunter2" not in found.seen
-    assert "remote redis://cache.example file:///srv/cache" in found.seen
+    assert "hunter2" not in found.text
+    assert "remote redis://cache.example file:///srv/cache" in found.text
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo nonsense", "printf '(x) max_size = huge\\n'"])
@@ -108,17 +108,17 @@ def test_ccache_is_run_with_the_settings_of_a_build(house):
         'echo "(environment) base_dir = $CCACHE_BASEDIR"; echo "(environment) depend_mode ='
         ' $CCACHE_DEPEND"',
     )
-    assert f"base_dir {house.layout.root}" in row(house).seen
+    assert f"base_dir {house.layout.root}" in row(house).text
     assert row(house, CCACHE_BASEDIR="/elsewhere").hint == "unset CCACHE_BASEDIR"
 
 
 def test_ccache_goes_before_sccache(house):
     house.program("sccache", "echo sccache 0.10.0")
-    assert row(house, SCCACHE_BUCKET="mine").seen.startswith("sccache 0.10.0: limit 10G")
-    assert "remote by SCCACHE_BUCKET" in row(house, SCCACHE_BUCKET="mine").seen
-    assert row(house, VLLM_DISABLE_SCCACHE="1").seen == "none"
+    assert row(house, SCCACHE_BUCKET="mine").text.startswith("sccache 0.10.0: limit 10G")
+    assert "remote by SCCACHE_BUCKET" in row(house, SCCACHE_BUCKET="mine").text
+    assert row(house, VLLM_DISABLE_SCCACHE="1").text == "none"
     ccache(house)
-    assert "ccache: 1.0 GiB" in row(house, SCCACHE_BUCKET="mine").seen
+    assert "ccache: 1.0 GiB" in row(house, SCCACHE_BUCKET="mine").text
 
 
 def test_no_cache_is_a_warning_only_where_kernels_are_compiled(house):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from workspace.core.console import Row
 from workspace.machine import doctor_toolchain
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case
 
 SMI = """case "$*" in
 *--query-gpu*) echo '{gpu}';;
@@ -42,7 +43,7 @@ def nvcc(house, version="13.0", archs="75 90 100 120 121"):
 
 
 def case(house, *, device="cuda", kernels="native", **shell) -> Case:
-    return Case(house.layout, house.settings(**shell), device=device, kernels=kernels)
+    return Case(house.machine(**shell), device=device, kernels=kernels)
 
 
 def rows(check, *args, **options) -> dict[str, Row]:
@@ -64,8 +65,8 @@ def torch(house, cuda="13.0") -> None:
 def test_gpu_and_driver_are_shown_with_the_cuda_that_the_driver_serves(house):
     smi(house)
     found = rows(doctor_toolchain.driver, house)
-    assert found["driver"].seen == "580.95.05, supports CUDA 13.0"
-    assert (found["gpu"].state, found["gpu"].seen) == ("ok", "NVIDIA GB10, capability 12.1")
+    assert found["driver"].text == "580.95.05, supports CUDA 13.0"
+    assert (found["gpu"].state, found["gpu"].text) == ("ok", "NVIDIA GB10, capability 12.1")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_program_that_holds_the_gpu_is_named_with_the_command_that_shows_it(hous
     smi(house, apps="echo '4242, /usr/bin/python3, [N/A]'")
     row = rows(doctor_toolchain.running_programs, house)["running"]
     assert row.state == "warn"
-    assert "4242 (/usr/bin/python3)" in row.seen
+    assert "4242 (/usr/bin/python3)" in row.text
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,14 @@ from pathlib import Path
 import pytest
 
 from workspace.machine import doctor_host, hardware
-from workspace.machine.case import Case, Place, grown
+from workspace.machine.machine import Case, Place, grown
 
 
 def case(house, *, device="cpu", kernels="precompiled", places=None, host=None, **shell) -> Case:
-    return Case(
-        house.layout,
-        house.settings(**shell),
-        device=device,
-        kernels=kernels,
-        places=places,
-        host=host,
-    )
+    machine = house.machine(**shell)
+    if host:
+        machine.host = lambda: host
+    return Case(machine, device=device, kernels=kernels, places=places)
 
 
 @pytest.mark.parametrize("broken", ["missing", "folder", "garbage"])
@@ -45,13 +41,13 @@ def test_too_many_jobs_for_the_memory_are_a_warning(house):
         1,
         min(
             len(os.sched_getaffinity(0)),
-            int(hardware.observe(house.settings()).memory_gib * 0.75 / 9.5),
+            int(hardware.observe().memory_gib * 0.75 / 9.5),
         ),
     )
     (row,) = doctor_host.cores(case(house, device="cuda", MAX_JOBS="5000"))
     assert (row.state, row.hint) == ("warn", "sed -i '/^MAX_JOBS=/d' .env")
     (row,) = doctor_host.cores(case(house, device="cuda"))
-    assert (row.state, f"{fitting} at run time" in row.seen) == ("ok", True)
+    assert (row.state, f"{fitting} at run time" in row.text) == ("ok", True)
     (row,) = doctor_host.cores(case(house, device="cuda", MAX_JOBS=str(fitting)))
     assert (row.state, row.hint) == ("ok", None)
 
@@ -62,7 +58,7 @@ def test_vital_place_without_room_fails_and_another_one_only_warns(house):
         (row,) = doctor_host.disk(
             case(house, places=(Place("models", house.layout.root, free * 2, is_vital),))
         )
-        assert (row.state, "models" in row.seen) == (state, True)
+        assert (row.state, "models" in row.text) == (state, True)
 
 
 def test_every_place_that_will_grow_follows_the_settings_of_the_user(house, tmp_path):
@@ -106,7 +102,7 @@ def test_service_that_stops_programs_in_time_is_found_among_those_that_run(house
             (row,) = doctor_host.oom_daemon(case(house))
         finally:
             running.kill()
-    assert (row.state, row.seen) == ("ok", "earlyoom")
+    assert (row.state, row.text) == ("ok", "earlyoom")
 
 
 @pytest.mark.parametrize(
@@ -114,20 +110,18 @@ def test_service_that_stops_programs_in_time_is_found_among_those_that_run(house
     [(100.0, "native", "ok"), (9.0, "native", "FAIL"), (9.0, "precompiled", "warn")],
 )
 def test_memory_for_less_than_one_nvcc_stops_a_native_build(house, available_gib, kernels, state):
-    host = hardware.Machine("aarch64", 20, 120.0, available_gib, ())
+    host = hardware.Host("aarch64", 20, 120.0, available_gib)
     (row,) = doctor_host.memory(case(house, device="cuda", kernels=kernels, host=host))
     assert row.state == state
 
 
 def test_limit_of_the_control_group_is_shown_beside_what_the_machine_has(house):
-    (row,) = doctor_host.memory(case(house, host=hardware.Machine("aarch64", 20, 0.5, 0.4, ())))
-    assert (row.state, "the control group's limit, the machine has" in row.seen) == ("warn", True)
+    (row,) = doctor_host.memory(case(house, host=hardware.Host("aarch64", 20, 0.5, 0.4)))
+    assert (row.state, "the control group's limit, the machine has" in row.text) == ("warn", True)
 
 
 def test_processor_without_released_wheels_gets_the_hint_to_compile(house):
-    (row,) = doctor_host.architecture(
-        case(house, host=hardware.Machine("riscv64", 4, 8.0, 8.0, ()))
-    )
+    (row,) = doctor_host.architecture(case(house, host=hardware.Host("riscv64", 4, 8.0, 8.0)))
     assert (row.state, row.hint) == (
         "warn",
         "./scripts/inv bootstrap --device cpu --kernels native",

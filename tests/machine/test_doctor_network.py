@@ -8,17 +8,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from workspace.core.console import Row
 from workspace.machine import doctor_host
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case
 
 
 def rows(check, house, *, built=False, **shell) -> dict[str, Row]:
     if built:
         house.layout.stamp("vllm").parent.mkdir(parents=True, exist_ok=True)
         house.layout.stamp("vllm").touch()
-    found = tuple(
-        check(Case(house.layout, house.settings(**shell), device="cpu", kernels="precompiled"))
-    )
+    found = tuple(check(Case(house.machine(**shell), device="cpu", kernels="precompiled")))
     assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its hint"
     return {row.name: row for row in found}
 
@@ -33,7 +32,7 @@ def pinned(house, tmp_path):
 
 def repository(house, path):
     assert (
-        Case(house.layout, house.settings(), device="cpu", kernels="precompiled")
+        Case(house.machine(), device="cpu", kernels="precompiled")
         .ask(["git", "init", "-q", "--bare", path])
         .returncode
         == 0
@@ -92,7 +91,7 @@ def test_remote_that_never_answers_costs_the_connect_time_out(house, pinned, sil
         "vllm mirror"
     ]
     assert time.monotonic() - started < 4
-    assert "no answer in 1 s" in found.seen
+    assert "no answer in 1 s" in found.text
 
 
 def test_password_in_a_mirrors_address_is_not_shown(house, pinned, refusing):
@@ -125,12 +124,12 @@ def test_index_that_hangs_or_refuses_is_reported_without_its_password(house, sil
         "no answer in 1 s"
         in rows(doctor_host.index, house, UV_DEFAULT_INDEX=silent, CONNECT_TIMEOUT_S="1")[
             "index"
-        ].seen
+        ].text
     )
     found = rows(doctor_host.index, house, UV_DEFAULT_INDEX=f"http://me:hunter2@{refusing}/simple")[
         "index"
     ]
-    assert "answers 401" in found.seen
+    assert "answers 401" in found.text
     assert "hunter2" not in repr(found)
 
 

@@ -4,8 +4,9 @@ sm_121a.
 
 import pytest
 
+from workspace.core.console import Row
 from workspace.machine import dotenv
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case
 
 PTXAS = """if [ "$1" = --version ]; then
 echo 'Cuda compilation tools, release {release}, V{release}.1'
@@ -30,11 +31,7 @@ def triton(house, version, *, first=OLD, second=None) -> None:
 
 
 def rows(house, *, device="cuda", **shell) -> dict[str, Row]:
-    found = tuple(
-        dotenv.ptxas(
-            Case(house.layout, house.settings(**shell), device=device, kernels="precompiled")
-        )
-    )
+    found = tuple(dotenv.ptxas(Case(house.machine(**shell), device=device, kernels="precompiled")))
     assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its hint"
     return {row.name: row for row in found}
 
@@ -51,7 +48,7 @@ def test_triton_3_5_fails_to_assemble_and_the_hint_is_the_assembler_of_the_toolk
     )
     row = rows(house, CUDA_HOME=str(tmp_path / "cuda"))["ptxas"]
     assert row.state == "FAIL"
-    assert "'sm_121a' is not defined" in row.seen
+    assert "'sm_121a' is not defined" in row.text
     assert row.hint == f"echo TRITON_PTXAS_PATH={tmp_path / 'cuda' / 'bin' / 'ptxas'} >> .env"
     assert (
         rows(house, TRITON_PTXAS_PATH=str(tmp_path / "cuda" / "bin" / "ptxas"))["ptxas"].state
@@ -76,7 +73,7 @@ def test_first_assembler_may_fail_where_the_second_is_used(house):
     triton(house, "3.7.1", second=NEW)
     found = rows(house)
     assert {name: row.state for name, row in found.items()} == {"ptxas": "ok", "ptxas-bw": "ok"}
-    assert "uses the other assembler" in found["ptxas"].seen
+    assert "uses the other assembler" in found["ptxas"].text
 
 
 def test_second_assembler_that_fails_is_not_fixed_by_the_variable_of_the_first(house, tmp_path):
@@ -132,4 +129,4 @@ def test_row_is_ok_for_the_cpu_and_without_triton(house):
     assert rows(house)["ptxas"].state == "ok"
     triton(house, "3.5.1")
     row = rows(house, device="cpu")["ptxas"]
-    assert (row.state, "cpu" in row.seen) == ("ok", True)
+    assert (row.state, "cpu" in row.text) == ("ok", True)

@@ -4,14 +4,13 @@ import os
 
 import pytest
 
+from workspace.core.console import Row
 from workspace.machine import doctor_host, run_environment
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case
 
 
 def row(check, house, *, device="cpu", **shell) -> Row:
-    (found,) = check(
-        Case(house.layout, house.settings(**shell), device=device, kernels="precompiled")
-    )
+    (found,) = check(Case(house.machine(**shell), device=device, kernels="precompiled"))
     return found
 
 
@@ -44,7 +43,7 @@ def test_folder_with_a_library_of_torch_is_named_and_removed_by_the_hint(house, 
     good = libraries(tmp_path / "good", "libcublas.so.12", "libfoo.so.1")
     found = row(run_environment.library_path, house, LD_LIBRARY_PATH=f"{good}:{bad}:/nonexistent")
     assert found.state == "warn"
-    assert "libcublas.so.13, libnccl.so.2" in found.seen
+    assert "libcublas.so.13, libnccl.so.2" in found.text
     assert found.hint == f"export LD_LIBRARY_PATH={good}:/nonexistent"
 
 
@@ -87,7 +86,7 @@ def test_cuda_home_is_a_fault_only_where_it_is_not_of_torchs_cuda(
 
 def test_token_is_present_or_absent_and_its_value_never_shown(house, tmp_path):
     secret = "hf_" + "planted" * 3
-    assert row(doctor_host.token, house, HF_HOME=str(tmp_path / "hf")).seen == "absent"
+    assert row(doctor_host.token, house, HF_HOME=str(tmp_path / "hf")).text == "absent"
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "token").write_text(secret)
     for shell in (
@@ -97,7 +96,7 @@ def test_token_is_present_or_absent_and_its_value_never_shown(house, tmp_path):
     ):
         found = row(doctor_host.token, house, **shell)
         assert found.state == "ok"
-        assert found.seen.startswith("present")
+        assert found.text.startswith("present")
         assert secret not in repr(found)
 
 
@@ -126,8 +125,18 @@ def test_variable_of_the_shell_that_hides_a_line_is_reported_with_its_unset(hous
     assert row(doctor_host.settings, house, MAX_JOBS="4").state == "ok"
 
 
+def test_repeated_setting_is_reported_with_the_line_without_effect(house):
+    house.layout.dotenv.write_text("# a remark\nMAX_JOBS=4\nMAX_JOBS=8\n")
+    found = row(doctor_host.settings, house)
+    assert (found.state, found.seen) == (
+        "warn",
+        ".env, line 2: MAX_JOBS is set again in line 3, which counts",
+    )
+    assert found.hint.endswith("+2 .env")
+
+
 def test_misspelt_setting_is_reported_with_its_line(house):
     house.layout.dotenv.write_text("# a remark\nMAX_JOB=4\n")
     found = row(doctor_host.settings, house)
-    assert "did you mean MAX_JOBS" in found.seen
+    assert "did you mean MAX_JOBS" in found.text
     assert found.hint.endswith("+2 .env")

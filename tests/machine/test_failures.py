@@ -8,6 +8,7 @@ lines that users report in the threads of symptoms.toml.
 import re
 import shlex
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as some
 
 from workspace.cli.program import program
 from workspace.cli.sessions import SESSIONS
+from workspace.core import records
 from workspace.machine import failures
 from workspace.machine.failures import Symptom, judge
 
@@ -381,10 +383,17 @@ def test_line_of_each_row_shows_the_row(symptom: Symptom) -> None:
     assert not symptom.cause.endswith(".")
 
 
-@pytest.mark.parametrize("row", failures.harmless(), ids=lambda row: row.pattern.pattern)
+@pytest.mark.parametrize("row", failures.harmless(), ids=lambda row: row.pattern)
 def test_harmless_line_is_no_cause(row: failures.Harmless) -> None:
     assert judge([row.line], status=1).first is None
     assert judge([row.line, "ValueError: no"], status=1).first == "ValueError: no"
+
+
+def test_rows_have_no_key_that_is_not_read() -> None:
+    for name, kind in (("symptom", Symptom), ("harmless", failures.Harmless)):
+        rows = records.convert(failures._table()[name], list[dict[str, object]])
+        known = {each.name for each in fields(kind)}
+        assert [row for row in rows if row.keys() - known] == []
 
 
 def test_table_is_large_and_has_no_name_twice() -> None:

@@ -158,12 +158,12 @@ def test_build_gets_build_settings_and_no_secret_and_an_installation_no_settings
     house.layout.tools.joinpath("bin", "uv").unlink()
     house.program(
         "uv",
-        'echo "jobs=$MAX_JOBS token=$MY_TOKEN extra=$EXTRA"',
+        'echo "jobs=$MAX_JOBS token=$MY_TOKEN extra=$CARGO"',
         folder=house.layout.tools / "bin",
     )
     settings = house.settings(MAX_JOBS="3", MY_TOKEN="s3cret-word")
     lines: list[str] = []
-    install(house, settings, "x", phase_env={"EXTRA": "1"}, on_line=lines.append)
+    install(house, settings, "x", phase_env={"CARGO": "1"}, on_line=lines.append)
     install(house, settings, "x", on_line=lines.append)
     assert lines == ["jobs=3 token= extra=1", "jobs= token=s3cret-word extra="]
     assert "s3cret-word" not in house.log()

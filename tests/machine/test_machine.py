@@ -1,8 +1,9 @@
+import os
 import time
 from pathlib import Path
 
 from workspace.machine import hardware
-from workspace.machine.hardware import Gpu
+from workspace.machine.gpu import Gpu
 
 
 def test_gpu_with_unified_memory_is_seen_though_its_memory_is_not_available(house):
@@ -10,7 +11,7 @@ def test_gpu_with_unified_memory_is_seen_though_its_memory_is_not_available(hous
         "nvidia-smi",
         'case "$*" in *memory*) echo "[N/A]";; *) echo "NVIDIA GB10, 12.1, 580.95.05";; esac',
     )
-    assert hardware.observe(house.settings()).gpus == (Gpu("NVIDIA GB10", "12.1", "580.95.05"),)
+    assert house.machine().gpus == (Gpu("NVIDIA GB10", "12.1", "580.95.05"),)
 
 
 def test_driver_too_old_for_compute_cap_still_shows_its_gpu(house):
@@ -19,12 +20,12 @@ def test_driver_too_old_for_compute_cap_still_shows_its_gpu(house):
         'case "$*" in *compute_cap*) echo "Field \\"compute_cap\\" is not a valid field to query.";'
         ' exit 2;; *) echo "Old, 470.1";; esac',
     )
-    assert hardware.observe(house.settings()).gpus == (Gpu("Old", None, "470.1"),)
+    assert house.machine().gpus == (Gpu("Old", None, "470.1"),)
 
 
 def test_field_that_the_driver_does_not_report_is_none(house):
     house.program("nvidia-smi", 'echo "NVIDIA X, [N/A], [Not Supported]"')
-    assert hardware.observe(house.settings()).gpus == (Gpu("NVIDIA X", None, None),)
+    assert house.machine().gpus == (Gpu("NVIDIA X", None, None),)
 
 
 def test_failing_driver_is_no_gpu_even_when_it_prints_lines(house):
@@ -33,18 +34,18 @@ def test_failing_driver_is_no_gpu_even_when_it_prints_lines(house):
         'echo "NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA driver.";'
         " exit 9",
     )
-    assert hardware.observe(house.settings()).gpus == ()
+    assert house.machine().gpus == ()
 
 
 def test_driver_that_hangs_and_ignores_signals_is_no_gpu_within_five_seconds(house):
     house.program("nvidia-smi", "trap '' TERM INT; sleep 60; echo 'late, 1.0, 1'")
     started = time.monotonic()
-    assert hardware.observe(house.settings()).gpus == ()
+    assert house.machine().gpus == ()
     assert time.monotonic() - started < 5
 
 
 def test_machine_has_cores_and_no_more_available_than_all_memory(house):
-    host = hardware.observe(house.settings())
+    host = hardware.observe()
     assert host.cores >= 1
     assert 0 < host.available_gib <= host.memory_gib
 
@@ -52,3 +53,22 @@ def test_machine_has_cores_and_no_more_available_than_all_memory(house):
 def test_free_space_of_a_folder_that_is_not_made_yet_is_that_of_its_parent(tmp_path: Path):
     assert abs(hardware.free_gib(tmp_path / "a" / "b") - hardware.free_gib(tmp_path)) < 1
     assert hardware.existing(tmp_path / "a" / "b") == tmp_path
+
+
+def test_processor_has_a_name_and_instruction_sets():
+    name, sets = hardware.processor()
+    assert name.strip()
+    assert sets & {"fpu", "fp", "asimd"}
+
+
+def test_mapped_file_is_named_with_its_inode():
+    mapped = dict(hardware.mapped_files(os.getpid()))
+    libraries = {path: inode for path, inode in mapped.items() if "libc.so" in path}
+    assert libraries
+    assert all(Path(path).stat().st_ino == inode for path, inode in libraries.items())
+    assert list(hardware.mapped_files(2**22 + 1)) == []
+
+
+def test_boot_has_the_same_id_until_the_next_one():
+    assert len(hardware.boot_id()) == 36
+    assert hardware.boot_id() == hardware.boot_id()

@@ -13,12 +13,12 @@ def variables(
     dotenv: str = "",
     *,
     recipe: dict[str, str] | None = None,
-    more: dict[str, str] | None = None,
+    given: dict[str, str] | None = None,
     **shell: str,
 ) -> dict[str, str]:
     house.layout.dotenv.write_text(dotenv)
-    return run_environment.run_variables(
-        house.layout, house.settings(**shell), stack=STACK, recipe=recipe, more=more
+    return run_environment.built_environment(
+        house.layout, house.settings(**shell), "bench", stack=STACK, recipe=recipe, given=given
     )
 
 
@@ -38,16 +38,17 @@ def test_caller_goes_before_shell_before_dotenv_before_recipe(
         "VLLM_C": "recipe",
         "MAX_JOBS": "77",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_D": "recipe",
+        "TORCHDYNAMO_DISABLE": "recipe",
     }
     found = variables(
         house,
         "VLLM_A=dotenv\nVLLM_B=dotenv\nVLLM_CPU_KVCACHE_SPACE=5\n",
         recipe=recipe,
-        more={"VLLM_D": "caller"},
+        given={"TORCHDYNAMO_DISABLE": "caller"},
         VLLM_A="shell",
     )
-    assert [found[f"VLLM_{name}"] for name in "ABCD"] == ["shell", "dotenv", "recipe", "caller"]
+    names = ("VLLM_A", "VLLM_B", "VLLM_C", "TORCHDYNAMO_DISABLE")
+    assert [found[name] for name in names] == ["shell", "dotenv", "recipe", "caller"]
     assert (found["MAX_JOBS"], found["VLLM_CPU_KVCACHE_SPACE"]) == ("77", "5")
 
 

@@ -2,13 +2,15 @@
 
 import importlib.util
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from workspace.checks import server_checks, smoke_suite
 from workspace.core.paths import here
 
 PROBE = here().probes / "parity.py"
@@ -112,3 +114,36 @@ def test_bad_arguments_are_refused_before_any_import(
     assert done.returncode == 2
     assert output in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_only_an_eager_engine_runs_in_the_mode_in_which_inductor_refuses_to_benchmark(
+    probe: ModuleType, monkeypatch: pytest.MonkeyPatch, *, is_compiled: bool
+) -> None:
+    modes: list[bool] = []
+    torch = SimpleNamespace(
+        set_float32_matmul_precision=lambda precision: None,
+        manual_seed=lambda seed: None,
+        backends=SimpleNamespace(cudnn=SimpleNamespace(allow_tf32=True)),
+        use_deterministic_algorithms=lambda mode, warn_only: modes.append(mode),
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    probe.forbid_tf32(is_compiled=is_compiled)
+    assert modes == [not is_compiled]
+    assert torch.backends.cudnn.allow_tf32 is False
+
+
+def test_no_probe_of_a_compiled_engine_sets_a_mode_that_inductor_refuses() -> None:
+    """Compiled engines run in parity.py, whose setting the test above holds; reference.py runs
+    Hugging Face without Inductor.
+    """
+    names = {
+        file.name
+        for file in PROBE.parent.glob("*.py")
+        if re.search(
+            r"use_deterministic|set_deterministic|inductor.*deterministic", file.read_text()
+        )
+    }
+    assert names == {"parity.py", "reference.py"}
+    settings = {**smoke_suite.ENVIRONMENT, **smoke_suite.COMPILED, **server_checks.ENVIRONMENT}
+    assert not [name for name in settings if "DETERMINISTIC" in name or "BATCH_INVARIANT" in name]

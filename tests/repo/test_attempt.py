@@ -255,7 +255,7 @@ def test_interrupted_operation_is_reported_with_the_command_that_begins_it_again
     resolve(stopped)
     with ended(stopped) as git_dir:
         notes_gone(git_dir)
-    row = overview.rows(stopped.layout, "vllm", stopped.pin, stopped.observe())[0]
+    row = overview.entries(stopped.layout, "vllm", stopped.pin, stopped.observe())[0]
     assert (row.state, "git am --continue was interrupted" in row.subject) == (
         "in progress",
         True,

@@ -26,7 +26,8 @@ from tests.repo.conftest import (
 )
 from workspace.core.errors import CheckoutError, SourceError, ToolchainError
 from workspace.core.files import sha256
-from workspace.repo import checkout, git
+from workspace.core.settings import without_user
+from workspace.repo import checkout
 from workspace.repo.checkout import Kind
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -442,5 +443,5 @@ def test_vendor_that_cannot_be_written_is_named(workspace: Workspace) -> None:
 
 
 def test_address_is_shown_without_name_and_password() -> None:
-    assert git.without_user("https://me:secret@host/x.git") == "https://host/x.git"
-    assert git.without_user("git@host:x.git") == "git@host:x.git"
+    assert without_user("https://me:secret@host/x.git") == "https://host/x.git"
+    assert without_user("git@host:x.git") == "git@host:x.git"

@@ -19,28 +19,26 @@ from tests.repo.conftest import (
     sh_git,
     write,
 )
-from workspace.core.console import Console
+from workspace.core.console import Console, Row
 from workspace.core.errors import PatchConflict, SettingsError
 from workspace.repo import overview
 
 
-def table(workspace: Workspace) -> tuple[overview.Row, ...]:
-    return overview.rows(workspace.layout, "vllm", workspace.pin, workspace.observe())
+def table(workspace: Workspace) -> tuple[overview.Entry, ...]:
+    return overview.entries(workspace.layout, "vllm", workspace.pin, workspace.observe())
 
 
-def moved(workspace: Workspace) -> str:
-    sentence = overview.moved(
+def moved(workspace: Workspace) -> Row | None:
+    row = overview.moved(
         workspace.layout, "vllm", workspace.pin, workspace.observe(), workspace.stack()
     )
-    assert (sentence or "") in table(workspace)[0].subject
-    return sentence or ""
+    assert row is None or row.text in table(workspace)[0].subject
+    return row
 
 
-def follow(workspace: Workspace, sentence: str) -> None:
-    """Run the command in the sentence, up to a verb of the workspace."""
-    command = sentence.rsplit("back: " if "back: " in sentence else "follow: ", 1)[1].replace(
-        " && ./scripts/inv patch.apply", ""
-    )
+def follow(workspace: Workspace, row: Row) -> None:
+    """Run the hint of the row, up to a verb of the workspace."""
+    command = (row.hint or "").replace(" && ./scripts/inv patch.apply", "")
     if command != "./scripts/inv patch.apply":
         argv = ["bash", "-ec", command]
         subprocess.run(
@@ -143,24 +141,24 @@ def test_conflict_that_waits_is_in_the_row_of_the_stack(
 
 def test_missing_checkout_shows_the_series(workspace: Workspace) -> None:
     assert states(workspace) == ["missing", "pending", "pending"]
-    assert moved(workspace) == ""
+    assert moved(workspace) is None
 
 
 def test_own_verbs_are_not_reported_as_moves(release: Workspace) -> None:
-    assert moved(release) == ""
+    assert moved(release) is None
     release.apply()
-    assert moved(release) == ""
+    assert moved(release) is None
     commit(release.vllm, "Mine", {"vllm/mine.py": "mine\n"})
-    assert moved(release) == ""
+    assert moved(release) is None
     sh_git(release.vllm, "checkout", "--quiet", "--detach", "refs/patches/tip")
     release.unapply()
-    assert moved(release) == ""
+    assert moved(release) is None
     release.apply()
     # A run that was killed, and is finished by the next.
     release.begin_move(release.observe().base or "")
     write(release.vllm, {"vllm/lines.py": LINES})
     release.unapply()
-    assert (release.observe().head, moved(release)) == (release.observe().base, "")
+    assert (release.observe().head, moved(release)) == (release.observe().base, None)
 
 
 def test_submodule_update_that_detached_to_the_pin_is_reported_with_the_way_back(
@@ -171,14 +169,15 @@ def test_submodule_update_that_detached_to_the_pin_is_reported_with_the_way_back
         sh_git(workspace.layout.root, "update-index", "--no-skip-worktree", "vendor/vllm")
         sh_git(workspace.layout.root, "submodule", "--quiet", "update", "--checkout", "vendor/vllm")
         assert workspace.observe().head == workspace.pin.commit
-        sentence = moved(workspace)
-        assert sentence.startswith(
+        row = moved(workspace)
+        assert row
+        assert row.text.startswith(
             f"another program moved vendor/vllm from the stack to {workspace.pin.commit[:12]}"
             f" (checkout: moving from {tip} "
         )
-        assert sentence.endswith("back: ./scripts/inv patch.apply")
-        follow(workspace, sentence)
-        assert (workspace.observe().head, moved(workspace)) == (tip, "")
+        assert row.hint == "./scripts/inv patch.apply"
+        follow(workspace, row)
+        assert (workspace.observe().head, moved(workspace)) == (tip, None)
 
 
 def test_submodule_recurse_of_a_branch_switch_is_reported_too(
@@ -193,9 +192,10 @@ def test_submodule_recurse_of_a_branch_switch_is_reported_too(
         sh_git(root, "commit", "--quiet", "--all", "--message", "patched")
         sh_git(root, "-c", "submodule.recurse=true", "switch", "--quiet", "main")
         assert workspace.observe().head == workspace.pin.commit
-        sentence = moved(workspace)
-        assert "submodule.recurse" in sentence
-        follow(workspace, sentence)
+        row = moved(workspace)
+        assert row
+        assert "submodule.recurse" in row.text
+        follow(workspace, row)
         assert workspace.observe().head == tip
 
 
@@ -204,10 +204,11 @@ def test_way_back_leads_to_commits_that_were_never_exported(
 ) -> None:
     mine = commit(applied.vllm, "Mine", {"vllm/mine.py": "mine\n"})
     sh_git(applied.vllm, "checkout", "--quiet", "--detach", applied.observe().base or "")
-    sentence = moved(applied)
-    assert sentence.endswith(f"back: git -C vendor/vllm checkout {mine[:12]}")
-    follow(applied, sentence)
-    assert (applied.observe().head, moved(applied)) == (mine, "")
+    row = moved(applied)
+    assert row
+    assert row.hint == f"git -C vendor/vllm checkout {mine[:12]}"
+    follow(applied, row)
+    assert (applied.observe().head, moved(applied)) == (mine, None)
 
 
 def test_another_branch_of_the_user_is_reported_with_the_way_back(release: Workspace) -> None:
@@ -216,9 +217,10 @@ def test_another_branch_of_the_user_is_reported_with_the_way_back(release: Works
     commit(release.vllm, "other", {"a": "a\n"})
     sh_git(release.vllm, "checkout", "--quiet", "-b", "third")
     assert states(release)[0] == "foreign"
-    sentence = moved(release)
-    assert sentence.endswith("back: git -C vendor/vllm checkout refs/patches/tip")
-    follow(release, sentence)
+    row = moved(release)
+    assert row
+    assert row.hint == "git -C vendor/vllm checkout refs/patches/tip"
+    follow(release, row)
     assert release.observe().head == tip
 
 
@@ -227,10 +229,14 @@ def test_gitlink_that_is_not_the_pin_is_reported(
 ) -> None:
     other = sh_git(upstream.work, "rev-parse", "drift")
     sh_git(checked_out.layout.root, "update-index", "--cacheinfo", f"160000,{other},vendor/vllm")
-    assert moved(checked_out).startswith(
+    row = moved(checked_out)
+    assert row
+    assert row.text == (
         f"the superproject's index has vendor/vllm at {other[:12]}, vendor/pins.toml at"
-        f" {checked_out.pin.commit[:12]}; git log"
+        f" {checked_out.pin.commit[:12]}"
     )
+    assert row.hint
+    assert row.hint.startswith("git log --oneline -3 -- vendor/pins.toml vendor/vllm ")
 
 
 def test_pin_that_moved_under_a_stack_is_reported_with_the_way_to_follow(
@@ -242,13 +248,16 @@ def test_pin_that_moved_under_a_stack_is_reported_with_the_way_to_follow(
         workspace.pin = replace(workspace.pin, commit=drift, url=str(upstream.work))
         workspace.series({}, base=drift)
         sh_git(workspace.layout.root, "update-index", "--cacheinfo", f"160000,{drift},vendor/vllm")
-        sentence = moved(workspace)
-        assert "lacks v1.0.0: the pin moved" in sentence
+        row = moved(workspace)
+        assert row
+        assert "lacks v1.0.0: the pin moved" in row.text
         sh_git(workspace.vllm, "fetch", "--quiet", str(upstream.work), drift)
-        sentence = moved(workspace)
-        assert f"is based on {upstream.pin.commit[:12]}, the pin is {drift[:12]}" in sentence
-        follow(workspace, sentence)
-        assert (workspace.observe().head, moved(workspace)) == (drift, "")
+        row = moved(workspace)
+        assert f"is based on {upstream.pin.commit[:12]}, the pin is {drift[:12]}" in (
+            row.text if row else ""
+        )
+        follow(workspace, row)
+        assert (workspace.observe().head, moved(workspace)) == (drift, None)
 
 
 def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied: Workspace) -> None:
@@ -268,15 +277,16 @@ def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied:
     err, out = io.StringIO(), io.StringIO()
     overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))
     lines = err.getvalue().splitlines()
-    assert [line.split()[0] for line in lines] == ["applied", "applied", "applied", "next:"]
-    assert lines[1] == "applied     [Bugfix] Größer: twenty in words  Pending  vllm/lines.py"
+    assert [line.split()[0] for line in lines] == ["applied", "applied", "applied", "hint:"]
+    assert lines[1] == "applied  [Bugfix] Größer: twenty in words  Pending  vllm/lines.py"
     overview.show(
         applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err), as_json=True
     )
     record = json.loads(out.getvalue())
     assert [row["state"] for row in record["rows"]] == ["applied", "applied", "applied"]
     assert (
-        record["next"] == "nothing to do; after commits in vendor/vllm: ./scripts/inv patch.export"
+        record["next"]
+        == "./scripts/inv patch.export    after commits in vendor/vllm; nothing is due now"
     )
     write(applied.vllm, {"README": "edited\n"})
     overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))

@@ -26,6 +26,7 @@ from workspace.core.errors import (
 from workspace.core.paths import Layout, here
 from workspace.core.settings import load
 from workspace.machine import run_environment
+from workspace.machine.machine import Machine
 from workspace.server import fit, models
 
 FETCHED = """import json, os, pathlib, sys
@@ -108,8 +109,7 @@ def test_model_is_fetched_once_and_then_needs_no_hub(clone: Clone) -> None:
     assert [line.split()[0] for line in clone.output.splitlines()[:2]] == ["skipped", "skipped"]
     out = io.StringIO()
     fit.show_recipes(
-        clone.layout,
-        load(clone.layout, environ=clone.shell),
+        Machine(clone.layout, load(clone.layout, environ=clone.shell)),
         console=Console(out=out, err=out),
         as_json=True,
     )
@@ -228,14 +228,14 @@ def test_vocabularies_are_fetched_with_their_hash_if_harmony_needs_them_and_runs
     )
     clone.probe(FETCHED)
     settings = load(clone.layout, environ=clone.shell)
-    assert run_environment.ENCODINGS not in run_environment.run_variables(
-        clone.layout, settings, stack=None
+    assert run_environment.ENCODINGS not in run_environment.built_environment(
+        clone.layout, settings, "fetch", stack=None
     )
     clone.fetch()
     assert sorted(path.name for path in clone.layout.encodings.iterdir()) == sorted(
         run_environment.VOCABULARIES
     )
-    assert run_environment.run_variables(clone.layout, settings, stack=None)[
+    assert run_environment.built_environment(clone.layout, settings, "serve", stack=None)[
         run_environment.ENCODINGS
     ] == str(clone.layout.encodings)
     # A file that was damaged later is fetched again.
@@ -255,8 +255,8 @@ def test_vocabulary_with_another_hash_is_refused_and_runs_do_not_use_it(
     clone.probe(FETCHED)
     with pytest.raises(SourceError, match="sha256"):
         clone.fetch()
-    assert run_environment.ENCODINGS not in run_environment.run_variables(
-        clone.layout, load(clone.layout, environ=clone.shell), stack=None
+    assert run_environment.ENCODINGS not in run_environment.built_environment(
+        clone.layout, load(clone.layout, environ=clone.shell), "serve", stack=None
     )
 
 

@@ -114,12 +114,12 @@ esac"""
 
 def test_spark_shares_the_machines_memory_and_another_gpu_has_its_own(house: House) -> None:
     house.program("nvidia-smi", GB10)
-    spark = fit.observe(house.settings(), device="cuda")
+    spark = fit.observe(house.machine(), device="cuda")
     assert spark.is_unified
     assert spark.residents == (Resident(4711, "python3", None),)
     assert 0 < spark.available_gib <= spark.total_gib
     house.program("nvidia-smi", H100)
-    other = fit.observe(house.settings(), device="cuda")
+    other = fit.observe(house.machine(), device="cuda")
     assert (other.is_unified, round(other.total_gib), round(other.available_gib)) == (False, 80, 68)
     assert other.residents == (Resident(12, "vllm", 10.0),)
 
@@ -127,4 +127,4 @@ def test_spark_shares_the_machines_memory_and_another_gpu_has_its_own(house: Hou
 @pytest.mark.parametrize("script", ["exit 9", "echo garbage", "echo ', , ,'"])
 def test_failing_driver_counts_as_no_gpu(house: House, script: str) -> None:
     house.program("nvidia-smi", script)
-    assert fit.observe(house.settings(), device="cuda").total_gib > 0
+    assert fit.observe(house.machine(), device="cuda").total_gib > 0

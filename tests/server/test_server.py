@@ -255,7 +255,7 @@ def test_crash_in_the_start_up_is_reported_with_its_cause(place: Path) -> None:
         ),
     ],
 )
-def test_known_symptom_ends_in_its_cause_and_the_command_that_mends_it(
+def test_known_symptom_ends_in_its_cause_and_the_command_that_fixes_it(
     place: Path, manner: str, message: str, hint: str
 ) -> None:
     order = replace(launch(manner), facts={"typed": "./scripts/inv serve x -- --port 1"})

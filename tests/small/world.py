@@ -52,6 +52,19 @@ HOSTILE_GIT = """[core]
 \tprune = true
 """
 TIMEOUT_S = 120.0
+# The probe of the first token for a vLLM that computes nothing. A file `no-token` in the clone is
+# its error.
+FIRST_TOKEN = """import json, sys
+from pathlib import Path
+
+import vllm
+
+folder = Path(sys.argv[1])
+assert folder.is_dir() and not list(folder.iterdir())
+print("@ generating a token", file=sys.stderr, flush=True)
+broken = Path(__file__).parents[2] / "no-token"
+print(json.dumps({"schema": 1, "error": broken.read_text() if broken.exists() else None}))
+"""
 
 Listing = dict[str, tuple[int, int, int, int]]
 
@@ -264,6 +277,7 @@ def make_world(materials: Materials, folder: Path, *, source: str = "release") -
         elif origin.exists():
             shutil.copy2(origin, root / name)
     layout = Layout(root)
+    (layout.probes / "real_model.py").write_text(FIRST_TOKEN)
     _write_pins(layout, materials)
     _write_series(layout, materials)
     _commit(layout, materials)

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from workspace.bench import ab_trees, compare, conditions, measure, results, subject
+from workspace.bench import ab_trees, compare, measure, results, subject
 from workspace.bench.ab_trees import Hashes, Tree
-from workspace.bench.compare import FACTOR, MIN_STARTS, Judgement, Row
+from workspace.bench.compare import FACTOR, MIN_STARTS, Judgement, MetricDifference
 from workspace.bench.results import Kind, Record
 from workspace.bench.subject import Benchmark, WorkloadOptions
 from workspace.core import lock
-from workspace.core.console import Console, RunLog
+from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import BuildError, PatchConflict, PatchDrift, Regression, SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -25,8 +25,7 @@ from workspace.install import plan
 from workspace.install import sandbox as sandboxes
 from workspace.install.sandbox import Sandbox
 from workspace.machine import check, interpreter
-from workspace.repo import pins
-from workspace.repo.series import State
+from workspace.repo import pins, series
 
 ID_DIGITS = 8
 SHOWN_PACKAGES = 5
@@ -80,7 +79,7 @@ class Session:
 class Verdicts:
     """A row for each metric. With `is_noise` the same tree differs from itself: no row counts."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[MetricDifference, ...]
     is_noise: bool
 
 
@@ -97,7 +96,7 @@ def run(layout: Layout, settings: Settings, options: AbOptions, *, console: Cons
     ):
         observed = plan.observe(layout, settings)
         settings = sandboxes.as_built(settings, observed)
-        check.require(layout, settings, console=console, device=observed.device)
+        check.require(observed.machine, console=console, device=observed.device)
         if options.allow_busy:
             console.warn("the load of other programs is measured too (--allow-busy)")
         session = Session(layout, settings, options, run_log)
@@ -292,7 +291,7 @@ def _start(
 ) -> tuple[Record, dict[str, str]]:
     """Start the process of an arm once; return a record of this start and the mapped libraries."""
     has_gpu = bool(arm.fresh.machine.gpus)
-    conditions.require_idle(
+    measure.require_idle(
         session.settings,
         has_gpu=has_gpu,
         allow_busy=session.options.allow_busy,
@@ -358,19 +357,21 @@ def _print_effects(
     console: Console, name: str, noise: Judgement, order: compare.OrderEffect
 ) -> None:
     console.row(
-        "FAIL" if noise.verdict == "fail" else "ok",
+        State.FAIL if noise.verdict == "fail" else State.OK,
         "A/A",
         f"{name}: odd against even starts of one tree {compare.percent(noise.ratio)}"
         f"{compare.interval_text(noise)}",
     )
     seen = "; both arms are affected alike" if order.is_seen else ""
-    console.row("warn" if order.is_seen else "ok", "order", f"{name}: {order.sentence}{seen}")
+    console.row(
+        State.WARN if order.is_seen else State.OK, "order", f"{name}: {order.sentence}{seen}"
+    )
 
 
 def _print_next(session: Session, verdicts: Verdicts) -> None:
     if needed := compare.most_needed(verdicts.rows):
-        session.console.info(
-            f"next: {command(session.options, repeat=needed)}    keeps the measured starts"
+        session.console.hint(
+            f"{command(session.options, repeat=needed)}    keeps the measured starts"
         )
 
 
@@ -397,7 +398,7 @@ def _compare_each_patch(session: Session, observed: plan.Observation) -> None:
     ours = ab_trees.working_tree(layout, observed, sandbox_name="ab-b")
     stack = observed.stack
     assert stack is not None
-    if stack.state is not State.APPLIED or stack.dirty or observed.checkout.base is None:
+    if stack.state is not series.State.APPLIED or stack.dirty or observed.checkout.base is None:
         raise PatchDrift(
             "--each-patch leaves patches out of the series, but vendor/vllm differs from the tree"
             " that the series makes",
@@ -416,7 +417,7 @@ def _compare_each_patch(session: Session, observed: plan.Observation) -> None:
             with ab_trees.tree_without(layout, observed, name) as tree:
                 found[name] = _judge(session, run_interleaved(session, (tree, ours)))
         except (PatchConflict, BuildError) as exc:
-            console.row("skipped", name, f"cannot be left out: {exc.message}")
+            console.row(State.SKIPPED, name, f"cannot be left out: {exc.message}")
     _conclude(session, stack.names, found)
 
 
@@ -428,7 +429,7 @@ def _conclude(session: Session, names: Sequence[str], found: Mapping[str, Verdic
         if name in found:
             compare.print_rows(found[name].rows, console=console, title=name)
         else:
-            console.row("skipped", name, "cannot be left out, see above")
+            console.row(State.SKIPPED, name, "cannot be left out, see above")
     for verdicts in found.values():
         _print_next(session, verdicts)
     slow = [

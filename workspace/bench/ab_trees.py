@@ -5,7 +5,6 @@ are.
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from workspace.bench import results
 from workspace.bench.results import Record
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, CheckoutError, PatchConflict, SettingsError
 from workspace.core.files import read_regular, sha256
@@ -23,6 +22,7 @@ from workspace.core.paths import Layout
 from workspace.install import plan
 from workspace.install import sandbox as sandboxes
 from workspace.install.sandbox import Sandbox
+from workspace.machine import hardware
 from workspace.repo import checkout, pins, series
 from workspace.repo.git import Git, am, worktree
 from workspace.repo.pins import Pin
@@ -260,20 +260,14 @@ class LibraryWatch:
             return
         self._next = time.monotonic() + LOOK_EVERY_S
         for pid in process_tree.below({os.getpid()}, process_tree.living()):
-            with (
-                contextlib.suppress(OSError),
-                open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file,
-            ):
-                for line in file:
-                    self._take(line.rstrip("\n"))
+            for path, inode in hardware.mapped_files(pid):
+                self._take(path, inode)
 
-    def _take(self, line: str) -> None:
-        fields = line.split(None, 5)
-        path = fields[5] if len(fields) == 6 else ""
+    def _take(self, path: str, inode: int) -> None:
         if ".so" not in path:
             return
         if path.startswith(f"{self._tree}/"):
-            self._mapped[path] = int(fields[4])
+            self._mapped[path] = inode
         elif path.startswith(self._others) and not path.startswith(
             f"{os.path.realpath(self._sandbox.layout.root)}/"
         ):
@@ -372,12 +366,10 @@ def require_own_vllm(sandbox: Sandbox, environment: Mapping[str, str]) -> Path:
             timeout_s=_PROBE_TIMEOUT_S,
         )
     try:
-        origin = json.loads(done.stdout)["vllm"]
-    except (ValueError, KeyError, TypeError):
+        origin = records.decode(done.stdout, dict[str, str | None]).get("vllm")
+    except records.DecodeError:
         origin = None
-    if not isinstance(origin, str) or not Path(origin).resolve().is_relative_to(
-        sandbox.layout.vllm.resolve()
-    ):
+    if origin is None or not Path(origin).resolve().is_relative_to(sandbox.layout.vllm.resolve()):
         raise BuildError(
             f"{sandbox.shown} imports vllm from {origin or 'nowhere'}, not from its own tree",
             hint=f"rm -rf {sandbox.shown}    and the same command again",

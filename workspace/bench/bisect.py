@@ -40,7 +40,7 @@ VERB = "nox -s bisect"
 # After this many skips in a row a person should look at the cause.
 MOST_SKIPS = 12
 SHOWN = 8
-_STATES: Mapping[Verdict, State] = {"good": "ok", "bad": "FAIL", "skip": "warn"}
+_STATES: Mapping[Verdict, State] = {"good": State.OK, "bad": State.FAIL, "skip": State.WARN}
 
 Attempt = Callable[[str, Role, BisectLog], Outcome]
 
@@ -310,7 +310,7 @@ def describe(
         patch = searched.names.get(state.culprit)
         culprit = {**asdict(stats), "changes": changes, "patch": patch}
     return {
-        "schema": bisect_log.SCHEMA,
+        "schema": log.SCHEMA,
         "verdict": (
             "found" if culprit else "contradiction" if state.contradiction else "inconclusive"
         ),

@@ -5,14 +5,14 @@ so that the same command resumes a bisect that was killed at any point.
 """
 
 import hashlib
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+from workspace.core import records
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
@@ -20,13 +20,12 @@ from workspace.core.errors import (
     SettingsError,
     WorkspaceError,
 )
-from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
+from workspace.core.records import Document
 from workspace.core.settings import nearest, shortened
 from workspace.install import plan
 from workspace.repo.git import Git, am, history, worktree
 
-SCHEMA = 1
 ABORT = "./scripts/nox -s bisect -- --abort"
 GOOD_REFS = "refs/good"
 
@@ -192,7 +191,7 @@ class Try:
 
 
 @dataclass(frozen=True)
-class BisectLog:
+class BisectLog(records.Record, schema=1):
     """A bisect so far; `context` is a digest of the patches and their base commit.
 
     Tries in another context do not count.
@@ -203,6 +202,12 @@ class BisectLog:
     bad: str
     context: str
     tries: tuple[Try, ...] = ()
+
+    @classmethod
+    def upgrade(cls, document: Document) -> Document:
+        # The first edition wrote the options as `asked`, and both write the context as `ground`.
+        options = document.get("options", document.get("asked"))
+        return {**document, "options": options, "context": document.get("ground")}
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
@@ -251,14 +256,14 @@ def log_path(layout: Layout) -> Path:
 def write_log(layout: Layout, log: BisectLog) -> None:
     """Write the log; its keys on disk are those of the first edition, but for `options`."""
     document = {
-        "schema": SCHEMA,
+        "schema": log.SCHEMA,
         "options": asdict(log.options),
         "good": log.good,
         "bad": log.bad,
         "ground": log.context,
         "tries": [asdict(attempt) for attempt in log.tries],
     }
-    write_atomic(log_path(layout), json.dumps(document, indent=1, allow_nan=False).encode())
+    records.write(log_path(layout), document)
 
 
 def read_log(layout: Layout) -> BisectLog | None:
@@ -268,32 +273,11 @@ def read_log(layout: Layout) -> BisectLog | None:
     """
     path = log_path(layout)
     try:
-        return _parse_log(json.loads(read_regular(path)))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        return records.load(path, BisectLog)
+    except records.DecodeError as exc:
         raise WorkspaceError(
             f"cannot resume the bisect in {layout.relative(path)}: {exc}", hint=ABORT
         ) from exc
-
-
-def _parse_log(document: Mapping[str, object]) -> BisectLog:
-    if document["schema"] != SCHEMA:
-        raise ValueError(f"it has schema {document['schema']}, this workspace reads {SCHEMA}")
-    # The first edition wrote the options as `asked`.
-    options, tries = document.get("options", document.get("asked")), document["tries"]
-    assert isinstance(options, dict)
-    assert isinstance(tries, list)
-    found = tuple(Try(**{**entry, "values": tuple(entry["values"])}) for entry in tries)
-    if any(attempt.verdict not in get_args(Verdict) for attempt in found):
-        raise ValueError("it has an unknown verdict")
-    return BisectLog(
-        BisectOptions(**options),
-        str(document["good"]),
-        str(document["bad"]),
-        str(document["ground"]),
-        found,
-    )
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ Its outcome is good, bad or skip. A tree that hangs or does not answer is skippe
 be blamed for a fault that nobody observed.
 """
 
-import contextlib
 import io
-import json
 import re
 import shlex
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,20 +20,20 @@ from workspace.bench.bisect_log import Verdict
 from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Kind
 from workspace.bench.subject import Benchmark, WorkloadOptions
-from workspace.checks.registry import REGISTRY
+from workspace.checks.registry import REGISTRY, last_record
 from workspace.core import process
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import SettingsError, SmokeError, ToolchainError, WorkspaceError
-from workspace.core.files import read_regular
 from workspace.core.settings import Settings, nearest, shortened
 from workspace.install.sandbox import Sandbox
+from workspace.machine.machine import Machine
 from workspace.server.command import built_environment
 
 SMOKE = "smoke"
 # The good end is the reference for all other commits, so it gets twice as many starts as another
 # commit gets at first. No commit gets more than MOST_STARTS.
 REFERENCE_STARTS, MOST_STARTS = 2 * MIN_STARTS, 4 * MIN_STARTS
-# A probe has a shorter timeout of its own (OWN_SHARE in checks/smoke_suite.py). When it or its
+# A probe has a shorter timeout of its own (PROBE_SHARE in checks/probe_runs.py). When it or its
 # caller gives up, this text is in the evidence of every check that the probe was to answer.
 OWN_WATCH, NO_ANSWER = 0.8, "gave no answer in"
 # Exit codes of a command, as in git-bisect(1).
@@ -176,21 +175,17 @@ def _smoke(predicate: Predicate, trial: Trial) -> Mapping[str, object] | str:
         # One failure decides the whole smoke; a single check must be reached first.
         is_fail_fast=predicate.kind == "smoke",
     )
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            smoke.smoke(
-                layout,
-                trial.settings,
-                options,
-                console=Console(out=io.StringIO(), err=io.StringIO()),
-            )
-        except SmokeError as exc:
-            if not layout.smoke_record.exists():
-                return exc.message
-        found = json.loads(read_regular(layout.smoke_record))
-        assert isinstance(found, dict)
-        return found
-    return "the smoke left no record"
+    try:
+        smoke.smoke(
+            layout,
+            trial.settings,
+            options,
+            console=Console(out=io.StringIO(), err=io.StringIO()),
+        )
+    except SmokeError as exc:
+        if not layout.smoke_record.exists():
+            return exc.message
+    return last_record(layout) or "the smoke left no record"
 
 
 def judge_smoke(
@@ -243,7 +238,7 @@ def _measure(name: str, trial: Trial, reference: Sequence[float], view: Step) ->
             if not samples.get(name):
                 kind = benchmark.work.kind
                 return Outcome("skip", f"vllm bench {kind} does not measure {name} here")
-            values.append(metrics.median(samples[name]))
+            values.append(statistics.median(samples[name]))
         outcome = _judge_values(name, values, reference, trial.bounds.factor)
         if outcome is not None:
             return outcome
@@ -257,14 +252,13 @@ def _judge_values(
     metric = metrics.known(name)
     if not reference:
         evidence = (
-            f"{name} {metrics.median(values):.4g} {metric.unit} ±"
+            f"{name} {statistics.median(values):.4g} {metric.unit} ±"
             f" {metrics.variation(values):.1%}, {len(values)} starts"
         )
         return Outcome("good", evidence, tuple(values))
     judgement = compare.judge_samples(reference, values, better=metric.better, factor=factor)
-    evidence = compare.sentence(
-        compare.Row(name, metrics.median(reference), metrics.median(values), judgement)
-    )
+    middle, now = statistics.median(reference), statistics.median(values)
+    evidence = compare.sentence(compare.MetricDifference(name, middle, now, judgement))
     if judgement.verdict != "inconclusive":
         return Outcome("bad" if judgement.verdict == "fail" else "good", evidence, tuple(values))
     if judgement.needed is None or len(values) >= MOST_STARTS:
@@ -296,7 +290,7 @@ def _start(benchmark: Benchmark, trial: Trial) -> Mapping[str, tuple[float, ...]
 
 
 def _run(predicate: Predicate, trial: Trial) -> Outcome:
-    environment = built_environment(trial.sandbox.layout, trial.settings)
+    environment = built_environment(Machine(trial.sandbox.layout, trial.settings), "shell")
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         done = _run_in_time(predicate.argv, environment, Path(neutral), trial)
     if done is None:

@@ -14,7 +14,7 @@ from typing import Literal
 from workspace.bench import metrics, results
 from workspace.bench.metrics import Better
 from workspace.bench.results import Record
-from workspace.core.console import Console, State
+from workspace.core.console import Console, Row, State
 from workspace.core.errors import Regression, SettingsError
 from workspace.core.paths import Layout
 
@@ -30,7 +30,7 @@ POWER = 0.9
 MOST_STARTS = 500
 # Up to this many pairs the distribution of U is counted; above it is taken as normal.
 COUNTED_PAIRS = 2500
-STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "inconclusive": "warn"}
+STATES: Mapping[str, State] = {"pass": State.OK, "fail": State.FAIL, "inconclusive": State.WARN}
 # The smallest factor is 5 % of 5 %.
 LEAST_FACTOR, MOST_FACTOR = 0.0025, 10.0
 SHOWN_VALUE = 120
@@ -153,7 +153,7 @@ def _needed(first: int, second: int, *, half: float, distance: float) -> int | N
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricDifference:
     """One metric of two records: both medians and the judgement."""
 
     metric: str
@@ -199,20 +199,24 @@ def show(
             hint=f"./scripts/inv bench.report    plots both; the factor is {allowed * 100:.3g}%",
         )
     if needed := most_needed(rows):
-        console.info(
-            f"next: ./scripts/nox -s bench -- {b.kind} --label {b.label} --repeat {needed}    on"
-            " both trees; keeps the measured starts"
+        console.hint(
+            f"./scripts/nox -s bench -- {b.kind} --label {b.label} --repeat {needed}    on both"
+            " trees; keeps the measured starts"
         )
 
 
-def print_rows(rows: Sequence[Row], *, console: Console, title: str | None = None) -> None:
+def print_rows(
+    rows: Sequence[MetricDifference], *, console: Console, title: str | None = None
+) -> None:
     """Print the verdict of each metric, with `title` in the place of the metric's name."""
-    for row in rows:
-        text = f"{row.metric} {sentence(row)}" if title else sentence(row)
-        console.row(STATES[row.judgement.verdict], title or row.metric, text)
+    shown = [(one, f"{one.metric} " if title else "") for one in rows]
+    console.rows(
+        Row(STATES[one.judgement.verdict], title or one.metric, f"{metric}{sentence(one)}")
+        for one, metric in shown
+    )
 
 
-def worse(rows: Sequence[Row]) -> str:
+def worse(rows: Sequence[MetricDifference]) -> str:
     """Return the metrics that got worse, with their changes; empty if none did."""
     return ", ".join(
         f"{row.metric} {percent(row.judgement.ratio)}"
@@ -221,7 +225,7 @@ def worse(rows: Sequence[Row]) -> str:
     )
 
 
-def most_needed(rows: Sequence[Row]) -> int:
+def most_needed(rows: Sequence[MetricDifference]) -> int:
     """Return the starts of each arm that settle the inconclusive metrics, 0 if there are none."""
     return max(
         (row.judgement.needed or 0 for row in rows if row.judgement.verdict == "inconclusive"),
@@ -244,7 +248,7 @@ def parsed_factor(text: str) -> float:
     return factor
 
 
-def judge_records(first: Record, second: Record, *, factor: float) -> tuple[Row, ...]:
+def judge_records(first: Record, second: Record, *, factor: float) -> tuple[MetricDifference, ...]:
     """Judge each metric that both records have. Raises SettingsError if they share none."""
     shared = [name for name in first.metrics if name in second.metrics]
     if not shared:
@@ -259,11 +263,11 @@ def judge_records(first: Record, second: Record, *, factor: float) -> tuple[Row,
     for name in shared:
         a, b = first.values(name), second.values(name)
         judgement = judge_samples(a, b, better=metrics.known(name).better, factor=factor)
-        rows.append(Row(name, metrics.median(a), metrics.median(b), judgement))
+        rows.append(MetricDifference(name, statistics.median(a), statistics.median(b), judgement))
     return tuple(rows)
 
 
-def sentence(row: Row) -> str:
+def sentence(row: MetricDifference) -> str:
     """Return verdict, change, chance and medians of a metric in one line."""
     judgement = row.judgement
     chance = f"p = {judgement.p:.2g}, " if judgement.low is not None else ""

@@ -1,27 +1,31 @@
-"""The run of `nox -s bench`: start the measured process again and again, and record each start.
+"""The run of `nox -s bench`: start the measured process again and again, and record each start with
+its conditions: load, clocks, why a GPU's driver limits them; and the idle check before a start.
 
 The record is written after each start, so that the same command resumes an interrupted run.
 """
 
 import contextlib
-import json
+import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.bench import compare, conditions, metrics, results, subject
+from workspace.bench import compare, metrics, results, subject
 from workspace.bench.compare import MIN_STARTS
-from workspace.bench.results import Kind, Record, Start
+from workspace.bench.results import Clocks, Conditions, Kind, Record, Start
 from workspace.bench.subject import Benchmark, Workload, WorkloadOptions
-from workspace.core import lock, process
+from workspace.core import lock, process, records
+from workspace.core.child_variables import with_given
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
-from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
+from workspace.machine.doctor_toolchain import is_vllm
+from workspace.machine.gpu import Driver, Sensors
+from workspace.machine.machine import Machine, running_programs
 from workspace.server import lifecycle, observation, process_tree
 from workspace.server.observation import Address
 
@@ -33,6 +37,27 @@ _BACKEND = re.compile(
 )
 # Paths, addresses of objects and digests change with each start.
 _PASSING = re.compile(r"[0-9a-f]{12,}|/\S+")
+_CPUS = Path("/sys/devices/system/cpu")
+# The reasons why the driver limits the clocks (nvml.h, nvmlClocksEventReason*). An idle GPU and
+# clocks that the user set are left out: they are no fault.
+_BITS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software heat limit",
+    0x40: "hardware heat limit",
+    0x80: "power brake",
+}
+LOOK_S = 1.0
+# After this time the processes of a build or of the last start are gone.
+WAIT_S = 30.0
+# The load of other programs, in cores, that a measurement tolerates: 0.2 of two cores, one of the
+# twenty cores of a Spark.
+LEAST_CORES, MOST_SHARE = 0.2, 0.05
+SHOWN = 3
+_OVERRIDE = (
+    "--allow-busy    measures anyway, and needs more starts to separate a difference from noise"
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +81,8 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
     from workspace.install.status import require_built
     from workspace.machine import check
 
-    observed = require_built(layout, settings)
-    check.require(layout, settings, console=console, device=observed.device)
+    observed = require_built(Machine(layout, settings))
+    check.require(observed.machine, console=console, device=observed.device)
     # The lock keeps the tree unchanged while it is measured.
     with (
         lock.hold(layout.lock, verb="nox -s bench") as held,
@@ -177,12 +202,12 @@ def measure_once(
         if found := _BACKEND.search(line):
             seen.add(_PASSING.sub("…", found[1]))
 
-    before = conditions.observe(settings, has_gpu=has_gpu)
+    before = observe_conditions(settings, has_gpu=has_gpu)
     time_of_start, began = subject.utc_now(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         samples = _samples(benchmark, Path(neutral), run_log=run_log, look=look)
     seconds = round(time.monotonic() - began, 2)
-    after = conditions.observe(settings, has_gpu=has_gpu)
+    after = observe_conditions(settings, has_gpu=has_gpu)
     return Start(time_of_start, seconds, before, after, samples), tuple(seen)
 
 
@@ -237,7 +262,7 @@ def measure_server(
             try:
                 process.run(
                     subject.client(layout, work, result, port=address.port, at=at),
-                    env={**environment, "OPENAI_API_KEY": key or "none"},
+                    env=with_given(environment, "bench", {"OPENAI_API_KEY": key or "none"}),
                     run_log=run_log,
                     cwd=folder,
                     failure=ServeError,
@@ -267,11 +292,134 @@ def read_samples(
 ) -> dict[str, tuple[float, ...]]:
     """Read the samples of a result file. Raises WorkspaceError where it has none."""
     try:
-        document = json.loads(read_regular(result))
-        return metrics.samples(work.kind, document if isinstance(document, dict) else {}, at=at)
-    except (OSError, ValueError, RecursionError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else exc
+        document = records.load(result, dict[str, object]) or {}
+        return metrics.samples(work.kind, document, at=at)
+    except ValueError as exc:
         raise WorkspaceError(
-            f"vllm bench {work.kind} measured nothing: {reason}",
+            f"vllm bench {work.kind} measured nothing: {exc}",
             hint="read the newest log in .workspace/logs",
         ) from exc
+
+
+def observe_conditions(settings: Settings, *, has_gpu: bool) -> Conditions:
+    """Observe load and clocks now; a driver takes up to 1 s, a driver with a fault 5 s."""
+    sensors = Driver(settings).sensors() if has_gpu else ()
+    return Conditions(
+        round(os.getloadavg()[0], 2), _processor_mhz(_CPUS), tuple(map(_clocks, sensors))
+    )
+
+
+def _clocks(seen: Sensors) -> Clocks:
+    limits = None
+    if seen.limits is not None:
+        limits = ", ".join(name for bit, name in _BITS.items() if seen.limits & bit) or "nothing"
+    return Clocks(seen.sm_mhz, seen.memory_mhz, seen.celsius, seen.watts, limits)
+
+
+def _processor_mhz(folder: Path) -> float | None:
+    """Return the mean clock of the cores (cpufreq, kHz)."""
+    found = []
+    for path in folder.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"):
+        try:
+            found.append(int(path.read_text(encoding="ascii")) / 1000)
+        except (OSError, ValueError):
+            continue
+    return round(sum(found) / len(found), 1) if found else None
+
+
+def require_idle(
+    settings: Settings, *, has_gpu: bool, allow_busy: bool, console: Console, wait_s: float = WAIT_S
+) -> None:
+    """Wait up to `wait_s` until the machine is idle.
+
+    Raises WorkspaceError naming the programs that use the machine, unless `allow_busy`.
+    """
+    if allow_busy:
+        return
+    deadline, is_reported = time.monotonic() + wait_s, False
+    while others := observe_others(settings, has_gpu=has_gpu):
+        if time.monotonic() >= deadline:
+            raise WorkspaceError(
+                f"something else uses this machine: {'; '.join(others)}", hint=_OVERRIDE
+            )
+        if not is_reported:
+            console.info(
+                f"waiting up to {wait_s:.0f} s for the machine to be idle: {'; '.join(others)}"
+            )
+            is_reported = True
+
+
+def observe_others(settings: Settings, *, has_gpu: bool, look_s: float = LOOK_S) -> tuple[str, ...]:
+    """Return a phrase for each other use of the machine, none if it is idle; takes `look_s`."""
+    known = process_tree.living()
+    ours = process_tree.below({os.getpid()}, known) | {os.getpid()}
+    programs = running_programs()
+    load = _load_of_others(ours, look_s)
+    servers = [
+        f"a vLLM runs, process {program.pid}"
+        for program in programs
+        if program.pid not in ours and is_vllm(program.argv)
+    ][:SHOWN]
+    return (*load, *servers, *(_on_gpus(settings, ours) if has_gpu else ()))
+
+
+def _load_of_others(ours: Collection[int], look_s: float) -> list[str]:
+    """Compare two samples of the processor times: describe the load that is not ours, if it
+    matters.
+    """
+    before, known = _times(), _processor_seconds()
+    time.sleep(look_s)
+    after, now = _times(), _processor_seconds()
+    used = {pid: (seconds - known.get(pid, seconds)) / look_s for pid, seconds in now.items()}
+    cores = len(os.sched_getaffinity(0))
+    own = sum(now.get(pid, 0.0) - known.get(pid, 0.0) for pid in ours)
+    load = (after - before - own) / look_s
+    if load <= max(LEAST_CORES, cores * MOST_SHARE):
+        return []
+    others = [pid for pid in used if pid not in ours and used[pid] >= LEAST_CORES / 2]
+    top = sorted(others, key=lambda pid: -used[pid])[:SHOWN]
+    names = ", ".join(f"{_name(pid)} ({pid}) {used[pid]:.1f}" for pid in top)
+    return [
+        f"{load:.1f} of {cores} cores are busy"
+        + (f": {names}" if names else " with processes that this user may not see")
+    ]
+
+
+def _times() -> float:
+    """Return the seconds for which our cores have worked so far."""
+    import psutil
+
+    ours = os.sched_getaffinity(0)
+    return sum(
+        each.user + each.nice + each.system + each.irq + each.softirq
+        for number, each in enumerate(psutil.cpu_times(percpu=True))
+        if number in ours
+    )
+
+
+def _processor_seconds() -> dict[int, float]:
+    """Return the processor time of each process so far."""
+    import psutil
+
+    return {
+        running.pid: times.user + times.system
+        for running in psutil.process_iter(["cpu_times"])
+        if (times := running.info["cpu_times"]) is not None
+    }
+
+
+def _name(pid: int) -> str:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return str(psutil.Process(pid).name())
+    return "a process"
+
+
+def _on_gpus(settings: Settings, ours: Collection[int]) -> tuple[str, ...]:
+    """Return a phrase for each other process that the driver lists on a GPU."""
+    return tuple(
+        f"{resident.name.rpartition('/')[2]} ({resident.pid}) holds a GPU"
+        for resident in Driver(settings).residents()
+        if resident.pid not in ours
+    )[:SHOWN]

@@ -140,17 +140,11 @@ def _is_sample(found: object) -> typing.TypeGuard[float]:
     )
 
 
-def median(numbers: Sequence[float]) -> float:
-    return statistics.median(numbers)
-
-
-def percentile(numbers: Sequence[float], percent: float) -> float:
+def percentile(numbers: Sequence[float], percent: int) -> float:
     """Interpolate between the two nearest numbers, as numpy does by default."""
-    ordered = sorted(numbers)
-    place = (len(ordered) - 1) * percent / 100
-    lower = math.floor(place)
-    upper = min(lower + 1, len(ordered) - 1)
-    return ordered[lower] + (ordered[upper] - ordered[lower]) * (place - lower)
+    if len(numbers) == 1:
+        return numbers[0]
+    return statistics.quantiles(numbers, n=100, method="inclusive")[percent - 1]
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ They can be read on a phone, and equal records give equal bytes.
 import io
 import random
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -155,7 +156,7 @@ def history(name: str, metric: str, records: Sequence[Record]) -> Plot:
             axes.plot(
                 [number] * len(values), values, "o", color=COLOURS[0], alpha=0.35, markersize=3
             )
-        medians = [metrics.median(record.values(metric)) for record in records]
+        medians = [statistics.median(record.values(metric)) for record in records]
         axes.plot(numbers, medians, "-", color=COLOURS[0], linewidth=1.2)
         axes.plot(numbers, medians, "_", color=COLOURS[0], markersize=10, markeredgewidth=2)
         step = max(1, len(records) // 8)
@@ -219,7 +220,7 @@ def _draw_medians(axes: "Axes", row: int, values: Sequence[float]) -> None:
         markeredgewidth=1.5,
     )
     axes.plot(
-        [metrics.median(values)] * 2,
+        [statistics.median(values)] * 2,
         [1 - row - 0.35, 1 - row + 0.35],
         "-",
         color=COLOURS[row],
@@ -279,7 +280,7 @@ def throughput(
 def _draw_sweep(axes: "Axes", index: int, label: str, record: Record) -> set[int]:
     """Draw the line of a sweep, and return its loads."""
     curve = sorted(
-        (at, metrics.median(record.values(metric)))
+        (at, statistics.median(record.values(metric)))
         for metric in record.metrics
         if (at := metrics.concurrency(metric)) and metric.startswith("output_")
     )

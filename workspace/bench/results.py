@@ -6,22 +6,20 @@ damaged, or that a newer workspace wrote, is refused.
 
 import datetime
 import json
-import math
-import types
-import typing
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from workspace.bench import metrics
-from workspace.core import settings
-from workspace.core.console import Console, State
+from workspace.core import records, settings
+from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
+from workspace.core.records import DecodeError, NewerSchema
 
-SCHEMA = 1
 LIST = "./scripts/inv bench"
 Kind = Literal["latency", "throughput", "serve", "startup"]
 
@@ -109,7 +107,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(records.Record, schema=1):
     """A benchmark of one tree on one machine, with the `flags` that vLLM's benchmark got.
 
     It has fewer than `repeat` starts if its run was interrupted.
@@ -130,6 +128,20 @@ class Record:
     repeat: int
     starts: tuple[Start, ...]
 
+    def validate(self) -> None:
+        if self.repeat < 1 or not metrics.LABEL.fullmatch(self.label) or not self.source.tree:
+            raise DecodeError("repeat, label or source.tree is not what a benchmark writes")
+        for index, start in enumerate(self.starts):
+            for name, samples in start.samples.items():
+                if metrics.find(name) is None or not all(sample > 0 for sample in samples):
+                    raise DecodeError(
+                        f"starts[{index}].samples.{name} is no metric with positive samples"
+                    )
+        try:
+            records.encode(self)
+        except ValueError as exc:
+            raise DecodeError("it has NaN or infinity in the place of a number") from exc
+
     @property
     def is_complete(self) -> bool:
         return len(self.starts) >= self.repeat
@@ -149,18 +161,13 @@ class Record:
 
     def values(self, metric: str) -> tuple[float, ...]:
         """Return one value for each start, the unit of statistics: the median of its samples."""
-        return tuple(metrics.median(start.samples[metric]) for start in self.starts)
+        return tuple(statistics.median(start.samples[metric]) for start in self.starts)
 
 
 def encode(record: Record) -> bytes:
     """Return a record as JSON. Its summary is for people; `decode` ignores it."""
     summary = {name: metrics.summary(record.values(name)) for name in record.metrics}
-    return (
-        json.dumps(
-            {"schema": SCHEMA, **asdict(record), "summary": summary}, indent=1, allow_nan=False
-        )
-        + "\n"
-    ).encode()
+    return records.encode({"schema": record.SCHEMA, **asdict(record), "summary": summary})
 
 
 def write(path: Path, record: Record) -> None:
@@ -180,102 +187,17 @@ def read(path: Path, *, place: str) -> Record:
             f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}"
         ) from exc
     except NewerSchema as exc:
-        raise SettingsError(
-            f"{place} has schema {exc}, this workspace reads {SCHEMA}: a newer workspace wrote it",
-            hint="git pull",
-        ) from exc
-    except (ValueError, RecursionError) as exc:
+        raise SettingsError(f"{place} {exc}", hint="git pull") from exc
+    except DecodeError as exc:
         raise SettingsError(
             f"{place} is no complete record of a benchmark: {exc}",
             hint=f"mv {place} {place}.damaged    measure again",
         ) from exc
 
 
-class NewerSchema(Exception):
-    """A newer workspace wrote the document."""
-
-
 def decode(content: bytes) -> Record:
-    """Parse a record. Raises ValueError naming the fault and its place, or NewerSchema."""
-    try:
-        document = json.loads(content, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as exc:
-        raise ValueError("it is not UTF-8") from exc
-    except json.JSONDecodeError as exc:
-        raise ValueError(f"it is no JSON from line {exc.lineno} on") from exc
-    if not isinstance(document, dict):
-        raise ValueError("it is no JSON object")
-    schema = document.get("schema")
-    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
-        raise ValueError("schema is missing or is no number")
-    if schema > SCHEMA:
-        raise NewerSchema(schema)
-    record = _decoded(Record, document, "")
-    if (
-        not isinstance(record, Record)
-        or record.repeat < 1
-        or not metrics.LABEL.fullmatch(record.label)
-        or not record.source.tree
-    ):
-        raise ValueError("repeat, label or source.tree is not what a benchmark writes")
-    for index, start in enumerate(record.starts):
-        for name, samples in start.samples.items():
-            if metrics.find(name) is None or not all(sample > 0 for sample in samples):
-                raise ValueError(
-                    f"starts[{index}].samples.{name} is no metric with positive samples"
-                )
-    return record
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"it has {name} in the place of a number")
-
-
-def _decoded(kind: object, found: object, where: str) -> object:
-    """Return `found` as a value of the type `kind`. Raises ValueError where it is not of it."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind):
-        if isinstance(found, dict):
-            hints = typing.get_type_hints(kind)
-            parts = {
-                part.name: _decoded(
-                    hints[part.name], found.get(part.name), f"{where}.{part.name}".lstrip(".")
-                )
-                for part in fields(kind)
-            }
-            return kind(**parts)
-    elif origin is tuple:
-        if isinstance(found, list):
-            return tuple(
-                _decoded(arguments[0], entry, f"{where}[{index}]")
-                for index, entry in enumerate(found)
-            )
-    elif origin is types.UnionType:
-        return None if found is None else _decoded(arguments[0], found, where)
-    elif origin is Literal:
-        if found in arguments:
-            return found
-    elif isinstance(origin, type) and issubclass(origin, Mapping):
-        if isinstance(found, dict):
-            return {
-                name: _decoded(arguments[1], entry, f"{where}.{name}")
-                for name, entry in found.items()
-            }
-    elif kind is float:
-        if isinstance(found, int | float) and not isinstance(found, bool) and _is_finite(found):
-            return float(found)
-    elif isinstance(kind, type) and isinstance(found, kind) and not isinstance(found, bool):
-        return found
-    raise ValueError(
-        f"{where or 'it'} is {'missing' if found is None else 'not what a benchmark writes'}"
-    )
-
-
-def _is_finite(number: float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:
-        return False
+    """Parse a record. Raises DecodeError naming the fault and its place, or NewerSchema."""
+    return records.decode(content, Record)
 
 
 @dataclass(frozen=True)
@@ -359,23 +281,23 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
         document = {"schema": 1, "records": [_document(layout, entry) for entry in found]}
         console.data(json.dumps(document, indent=1))
         return
-    for entry in found:
-        if entry.record is None:
-            console.row("FAIL", entry.path.stem, entry.problem)
-        else:
-            state: State = "ok" if entry.record.is_complete else "warn"
-            console.row(state, entry.record.stem, _line(entry.record))
+    console.rows(_row(entry) for entry in found)
     if not found:
         console.info("there are no records of benchmarks yet")
     is_pair = sum(entry.record is not None for entry in found) > 1
-    console.info(
-        f"next: {'./scripts/inv bench.compare A B' if is_pair else './scripts/nox -s bench'}"
-    )
+    console.hint("./scripts/inv bench.compare A B" if is_pair else "./scripts/nox -s bench")
 
 
 def counted_starts(count: int) -> str:
     """Return `1 start` or `2 starts`."""
     return f"{count} {'start' if count == 1 else 'starts'}"
+
+
+def _row(entry: Entry) -> Row:
+    if entry.record is None:
+        return Row(State.FAIL, entry.path.stem, entry.problem)
+    state = State.OK if entry.record.is_complete else State.WARN
+    return Row(state, entry.record.stem, _line(entry.record))
 
 
 def _line(record: Record) -> str:
@@ -402,7 +324,7 @@ def measured_text(record: Record, name: str) -> str:
     """Return the median of a metric over the starts, with its unit and its variation."""
     values = record.values(name)
     spread = f" ± {metrics.variation(values):.1%}" if len(values) > 1 else ""
-    return f"{name} {metrics.median(values):.4g} {metrics.known(name).unit}{spread}"
+    return f"{name} {statistics.median(values):.4g} {metrics.known(name).unit}{spread}"
 
 
 def _document(layout: Layout, entry: Entry) -> dict[str, object]:
@@ -419,5 +341,5 @@ def _document(layout: Layout, entry: Entry) -> dict[str, object]:
         "model": record.model,
         "starts": len(record.starts),
         "repeat": record.repeat,
-        "medians": {name: metrics.median(record.values(name)) for name in record.metrics},
+        "medians": {name: statistics.median(record.values(name)) for name in record.metrics},
     }

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.bench.results import Gpu, Kind, Machine, Record, Software, Source
+from workspace.bench import results
+from workspace.bench.results import Kind, Record, Software, Source
 from workspace.core.console import RunLog
 from workspace.core.errors import SettingsError
 from workspace.core.files import sha256
@@ -20,7 +21,9 @@ from workspace.core.paths import Layout
 from workspace.core.redaction import Redactor
 from workspace.core.settings import Settings, is_secret
 from workspace.install import plan
-from workspace.machine import hardware, interpreter
+from workspace.install.precompiled import text_of
+from workspace.machine import hardware
+from workspace.machine.machine import Machine
 from workspace.repo.git import Git
 from workspace.server import models
 from workspace.server.command import built_environment
@@ -130,7 +133,7 @@ class Workload:
     engine: tuple[str, ...]
     work: tuple[str, ...]
     recipe: Mapping[str, str]
-    more: Mapping[str, str]
+    given: Mapping[str, str]
     concurrencies: tuple[int, ...] = ()
 
     @property
@@ -165,7 +168,9 @@ def prepare(
             hint="nox -s bench -- latency --model NAME -- --enforce-eager",
         )
     work = _workload(layout, settings, options, run_log=run_log)
-    environment = built_environment(layout, settings, recipe=work.recipe, more=work.more)
+    environment = built_environment(
+        Machine(layout, settings), "bench", recipe=work.recipe, given=work.given
+    )
     return Benchmark(layout, settings, work, environment)
 
 
@@ -173,15 +178,16 @@ def _workload(
     layout: Layout, settings: Settings, options: WorkloadOptions, *, run_log: RunLog
 ) -> Workload:
     kind, model, engine = options.kind, options.model, options.vllm_args
-    more = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CONFIGURE_LOGGING": "1", "VLLM_NO_USAGE_STATS": "1"}
+    given: dict[str, str] = {}
     recipe: Mapping[str, str] = {}
     place = model
     if model == TINY:
         place = str(models.tiny(layout, settings, run_log=run_log))
         engine = (*_TINY_ENGINE, *engine)
-        more |= _TINY_ENVIRONMENT
+        given |= _TINY_ENVIRONMENT
         # The engine of a server is a process of its own, whatever this variable is.
-        more |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if kind in ("latency", "throughput") else {}
+        if kind in ("latency", "throughput"):
+            given["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     elif model == "smollm2":
         place = str(models.smollm2(layout, settings, run_log=run_log))
         recipe = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
@@ -190,7 +196,7 @@ def _workload(
     work = (_TINY_WORK if model == TINY else _WORK)[kind]
     loads = SWEEP if options.has_sweep else (CONCURRENCY,)
     return Workload(
-        kind, place, model, engine, work, recipe, more, loads if kind == "serve" else ()
+        kind, place, model, engine, work, recipe, given, loads if kind == "serve" else ()
     )
 
 
@@ -274,7 +280,7 @@ def describe(
     layout, settings, work = benchmark.layout, benchmark.settings, benchmark.work
     clone = outer or layout
     redactor = Redactor(hardware.private(clone, settings))
-    installed, machine = interpreter.installed(layout), hardware.observe(settings)
+    installed, machine = observed.machine.packages(), observed.machine
     build = observed.torch
     return Record(
         kind=work.kind,
@@ -282,7 +288,7 @@ def describe(
         time=utc_now(),
         workspace=Git(clone.root).head() if (clone.root / ".git").exists() else None,
         source=_source(layout, observed),
-        machine=_machine(machine),
+        machine=_recorded_machine(machine),
         software=Software(
             vllm=installed.get("vllm", "none"),
             torch=build.version if build else "none",
@@ -321,31 +327,27 @@ def _source(layout: Layout, observed: plan.Observation) -> Source:
         tree=(stack.tree if stack else None) or "unknown",
         dirty=plan.edits_digest(layout, stack),
         patches=tuple(stack.names) if stack else (),
-        kernels=(
-            " ".join(part for part in stamped.inputs.get("origin", "").split() if len(part) < 64)
-            if stamped
-            else "none"
-        ),
+        kernels=text_of(stamped.kernels if stamped else None),
         libraries=(
             {library.path: library.sha256 for library in stamped.libraries} if stamped else {}
         ),
     )
 
 
-def _machine(machine: hardware.Machine) -> Machine:
-    processor = _processor()
-    gpus = tuple(Gpu(gpu.name, gpu.capability, gpu.driver) for gpu in machine.gpus)
+def _recorded_machine(machine: Machine) -> results.Machine:
+    host = machine.host()
+    gpus = tuple(results.Gpu(gpu.name, gpu.capability, gpu.driver) for gpu in machine.gpus)
     kind = re.sub(
         r"[^a-z0-9]+",
         "-",
-        (gpus[0].name if gpus else f"{machine.architecture}-{machine.cores}-cores").lower(),
+        (gpus[0].name if gpus else f"{host.architecture}-{host.cores}-cores").lower(),
     ).strip("-")
-    return Machine(
+    return results.Machine(
         f"{kind}-{_machine_digest()}",
-        machine.architecture,
-        processor,
-        machine.cores,
-        round(machine.memory_gib, 1),
+        host.architecture,
+        hardware.processor()[0],
+        host.cores,
+        round(host.memory_gib, 1),
         gpus,
     )
 
@@ -362,18 +364,3 @@ def _machine_digest() -> str:
     return hashlib.sha256(f"vllm workspace {own or platform.node()}".encode()).hexdigest()[
         :NAME_DIGITS
     ]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (
-            line.partition(":")[2].strip()
-            for line in lines
-            if line.startswith(("model name", "CPU part", "Hardware"))
-        ),
-        platform.machine(),
-    )

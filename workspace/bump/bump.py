@@ -14,6 +14,7 @@ from workspace.bump import forecast, known_good, promote, staging
 from workspace.bump.staging import BumpSandbox, BumpStart
 from workspace.core import lock
 from workspace.core.console import Console, RunLog
+from workspace.core.console import State as RowState
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
@@ -246,10 +247,8 @@ def _repin_same_source(layout: Layout, pin: pins.Pin, new: pins.Pin, run_log: Ru
     pins.save(layout.pins, new)
     _update_series_base(layout)
     staging.set_gitlink(layout, new.commit, run_log=run_log)
-    run_log.console.info(
-        f"{pin.tag} is pinned by upstream's own commit now, {new.commit[:12]}; to commit: git add"
-        " vendor/pins.toml patches/vllm && git commit"
-    )
+    run_log.console.info(f"{pin.tag} is pinned by upstream's own commit now, {new.commit[:12]}")
+    run_log.console.hint("git add vendor/pins.toml patches/vllm && git commit")
 
 
 def _update_series_base(layout: Layout) -> None:
@@ -389,7 +388,7 @@ def _with_sandbox_hint(bump_sandbox: BumpSandbox) -> Iterator[None]:
 
 def _smoke(bump_sandbox: BumpSandbox, tree: Git, settings: Settings, console: Console) -> None:
     if known_good.smoke_passed(bump_sandbox.layout, tree.tree("HEAD")):
-        console.row("skipped", "smoke", "has passed on this tree")
+        console.row(RowState.SKIPPED, "smoke", "has passed on this tree")
         return
     with _with_sandbox_hint(bump_sandbox):
         run_smoke(bump_sandbox.layout, settings, console)

@@ -8,13 +8,13 @@ import datetime
 import functools
 import platform
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from workspace.compile import externals
+from workspace.core import records
 from workspace.core.files import read_regular
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
@@ -104,8 +104,8 @@ def _flags_in(text: str) -> Iterator[str]:
 
 def _tokens(recipe: Path) -> Iterator[str]:
     """Yield every key and text of a recipe; keys of a table of flags also as `--key`."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        yield from _walk(tomllib.loads(read_regular(recipe).decode()), "")
+    with contextlib.suppress(OSError, records.DecodeError):
+        yield from _walk(records.parse_toml(read_regular(recipe)), "")
 
 
 def _walk(value: object, name: str) -> Iterator[str]:
@@ -396,7 +396,7 @@ def _build_requires(content: str) -> list[str]:
 
 def _table(content: str, name: str) -> Mapping[str, object]:
     try:
-        found = tomllib.loads(content).get(name)
-    except (ValueError, RecursionError):
+        found = records.parse_toml(content).get(name)
+    except records.DecodeError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -33,14 +33,18 @@ State = Literal["clean", "conflicts", "upstreamed"]
 # The test that finds a patch upstream: it changes nothing there, `git cherry` finds its patch-id,
 # or upstream has the commit that it names.
 Test = Literal["tree", "patch-id", "backport"]
-_PATCH_STATES: Mapping[State, RowState] = {"clean": "ok", "conflicts": "FAIL", "upstreamed": "done"}
+_PATCH_STATES: Mapping[State, RowState] = {
+    "clean": RowState.OK,
+    "conflicts": RowState.FAIL,
+    "upstreamed": RowState.DONE,
+}
 _CHANGE_STATES: Mapping[Topic, RowState] = {
-    "variable": "warn",
-    "flag": "warn",
-    "sources": "warn",
-    "moved": "warn",
-    "precompiled": "missing",
-    "unknown": "warn",
+    "variable": RowState.WARN,
+    "flag": RowState.WARN,
+    "sources": RowState.WARN,
+    "moved": RowState.WARN,
+    "precompiled": RowState.MISSING,
+    "unknown": RowState.WARN,
 }
 _TEST_TEXTS: Mapping[Test, str] = {
     "tree": "it changes nothing there",
@@ -337,7 +341,7 @@ def _conflicts(
 
 def _show(made: Forecast, console: Console) -> None:
     if not made.patches:
-        console.row("ok", "patches", "none")
+        console.row(RowState.OK, "patches", "none")
     for patch in made.patches:
         console.row(_PATCH_STATES[patch.state], patch.state, f"{patch.name}{_why(patch)}")
         for conflict in patch.conflicts:
@@ -353,8 +357,8 @@ def _show(made: Forecast, console: Console) -> None:
     for change in made.changes:
         console.row(_state_of(change), change.topic, text_of(change))
     tag, count = made.candidate.pin.tag, sum(patch.state == "conflicts" for patch in made.patches)
-    console.info(
-        f"next: ./scripts/inv pin.bump {tag}"
+    console.hint(
+        f"./scripts/inv pin.bump {tag}"
         + (f"   # stops at each of {count} conflicts" if count else "")
     )
 
@@ -398,9 +402,9 @@ def _why(patch: PatchForecast) -> str:
 
 def _state_of(change: Change) -> RowState:
     return (
-        "warn"
+        RowState.WARN
         if change.topic == "age" and change.remark
-        else _CHANGE_STATES.get(change.topic, "ok")
+        else _CHANGE_STATES.get(change.topic, RowState.OK)
     )
 
 

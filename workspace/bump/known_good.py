@@ -5,33 +5,31 @@ references in both repositories. Its good.json is written last; a folder without
 count.
 """
 
-import contextlib
 import datetime
-import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.checks import registry as smoke_record
-from workspace.core import files, lock
+from workspace.core import files, lock, records
 from workspace.core.console import Console, RunLog
 from workspace.core.files import copy_files, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, stamp
+from workspace.install import editable, plan, precompiled, stamp
+from workspace.install.precompiled import KernelSource
 from workspace.machine import interpreter
 from workspace.repo import checkout, pins
 from workspace.repo.git import Git, worktree
 from workspace.repo.series import State
 
 KEPT = 3
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class KnownGood:
+class KnownGood(records.Record, schema=1):
     """A state on which the smoke passed.
 
     `head`, `base` and `tree` belong to vendor/vllm; `gitlink` is the commit that the superproject
@@ -47,6 +45,12 @@ class KnownGood:
     recorded: str
     smoke: str
     inputs: Mapping[str, str]
+    kernels: KernelSource | None = None
+
+    @classmethod
+    def upgrade(cls, document: records.Document) -> records.Document:
+        """Return a document of an older edition, whose source of kernels was a text."""
+        return precompiled.upgraded(document)
 
 
 def folder(layout: Layout, name: str) -> Path:
@@ -86,11 +90,8 @@ def states(layout: Layout) -> tuple[KnownGood, ...]:
 
 def read(layout: Layout, name: str) -> KnownGood | None:
     """Return the state of this name, None if its record is missing or unreadable."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        record = json.loads(read_regular(folder(layout, name) / "good.json"))
-        if record.pop("schema") == SCHEMA and record["name"] == name:
-            return KnownGood(**record)
-    return None
+    state = records.read(folder(layout, name) / "good.json", KnownGood)
+    return state if state and state.name == name else None
 
 
 def record(
@@ -145,7 +146,11 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
     stamp.withdraw(record_file)
     libraries = {f"library {library.path}": library.sha256 for library in build.libraries}
     inputs = {**(observed.environment.inputs or {}), **build.inputs, **libraries}
-    if before is None or dict(before.inputs) != inputs or not kernels(layout, name).is_dir():
+    if (
+        before is None
+        or (before.inputs, before.kernels) != (inputs, build.kernels)
+        or not kernels(layout, name).is_dir()
+    ):
         _copy_kernels(layout, name)
     _copy_pinned_files(layout, name)
     _write_package_list(layout, name)
@@ -159,9 +164,10 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
         recorded=datetime.datetime.now(datetime.UTC).isoformat(),
         smoke=str(smoke_record.last_record(layout).get("time")),
         inputs=inputs,
+        kernels=build.kernels,
     )
     os.sync()
-    write_atomic(record_file, json.dumps({"schema": SCHEMA, **asdict(made)}, indent=1).encode())
+    records.write(record_file, made)
     _prune(layout, using=name, run_log=run_log)
     return made
 

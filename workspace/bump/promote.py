@@ -15,12 +15,12 @@ from urllib.parse import quote
 
 from workspace.bump import known_good, staging
 from workspace.bump.staging import BumpSandbox, RedoLog, Step
-from workspace.core.console import RunLog
+from workspace.core.console import RunLog, State
 from workspace.core.errors import BuildError, CheckoutError, PatchDrift
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, sandbox, stages, stamp
+from workspace.install import editable, plan, sandbox, stages, stamp, verify
 from workspace.machine import interpreter, venv
 from workspace.repo import pins, series
 from workspace.repo.git import Git, worktree
@@ -256,7 +256,7 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
     layout = bump_sandbox.outer
     old = stamp.read(layout.stamp("vllm"))
     environment = stamp.read(layout.stamp("environment"))
-    if old is None or environment is None:
+    if old is None or old.kernels is None or environment is None:
         return
     if venv.repair(layout, settings, run_log=run_log):
         stamp.withdraw(layout.stamp("environment"))
@@ -268,14 +268,13 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
     with run_log.console.step("verify") as view:
         try:
             observed = plan.observe(layout, settings)
-            verdict = editable.verify(layout, settings, observed)
-            run = stages.Run(layout, settings, run_log, observed, dict(old.outcome))
-            # The origin of the build is the same kind as in the sandbox.
-            stages.write_stamp(run, observed, verdict, kind=old.inputs["origin"].split()[0])
+            verdict = verify.verify(observed)
+            run = stages.Run(run_log, observed, dict(old.outcome))
+            stages.write_stamp(run, observed, verdict, old.kernels)
             view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
         except BuildError as exc:
             stamp.withdraw(layout.stamp("vllm"))
-            view.state, view.reason = "warn", f"{exc.message}: bootstrap installs it again"
+            view.state, view.reason = State.WARN, f"{exc.message}: bootstrap installs it again"
 
 
 def dropped(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> dict[str, str]:
@@ -345,7 +344,5 @@ def _report(bump_sandbox: BumpSandbox, facts: Mapping[str, str], run_log: RunLog
     staging.report_leftovers(layout, facts, console=console)
     # Do not name the submodule's path: the gitlink is staged already, and with the path git may
     # stage the patched commit that is checked out.
-    console.info(
-        "to commit: git add vendor/pins.toml patches/vllm && git commit -F"
-        f" {layout.relative(message_file(layout))}"
-    )
+    message = layout.relative(message_file(layout))
+    console.hint(f"git add vendor/pins.toml patches/vllm && git commit -F {message}")

@@ -5,11 +5,10 @@ state under references first. The next `inv pin.rollback` finishes an interrupte
 """
 
 import datetime
-import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from workspace.bump import bump, known_good, promote, staging, triton
@@ -17,12 +16,12 @@ from workspace.bump.known_good import KnownGood
 from workspace.bump.staging import RedoLog, Step
 from workspace.checks import registry as smoke_record
 from workspace.core import lock
-from workspace.core.console import Console, RunLog, State
+from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError, WorkspaceError
 from workspace.core.files import copy_files, files_below, read_regular
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings, Value
-from workspace.install import plan, sandbox, stamp
+from workspace.core.settings import Settings
+from workspace.install import plan, precompiled, sandbox, stamp, status
 from workspace.machine import interpreter
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git, worktree
@@ -62,7 +61,7 @@ def run(
         console.info(
             "its environment was not kept: bootstrap builds it again with the recorded versions"
         )
-        settings = _with_recorded_kernels(settings, wanted)
+        settings = precompiled.repeated(settings, wanted.kernels)
     sandbox.build_in(layout, settings, console=console)
     _restore_versions(layout, settings, wanted, console)
     try:
@@ -71,16 +70,6 @@ def run(
         exc.hint = f"./scripts/inv doctor    checks the machine; {exc.hint or ''}"
         raise
     known_good.record(layout, settings, plan.observe(layout, settings), console=console)
-
-
-def _with_recorded_kernels(settings: Settings, wanted: KnownGood) -> Settings:
-    """Return settings that build the state's kernels natively if they were built so."""
-    is_native = wanted.inputs.get("origin") == "native" and settings.text("KERNELS") == "auto"
-    return (
-        replace(settings, values={**settings.values, "KERNELS": Value("native", "flag")})
-        if is_native
-        else settings
-    )
 
 
 def is_under_way(layout: Layout) -> bool:
@@ -279,13 +268,13 @@ def _restore_versions(
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the table. `facts` are for a program, `text` for a person."""
+class PinRow(Row):
+    """A pin or a state. `facts` are for a program, `text` for a person."""
 
-    state: State
-    name: str
-    text: str
     facts: dict[str, object] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        return super().record() | {"facts": self.facts}
 
 
 def show(
@@ -311,52 +300,41 @@ def show(
         _releases(settings, pinned.vllm, offline=offline),
         _triton(layout, settings, pinned.triton, offline=offline),
     ]
-    if as_json:
-        console.data(json.dumps({"schema": 1, "rows": [asdict(row) for row in rows]}, indent=1))
-        return
-    for row in rows:
-        console.row(row.state, row.name, row.text)
+    console.show(rows, as_json=as_json)
 
 
-def _pin(layout: Layout, pin: Pin) -> Row:
+def _pin(layout: Layout, pin: Pin) -> PinRow:
     facts: dict[str, object] = {"tag": pin.tag, "commit": pin.commit}
     try:
         found = checkout.observe(layout, pin)
     except WorkspaceError as exc:
-        return Row("FAIL", "pin", f"{pin.tag} {pin.commit[:12]}; {exc.message}", facts)
+        return PinRow(State.FAIL, "pin", f"{pin.tag} {pin.commit[:12]}; {exc.message}", facts=facts)
     fits = found.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
-    state: State = "ok" if fits else "missing" if found.kind is checkout.Kind.MISSING else "FAIL"
-    return Row(
+    is_missing = found.kind is checkout.Kind.MISSING
+    state = State.OK if fits else State.MISSING if is_missing else State.FAIL
+    return PinRow(
         state,
         "pin",
         f"{pin.tag} {pin.commit[:12]}; vendor/vllm: {found.detail}",
-        facts | {"kind": found.kind.value},
+        facts=facts | {"kind": found.kind.value},
     )
 
 
-_STACK_STATES = {
-    "missing": "vendor/vllm is missing",
-    "foreign": "vendor/vllm is not on the pin",
-}
-
-
-def _stack(layout: Layout, pin: Pin) -> Row:
+def _stack(layout: Layout, pin: Pin) -> PinRow:
     try:
         stack = patches.observe(layout, "vllm", pin, checkout.observe(layout, pin))
     except WorkspaceError as exc:
-        return Row("FAIL", "patches", exc.message)
-    count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
-    text = f"{count}, {_STACK_STATES.get(stack.state.value, stack.state.value)}"
-    states: dict[str, State] = {"applied": "ok", "missing": "missing"}
-    state = states.get(stack.state.value, "warn")
-    return Row(state, "patches", text, {"state": stack.state.value, "names": stack.names})
+        return PinRow(State.FAIL, "patches", exc.message)
+    facts: dict[str, object] = {"state": stack.state.value, "names": stack.names}
+    row = status.patches_row(stack)
+    return PinRow(row.state, row.name, row.text, facts=facts)
 
 
-def _under_way(layout: Layout) -> list[Row]:
+def _under_way(layout: Layout) -> list[PinRow]:
     rows = []
     if is_under_way(layout):
-        text = "a rollback was interrupted; next: ./scripts/inv pin.rollback"
-        rows.append(Row("warn", "back", text))
+        hint = "./scripts/inv pin.rollback"
+        rows.append(PinRow(State.WARN, "back", "a rollback was interrupted", hint=hint))
     if not staging.exists(layout):
         return rows
     try:
@@ -364,10 +342,11 @@ def _under_way(layout: Layout) -> list[Row]:
         assert bump_sandbox is not None
         stage, following = _bump_stage(bump_sandbox)
     except WorkspaceError as exc:
-        return [*rows, Row("FAIL", "bump", f"{exc.message}; next: {exc.hint}")]
+        return [*rows, PinRow(State.FAIL, "bump", exc.message, hint=exc.hint)]
     pin = bump_sandbox.pin
-    text = f"to {pin.tag}: {stage}; next: {following}"
-    return [*rows, Row("warn", "bump", text, {"tag": pin.tag, "commit": pin.commit})]
+    facts: dict[str, object] = {"tag": pin.tag, "commit": pin.commit}
+    text = f"to {pin.tag}: {stage}"
+    return [*rows, PinRow(State.WARN, "bump", text, hint=following, facts=facts)]
 
 
 def _bump_stage(bump_sandbox: staging.BumpSandbox) -> tuple[str, str]:
@@ -389,11 +368,11 @@ def _bump_stage(bump_sandbox: staging.BumpSandbox) -> tuple[str, str]:
     return waits, f"edit and git add in {bump_sandbox.shown}, then {bump.CONTINUE}"
 
 
-def _known_good_states(layout: Layout) -> list[Row]:
+def _known_good_states(layout: Layout) -> list[PinRow]:
     found = known_good.states(layout)
     if not found:
-        text = "no known-good state yet; ./scripts/nox -s smoke records one when it passes"
-        return [Row("missing", "good", text)]
+        hint = "./scripts/nox -s smoke    records one when it passes"
+        return [PinRow(State.MISSING, "good", "no known-good state yet", hint=hint)]
     present = known_good.present_name(layout)
     rows = []
     for state in found:
@@ -408,19 +387,19 @@ def _known_good_states(layout: Layout) -> list[Row]:
             "current": is_present,
         }
         text = f"{state.name}, smoke {state.smoke}; {'in use' if is_present else kept}"
-        rows.append(Row("ok" if is_present else "kept", "good", text, facts))
+        rows.append(PinRow(State.OK if is_present else State.KEPT, "good", text, facts=facts))
     return rows
 
 
-def _releases(settings: Settings, pin: Pin, *, offline: bool) -> Row:
+def _releases(settings: Settings, pin: Pin, *, offline: bool) -> PinRow:
     if offline:
-        return Row("skipped", "newer", "not checked (--offline)")
+        return PinRow(State.SKIPPED, "newer", "not checked (--offline)")
     from workspace.repo import index
 
     try:
         found = index.newer_releases(pin, settings=settings)
     except WorkspaceError as exc:
-        return Row("warn", "newer", f"unknown: {exc.message}")
+        return PinRow(State.WARN, "newer", f"unknown: {exc.message}")
     now = datetime.datetime.now(datetime.UTC)
     ages = {release.version: release.age_days(now) for release in found}
     releases = [
@@ -431,37 +410,38 @@ def _releases(settings: Settings, pin: Pin, *, offline: bool) -> Row:
     more = [f"{earlier} earlier"] if earlier > 0 else []
     text = ", ".join([*reversed(releases[-SHOWN_RELEASES:]), *more]) or "none"
     rounded = {version: None if age is None else round(age, 1) for version, age in ages.items()}
-    return Row("ok", "newer", text, {"versions": rounded})
+    return PinRow(State.OK, "newer", text, facts={"versions": rounded})
 
 
-def _triton(layout: Layout, settings: Settings, pin: Pin, *, offline: bool) -> Row:
+def _triton(layout: Layout, settings: Settings, pin: Pin, *, offline: bool) -> PinRow:
     facts: dict[str, object] = {"commit": pin.commit}
     head = Git(layout.triton).head() if (layout.triton / ".git").exists() else None
     text = f"{pin.tag} {pin.commit[:12]}" + (
         f", vendor/triton at {head[:12]}" if head and head != pin.commit else ""
     )
     if offline:
-        return Row("ok", "triton", text, facts)
+        return PinRow(State.OK, "triton", text, facts=facts)
     try:
         found = triton.ahead(layout, settings, pin)
     except WorkspaceError as exc:
-        return Row(
-            "warn",
+        return PinRow(
+            State.WARN,
             "triton",
             f"{text}; the commit of {triton.branch_of(settings)} is unknown: {exc.message}",
-            facts,
+            facts=facts,
         )
     facts |= {"upstream": found.commit, "ahead": found.commits}
     if found.commit == pin.commit:
-        return Row("ok", "triton", f"{text}, the same as {found.branch}", facts)
+        return PinRow(State.OK, "triton", f"{text}, the same as {found.branch}", facts=facts)
     count = (
         f"{found.commits} commits ahead"
         if found.commits is not None
         else "not fetched, so the distance is unknown"
     )
-    return Row(
-        "ok",
+    return PinRow(
+        State.OK,
         "triton",
-        f"{text}; {found.branch} is at {found.commit[:12]}, {count}; next: {triton.AGAIN}",
-        facts,
+        f"{text}; {found.branch} is at {found.commit[:12]}, {count}",
+        hint=triton.AGAIN,
+        facts=facts,
     )

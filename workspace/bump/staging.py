@@ -6,16 +6,15 @@ with the clone. The module also has the redo log with which promotion and rollba
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.bump import known_good
-from workspace.core import files
+from workspace.core import files, records
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError, PatchConflict, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
@@ -87,15 +86,14 @@ def exists(layout: Layout) -> bool:
 def find(layout: Layout) -> BumpSandbox | None:
     """Return the bump that is under way, None without one. Raises WorkspaceError if damaged."""
     try:
-        record = json.loads(read_regular(layout.bump_sandbox / RECORD))
-        start = BumpStart(**record)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as exc:
+        start = records.load(layout.bump_sandbox / RECORD, BumpStart)
+    except records.DecodeError as exc:
         raise WorkspaceError(
             f"{layout.relative(layout.bump_sandbox)} cannot be read: {exc}",
             hint="./scripts/inv patch.continue --abort",
         ) from exc
+    if start is None:
+        return None
     own = Layout(layout.bump_sandbox)
     return BumpSandbox(layout, own, start, pins.load(own.pins).vllm)
 
@@ -108,7 +106,7 @@ def make(layout: Layout, start: BumpStart, pin: Pin) -> BumpSandbox:
         sandbox.furnish(layout, made, pin)
         shutil.copytree(layout.patches("vllm").parent, made.patches("vllm").parent)
         write_series_base(made.patches("vllm"), pin.commit)
-        write_atomic(made.root / RECORD, json.dumps(asdict(start), indent=1).encode())
+        records.write(made.root / RECORD, start)
         files.put_in_place(made.root, layout.bump_sandbox)
     return BumpSandbox(layout, Layout(layout.bump_sandbox), start, pin)
 
@@ -267,6 +265,14 @@ def set_gitlink(layout: Layout, commit: str | None, *, run_log: RunLog) -> None:
 
 
 @dataclass(frozen=True)
+class _Steps:
+    """Content of the file of a redo log."""
+
+    facts: Mapping[str, str]
+    done: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class RedoLog:
     """Redo log: a change in steps that an interrupted run resumes and never rolls back.
 
@@ -280,28 +286,20 @@ class RedoLog:
 
     def write(self) -> "RedoLog":
         """Write the log to its file and return it."""
-        write_atomic(
-            self.path, json.dumps({"facts": dict(self.facts), "done": self.done}, indent=1).encode()
-        )
+        records.write(self.path, _Steps(self.facts, self.done))
         return self
 
 
 def find_redo_log(path: Path) -> RedoLog | None:
     """Return the redo log at `path`, None without one. Raises WorkspaceError if it is damaged."""
     try:
-        record = json.loads(read_regular(path))
-        return RedoLog(
-            path,
-            {str(name): str(text) for name, text in record["facts"].items()},
-            tuple(map(str, record["done"])),
-        )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        steps = records.load(path, _Steps)
+    except records.DecodeError as exc:
         raise WorkspaceError(
             f"the redo log {path} cannot be read: {exc}",
             hint=f"cat {path}; git log --all --oneline -9",
         ) from exc
+    return RedoLog(path, steps.facts, steps.done) if steps else None
 
 
 def finish_steps(redo_log: RedoLog, steps: Sequence[tuple[str, Step]]) -> None:

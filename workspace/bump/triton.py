@@ -11,7 +11,7 @@ from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError, PatchConflict, SourceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout, git, pins, series
 from workspace.repo.git import Git, am, worktree
 from workspace.repo.pins import COMMIT, Pin
@@ -63,7 +63,7 @@ def _advertised(layout: Layout, settings: Settings, pin: Pin, name: str) -> str:
     commit = next((found[wanted] for wanted in names if wanted in found), "")
     if not commit:
         raise SourceError(
-            f"{git.without_user(url)} has no branch {name}",
+            f"{without_user(url)} has no branch {name}",
             hint="TRITON_REF names the branch that Triton's pin follows",
         )
     return commit
@@ -123,10 +123,8 @@ def _write_message(layout: Layout, pin: Pin, new: Pin, found: Ahead, *, console:
         f"triton {pin.commit[:12]} → {new.commit[:12]}"
         + (f", {found.commits} commits" if found.commits else "")
     )
-    console.info(
-        "to commit: git add vendor/pins.toml patches/triton && git commit -F"
-        f" {layout.relative(message)}"
-    )
+    shown = layout.relative(message)
+    console.hint(f"git add vendor/pins.toml patches/triton && git commit -F {shown}")
 
 
 def series_names(layout: Layout) -> tuple[str, ...]:

@@ -4,13 +4,13 @@ They compare a reply with the offline engine's answer. A reply may contain anyth
 answers 200 with rubbish is as wrong as a server that does not answer.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from workspace.checks.registry import rows, section
+from workspace.core import records
 
 # The tiny model's tokens after the letters are named by their ids (probes/tiny_model.py), so a text
 # names the tokens that it was made from.
@@ -33,7 +33,7 @@ SHOWN = 80
 
 
 @dataclass(frozen=True)
-class Row:
+class OfflineAnswer:
     """A prompt and the offline engine's answer to it."""
 
     text: str
@@ -75,7 +75,7 @@ class Reply:
         )
 
 
-def offline(record: object) -> tuple[Row, ...]:
+def offline(record: object) -> tuple[OfflineAnswer, ...]:
     """Return the rows that probes/parity.py kept of a model; empty if they are damaged."""
     try:
         return tuple(_row(row) for row in record) if isinstance(record, list) else ()
@@ -83,7 +83,7 @@ def offline(record: object) -> tuple[Row, ...]:
         return ()
 
 
-def completions(reply: Reply, expected: Sequence[Row], count: int) -> list[str]:
+def completions(reply: Reply, expected: Sequence[OfflineAnswer], count: int) -> list[str]:
     """Judge one reply to all prompts: the offline engine's tokens, in order and counted right."""
     if reply.refused:
         return [reply.refused]
@@ -101,7 +101,7 @@ def completions(reply: Reply, expected: Sequence[Row], count: int) -> list[str]:
     return problems + _usage(reply.document, prompt, count * len(expected))
 
 
-def stopped(reply: Reply, row: Row, stop: int) -> list[str]:
+def stopped(reply: Reply, row: OfflineAnswer, stop: int) -> list[str]:
     """Judge an answer that must stop before the name of the token `stop`."""
     if reply.refused:
         return [reply.refused]
@@ -116,7 +116,7 @@ def stopped(reply: Reply, row: Row, stop: int) -> list[str]:
     return problems + _finish(choice, "stop")
 
 
-def chat(reply: Reply, text: str, row: Row, count: int) -> list[str]:
+def chat(reply: Reply, text: str, row: OfflineAnswer, count: int) -> list[str]:
     """Judge a chat answer by the completion of its prompt.
 
     The template's prompt is the message and one space.
@@ -178,7 +178,9 @@ def stream(reply: Reply, whole: str, *, is_chat: bool) -> tuple[list[str], int]:
     ), len(texts)
 
 
-def logprobs(reply: Reply, expected: Sequence[Row], limit: float) -> tuple[list[str], str]:
+def logprobs(
+    reply: Reply, expected: Sequence[OfflineAnswer], limit: float
+) -> tuple[list[str], str]:
     """Judge tokens and log-probabilities by the offline engine's; `limit` in nats.
 
     Returns also the evidence for a pass.
@@ -245,12 +247,12 @@ def text_of(reply: Reply) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _row(record: Mapping[str, list[float]]) -> Row:
+def _row(record: Mapping[str, list[float]]) -> OfflineAnswer:
     tokens, logprobs = tuple(map(int, record["tokens"])), tuple(map(float, record["logprobs"]))
-    return Row(str(record["text"]), tuple(map(int, record["prompt"])), tokens, logprobs)
+    return OfflineAnswer(str(record["text"]), tuple(map(int, record["prompt"])), tokens, logprobs)
 
 
-def _text(text: object, row: Row, count: int) -> list[str]:
+def _text(text: object, row: OfflineAnswer, count: int) -> list[str]:
     if isinstance(text, str) and row.named(count) and _names(text) == row.named(count):
         return []
     return [
@@ -296,7 +298,6 @@ def _shown(text: object) -> str:
 
 def _document(text: str) -> Mapping[str, object]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        return records.decode(text, dict[str, object])
+    except records.DecodeError:
         return {}
-    return found if isinstance(found, dict) else {}

@@ -3,12 +3,13 @@
 They also judge a real model by common knowledge, and a parity failure by a second run.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.checks.registry import Answer, Check, judged, number, rows, section
+from workspace.checks.probe_runs import Answer
+from workspace.checks.registry import Check, judged, number, rows, section
+from workspace.core import records
 
 # Nats. Measured with vLLM 0.31.0 on an x86-64 CPU, 5 x 64 tokens, decode and prefill: 2e-5 (Qwen3)
 # to 1e-4 (Llama) for a right build, 0.12 with an attention scale that is off by 1 %, which changed
@@ -23,13 +24,29 @@ _LIMITS = {"mixtral": 5 * MAX_DIFFERENCE}
 MAX_MEAN_BFLOAT16 = 0.05
 # Nats: a tenth of what parity allows. GPU kernels may add in another order in the next run.
 STEADY = 1e-4
+# Seconds of loading and compilation from which on they are mentioned.
+SHOWN_S = 1.0
+
+
+def merged(answers: Iterable[Answer]) -> Mapping[str, object]:
+    """Merge the documents of the parity probe for several models into one."""
+    documents = [answer.record for answer in answers]
+    parts = {
+        name: {key: part for one in documents for key, part in section(one, name).items()}
+        for name in ("models", "seconds")
+    }
+    return {**next(filter(None, documents), {}), **parts}
 
 
 def kernels(answer: Answer, group: str) -> Check:
-    """Judge one group of probes/kernels.py."""
+    """Judge one group of probes/kernels.py.
+
+    Its seconds are without those that only a first run takes, to load and compile kernels.
+    """
     identifier = f"kernels.{group}"
     found = section(section(answer.record, "groups"), group)
-    seconds = number(found, "seconds") if found else answer.seconds
+    first_s = max(0.0, number(found, "first_s")) if "first_s" in found else 0.0
+    seconds = number(found, "seconds") - first_s if found else answer.seconds
     if answer.problem or not found:
         return judged(
             identifier,
@@ -53,7 +70,8 @@ def kernels(answer: Answer, group: str) -> Check:
     return judged(
         identifier,
         problems,
-        f"{len(cases)} cases, the worst at {worst:.0%} of what rounding allows",
+        f"{len(cases)} cases, the worst at {worst:.0%} of what rounding allows"
+        + (f"; loading and compilation {first_s:.1f} s" if first_s >= SHOWN_S else ""),
         seconds,
     )
 
@@ -300,16 +318,20 @@ def settle_recheck(first: Check, second: Check, *, name: str, before: Round, aft
     return replace(first, evidence=f"{first.evidence}; {outcome}", seconds=seconds)
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """The rows of each model, in a document of a probe."""
+
+    models: Mapping[str, list[dict[str, object]]]
+
+
 def read_rows(file: Path, name: str) -> list[Mapping[str, object]]:
     """Return a model's rows from a document of probes/reference.py or `probes/parity.py --keep`.
 
     Empty if there are none.
     """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))["models"][name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    found = records.read(file, _Answers)
+    return list(found.models.get(name, ())) if found else []
 
 
 def _is_same(before: list[Mapping[str, object]], after: list[Mapping[str, object]]) -> bool:

@@ -3,7 +3,6 @@
 Verdicts are pure functions: from a probe's answer and the stamps to pass or fail with evidence.
 """
 
-import contextlib
 import datetime
 import hashlib
 import json
@@ -13,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core.console import Console
-from workspace.core.files import read_regular, write_atomic
+from workspace.checks.probe_runs import Answer
+from workspace.core import records
+from workspace.core.console import Console, Row, State
+from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.install import plan
-from workspace.machine.hardware import Machine
 
 Level = Literal["quick", "full"]
 # What a machine may lack. A check that is skipped for another reason counts as failed.
@@ -31,10 +31,11 @@ _ORIGIN = "./scripts/inv status   # then: rm .vllm/.workspace/vllm.json && ./scr
 _SERVER = "ls -t .workspace/smoke-server/logs   # the newest is the server's own log"
 _REBUILD = "./scripts/inv rebuild   # compiles for this machine's GPU"
 Verdict = Literal["pass", "fail", "skipped"]
+_STATES = {"pass": State.OK, "fail": State.FAIL, "skipped": State.SKIPPED}
 SCHEMA = 2
 # The parts of the parity probe's document that are worth comparing between days; it omits the
 # tokens.
-_MEASURES = ("models", "consistency", "device", "gpu", "seconds")
+_MEASURES = ("models", "consistency", "device", "gpu", "seconds", "compilation")
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,10 @@ class Check:
     problems: tuple[str, ...] = ()
 
     @property
+    def row(self) -> Row:
+        return Row(_STATES[self.verdict], self.identifier, self.evidence)
+
+    @property
     def meaning(self) -> str:
         return REGISTRY[self.identifier].meaning
 
@@ -212,15 +217,6 @@ class Expected:
     libraries: Mapping[str, tuple[int, str]]
     cuda: str | None = None
     triton: str | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The result of a probe: its document, or in `problem` why there is none."""
-
-    record: Mapping[str, object]
-    problem: str | None
-    seconds: float
 
 
 def libraries(answer: Answer, expected: Expected) -> Check:
@@ -397,10 +393,8 @@ def _built(observed: plan.Observation) -> str:
         for layer in (observed.environment, observed.kernels)
     ]
     # Build time and number of jobs do not describe what was built.
-    parts = [
-        {name: stamp[name] for name in ("inputs", "packages", "libraries")} if stamp else None
-        for stamp in stamps
-    ]
+    names = ("inputs", "kernels", "packages", "libraries")
+    parts = [{name: stamp[name] for name in names} if stamp else None for stamp in stamps]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -409,7 +403,7 @@ def compose(
     *,
     level: str,
     tree: Tree,
-    machine: Machine,
+    machine: Mapping[str, object],
     parity: Mapping[str, object],
     seconds: float,
 ) -> dict[str, object]:
@@ -437,7 +431,7 @@ def compose(
         },
         "parity": {name: _writable(parity[name]) for name in _MEASURES if name in parity},
         "seconds": round(seconds, 2),
-        "machine": asdict(machine),
+        "machine": machine,
     }
 
 
@@ -477,7 +471,4 @@ def write_record(
 
 def last_record(layout: Layout) -> Mapping[str, object]:
     """Return the record of the last smoke, empty if there is none or it is unreadable."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        record = json.loads(read_regular(layout.smoke_record))
-        return record if isinstance(record, dict) else {}
-    return {}
+    return records.read(layout.smoke_record, dict[str, object]) or {}

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.checks import http_checks, stack_dumps
-from workspace.checks.http_checks import Reply, Row
+from workspace.checks import http_checks, probe_runs
+from workspace.checks.http_checks import OfflineAnswer, Reply
 from workspace.checks.numeric import MAX_DIFFERENCE
 from workspace.checks.registry import Check, Expected, judged
 from workspace.core.console import RunLog
@@ -54,15 +54,6 @@ KEPT_LOG_LINES = 300
 # The tiny model has no chat template (see recipes/tiny.toml), and a template cannot name its
 # special tokens.
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
-# As in probes/parity.py: float32 products in float32, sums in a fixed order. A server's engine is a
-# separate process.
-ENVIRONMENT: Mapping[str, str] = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "NVIDIA_TF32_OVERRIDE": "0",
-    "TRITON_F32_DEFAULT": "ieee",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-    **stack_dumps.FAULTS,
-}
 _MEMORY = ("--gpu-memory-utilization=0.1", "--kv-cache-memory-bytes=268435456")
 
 Verdict = tuple[list[str], str]
@@ -79,7 +70,7 @@ class ServerUnderTest:
     environment: Mapping[str, str]
     address: Address
     version: str
-    rows: tuple[Row, ...]
+    rows: tuple[OfflineAnswer, ...]
     limit_s: float
 
 
@@ -89,7 +80,7 @@ def under_test(
     model: Path,
     *,
     expected: Expected,
-    rows: tuple[Row, ...],
+    rows: tuple[OfflineAnswer, ...],
     limit_s: float,
 ) -> ServerUnderTest:
     """Return the server to start, at a free port.
@@ -110,11 +101,9 @@ def under_test(
         *(_MEMORY if expected.device == "cuda" else ()),
     ]
     accepted = flags.judge(argv, flags.known(layout)).args
-    # Without the user's API key the smoke can send requests; the server listens on localhost only.
-    open_to_us = {name: text for name, text in environment.items() if name != "VLLM_API_KEY"}
     return ServerUnderTest(
         (str(layout.environment / "bin" / "vllm"), "serve", str(model), *accepted),
-        open_to_us,
+        environment,
         address,
         expected.version,
         rows,
@@ -147,7 +136,7 @@ def run(
     except WorkspaceError as exc:
         return failed(exc.message, time.monotonic() - started), ()
     try:
-        with stack_dumps.Watch(
+        with probe_runs.Watch(
             tested.limit_s,
             lambda: server.members() - {server.processes.supervisor_pid},
             environment=tested.environment,
@@ -166,7 +155,7 @@ def run(
 
 
 def _run_checks(
-    server: Server, tested: ServerUnderTest, watch: stack_dumps.Watch
+    server: Server, tested: ServerUnderTest, watch: probe_runs.Watch
 ) -> Iterator[Check]:
     """Yield all verdicts but the last; a dead server gets no further request."""
     started = time.monotonic()
@@ -204,7 +193,7 @@ class _Client:
         self._tested, self._row = tested, tested.rows[0]
         # The answer to the first row, and that to each row alone.
         self._whole, self._texts = "", dict.fromkeys((row.text for row in tested.rows), "")
-        self._patience_s = tested.limit_s + stack_dumps.DUMP_S
+        self._patience_s = tested.limit_s + probe_runs.DUMP_S
         self.judges: Mapping[str, Callable[[], Verdict]] = {
             name: getattr(self, name) for name in CHECKS[1:-1]
         }
@@ -451,21 +440,17 @@ def _survivors(server: Server, fronts: list[int], patience_s: float) -> tuple[li
             for name in sorted(shared)
             if not left and os.path.exists(name)
         ]
-        stack_dumps.end_with_stacks(lambda: left)
+        probe_runs.end_with_stacks(lambda: left)
     finally:
         os.kill(supervisor, signal.SIGCONT)
     return problems, seconds
 
 
 def _command_of(pid: int) -> str:
+    import psutil
+
     try:
-        command = (
-            Path(f"/proc/{pid}/cmdline")
-            .read_bytes()
-            .replace(b"\0", b" ")
-            .decode("utf-8", errors="replace")
-            .strip()
-        )
-    except OSError:
+        command = " ".join(psutil.Process(pid).cmdline()).strip()
+    except psutil.Error:
         return "ended meanwhile"
     return command[:120] or "no name"

@@ -16,12 +16,13 @@ from workspace.checks import registry, smoke_suite
 from workspace.checks.registry import REGISTRY, Check
 from workspace.checks.smoke_suite import SmokeOptions
 from workspace.core import lock
-from workspace.core.console import Console, RunLog, State
+from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan
+from workspace.machine.machine import Machine
 from workspace.repo.git import Git, repository
 
 HOOK = "pre-push"
@@ -58,24 +59,24 @@ def smoke(
     Raises SmokeError if a check fails or nothing is built.
     """
     from workspace.install.status import require_built
-    from workspace.machine import check, hardware
+    from workspace.machine import check
 
     started = time.monotonic()
-    observed = require_built(layout, settings)
-    check.require(layout, settings, console=console, device=observed.device)
+    observed = require_built(Machine(layout, settings))
+    check.require(observed.machine, console=console, device=observed.device)
     expected = smoke_suite.expect(layout, observed)
     look = functools.partial(_present_tree, layout, settings)
     # The tree must not change while the checks run.
     with locked_run(layout, settings, console, session="smoke") as run_log:
         tree = registry.tree_of(layout, observed)
         checks, parity = smoke_suite.run(
-            layout, settings, expected, options, run_log=run_log, look=look
+            observed.machine, expected, options, run_log=run_log, look=look
         )
         document = registry.compose(
             checks,
             level=options.level,
             tree=tree,
-            machine=hardware.observe(settings),
+            machine=observed.machine.record(),
             parity=parity,
             seconds=time.monotonic() - started,
         )
@@ -144,13 +145,13 @@ def remove_hook(layout: Layout, *, console: Console) -> None:
     for name, git in _repositories(layout, console):
         hook, kept = (repository.hooks_folder(git)[0] / file for file in (HOOK, KEPT))
         if not _is_ours(hook):
-            console.row("skipped", name, "it has no gate")
+            console.row(State.SKIPPED, name, "it has no gate")
         elif os.path.lexists(kept):
             kept.replace(hook)
-            console.row("done", name, "the gate is removed, your former hook is restored")
+            console.row(State.DONE, name, "the gate is removed, your former hook is restored")
         else:
             hook.unlink()
-            console.row("done", name, "the gate is removed")
+            console.row(State.DONE, name, "the gate is removed")
 
 
 def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
@@ -171,7 +172,7 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
                 wait=False,
                 check=True,
             )
-    observed = require_built(layout, settings)
+    observed = require_built(Machine(layout, settings))
     if registry.is_record_of(registry.last_record(layout), registry.tree_of(layout, observed)):
         console.info("the smoke has passed on this tree and build")
         return
@@ -191,11 +192,8 @@ def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:
             hint="git clone gives one; then ./scripts/inv bootstrap",
         )
     if len(found) == 1:
-        console.row(
-            "missing",
-            "vendor/vllm",
-            "there is no checkout yet: ./scripts/inv bootstrap, then ./scripts/inv hook",
-        )
+        hint = "./scripts/inv bootstrap && ./scripts/inv hook"
+        console.rows([Row(State.MISSING, "vendor/vllm", "there is no checkout yet", hint=hint)])
     return found
 
 
@@ -204,7 +202,7 @@ def _install(name: str, folder: Path, script: str) -> tuple[State, str, str]:
     text = "the gate runs before each push"
     if _is_ours(hook):
         if hook.read_text(encoding="utf-8") == script and os.access(hook, os.X_OK):
-            return "ok", name, text
+            return State.OK, name, text
     elif os.path.lexists(hook):
         if os.path.lexists(kept):
             raise SettingsError(
@@ -216,7 +214,7 @@ def _install(name: str, folder: Path, script: str) -> tuple[State, str, str]:
         text = f"{text}; yours is {KEPT} and runs first"
     folder.mkdir(exist_ok=True)
     write_atomic(hook, script.encode(), mode=0o755)
-    return "done", name, text
+    return State.DONE, name, text
 
 
 def _is_ours(hook: Path) -> bool:

@@ -1,22 +1,22 @@
-"""The smoke's sequence: the probes one after the other, and a verdict for each check.
+"""The smoke's sequence: the probes, side by side where the machine allows, and a verdict for each
+check.
 
-A probe that hangs, dies or prints no document is a failed check and leaves no process.
+A probe that hangs, dies or prints no document is a failed check of its own and leaves no process.
 """
 
 import json
-import os
-import shlex
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.checks import http_checks, numeric, registry, server_checks, stack_dumps
-from workspace.checks.registry import Answer, Check, Expected, Level, Need, chosen
+from workspace.checks import http_checks, numeric, probe_runs, registry, server_checks
+from workspace.checks.probe_runs import Answer, Program, SharedImport
+from workspace.checks.registry import REGISTRY, Check, Expected, Level, Need, chosen
 from workspace.compile import device_code
-from workspace.core import process
-from workspace.core.console import RunLog, State
+from workspace.core.console import Row, RunLog, State
 from workspace.core.errors import (
     BuildError,
     SmokeError,
@@ -25,33 +25,15 @@ from workspace.core.errors import (
     WorkspaceError,
 )
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.install import plan
 from workspace.machine import hardware, interpreter
+from workspace.machine.machine import Machine
 from workspace.server import models, process_tree
 from workspace.server.command import built_environment
 
 NAME_WIDTH = 22
-# The limit of a probe's own watch: the probe ends before its caller's limit and dumps its stacks.
-LIMIT = "WORKSPACE_SMOKE_LIMIT_S"
-# Shares of the caller's limit: for the probe's own watch, and until the caller dumps its stacks.
-PROBE_SHARE, DUMP_SHARE = 0.8, 0.9
-_STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "skipped": "skipped"}
 KERNELS = ("norm", "activation", "rotary", "attention", "quantized", "moe")
 CONSISTENCY = ("repeat", "batch", "parts", "chunked", "prefix")
-
-# One process, no compilation, no network, little memory. The user's own shell settings for engines
-# do not apply here.
-ENVIRONMENT: Mapping[str, str] = {
-    "HF_HUB_OFFLINE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    **stack_dumps.FAULTS,
-}
-COMPILED: Mapping[str, str] = {**ENVIRONMENT, "TORCHDYNAMO_DISABLE": "0"}
-
 
 # Warm on two cores: 4 s and 16 s. With a cold page cache and kernels that compile at the first
 # start, one start took 123 s.
@@ -95,8 +77,7 @@ def expect(layout: Layout, observed: plan.Observation) -> Expected:
 
 
 def run(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     expected: Expected,
     options: SmokeOptions,
     *,
@@ -105,24 +86,32 @@ def run(
 ) -> tuple[tuple[Check, ...], Mapping[str, object]]:
     """Run all probes; return the verdicts, and the parity probe's document for the record.
 
-    Each verdict is printed as soon as it is known. `look` returns the state of the tree, which
-    must not change.
+    Each verdict is printed as soon as it and those before it are known. `look` returns the state of
+    the tree, which must not change.
     """
     before = look()
-    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        suite = _Suite(layout, settings, expected, options, Path(neutral), run_log)
-        parts = [suite.binary, suite.kernels, suite.compare]
-        parts += [suite.serve, suite.more] if options.level == "full" else []
-        for part in parts:
-            part()
+    with (
+        tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral,
+        _Suite(machine, expected, options, Path(neutral), run_log) as suite,
+    ):
+        for first, wait in suite.parts():
+            suite.show(first, wait)
             if options.is_fail_fast and any(check.verdict == "fail" for check in suite.checks):
                 return tuple(suite.checks), suite.document
-    suite.found(lambda: (registry.tree(before, look(), 0.0),), "provenance.tree")
+    suite.show("provenance.tree", lambda: [((registry.tree(before, look(), 0.0),), _NOTHING)])
     missing = set(chosen(options.level, has_model=options.model != "tiny")) - {
         check.identifier for check in suite.checks
     }
     assert not missing, f"no verdict for {missing}"
-    return tuple(suite.checks), suite.document
+    return tuple(suite.checks), {**suite.document, "compilation": suite.compiled}
+
+
+# The checks that an answer decided, with the answer. A part of the smoke has one or more.
+_Found = list[tuple[tuple[Check, ...], Answer]]
+_NOTHING = Answer({}, None, 0.0)
+_Part = tuple[str, Callable[[], _Found]]
+# Models with their folders, or an answer with the reason why there are none.
+Folders = Mapping[str, str] | Answer
 
 
 class _Suite:
@@ -130,139 +119,158 @@ class _Suite:
 
     def __init__(
         self,
-        layout: Layout,
-        settings: Settings,
+        machine: Machine,
         expected: Expected,
         options: SmokeOptions,
         folder: Path,
         run_log: RunLog,
     ) -> None:
-        self._layout, self._settings, self._run_log = layout, settings, run_log
+        self._machine, self._run_log = machine, run_log
+        self._layout, self._settings = machine.layout, machine.settings
         self._expected, self._options, self._folder = expected, options, folder
         self._lacks: frozenset[Need] = (
             frozenset({"gpu", "architectures"}) if expected.device == "cpu" else frozenset()
         )
+        self._device = ("--device", expected.device)
+        self._lanes = probe_runs.lanes(machine.host())
+        self._pool = ThreadPoolExecutor(self._lanes)
+        self._begun: list[Future[_Found] | Future[Answer]] = []
+        self._shared = SharedImport(
+            self._program("imports.py", "share", str(folder / "imports.socket"))
+        )
+        # Seconds of compilers in each part of the smoke, by its first check.
+        self.compiled: dict[str, Mapping[str, float]] = {}
         self.checks: list[Check] = []
         self.document: Mapping[str, object] = {}
-        # Stack dumps of probes that hung or crashed since the last verdict.
-        self._stacks: list[str] = []
 
-    def found(self, judge: Callable[[], tuple[Check, ...]], first: str) -> None:
-        """Show a spinner while `judge` runs, then a row for each verdict."""
-        with self._run_log.console.step(first.ljust(NAME_WIDTH)) as view:
-            done = self._with_stacks(
-                [registry.without_unfounded_skip(check, lacks=self._lacks) for check in judge()]
-            )
-            view.state, view.reason = _STATES[done[0].verdict], done[0].evidence
-        for check in done[1:]:
-            self._run_log.console.row(
-                _STATES[check.verdict], check.identifier.ljust(NAME_WIDTH), check.evidence
-            )
+    def __enter__(self) -> "_Suite":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the probes that still run, and the shared import."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        while True:
+            # Again and again: a probe may just have begun.
+            probe_runs.end_all()
+            if all(future.done() for future in self._begun):
+                return
+            time.sleep(process_tree.POLL_S)
+
+    def show(self, first: str, wait: Callable[[], _Found]) -> None:
+        """Show a spinner while a part runs, then a row for each verdict."""
+        with self._run_log.console.step(first, least=NAME_WIDTH) as view:
+            found = wait()
+            judged = [check for checks, answer in found for check in self._settled(checks, answer)]
+            done = sorted(judged, key=lambda check: list(REGISTRY).index(check.identifier))
+            view.state, view.reason = done[0].row.state, done[0].evidence
+        self._run_log.console.rows([check.row for check in done[1:]], least=NAME_WIDTH)
         self.checks += done
+        if compilers := probe_runs.compilation([answer for _, answer in found]):
+            self.compiled[first] = compilers
+            seconds = ", ".join(f"{name} {value:.1f} s" for name, value in compilers.items())
+            self._run_log.console.rows([Row(State.OK, "compilation", seconds)], least=NAME_WIDTH)
+        for lines in [answer.log for _, answer in found if answer.log]:
+            self._run_log.phase(first)
+            for line in lines:
+                self._run_log.write(line)
 
-    def _with_stacks(self, done: list[Check]) -> list[Check]:
-        """Add the stack dumps to the first check that failed."""
-        lines, self._stacks = self._stacks[: stack_dumps.KEPT_LINES], []
+    def _settled(self, checks: tuple[Check, ...], answer: Answer) -> list[Check]:
+        """Judge unfounded skips, and add the stack dumps to the first check that failed."""
+        done = [registry.without_unfounded_skip(check, lacks=self._lacks) for check in checks]
+        lines = answer.stacks[: probe_runs.KEPT_LINES]
         failed = [index for index, check in enumerate(done) if check.verdict == "fail"]
         if failed and lines:
             check = done[failed[0]]
             done[failed[0]] = replace(check, problems=(*check.problems, *lines))
         return done
 
-    def binary(self) -> None:
-        def judge() -> tuple[Check, ...]:
-            answer = self._ask("verify.py", str(self._layout.vllm), "--no-import")
-            return (
-                registry.libraries(answer, self._expected),
-                registry.binary_load(answer),
-                self._cubins(),
-            )
+    def parts(self) -> Iterator[_Part]:
+        """Begin the probes, and yield each part of the smoke with the function that awaits it.
 
-        self.found(judge, "provenance.libraries")
-
-    def kernels(self) -> None:
-        def judge() -> tuple[Check, ...]:
-            answer = self._ask("kernels.py", "--device", self._expected.device)
-            return tuple(numeric.kernels(answer, group) for group in KERNELS)
-
-        self.found(judge, "kernels.norm")
-
-    def compare(self) -> None:
-        """Judge parity of the tiny models, consistency of one, and which vLLM was imported."""
+        A probe waits only for those begun before it, so that one lane is enough.
+        """
         names: list[models.Architecture] = ["llama", "qwen3"]
         if self._options.level == "full":
             names.append("mixtral")
+        binary = self._begin(self._binary)
+        self._run_log.phase("tiny models")
+        folders = self._tiny_folders(*names)
+        reference = self._pool.submit(self._reference, folders, "tiny")
+        kernels = self._begin(self._kernels)
+        engines = {
+            name: self._pool.submit(self._compared, reference.result, folders, name, "tiny")
+            for name in names
+        }
+        self._begun += [reference, *engines.values()]
+        named = None if self._options.model == "tiny" else self._begin_named_model()
+        yield "provenance.libraries", binary.result
+        yield "kernels.norm", kernels.result
+        yield "parity.llama", lambda: self._tiny(folders, engines)
+        if named:
+            yield "parity.model", named.result
+        if self._options.level == "full":
+            yield from self._more()
 
-        def judge() -> tuple[Check, ...]:
-            answer, folders = self._tiny_parity(names)
-            self.document = answer.record
-            parity = self._recheck(answer, folders, "tiny")
-            same = tuple(numeric.consistency(answer, name) for name in CONSISTENCY)
-            # The process that generated the tokens reports its own import; another process would
-            # prove less.
-            return *parity, *same, registry.provenance(answer, self._expected)
+    def _begin(self, judge: Callable[[], _Found]) -> "Future[_Found]":
+        future = self._pool.submit(judge)
+        self._begun.append(future)
+        return future
 
-        self.found(judge, "parity.llama")
-        if self._options.model != "tiny":
-            self.found(self._named_model, "parity.model")
+    def _more(self) -> Iterator[_Part]:
+        """Begin and yield what takes longer: a server, torch.compile, and trained models."""
+        # A server runs in this thread, which an interrupt reaches, because no guard is above it. So
+        # do the fetch and the making of SmolLM2.
+        is_alone = self._lanes == 1 or not models.found_built_in(self._layout, "smollm2")
+        if is_alone:
+            yield "server.ready", self._server
+        smollm2 = self._smollm2()
+        gpt_oss: Folders | str = "vLLM's MXFP4 kernel for CPUs requires AMX, which this CPU lacks"
+        if self._expected.device == "cuda" or "amx_tile" in hardware.processor()[1]:
+            gpt_oss = self._tiny_folders("gpt-oss")
+        begun = {
+            "parity.gpt-oss": self._begin(lambda: self._mxfp4(gpt_oss)),
+            "consistency.compiled": self._begin(self._compiled),
+            "real.answer": self._begin(lambda: self._real(smollm2)),
+            "parity.bfloat16": self._begin(lambda: self._bfloat16(smollm2)),
+        }
+        if not is_alone:
+            yield "server.ready", self._server
+        for first in ("consistency.compiled", "real.answer", "parity.bfloat16", "parity.gpt-oss"):
+            yield first, begun[first].result
 
-    def serve(self) -> None:
-        """Judge the tiny Llama over HTTP by the offline engine's answers."""
+    def _binary(self) -> _Found:
+        answer = self._ask("verify.py", str(self._layout.vllm), "--no-import")
+        checks = registry.libraries(answer, self._expected), registry.binary_load(answer)
+        return [((*checks, self._cubins()), answer)]
 
-        def judge() -> tuple[Check, ...]:
-            started = time.monotonic()
-            try:
-                tested = server_checks.under_test(
-                    self._layout,
-                    built_environment(
-                        self._layout,
-                        self._settings,
-                        more={**ENVIRONMENT, **server_checks.ENVIRONMENT},
-                    ),
-                    self._tiny_model("llama"),
-                    expected=self._expected,
-                    rows=self._offline_rows(),
-                    limit_s=self._options.timeout_s,
-                )
-            except WorkspaceError as exc:
-                return server_checks.failed(exc.message, time.monotonic() - started)
-            found, stacks = server_checks.run(
-                self._layout.state / "smoke-server", tested, run_log=self._run_log
-            )
-            self._stacks += stacks
-            return found
+    def _kernels(self) -> _Found:
+        answer = self._ask_shared("kernels.py", *self._device)
+        return [(tuple(numeric.kernels(answer, group) for group in KERNELS), answer)]
 
-        self.found(judge, "server.ready")
-
-    def more(self) -> None:
-        """Judge what takes longer: torch.compile, and trained models."""
-        self.found(lambda: (self._compiled(),), "consistency.compiled")
-        device = ("--device", self._expected.device)
-        self.found(
-            lambda: numeric.real(
-                self._with_smollm2(lambda folder: self._ask("real_model.py", folder, *device))
-            ),
-            "real.answer",
+    def _tiny(
+        self, folders: Folders, engines: "Mapping[models.Architecture, Future[Answer]]"
+    ) -> _Found:
+        """Judge parity of the tiny models, consistency of one, and which vLLM was imported."""
+        answers = {name: future.result() for name, future in engines.items()}
+        first = answers["llama"]
+        self.document = numeric.merged(answers.values())
+        # The process that generated the tokens reports its own import; another process would prove
+        # less.
+        others = (
+            *(numeric.consistency(first, name) for name in CONSISTENCY),
+            registry.provenance(first, self._expected),
         )
-        form = ("--dtype", "bfloat16", "--tokens", "16")
-
-        def in_bfloat16(folder: str) -> Answer:
-            return self._parity({"smollm2": folder}, "smollm2", form=form)
-
-        self.found(
-            lambda: (numeric.bfloat16(self._with_smollm2(in_bfloat16), "smollm2"),),
-            "parity.bfloat16",
+        parity = (
+            self._rechecked(answer, name, folders, "tiny") for name, answer in answers.items()
         )
-        self.found(lambda: (self._mxfp4(),), "parity.gpt-oss")
+        return [*parity, (others, _NOTHING)]
 
     def _cubins(self) -> Check:
         started = time.monotonic()
         if self._expected.device == "cpu":
             why = "built for the CPU: no library has code for a GPU"
             return Check("binary.cubins", "skipped", why, 0.0)
-        capabilities = tuple(
-            gpu.capability for gpu in hardware.observe(self._settings).gpus if gpu.capability
-        )
+        capabilities = self._machine.capabilities
         archs = self._settings.text("TORCH_CUDA_ARCH_LIST")
         if not capabilities and not archs:
             why = "this machine has no GPU, and TORCH_CUDA_ARCH_LIST is not set"
@@ -287,180 +295,177 @@ class _Suite:
             self._layout, self._settings, run_log=self._run_log, architecture=architecture
         )
 
-    def _tiny_parity(self, names: list[models.Architecture]) -> tuple[Answer, Mapping[str, str]]:
-        folders: dict[str, str] = dict.fromkeys(names, "")
+    def _tiny_folders(self, *names: models.Architecture) -> Folders:
+        return _or_problem(lambda: {name: str(self._tiny_model(name)) for name in names})
 
-        def ask() -> Answer:
-            folders.update({name: str(self._tiny_model(name)) for name in names})
-            return self._parity(folders, "tiny", "--consistency", "llama")
+    def _smollm2(self, name: str = "smollm2") -> Folders:
+        return _or_problem(
+            lambda: {name: str(models.smollm2(self._layout, self._settings, run_log=self._run_log))}
+        )
 
-        self._run_log.phase("tiny models")
-        return _or_problem(ask), folders
+    def _begin_named_model(self) -> "Future[_Found]":
+        """Begin to judge parity of the model that the user named."""
+        model = self._options.model
+        folders = self._smollm2("model") if model == "smollm2" else {"model": model}
 
-    def _named_model(self) -> tuple[Check, ...]:
-        """Judge parity of the model that the user named."""
-        folders = {"model": self._options.model}
+        def judge() -> _Found:
+            answer = self._parity(folders, "model", "model")
+            return [self._rechecked(answer, "model", folders, "model")]
 
-        def ask(folder: str) -> Answer:
-            folders["model"] = folder
-            return self._parity(folders, "model")
+        return self._begin(judge)
 
-        is_smollm2 = self._options.model == "smollm2"
-        answer = self._with_smollm2(ask) if is_smollm2 else ask(self._options.model)
-        return self._recheck(answer, folders, "model")
-
-    def _recheck(
-        self, answer: Answer, folders: Mapping[str, str], round_name: str
-    ) -> tuple[Check, ...]:
-        """Judge the parity of each model; re-run both engines for the models on which they differ.
+    def _rechecked(
+        self, answer: Answer, name: str, folders: Folders, round_name: str
+    ) -> tuple[tuple[Check, ...], Answer]:
+        """Judge the parity of a model; re-run both engines if they differ.
 
         The second run separates a vLLM defect from a flaky reference.
         """
-        found = {name: numeric.parity(answer, name) for name in folders}
-        differ = {
-            name: folders[name]
-            for name, check in found.items()
-            if check.verdict == "fail" and numeric.is_answered(answer, name)
-        }
-        if differ:
-            again = self._parity(differ, f"{round_name}-again")
-            before, after = self._round(round_name), self._round(f"{round_name}-again")
-            for name in differ:
-                found[name] = numeric.settle_recheck(
-                    found[name], numeric.parity(again, name), name=name, before=before, after=after
-                )
-        return tuple(found.values())
+        found = numeric.parity(answer, name)
+        if found.verdict == "fail" and numeric.is_answered(answer, name):
+            again = self._parity(folders, name, f"{round_name}-again")
+            before, after = (
+                self._round(kind, name) for kind in (round_name, f"{round_name}-again")
+            )
+            found = numeric.settle_recheck(
+                found, numeric.parity(again, name), name=name, before=before, after=after
+            )
+        return (found,), answer
 
-    def _round(self, round_name: str) -> numeric.Round:
+    def _round(self, round_name: str, name: str) -> numeric.Round:
         return numeric.Round(
-            self._folder / f"reference-{round_name}.json", self._folder / f"rows-{round_name}.json"
+            self._folder / f"reference-{round_name}.json",
+            self._folder / f"rows-{round_name}-{name}.json",
         )
 
     def _parity(
-        self, folders: Mapping[str, str], round_name: str, *args: str, form: tuple[str, ...] = ()
+        self,
+        folders: Folders,
+        name: str,
+        round_name: str,
+        form: tuple[str, ...] = (),
     ) -> Answer:
-        """Run Hugging Face, then vLLM, and keep both answers in the round's files.
+        """Run Hugging Face, then vLLM, on one model; `form` is for both."""
+        only = folders if isinstance(folders, Answer) else {name: folders[name]}
+        reference = self._reference(only, round_name, form)
+        return self._compared(lambda: reference, only, name, round_name, form)
 
-        `args` are for vLLM's probe, `form` for both.
-        """
-        device = ("--device", self._expected.device)
-        shared = [*(f"--model={name}={path}" for name, path in folders.items()), *device, *form]
-        files = self._round(round_name)
-        answer = self._ask("reference.py", *shared)
+    def _reference(
+        self,
+        folders: Folders,
+        round_name: str,
+        form: tuple[str, ...] = (),
+    ) -> Answer:
+        """Run Hugging Face, in a process without vLLM, and keep its answers in the round's file."""
+        if isinstance(folders, Answer):
+            return folders
+        answer = self._ask("reference.py", *_named(folders), *self._device, *form)
         if answer.problem:
-            return Answer({}, f"Hugging Face: {answer.problem}", answer.seconds)
-        files.reference.write_text(json.dumps(answer.record))
+            return replace(answer, record={}, problem=f"Hugging Face: {answer.problem}")
+        self._round(round_name, "").reference.write_text(json.dumps(answer.record))
+        return answer
+
+    def _compared(
+        self,
+        hugging_face: Callable[[], Answer],
+        folders: Folders,
+        name: str,
+        round_name: str,
+        form: tuple[str, ...] = (),
+    ) -> Answer:
+        """Run vLLM on one model once Hugging Face has answered."""
+        reference = hugging_face()
+        if reference.problem or isinstance(folders, Answer):
+            return reference
+        files = self._round(round_name, name)
         kept = ("--against", str(files.reference), "--keep", str(files.vllm))
-        return self._ask("parity.py", *shared, *kept, *args)
+        own = ("--consistency", name) if (round_name, name) == ("tiny", "llama") else ()
+        model = _named({name: folders[name]})
+        return self._ask_shared("parity.py", *model, *self._device, *form, *kept, *own)
 
-    def _compiled(self) -> Check:
-        name, rows = "consistency.compiled", self._round("tiny").vllm
-        if not rows.is_file():
-            return registry.judged(
-                name, ["the eager engine gave no answer to compare with"], "", 0.0
-            )
-        args = (f"--model=llama={self._tiny_model('llama')}", "--compiled", "--against", str(rows))
-        device = ("--device", self._expected.device)
-        answer = self._ask("parity.py", *args, *device, environment=COMPILED)
-        return numeric.parity(answer, "llama", name)
-
-    def _mxfp4(self) -> Check:
-        if self._expected.device == "cpu" and "amx_tile" not in Path("/proc/cpuinfo").read_text(
-            encoding="utf-8", errors="replace"
-        ):
-            why = "vLLM's MXFP4 kernel for CPUs requires AMX, which this CPU lacks"
-            return Check("parity.gpt-oss", "skipped", why, 0.0)
-
-        def ask() -> Answer:
-            folder = self._tiny_model("gpt-oss")
-            # Hugging Face runs in float32: vLLM's kernels take bfloat16 only, and their rounding
-            # is error enough.
-            return self._parity({"gpt-oss": str(folder)}, "gpt-oss", "--dtype", "bfloat16")
-
-        return numeric.mxfp4(_or_problem(ask))
-
-    def _offline_rows(self) -> tuple[http_checks.Row, ...]:
-        """Return the offline engine's answers of the tiny Llama, empty if it has none."""
-        return http_checks.offline(numeric.read_rows(self._round("tiny").vllm, "llama"))
-
-    def _with_smollm2(self, ask: Callable[[str], Answer]) -> Answer:
-        return _or_problem(
-            lambda: ask(str(models.smollm2(self._layout, self._settings, run_log=self._run_log)))
-        )
-
-    def _ask(self, probe: str, *args: str, environment: Mapping[str, str] = ENVIRONMENT) -> Answer:
-        """Run a probe in a neutral folder, from which nothing can be imported by accident."""
-        started, patience_s = time.monotonic(), self._options.timeout_s
-        # The user's settings of torch threads and vLLM caches apply; those in `environment` do not.
-        variables = built_environment(
-            self._layout,
-            self._settings,
-            more={**environment, LIMIT: f"{PROBE_SHARE * patience_s:g}"},
-        )
-        argv: list[process.Argument] = [
-            self._layout.environment_python,
-            self._layout.probes / probe,
-            *args,
-        ]
-        limit_s = patience_s + stack_dumps.DUMP_S
+    def _server(self) -> _Found:
+        """Judge the tiny Llama over HTTP by the offline engine's answers."""
+        started = time.monotonic()
         try:
-            with stack_dumps.Watch(
-                DUMP_SHARE * patience_s, _probe_processes, environment=variables
-            ) as watch:
-                done = process.capture(argv, env=variables, cwd=self._folder, timeout_s=limit_s)
-        except ToolchainError as exc:
-            problem = _timeout_text(probe, patience_s) if watch.has_fired else exc.message
-            return Answer({}, problem, time.monotonic() - started)
-        record, failure = read(done)
-        failure = _timeout_text(probe, patience_s) if watch.has_fired else failure
-        if failure or "error" in done.stdout:
-            self._stacks += watch.stacks(done.stderr)
-            self._run_log.phase(probe)
-            self._run_log.write(shlex.join([str(arg) for arg in argv]))
-            for line in (*watch.seen, *done.stderr.splitlines()):
-                self._run_log.write(line)
-        return Answer(record, failure, time.monotonic() - started)
+            tested = server_checks.under_test(
+                self._layout,
+                built_environment(self._machine, "smoke-serve"),
+                self._tiny_model("llama"),
+                expected=self._expected,
+                rows=http_checks.offline(
+                    numeric.read_rows(self._round("tiny", "llama").vllm, "llama")
+                ),
+                limit_s=self._options.timeout_s,
+            )
+        except WorkspaceError as exc:
+            seconds = time.monotonic() - started
+            return [(server_checks.failed(exc.message, seconds), _NOTHING)]
+        found, stacks = server_checks.run(
+            self._layout.state / "smoke-server", tested, run_log=self._run_log
+        )
+        return [(found, replace(_NOTHING, stacks=stacks))]
+
+    def _compiled(self) -> _Found:
+        name, rows = "consistency.compiled", self._round("tiny", "llama").vllm
+        if not rows.is_file():
+            problems = ["the eager engine gave no answer to compare with"]
+            return [((registry.judged(name, problems, "", 0.0),), _NOTHING)]
+        model = _named({"llama": str(self._tiny_model("llama"))})
+        args = ("parity.py", *model, "--compiled", "--against", str(rows), *self._device)
+        # Not from the other import, in which decorators found torch.compile disabled.
+        place = str(self._folder / "compiled.socket")
+        shared = SharedImport(self._program("imports.py", "share", place, is_compiled=True))
+        answer = probe_runs.ask(self._program(*args, is_compiled=True), shared)
+        return [((numeric.parity(answer, "llama", name),), answer)]
+
+    def _real(self, folders: Folders) -> _Found:
+        if isinstance(folders, Answer):
+            answer = folders
+        else:
+            answer = self._ask_shared("real_model.py", folders["smollm2"], *self._device)
+        return [(numeric.real(answer), answer)]
+
+    def _bfloat16(self, folders: Folders) -> _Found:
+        form = ("--dtype", "bfloat16", "--tokens", "16")
+        answer = self._parity(folders, "smollm2", "smollm2", form)
+        return [((numeric.bfloat16(answer, "smollm2"),), answer)]
+
+    def _mxfp4(self, folders: Folders | str) -> _Found:
+        if isinstance(folders, str):
+            return [((Check("parity.gpt-oss", "skipped", folders, 0.0),), _NOTHING)]
+        # Hugging Face runs in float32: vLLM's kernels take bfloat16 only, and their rounding is
+        # error enough.
+        reference, form = self._reference(folders, "gpt-oss"), ("--dtype", "bfloat16")
+        answer = self._compared(lambda: reference, folders, "gpt-oss", "gpt-oss", form)
+        return [((numeric.mxfp4(answer),), answer)]
+
+    def _ask(self, probe: str, *args: str) -> Answer:
+        return probe_runs.ask(self._program(probe, *args))
+
+    def _ask_shared(self, probe: str, *args: str) -> Answer:
+        return probe_runs.ask(self._program(probe, *args), self._shared)
+
+    def _program(self, probe: str, *args: str, is_compiled: bool = False) -> Program:
+        """Return a probe with its environment; `is_compiled` leaves torch.compile on."""
+        given = {probe_runs.LIMIT: f"{probe_runs.PROBE_SHARE * self._options.timeout_s:g}"}
+        if is_compiled:
+            given["TORCHDYNAMO_DISABLE"] = "0"
+        return Program(
+            (str(self._layout.environment_python), str(self._layout.probes / probe), *args),
+            built_environment(self._machine, "smoke", given=given),
+            self._folder,
+            self._options.timeout_s,
+        )
 
 
-def _probe_processes() -> set[int]:
-    """Return the processes of a probe: those below the guards that this process started.
-
-    The guards stay, to report how the probe ended.
-    """
-    known = process_tree.living()
-    guards = {pid for pid, found in known.items() if found.parent == os.getpid()}
-    return process_tree.below(guards, known)
+def _named(folders: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"--model={name}={folder}" for name, folder in folders.items())
 
 
-def _timeout_text(probe: str, patience_s: float) -> str:
-    return f"{probe} gave no answer in {patience_s:g} s and was ended"
-
-
-def _or_problem(ask: Callable[[], Answer]) -> Answer:
-    """Return the answer, or why the model could not be made."""
+def _or_problem(make: Callable[[], Mapping[str, str]]) -> Folders:
+    """Return the folders of models, or an answer with the reason why they could not be made."""
     started = time.monotonic()
     try:
-        return ask()
+        return make()
     except (BuildError, SourceError, ToolchainError) as exc:
         return Answer({}, exc.message, time.monotonic() - started)
-
-
-def read(done: process.Completed) -> tuple[Mapping[str, object], str | None]:
-    """Return a probe's document, and what is wrong with how it ended, None if it ended well."""
-    try:
-        record = json.loads(done.stdout)
-    except ValueError:
-        record = None
-    last = next(
-        (
-            line.strip()
-            for line in reversed(done.stderr.splitlines())
-            if not stack_dumps.is_part(line)
-        ),
-        "no output",
-    )
-    if done.returncode != 0:
-        return {}, f"the probe {process.describe_status(done.returncode)}: {last}"
-    if not isinstance(record, dict):
-        return {}, f"the probe printed no document: {last}"
-    return record, None

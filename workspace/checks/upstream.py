@@ -16,30 +16,17 @@ from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan
-from workspace.machine.hardware import Machine
+from workspace.machine.machine import Machine
 from workspace.repo.git import Git, repository
 from workspace.server.command import built_environment
 
 # Where new files count as changes (repository.differing).
 SOURCES = ("vllm", "tests", "csrc", "cmake")
-# As upstream's own CPU job sets them (.buildkite/scripts/hardware_ci/run-cpu-test.sh), with little
-# memory.
-ENVIRONMENT: Mapping[str, str] = {
-    "VLLM_CPU_CI_ENV": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-}
-OFFLINE: Mapping[str, str] = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-}
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 # Seconds for one run of pytest: vllm/v1/core, the folder with the most tests for one change, takes
 # minutes on two CPU cores.
 TIMEOUT_S = 7200.0
 NAME_WIDTH = 44
-_STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "skipped": "skipped"}
 RECORD = "upstream.json"
 _CHOOSE = (
     "./scripts/nox -s upstream -- --all-of vllm/sampling_params.py    runs the tests that a file"
@@ -174,8 +161,7 @@ def show(selection: Selection, console: Console) -> None:
 
 
 def run_tests(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     selection: Selection,
     options: UpstreamOptions,
     site: Path,
@@ -186,7 +172,7 @@ def run_tests(
 
     `site` has the test requirements.
     """
-    runner = _Runner(layout, settings, site, options, run_log)
+    runner = _Runner(machine, site, options, run_log)
     outcomes = runner.all_of(selection)
     failed = tuple(outcome for outcome in outcomes if outcome.state == "failed")
     on_the_pin: tuple[upstream_trial.Outcome, ...] | None = None
@@ -199,11 +185,8 @@ def run_tests(
     found = upstream_trial.sort(outcomes, on_the_pin, is_online=options.is_online)
     checks = upstream_trial.checks(selection.reach.tests, selection.decisions, found)
     for check in checks:
-        run_log.console.row(
-            _STATES[check.verdict],
-            f"{check.identifier} ".ljust(NAME_WIDTH),
-            f"{check.evidence}  {check.seconds:.1f} s",
-        )
+        text = f"{check.evidence}  {check.seconds:.1f} s"
+        run_log.console.row(check.row.state, check.identifier, text, least=NAME_WIDTH)
     return Result(checks, found, compared)
 
 
@@ -212,13 +195,12 @@ class _Runner:
 
     def __init__(
         self,
-        layout: Layout,
-        settings: Settings,
+        machine: Machine,
         site: Path,
         options: UpstreamOptions,
         run_log: RunLog,
     ) -> None:
-        self._layout, self._settings, self._site = layout, settings, site
+        self._machine, self._layout, self._site = machine, machine.layout, site
         self._options, self._run_log = options, run_log
 
     def all_of(self, selection: Selection) -> tuple[upstream_trial.Outcome, ...]:
@@ -262,20 +244,20 @@ class _Runner:
     def _run(
         self, title: str, tree: Path, files: Sequence[str], pytest_args: tuple[str, ...]
     ) -> tuple[upstream_trial.Outcome, ...]:
-        more = {**ENVIRONMENT, **({} if self._options.is_online else OFFLINE)}
+        given = {} if self._options.is_online else dict.fromkeys(OFFLINE, "1")
         # The pin's tree must come before the editable install.
-        more["PYTHONPATH"] = ":".join(
+        given["PYTHONPATH"] = ":".join(
             str(path)
             for path in ((self._site,) if tree == self._layout.vllm else (tree, self._site))
         )
-        variables = built_environment(self._layout, self._settings, more=more)
+        variables = built_environment(self._machine, "upstream", given=given)
         place = upstream_trial.Place(
             tree,
             self._layout.environment_python,
             variables,
             upstream_trial.needs_folder(self._layout) / "chosen.txt",
         )
-        with self._run_log.console.step(title.ljust(NAME_WIDTH)) as view:
+        with self._run_log.console.step(title, least=NAME_WIDTH) as view:
             self._run_log.phase(title, view)
             # On the pin our arguments come last and win, else the user's.
             ordered = (
@@ -311,7 +293,6 @@ def compose_record(
     observed: plan.Observation,
     *,
     tree: registry.Tree,
-    machine: Machine,
     seconds: float,
 ) -> dict[str, object]:
     """Return the record; if no test ended by itself, as without a GPU, it is `skipped`."""
@@ -325,7 +306,7 @@ def compose_record(
         result.checks,
         level="upstream",
         tree=tree,
-        machine=machine,
+        machine=observed.machine.record(),
         parity=versions,
         seconds=seconds,
     )
@@ -359,12 +340,13 @@ def run(
     Raises SmokeError if a test fails or nothing is built.
     """
     from workspace.install.status import require_built
-    from workspace.machine import check, hardware
+    from workspace.machine import check
 
     started, known = time.monotonic(), upstream_selection.rules()
-    observed = plan.observe(layout, settings) if is_list else require_built(layout, settings)
+    machine = Machine(layout, settings)
+    observed = plan.observe_on(machine) if is_list else require_built(machine)
     if not is_list:
-        check.require(layout, settings, console=console, device=observed.device)
+        check.require(observed.machine, console=console, device=observed.device)
     selection = select(layout, observed, options, known)
     if not _report_selection(selection, observed.pin.tag, console, is_list=is_list):
         return
@@ -372,7 +354,7 @@ def run(
     with smoke.locked_run(layout, settings, console, session="upstream") as run_log:
         tree = registry.tree_of(layout, observed)
         site = _install_needs(layout, settings, known, device=observed.device, run_log=run_log)
-        result = run_tests(layout, settings, selection, options, site, run_log=run_log)
+        result = run_tests(observed.machine, selection, options, site, run_log=run_log)
         if registry.tree_of(layout, plan.observe(layout, settings)) != tree:
             raise SmokeError(
                 "vendor/vllm changed while the tests ran", hint="./scripts/nox -s upstream"
@@ -383,7 +365,6 @@ def run(
             observed,
             tree=tree,
             seconds=time.monotonic() - started,
-            machine=hardware.observe(settings),
         )
         registry.write_record(layout.state / RECORD, document, console=console, json_file=json_file)
         judge(result, log=layout.relative(run_log.path) if run_log.path else None)
@@ -399,7 +380,7 @@ def _report_selection(selection: Selection, tag: str, console: Console, *, is_li
         show(selection, console)
         return False
     for file in selection.reach.unreached:
-        console.row("skipped", file.path.ljust(NAME_WIDTH), f"reaches no test: {file.why}")
+        console.row(State.SKIPPED, file.path, f"reaches no test: {file.why}", least=NAME_WIDTH)
     if not selection.reach.tests:
         console.info(
             "the change reaches none of upstream's tests; ./scripts/nox -s smoke judges what"
@@ -411,7 +392,7 @@ def _report_selection(selection: Selection, tag: str, console: Console, *, is_li
 def _install_needs(
     layout: Layout, settings: Settings, known: Rules, *, device: str, run_log: RunLog
 ) -> Path:
-    with run_log.console.step("test requirements".ljust(NAME_WIDTH)) as view:
+    with run_log.console.step("test requirements", least=NAME_WIDTH) as view:
         run_log.phase("test requirements", view)
         site, view.reason = upstream_trial.install_needs(
             layout, settings, known, device=device, run_log=run_log

@@ -6,7 +6,6 @@ change. What the tests need beside the built environment is installed into a fol
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,8 @@ from typing import Literal
 
 from workspace.checks.registry import Check, Verdict
 from workspace.checks.upstream_selection import Decision, Reached, Rules
-from workspace.core import process
+from workspace.core import process, records
+from workspace.core.child_variables import with_given
 from workspace.core.console import RunLog
 from workspace.core.errors import SmokeError
 from workspace.core.files import write_atomic
@@ -138,7 +138,7 @@ def _run_pytest(
         with _limited(timeout_s):
             process.run(
                 argv,
-                env={**place.variables, "PYTHONPATH": path},
+                env=with_given(place.variables, "upstream", {"PYTHONPATH": path}),
                 cwd=place.tree / "tests",
                 run_log=run_log,
                 failure=SmokeError,
@@ -444,22 +444,26 @@ def tree(layout: Layout, base: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class _HubTests:
+    """The tests that asked the hub on a pin."""
+
+    pin: str
+    tests: tuple[str, ...]
+
+
 def hub_tests(layout: Layout, base: str) -> frozenset[str]:
     """Return the tests that asked the hub on the pin `base`; empty if unknown or unreadable."""
-    try:
-        kept = json.loads((needs_folder(layout) / _HUB_TESTS).read_bytes())
-        return frozenset(kept["tests"]) if kept["pin"] == base else frozenset()
-    except (OSError, ValueError, KeyError, TypeError):
-        return frozenset()
+    kept = records.read(needs_folder(layout) / _HUB_TESTS, _HubTests)
+    return frozenset(kept.tests) if kept and kept.pin == base else frozenset()
 
 
 def keep_hub_tests(layout: Layout, base: str, on_the_pin: Sequence[Outcome]) -> None:
     """Add to the known tests that ask the hub on the pin `base`; forget those of another pin."""
     former = hub_tests(layout, base)
     if more := {outcome.node for outcome in on_the_pin if outcome.asks_hub} - former:
-        write_atomic(
-            needs_folder(layout) / _HUB_TESTS,
-            f"{json.dumps({'pin': base, 'tests': sorted(former | more)}, indent=1)}\n".encode(),
+        records.write(
+            needs_folder(layout) / _HUB_TESTS, _HubTests(base, tuple(sorted(former | more)))
         )
 
 

@@ -1,6 +1,7 @@
 """What every command line shares: settings, printed failures, signals and exit codes.
 
-Used by tasks.py and by the sessions of nox. Knows no verb and imports nothing but core.
+Used by tasks.py and by the sessions of nox. Knows no verb; imports core, and the machine for a
+verb that asks for it.
 """
 
 import contextlib
@@ -15,13 +16,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from workspace.core import files, settings
 from workspace.core.console import Console
 from workspace.core.errors import INTERRUPTED_EXIT_CODE, ToolchainError, WorkspaceError
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, here
 from workspace.core.settings import Settings
+
+if TYPE_CHECKING:
+    from workspace.machine.machine import Machine
 
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 # Line ends, and the surrogates by which Python represents bytes that are not text.
@@ -77,6 +81,19 @@ def load_settings(
     return loaded
 
 
+def opened(flags: Mapping[str, str | None] | None = None) -> tuple[Layout, Settings]:
+    """Return the layout of this clone and the settings of the verb, its flags over all others."""
+    layout = here()
+    return layout, load_settings(layout, flags=flags)
+
+
+def machine() -> "Machine":
+    """Return the machine of a verb in this clone."""
+    from workspace.machine.machine import Machine
+
+    return Machine(*opened())
+
+
 def _registered(layout: Layout) -> list[str]:
     """Return the variables that the pinned tree itself registers (vllm/envs.py)."""
     try:
@@ -94,7 +111,7 @@ def _warn(text: str) -> None:
     console().warn(text)
 
 
-def run(work: Callable[[], None]) -> int:
+def run(work: Callable[[], object]) -> int:
     """Run the work of a verb and return the exit status of the process.
 
     An expected failure is printed with its hint. ^C, SIGTERM and SIGHUP unwind the work, which ends

@@ -5,6 +5,7 @@ its own exit codes.
 import difflib
 import inspect
 import re
+import shlex
 import sys
 
 import invoke
@@ -14,7 +15,7 @@ from invoke.exceptions import Exit, ParseError
 from invoke.parser.argument import Argument
 from invoke.program import Program
 
-from workspace.cli import patch, verbs
+from workspace.cli import verbs
 from workspace.core.errors import SettingsError
 
 # The first task with `default=True` is what a bare `inv` or a bare collection name runs.
@@ -33,12 +34,12 @@ TOP_LEVEL = (
 )
 COLLECTIONS = {
     "patch": (
-        patch.status,
-        patch.apply,
-        patch.unapply,
-        patch.export,
-        patch.import_,
-        patch.continue_,
+        verbs.patch_status,
+        verbs.patch_apply,
+        verbs.patch_unapply,
+        verbs.patch_export,
+        verbs.patch_import,
+        verbs.patch_continue,
     ),
     "pin": (verbs.pin_show, verbs.pin_forecast, verbs.pin_bump, verbs.pin_rollback),
     "env": (verbs.env_check, verbs.env_init, verbs.env_export),
@@ -187,9 +188,23 @@ class WorkspaceProgram(Program):
         else:
             like = difflib.get_close_matches(typed, list(self.parser.contexts), n=3)
             sentence, more = f"there is no verb {typed}", _LIST
+            # Invoke takes what follows a complete verb for another verb.
+            if verb and not like:
+                sentence = (
+                    f"inv {verb} takes no argument {typed}, and there is no verb of that name"
+                )
+                more = self._typed_as_flag(verb, typed)
         return SettingsError(
             sentence, hint="did you mean {}? {}".format(" or ".join(like), more) if like else more
         )
+
+    def _typed_as_flag(self, verb: str, typed: str) -> str:
+        """Return the verb with its flag for a value, where it has exactly one, else its help."""
+        flags = [flag for flag in self.parser.contexts[verb].args.values() if flag.takes_value]
+        if len(flags) != 1:
+            return f"{_INV} --help {verb}"
+        name = str(flags[0].name).replace("_", "-")
+        return shlex.join([_INV, verb, f"--{name}", typed])
 
 
 def _help_first(argv: list[str]) -> list[str]:

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from workspace.cli import main
 from workspace.core import paths
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings
 
 MOST_REPEATS = 1000
 # One day, in seconds; poll(2) counts milliseconds in 32 bits.
@@ -38,36 +40,27 @@ def smoke_session(argv: Sequence[str]) -> int:
     _add_timeout(parser, "each probe", TIMEOUT_S)
     arguments = parser.parse_args(argv)
     _require_timeout(parser, arguments.timeout_s)
-    layout = paths.here()
     options = SmokeOptions(
         arguments.level, arguments.model, arguments.timeout_s, arguments.fail_fast
     )
-
-    def work() -> None:
-        smoke.smoke(
-            layout,
-            main.load_settings(layout),
-            options,
-            console=main.console(),
-            json_file=arguments.json,
+    return _run(
+        lambda layout, settings: smoke.smoke(
+            layout, settings, options, console=main.console(), json_file=arguments.json
         )
-
-    return main.run(work)
+    )
 
 
 def record_good(argv: Sequence[str]) -> int:
     """Record the current state as known-good; `nox -s smoke` runs it after a smoke that passed."""
     _parser("smoke", "Record the current state as known-good.").parse_args(argv)
-    layout = paths.here()
+    from workspace.bump import known_good
+    from workspace.install import plan
 
-    def work() -> None:
-        settings = main.load_settings(layout)
-        from workspace.bump import known_good
-        from workspace.install import plan
-
-        known_good.record(layout, settings, plan.observe(layout, settings), console=main.console())
-
-    return main.run(work)
+    return _run(
+        lambda layout, settings: known_good.record(
+            layout, settings, plan.observe(layout, settings), console=main.console()
+        )
+    )
 
 
 def upstream_session(argv: Sequence[str]) -> int:
@@ -85,19 +78,16 @@ def upstream_session(argv: Sequence[str]) -> int:
         arguments.try_all,
         arguments.online,
     )
-    layout = paths.here()
-
-    def work() -> None:
-        upstream.run(
+    return _run(
+        lambda layout, settings: upstream.run(
             layout,
-            main.load_settings(layout),
+            settings,
             options,
             console=main.console(),
             json_file=arguments.json,
             is_list=arguments.list,
         )
-
-    return main.run(work)
+    )
 
 
 def _upstream_parser(timeout_s: float) -> argparse.ArgumentParser:
@@ -154,12 +144,9 @@ def bench_session(argv: Sequence[str]) -> int:
         arguments.sweep,
         tuple(for_vllm),
     )
-    layout = paths.here()
-
-    def work() -> None:
-        measure.run(layout, main.load_settings(layout), options, console=main.console())
-
-    return main.run(work)
+    return _run(
+        lambda layout, settings: measure.run(layout, settings, options, console=main.console())
+    )
 
 
 def ab_session(argv: Sequence[str]) -> int:
@@ -176,9 +163,8 @@ def ab_session(argv: Sequence[str]) -> int:
         )
     if arguments.each_patch and arguments.base != ab_trees.PIN:
         parser.error("--each-patch compares the series with itself: leave --base out")
-    layout = paths.here()
 
-    def work() -> None:
+    def work(layout: Layout, settings: Settings) -> None:
         options = ab.AbOptions(
             arguments.kind,
             arguments.base,
@@ -189,9 +175,9 @@ def ab_session(argv: Sequence[str]) -> int:
             arguments.allow_busy,
             tuple(for_vllm),
         )
-        ab.run(layout, main.load_settings(layout), options, console=main.console())
+        ab.run(layout, settings, options, console=main.console())
 
-    return main.run(work)
+    return _run(work)
 
 
 def _ab_parser() -> argparse.ArgumentParser:
@@ -233,30 +219,26 @@ def bisect_session(argv: Sequence[str]) -> int:
             " upstream commits"
         )
     _require_timeout(parser, arguments.timeout_s)
-    layout = paths.here()
-
-    def work() -> None:
-        if arguments.abort:
-            bisect.abort(layout, console=main.console())
-            return
-        options = BisectOptions(
-            arguments.run,
-            arguments.good,
-            arguments.bad,
-            arguments.patches,
-            arguments.timeout_s,
-            arguments.factor,
-        )
-        bisect.run(
+    if arguments.abort:
+        return main.run(lambda: bisect.abort(paths.here(), console=main.console()))
+    options = BisectOptions(
+        arguments.run,
+        arguments.good,
+        arguments.bad,
+        arguments.patches,
+        arguments.timeout_s,
+        arguments.factor,
+    )
+    return _run(
+        lambda layout, settings: bisect.run(
             layout,
-            main.load_settings(layout),
+            settings,
             options,
+            console=main.console(),
             folder=Path.cwd(),
             json_file=arguments.json,
-            console=main.console(),
         )
-
-    return main.run(work)
+    )
 
 
 def _bisect_parser() -> argparse.ArgumentParser:
@@ -309,20 +291,22 @@ def perf_session(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.repeat is not None and arguments.repeat < 1:
         parser.error("--repeat must be a whole number of at least 1")
-    layout = paths.here()
     rows = [row for row in perf.ROWS if not arguments.row or row.name in arguments.row]
-
-    def work() -> None:
-        perf.run(
+    return _run(
+        lambda layout, settings: perf.run(
             layout,
-            main.load_settings(layout),
+            settings,
             rows,
             console=main.console(),
             pairs=arguments.repeat,
             json_file=arguments.json,
         )
+    )
 
-    return main.run(work)
+
+def _run(work: Callable[[Layout, Settings], object]) -> int:
+    """Run the work of a session with the clone and its settings; return the exit code."""
+    return main.run(lambda: work(*main.opened()))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,8 +1,10 @@
-"""Every verb of `inv` but those of the patch series (patch.py).
+"""Every verb of `inv`.
 
 A verb parses its arguments, calls one function of the library and prints nothing itself. Imports of
 the library stand inside the verbs, so that `inv --list` starts at once.
 """
+
+from typing import Literal
 
 from invoke.context import Context
 from invoke.tasks import task
@@ -10,6 +12,9 @@ from invoke.tasks import task
 from workspace.cli import main
 from workspace.cli.main import JSON, WAIT, after_dashes
 from workspace.core import paths
+from workspace.core.errors import SettingsError
+
+PROJECT = "vllm or triton"
 
 
 @task(
@@ -18,6 +23,7 @@ from workspace.core import paths
         "source": "where vendor/vllm comes from: auto, git or release",
         "kernels": "compiled libraries: auto, precompiled, native, or a wheel file",
         "jobs": "compilers at once, with --kernels native",
+        "no-first-token": "leave out the last step, a first token on the device",
         "wait": WAIT,
     }
 )
@@ -27,16 +33,15 @@ def bootstrap(
     source: str | None = None,
     kernels: str | None = None,
     jobs: str | None = None,
+    no_first_token: bool = False,
     wait: bool = False,
 ) -> None:
     """Make a fresh clone generate text; safe to repeat."""
-    here = paths.here()
-    settings = main.load_settings(
-        here, flags={"DEVICE": device, "SOURCE": source, "KERNELS": kernels, "MAX_JOBS": jobs}
-    )
     from workspace.install import bootstrap as verb
 
-    verb.run(here, settings, console=main.console(), wait=wait)
+    flags = {"DEVICE": device, "SOURCE": source, "KERNELS": kernels, "MAX_JOBS": jobs}
+    end: verb.End = "command" if no_first_token else "token"
+    verb.run(*main.opened(flags), console=main.console(), wait=wait, end=end)
 
 
 @task(
@@ -64,8 +69,6 @@ def rebuild(
     wait: bool = False,
 ) -> None:
     """Compile what changed, within cores and memory."""
-    here = paths.here()
-    settings = main.load_settings(here, flags={"KERNELS": kernels})
     from workspace.install import rebuild as verb
 
     options = verb.RebuildOptions(
@@ -76,7 +79,7 @@ def rebuild(
         plan_only=plan,
         as_json=json,
     )
-    verb.run(here, settings, options, console=main.console(), wait=wait)
+    verb.run(*main.opened({"KERNELS": kernels}), options, console=main.console(), wait=wait)
 
 
 @task(
@@ -110,31 +113,28 @@ def fix_triton(
 @task(help={"wait": WAIT})
 def wheel(_: Context, wait: bool = False) -> None:
     """Pack the verified build for another clone or Spark."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.install import wheel as verb
 
-    verb.run(here, settings, console=main.console(), wait=wait)
+    verb.run(*main.opened(), console=main.console(), wait=wait)
 
 
 @task(default=True, help={"json": JSON})
 def status(_: Context, json: bool = False) -> None:
     """Show what is built, what is stale, what to do next."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.install import status as verb
 
-    verb.show(here, settings, console=main.console(), as_json=json)
+    verb.show(main.machine(), console=main.console(), as_json=json)
 
 
 @task(help={"json": JSON, "offline": "leave out the checks that need the network"})
 def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     """Check machine, toolchain, GPU, network; print hints."""
-    here = paths.here()
-    settings = main.load_settings(here)
+    from workspace.install import status
     from workspace.machine import doctor as verb
 
-    verb.show(here, settings, console=main.console(), as_json=json, offline=offline)
+    machine = main.machine()
+    more = status.doctor_rows(machine.layout)
+    verb.show(machine, console=main.console(), as_json=json, offline=offline, more=more)
 
 
 @task(
@@ -167,10 +167,9 @@ def report(_: Context) -> None:
 @task(default=True, name="list", help={"json": JSON})
 def bench_list(_: Context, json: bool = False) -> None:
     """List the benchmark records, newest first."""
-    here = paths.here()
     from workspace.bench import results
 
-    results.show_records(here, console=main.console(), as_json=json)
+    results.show_records(paths.here(), console=main.console(), as_json=json)
 
 
 @task(
@@ -194,11 +193,10 @@ def bench_compare(
     json: bool = False,
 ) -> None:
     """Judge each metric: is the second record slower?"""
-    here = paths.here()
     from workspace.bench import compare
 
     compare.show(
-        here,
+        paths.here(),
         first,
         second,
         factor=factor,
@@ -217,10 +215,9 @@ def bench_compare(
 )
 def bench_report(_: Context, first: str = "", second: str = "") -> None:
     """Draw all records: one HTML page, PNG plots."""
-    here = paths.here()
     from workspace.bench import report as verb
 
-    verb.write(here, first, second, console=main.console())
+    verb.write(paths.here(), first, second, console=main.console())
 
 
 @task(name="check", default=True, help={"json": JSON})
@@ -230,58 +227,49 @@ def env_check(_: Context, json: bool = False) -> None:
     # The rows hold the warnings.
     settings = main.load_settings(here, is_quiet=True)
     from workspace.machine import check
+    from workspace.machine.machine import Machine
 
-    check.show(here, settings, console=main.console(), as_json=json)
+    check.show(Machine(here, settings), console=main.console(), as_json=json)
 
 
 @task(name="init", help={"replace": "also change lines that differ; old ones become comments"})
 def env_init(_: Context, replace: bool = False) -> None:
     """Write or complete .env for this machine."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.machine import dotenv
 
-    dotenv.complete(here, settings, console=main.console(), replace=replace)
+    dotenv.complete(main.machine(), console=main.console(), replace=replace)
 
 
 @task(name="export")
 def env_export(_: Context) -> None:
     """Print shell lines for eval; inv and nox on PATH."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.server import command as verb
 
-    verb.export_variables(here, settings, console=main.console())
+    verb.export_variables(*main.opened(), console=main.console())
 
 
 @task
 def run(_: Context) -> None:
     """Run a command in the built environment: -- CMD."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.server import command as verb
 
-    verb.run_command(here, settings, after_dashes(), console=main.console())
+    verb.run_command(*main.opened(), after_dashes(), console=main.console())
 
 
 @task
 def shell(_: Context) -> None:
     """Open a shell in the built environment."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.server import command as verb
 
-    verb.open_shell(here, settings, console=main.console())
+    verb.open_shell(*main.opened(), console=main.console())
 
 
 @task
 def drop_caches(_: Context) -> None:
     """Free the page cache before loading a large model."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.machine import hardware
 
-    hardware.drop_caches(settings, console=main.console())
+    hardware.drop_caches(main.opened()[1], console=main.console())
 
 
 @task(
@@ -291,11 +279,9 @@ def drop_caches(_: Context) -> None:
 )
 def pin_show(_: Context, json: bool = False, offline: bool = False) -> None:
     """Show the pin, newer releases and known-good states."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.bump import rollback
 
-    rollback.show(here, settings, console=main.console(), as_json=json, offline=offline)
+    rollback.show(*main.opened(), console=main.console(), as_json=json, offline=offline)
 
 
 @task(
@@ -305,11 +291,9 @@ def pin_show(_: Context, json: bool = False, offline: bool = False) -> None:
 )
 def pin_forecast(_: Context, ref: str, json: bool = False) -> None:
     """Show what a pin move would break; change nothing."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.bump import forecast
 
-    forecast.run(here, settings, ref, console=main.console(), as_json=json)
+    forecast.run(*main.opened(), ref, console=main.console(), as_json=json)
 
 
 @task(
@@ -323,11 +307,9 @@ def pin_forecast(_: Context, ref: str, json: bool = False) -> None:
 )
 def pin_bump(_: Context, ref: str, allow_recent: bool = False, wait: bool = False) -> None:
     """Move the pin in a sandbox; promote it if checks pass."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.bump import bump
 
-    bump.run(here, settings, ref, console=main.console(), allow_recent=allow_recent, wait=wait)
+    bump.run(*main.opened(), ref, console=main.console(), allow_recent=allow_recent, wait=wait)
 
 
 @task(
@@ -336,11 +318,9 @@ def pin_bump(_: Context, ref: str, allow_recent: bool = False, wait: bool = Fals
 )
 def pin_rollback(_: Context, good: str = "", wait: bool = False) -> None:
     """Return to the last known-good state."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.bump import rollback
 
-    rollback.run(here, settings, good or None, console=main.console(), wait=wait)
+    rollback.run(*main.opened(), good or None, console=main.console(), wait=wait)
 
 
 @task(
@@ -358,24 +338,20 @@ def serve(
     _: Context, recipe: str, dry_run: bool = False, detach: bool = False, force: bool = False
 ) -> None:
     """Serve a recipe or a model; vLLM's flags go after --."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.server import start
 
     options = start.ServeOptions(
         recipe, tuple(after_dashes()), dry_run=dry_run, detach=detach, force=force
     )
-    start.run(here, settings, options, console=main.console())
+    start.run(*main.opened(), options, console=main.console())
 
 
 @task(name="status", help={"json": JSON})
 def serve_status(_: Context, json: bool = False) -> None:
     """Show the server: ready, since when, memory."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.server import status
 
-    status.status(here, settings, console=main.console(), as_json=json)
+    status.status(*main.opened(), console=main.console(), as_json=json)
 
 
 @task(
@@ -384,30 +360,25 @@ def serve_status(_: Context, json: bool = False) -> None:
 )
 def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
     """Print the server's log; --follow prints new lines."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.server import status
 
-    status.logs(here, settings, console=main.console(), lines=lines, follow=follow)
+    status.logs(*main.opened(), console=main.console(), lines=lines, follow=follow)
 
 
 @task(name="stop")
 def serve_stop(_: Context) -> None:
     """Stop the server; wait for port and memory."""
-    here = paths.here()
     from workspace.server import status
 
-    status.stop(here, console=main.console())
+    status.stop(paths.here(), console=main.console())
 
 
 @task(name="list", help={"json": JSON})
 def serve_list(_: Context, json: bool = False) -> None:
     """List recipes: does it fit, is it on disk."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.server import fit
 
-    fit.show_recipes(here, settings, console=main.console(), as_json=json)
+    fit.show_recipes(main.machine(), console=main.console(), as_json=json)
 
 
 @task(
@@ -417,8 +388,113 @@ def serve_list(_: Context, json: bool = False) -> None:
 )
 def serve_fetch(_: Context, recipe: str) -> None:
     """Fetch weights and vocabularies before a load."""
-    here = paths.here()
-    settings = main.load_settings(here)
     from workspace.server import models
 
-    models.fetch(here, settings, recipe, console=main.console())
+    models.fetch(*main.opened(), recipe, console=main.console())
+
+
+@task(name="status", default=True, help={"project": PROJECT, "json": JSON})
+def patch_status(_: Context, project: str = "vllm", json: bool = False) -> None:
+    """List the patches: state, subject, Upstream-Status."""
+    from workspace.repo import overview
+
+    overview.show(*main.opened(), project, console=main.console(), as_json=json)
+
+
+@task(name="apply", help={"project": PROJECT, "wait": WAIT})
+def patch_apply(_: Context, project: str = "vllm", wait: bool = False) -> None:
+    """Apply the series to the pin, all or nothing."""
+    from workspace.repo import patching
+
+    patching.apply(*main.opened(), project, console=main.console(), wait=wait)
+
+
+@task(name="unapply", help={"project": PROJECT, "wait": WAIT})
+def patch_unapply(_: Context, project: str = "vllm", wait: bool = False) -> None:
+    """Return to the pin; the commits stay under refs."""
+    from workspace.repo import patching
+
+    patching.unapply(*main.opened(), project, console=main.console(), wait=wait)
+
+
+@task(
+    name="export",
+    # With every verb, -p is --project.
+    auto_shortflags=False,
+    help={
+        "check": "write nothing; print the difference and exit with 5",
+        "branch": "put one patch, signed off, on upstream's main",
+        "patch": "file name of the patch for --branch",
+        "project": PROJECT,
+        "wait": WAIT,
+    },
+)
+def patch_export(
+    _: Context,
+    check: bool = False,
+    branch: str = "",
+    patch: str = "",
+    project: str = "vllm",
+    wait: bool = False,
+) -> None:
+    """Write the commits on the pin as patches and series."""
+    here = paths.here()
+    settings = main.load_settings(here)
+    from workspace.repo import patching
+
+    if bool(patch) != bool(branch) or (branch and check):
+        raise SettingsError(
+            "--branch needs --patch, --patch needs --branch, and neither works with --check",
+            hint="./scripts/inv patch.export --branch NAME --patch FILE",
+        )
+    if branch:
+        patching.make_branch(
+            here, settings, project, branch, patch, console=main.console(), wait=wait
+        )
+    else:
+        patching.export(here, settings, project, console=main.console(), wait=wait, check=check)
+
+
+@task(
+    name="import",
+    positional=["origin"],
+    help={
+        "origin": "a mail file, a URL, or the number of a pull request",
+        "project": PROJECT,
+        "wait": WAIT,
+    },
+)
+def patch_import(_: Context, origin: str, project: str = "vllm", wait: bool = False) -> None:
+    """Import a patch: a file, a URL, a pull request."""
+    from workspace.repo import patching
+
+    patching.import_(*main.opened(), project, origin, console=main.console(), wait=wait)
+
+
+@task(
+    name="continue",
+    help={
+        "skip": "leave out the conflicting patch",
+        "abort": "give up and return to the start",
+        "project": PROJECT,
+        "wait": WAIT,
+    },
+)
+def patch_continue(
+    _: Context, skip: bool = False, abort: bool = False, project: str = "vllm", wait: bool = False
+) -> None:
+    """Resume after a conflict, also in a bump."""
+    here = paths.here()
+    settings = main.load_settings(here)
+    from workspace.bump import bump
+    from workspace.repo import patching
+
+    if skip and abort:
+        raise SettingsError(
+            "--skip and --abort exclude each other", hint="./scripts/inv --help patch.continue"
+        )
+    how: Literal["continue", "skip", "abort"] = "skip" if skip else "abort" if abort else "continue"
+    if project == "vllm" and bump.is_under_way(here):
+        bump.go_on(here, settings, how, console=main.console(), wait=wait)
+    else:
+        patching.resume(here, settings, project, how, console=main.console(), wait=wait)

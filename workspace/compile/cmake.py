@@ -5,25 +5,23 @@ that it writes again with the same content keeps its time, because ninja would c
 """
 
 import hashlib
-import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.compile import cmake_inputs, externals, ninja, project, tree_files
 from workspace.compile.cmake_inputs import Inputs, folder
 from workspace.compile.project import Project
 from workspace.compile.tree_files import State
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine import interpreter, toolchain
+from workspace.machine import interpreter
+from workspace.machine.machine import Machine
 
 # Folders in which a linker and CMake's FindCUDAToolkit search the driver's library: below a toolkit
 # and in the system.
@@ -47,18 +45,16 @@ _SYSTEM_LIBRARIES = (
 )
 
 
-def toolkit_arguments(
-    layout: Layout, settings: Settings, build: Path, *, run_log: RunLog
-) -> tuple[str, ...]:
+def toolkit_arguments(machine: Machine, build: Path, *, run_log: RunLog) -> tuple[str, ...]:
     """Return CMake arguments for the parts that the toolkit lacks. On a machine without a driver,
     build a stub of its library in `build`.
     """
-    toolkit = toolchain.find_toolkit(settings)
+    toolkit = machine.toolkit()
     if toolkit is None:
         return ()
     wheels = [
         folder
-        for top in interpreter.site_packages(layout)
+        for top in interpreter.site_packages(machine.layout)
         for folder in sorted((top / "nvidia").glob("*"))
         if folder.is_dir()
     ]
@@ -69,7 +65,7 @@ def toolkit_arguments(
     if runtime and not any(_libraries(toolkit.home, "libnvrtc.so")):
         found.append(f"-DCUDA_nvrtc_LIBRARY={runtime}")
     if not any(_libraries(toolkit.home, "libcuda.so")) and not any(_system("libcuda.so")):
-        stub = _stub(settings, toolkit.home, build, run_log=run_log)
+        stub = _stub(machine.settings, toolkit.home, build, run_log=run_log)
         found.append(f"-DCUDA_cuda_driver_LIBRARY={stub}")
     return tuple(found)
 
@@ -122,10 +118,11 @@ def _stub(settings: Settings, home: Path, build: Path, *, run_log: RunLog) -> Pa
     return stub
 
 
-SCHEMA = 1
 # Each try finds at least one more missing file of a placeholder; the tree's CMake files name most
 # of them before.
 MOST_TRIES = 12
+# Of CMake's error in a message.
+LONGEST = 400
 NINJA_FILE = "build.ninja"
 # CMake's messages about kernels, then about external projects, that it does not build.
 _NOT_BUILT = re.compile(
@@ -135,7 +132,7 @@ _ERROR = re.compile(r"^CMake Error(?: at (\S+?:\d+)(?: \(\w+\))?)?:", re.MULTILI
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(records.Record, schema=1):
     """Record of a configure: its inputs, the sources it wrote into the tree, and its messages."""
 
     inputs: Mapping[str, str]
@@ -153,7 +150,7 @@ def due(build: Path, inputs: Inputs, sources: Mapping[str, str]) -> str | None:
     """Return why `build` has to be configured, or None if no input of a configure has changed.
     Writes no file.
     """
-    record = _recorded(build)
+    record = records.read(build / project.RECORD, Record)
     if record is None:
         return (
             "its record cannot be read"
@@ -188,8 +185,7 @@ def due(build: Path, inputs: Inputs, sources: Mapping[str, str]) -> str | None:
 
 
 def configure(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     inputs: Inputs,
     sources: Mapping[str, str],
     *,
@@ -200,13 +196,14 @@ def configure(
 
     Raises BuildError with CMake's first error; then existing objects stay, and there is no record.
     """
-    setup = _Setup(layout, settings, inputs, sources, folder(layout, inputs), launcher)
+    layout = machine.layout
+    setup = _Setup(machine, inputs, sources, folder(layout, inputs), launcher)
     build, tree = setup.build, setup.tree
     reason = due(build, inputs, sources)
     if reason is None and (known := project.read(build, tree)):
         return known
     run_log.write(f"configure: {reason or 'the reply of CMake cannot be read'}")
-    former = _recorded(build)
+    former = records.read(build / project.RECORD, Record)
     _begin(build)
     read = tree_files.states(tree, tree_files.configure_files(tree))
     output, renewed = _run_and_restore(setup, former, run_log)
@@ -221,7 +218,7 @@ def configure(
         ninja=tree_files.states(build, [NINJA_FILE])[NINJA_FILE],
         not_built=[found[1] for line in output.splitlines() if (found := _NOT_BUILT.match(line))],
     )
-    write_atomic(build / project.RECORD, json.dumps({"schema": SCHEMA, **asdict(record)}).encode())
+    records.write(build / project.RECORD, record, indent=None)
     made = project.read(build, tree)
     if made is None:
         (build / project.RECORD).unlink()
@@ -235,10 +232,9 @@ def configure(
 
 @dataclass(frozen=True)
 class _Setup:
-    """Setup of a configure: clone, inputs, sources, build directory and compiler launcher."""
+    """Setup of a configure: machine, inputs, sources, build directory and compiler launcher."""
 
-    layout: Layout
-    settings: Settings
+    machine: Machine
     inputs: Inputs
     sources: Mapping[str, str]
     build: Path
@@ -257,7 +253,9 @@ def _run_and_restore(
     """
     build, tree = setup.build, setup.tree
     folders = tree_files.package_folders(tree, setup.inputs.device)
-    scratch = setup.layout.builds / "kept" / hashlib.sha256(str(tree).encode()).hexdigest()[:12]
+    scratch = (
+        setup.machine.layout.builds / "kept" / hashlib.sha256(str(tree).encode()).hexdigest()[:12]
+    )
     tree_files.bring_back(tree, folders, scratch)
     tree_files.keep(tree, folders, scratch)
     before = tree_files.states(tree, tree_files.sources(tree))
@@ -280,7 +278,7 @@ def _arguments(setup: _Setup) -> tuple[str, ...]:
     """Return CMake's arguments, as in setup.py's cmake_build_ext.configure, but without job pools:
     the job server bounds the compilers.
     """
-    layout, settings, inputs = setup.layout, setup.settings, setup.inputs
+    layout, settings, inputs = setup.machine.layout, setup.machine.settings, setup.inputs
     defined = {
         "CMAKE_BUILD_TYPE": inputs.build_type,
         "VLLM_TARGET_DEVICE": inputs.device,
@@ -299,7 +297,7 @@ def _arguments(setup: _Setup) -> tuple[str, ...]:
         defined["CMAKE_VERBOSE_MAKEFILE"] = "ON"
     if inputs.device == "cuda":
         defined["NVCC_THREADS"] = inputs.configure["NVCC_THREADS"]
-        if toolkit := toolchain.find_toolkit(settings):
+        if toolkit := setup.machine.toolkit():
             # The toolkit's own folder, whichever script or link to nvcc is first on PATH.
             defined |= {
                 "CMAKE_CUDA_COMPILER": str(toolkit.nvcc),
@@ -310,17 +308,15 @@ def _arguments(setup: _Setup) -> tuple[str, ...]:
 
 def _run(setup: _Setup, run_log: RunLog) -> str:
     """Run CMake, again with each missing placeholder file that it names; return its output."""
-    layout, settings, inputs = setup.layout, setup.settings, setup.inputs
-    path = [str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]
+    layout, settings, inputs = setup.machine.layout, setup.machine.settings, setup.inputs
     overrides = {name: place for name, place in setup.sources.items() if name.isidentifier()}
     environment = settings.child_environment(
-        "build",
-        {"PATH": os.pathsep.join(path), "VLLM_TARGET_DEVICE": inputs.device, **overrides},
+        "configure", {"VLLM_TARGET_DEVICE": inputs.device, **overrides}, layout=layout
     )
     argv: list[process.Argument] = ["cmake", "-S", inputs.place, "-B", setup.build]
     argv += _arguments(setup)
     if inputs.device == "cuda":
-        argv += toolkit_arguments(layout, settings, setup.build, run_log=run_log)
+        argv += toolkit_arguments(setup.machine, setup.build, run_log=run_log)
     # The user's own arguments come last and win, as in setup.py.
     argv += settings.text("CMAKE_ARGS").split()
     for count in range(1, MOST_TRIES + 1):
@@ -332,11 +328,11 @@ def _run(setup: _Setup, run_log: RunLog) -> str:
             output = "\n".join(lines)
             absent = externals.complete_placeholder(layout.builds / externals.PLACEHOLDERS, output)
             if not absent or count == MOST_TRIES:
-                raise BuildError(
-                    f"the tree cannot be configured: {_first_error(output) or exc.message}",
-                    hint=_hint(output),
-                    details=exc.details,
-                ) from exc
+                error = _first_error(output)
+                about = _external_error(setup, error) if error else None
+                shown = error[:LONGEST] if error else exc.message
+                message, hint = about or ("the tree cannot be configured", _hint(output))
+                raise BuildError(f"{message}: {shown}", hint=hint, details=exc.details) from exc
             run_log.write(f"created in placeholders: {', '.join(map(str, absent))}")
     raise AssertionError
 
@@ -354,7 +350,28 @@ def _first_error(output: str) -> str | None:
             break
         if line.strip():
             lines.append(line.strip())
-    return " ".join(lines)[:400] + (f" ({found[1]})" if found[1] else "")
+    return " ".join(lines) + (f" ({found[1]})" if found[1] else "")
+
+
+def _external_error(setup: _Setup, error: str) -> tuple[str, str] | None:
+    """Return a message that names the external project whose folder CMake's error is about, with
+    the variable that sets another folder, and a hint; None for any other error.
+    """
+    for external in externals.declared(setup.tree, setup.inputs.device):
+        for variable in dict.fromkeys((external.override, external.variable)):
+            folder = setup.sources.get(variable)
+            if not folder or not re.search(rf"{re.escape(folder)}(?![\w.-])", error):
+                continue
+            project = f"{external.name} {external.tag[:12]}"
+            if Path(folder).is_relative_to(setup.machine.settings.cache / "externals"):
+                hint = f"rm -rf {folder}    the same command fetches it again"
+            elif externals.PLACEHOLDERS in Path(folder).parts:
+                hint = f"export {external.override}=/your/copy    of {project}"
+            else:
+                hint = f"unset {variable}    fetches {project} instead; or complete {folder}"
+            place = externals.shown_source(folder)
+            return f"cannot configure with {external.name} from {place} ({external.override})", hint
+    return None
 
 
 def _hint(output: str) -> str:
@@ -382,42 +399,6 @@ def _begin(build: Path) -> None:
         if re.fullmatch(r"\.tmp[0-9a-f]{5}", begun.suffix) and begun.is_file():
             begun.unlink()
     project.write_query(build)
-
-
-def _recorded(build: Path) -> Record | None:
-    try:
-        raw = json.loads(read_regular(build / project.RECORD))
-        if raw["schema"] != SCHEMA:
-            return None
-        read, wrote = (
-            {str(path): _state(was) for path, was in raw[name].items()}
-            for name in ("read", "written")
-        )
-        inputs, sources = (
-            {str(key): str(text) for key, text in raw[name].items()}
-            for name in ("inputs", "sources")
-        )
-        globs = {
-            str(pattern): [str(name) for name in names] for pattern, names in raw["globs"].items()
-        }
-        return Record(
-            inputs,
-            sources,
-            read,
-            wrote,
-            globs,
-            _state(raw["ninja"]),
-            [str(line) for line in raw["not_built"]],
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _state(was: Sequence[object]) -> State:
-    size, time_ns, digest = was
-    if isinstance(size, int) and isinstance(time_ns, int) and isinstance(digest, str):
-        return size, time_ns, digest
-    raise ValueError(was)
 
 
 def _moved(name: str, recorded: Mapping[str, str], sources: Mapping[str, str]) -> str:

@@ -19,8 +19,9 @@ from workspace.compile import ninja
 from workspace.compile.project import Device
 from workspace.core import files
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings, is_secret
+from workspace.core.settings import is_secret
 from workspace.machine import interpreter, toolchain
+from workspace.machine.machine import Machine
 from workspace.machine.torch import TorchBuild
 from workspace.repo.pins import Pin
 
@@ -385,12 +386,11 @@ class Inputs:
         return files.differences(recorded, {**dict.fromkeys(recorded, ""), **self.named})
 
 
-def observe(
-    layout: Layout, settings: Settings, *, device: Device, pin: Pin, torch: TorchBuild
-) -> Inputs:
+def observe(machine: Machine, *, device: Device, pin: Pin, torch: TorchBuild) -> Inputs:
     """Return the inputs of a build for `device`. Starts the compilers, but no Python."""
+    layout, settings = machine.layout, machine.settings
     environment = settings.child_environment("build")
-    toolkit = toolchain.find_toolkit(settings) if device == "cuda" else None
+    toolkit = machine.toolkit() if device == "cuda" else None
     unseen = [f"{name}={environment[name]}" for name in _READ_BY_COMPILERS if environment.get(name)]
     compiler = f"{_compiler(environment)} {toolchain.compiler_version(settings) or 'none'}"
     of_cuda = {
@@ -406,20 +406,15 @@ def observe(
         cuda=(toolkit.version if toolkit else "none") if device == "cuda" else "",
         compiler=" ".join([compiler, *unseen]),
         build_type=settings.text("CMAKE_BUILD_TYPE") or BUILD_TYPE,
-        configure=_configure_inputs(
-            layout, settings, environment, of_cuda if device == "cuda" else {}
-        ),
+        configure=_configure_inputs(machine, environment, of_cuda if device == "cuda" else {}),
     )
 
 
 def _configure_inputs(
-    layout: Layout,
-    settings: Settings,
-    environment: Mapping[str, str],
-    of_cuda: Mapping[str, str],
+    machine: Machine, environment: Mapping[str, str], of_cuda: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the inputs that only a configure depends on, by name."""
-    installed = interpreter.installed(layout)
+    layout, settings, installed = machine.layout, machine.settings, machine.packages()
     # The folder of the launcher is in the build directory, and so no input.
     launchers = ninja.launchers(settings, Path("ticket"))
     variables = {

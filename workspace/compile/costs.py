@@ -4,17 +4,16 @@ This machine's own history comes first, then the shipped table (costs.tsv), then
 assumes rather too much memory than too little.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
-from workspace.core.files import read_regular, write_atomic
+from workspace.core import records
+from workspace.core.files import read_regular
 
 TABLE = Path(__file__).with_name("costs.tsv")
-SCHEMA = 1
 # Number of setups (architecture list, toolkit, build type) whose figures are kept.
 KEPT_SETUPS = 8
 _MIB = 1024
@@ -123,6 +122,15 @@ class Costs:
             (*self._history.get(unit.target, ()), *self._table.get(unit.target, ())), unit.source
         )
 
+    def of_target(self, target: str) -> tuple[int, float]:
+        """Return the number of measured units of a target, and the seconds of them and its link;
+        the history counts where it has as many units as the table.
+        """
+        known, table = (rows.get(target, ()) for rows in (self._history, self._table))
+        entries = known if len(known) >= len(table) else table
+        count = sum(entry.source != LINK for entry in entries)
+        return count, sum(entry.seconds for entry in entries)
+
 
 def _by_target(entries: Iterable[Entry]) -> dict[str, tuple[Entry, ...]]:
     sorted_out: dict[str, list[Entry]] = {}
@@ -195,17 +203,12 @@ def derive(lines: Iterable[str]) -> tuple[Entry, ...]:
     A line of a trace is a JSON object with target, source, start_s, wall_s and peak_rss_mib (cpu_s
     is not used).
     """
-    records = sorted(
-        (json.loads(line) for line in lines), key=lambda record: float(record["start_s"])
+    rows = sorted(
+        (records.decode(line, dict[str, Any]) for line in lines), key=lambda row: row["start_s"]
     )
     return tuple(
-        Entry(
-            record["target"],
-            record["source"],
-            float(record["wall_s"]),
-            float(record["peak_rss_mib"]) / _MIB,
-        )
-        for record in records
+        Entry(row["target"], row["source"], row["wall_s"], row["peak_rss_mib"] / _MIB)
+        for row in rows
     )
 
 
@@ -273,6 +276,13 @@ def _plausible(target: object, source: object, seconds: object, peak_gib: object
     return Entry(target, source, float(seconds), float(peak_gib))
 
 
+@dataclass(frozen=True)
+class _History(records.Record, schema=1):
+    """Target, source, seconds and peak GiB of each unit, by setup; `_plausible` checks each."""
+
+    setups: Mapping[str, Sequence[tuple[object, object, object, object]]]
+
+
 class History:
     """Measured costs of this machine, in one file. `setup` identifies what the figures depend on:
     architectures, toolkit, build type.
@@ -315,28 +325,18 @@ class History:
             (entry.target, entry.source): entry for entry in known.pop(self.setup, ())
         } | self._new
         kept = dict([*known.items()][-(KEPT_SETUPS - 1) :]) | {self.setup: tuple(ours.values())}
-        record = {
-            "schema": SCHEMA,
-            "setups": {
-                name: [[e.target, e.source, e.seconds, e.peak_gib] for e in entries]
-                for name, entries in kept.items()
-            },
+        setups = {
+            name: [(e.target, e.source, e.seconds, e.peak_gib) for e in entries]
+            for name, entries in kept.items()
         }
-        write_atomic(self.path, json.dumps(record).encode() + b"\n")
+        records.write(self.path, _History(setups), indent=None)
         self._known, self._new = ours, {}
 
 
 def _read_history(path: Path) -> tuple[dict[str, tuple[Entry, ...]], tuple[str, ...]]:
     try:
-        record = json.loads(read_regular(path))
-        if record["schema"] != SCHEMA:
-            raise ValueError("of another version")
-        setups = {
-            name: tuple(_plausible(*row) for row in rows) for name, rows in record["setups"].items()
-        }
-    except FileNotFoundError:
-        return {}, ()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        record = records.load(path, _History)
+    except records.DecodeError:
         return {}, (
             (
                 f"the history of compile times {path} is damaged: the next build replaces it, and"
@@ -344,5 +344,6 @@ def _read_history(path: Path) -> tuple[dict[str, tuple[Entry, ...]], tuple[str, 
             ),
         )
     return {
-        name: tuple(entry for entry in entries if entry) for name, entries in setups.items()
+        name: tuple(entry for row in rows if (entry := _plausible(*row)))
+        for name, rows in (record.setups if record else {}).items()
     }, ()

@@ -9,7 +9,7 @@ import mmap
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -37,9 +37,9 @@ class UnknownForm(ValueError):
     """The file has a form that this module cannot read; the message names the difference."""
 
 
-def architectures(library: Path) -> tuple[str, ...]:
-    """Return the architectures in the library, as `sm_90a`, `sm_120f`, `ptx 8.0`, sorted by number;
-    empty if it has no device code.
+def units(library: Path) -> tuple[tuple[str, ...], ...]:
+    """Return the architectures in each fat binary of the library, as `sm_90a`, `ptx 8.0`, sorted by
+    number: nvcc writes one for each source, and the driver loads each at the first use of it.
 
     Raises UnknownForm, also for a truncated file, and OSError.
     """
@@ -50,16 +50,31 @@ def architectures(library: Path) -> tuple[str, ...]:
             raise UnknownForm("is empty") from exc
         with view:
             try:
-                found = {
-                    entry
+                found = [
+                    _names(unit)
                     for start, size in _fat_sections(view)
-                    for entry in _entries(view, start, start + size)
-                }
+                    for unit in _fat_binaries(view, start, start + size)
+                ]
             except (struct.error, IndexError) as exc:
                 raise UnknownForm("is shorter than its headers announce") from exc
+    return tuple(unit for unit in found if unit)
+
+
+def architectures(library: Path) -> tuple[str, ...]:
+    """Return the architectures in all fat binaries of the library; empty without device code."""
+    return _union(units(library))
+
+
+def _union(found: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    entries = {_entry(one) for unit in found for one in unit}
+    ordered = sorted(entries, key=lambda one: (one.has_ptx, key(one.number), one.suffix))
+    return tuple(entry.text for entry in ordered)
+
+
+def _names(found: Iterable[tuple[bool, int, str]]) -> tuple[str, ...]:
     return tuple(
         name(is_ptx=is_ptx, number=number, suffix=suffix)
-        for is_ptx, number, suffix in sorted(found)
+        for is_ptx, number, suffix in sorted({*found})
     )
 
 
@@ -82,9 +97,9 @@ def _fat_sections(view: mmap.mmap) -> Iterator[tuple[int, int]]:
             yield header[4], header[5]
 
 
-def _entries(view: mmap.mmap, at: int, end: int) -> Iterator[tuple[bool, int, str]]:
-    """Yield kind, architecture and letter of every entry of a section; containers, and zeros
-    between them, must fill it to the last byte.
+def _fat_binaries(view: mmap.mmap, at: int, end: int) -> Iterator[Iterator[tuple[bool, int, str]]]:
+    """Yield the entries of each container of a section; containers, and zeros between them, must
+    fill it to the last byte.
     """
     while at < end:
         if view[at : at + 8] == bytes(min(8, end - at)):
@@ -94,21 +109,26 @@ def _entries(view: mmap.mmap, at: int, end: int) -> Iterator[tuple[bool, int, st
         inner, last = at + header, at + header + size
         if magic != _MAGIC or version != 1 or header < _CONTAINER.size or last > end:
             raise UnknownForm(f"has a fat binary of an unknown form at byte {at}")
-        while inner < last:
-            kind, _, length, payload = _ENTRY.unpack_from(view, inner)
-            if length < _FLAGS_AT + 8 or inner + length + payload > last:
-                raise UnknownForm(f"has an entry of an unknown form at byte {inner}")
-            if kind in (_PTX, _CUBIN):
-                (number,), (flags,) = (
-                    struct.unpack_from("<I", view, inner + _ARCH_AT),
-                    struct.unpack_from("<Q", view, inner + _FLAGS_AT),
-                )
-                letter = _LETTERS.get(flags & (_EXACT | _FAMILY))
-                if letter is None or not 50 <= number <= 999:
-                    raise UnknownForm(f"has an entry for an unknown architecture at byte {inner}")
-                yield kind == _PTX, number, letter
-            inner += length + payload
+        yield _entries(view, inner, last)
         at = last
+
+
+def _entries(view: mmap.mmap, at: int, end: int) -> Iterator[tuple[bool, int, str]]:
+    """Yield kind, architecture and letter of every entry of a container."""
+    while at < end:
+        kind, _, length, payload = _ENTRY.unpack_from(view, at)
+        if length < _FLAGS_AT + 8 or at + length + payload > end:
+            raise UnknownForm(f"has an entry of an unknown form at byte {at}")
+        if kind in (_PTX, _CUBIN):
+            (number,), (flags,) = (
+                struct.unpack_from("<I", view, at + _ARCH_AT),
+                struct.unpack_from("<Q", view, at + _FLAGS_AT),
+            )
+            letter = _LETTERS.get(flags & (_EXACT | _FAMILY))
+            if letter is None or not 50 <= number <= 999:
+                raise UnknownForm(f"has an entry for an unknown architecture at byte {at}")
+            yield kind == _PTX, number, letter
+        at += length + payload
 
 
 def name(*, is_ptx: bool, number: int, suffix: str) -> str:
@@ -290,6 +310,8 @@ class Cubins:
     library: str
     archs: tuple[str, ...]
     trouble: str | None = None
+    # The architectures in each of its fat binaries; empty if they are unknown.
+    units: tuple[tuple[str, ...], ...] = ()
 
 
 State = Literal["ok", "idle", "wrong"]
@@ -349,7 +371,7 @@ def _coverage(
 ) -> tuple[State, str]:
     """Return whether the code of a library runs on each capability that upstream serves."""
     held, entries = ", ".join(found.archs), tuple(_entry(name) for name in found.archs)
-    only_ptx = []
+    compiled = []
     for capability in served:
         fitting = [entry for entry in entries if runs_on(entry, capability)]
         if not fitting and support and support.takes_one:
@@ -360,10 +382,34 @@ def _coverage(
         if stranded := _stranded(entries, fitting, capability):
             limit = f"which runs on {stranded.number} alone and not on {capability}"
             return "wrong", f"holds {stranded.text}, {limit}"
-        if all(entry.has_ptx for entry in fitting):
-            only_ptx.append(capability)
-    ptx = f"; the driver compiles PTX for {' and '.join(only_ptx)}" if only_ptx else ""
+        if count := driver_units(found, capability):
+            of_all = f" ({count} of {len(found.units)} units)" if found.units else ""
+            compiled.append(f"{capability}{of_all}")
+    ptx = f"; the driver compiles PTX for {' and '.join(compiled)}" if compiled else ""
     return "ok", f"holds {held}{ptx}"
+
+
+def driver_units(found: Cubins, capability: str) -> int:
+    """Return how many fat binaries of a library the driver compiles for a GPU: of their entries
+    only PTX serves it. Those without any have no kernel for this GPU.
+    """
+    fitting = (
+        [entry for entry in map(_entry, unit) if runs_on(entry, capability)]
+        for unit in found.units or (found.archs,)
+    )
+    return sum(bool(unit) and all(entry.has_ptx for entry in unit) for unit in fitting)
+
+
+def driver_work(found: Sequence[Cubins], capabilities: Sequence[str]) -> str:
+    """Return the libraries that the driver compiles in part for these GPUs, the largest part first,
+    such as `_vllm_fa2_C (76 of 76 units for 9.0)`; empty if there are none.
+    """
+    rows = [(driver_units(one, gpu), one, gpu) for one in found for gpu in capabilities]
+    return ", ".join(
+        f"{_stem(one.library)} ({count} of {len(one.units) or 1} units for {gpu})"
+        for count, one, gpu in sorted(rows, key=lambda row: -row[0])
+        if count
+    )
 
 
 def _stranded(entries: Sequence[Entry], fitting: Sequence[Entry], capability: str) -> Entry | None:
@@ -408,7 +454,8 @@ def _list_one(layout: Layout, settings: Settings, library: Path) -> Cubins:
         else library.name
     )
     try:
-        return Cubins(name, architectures(library))
+        found = units(library)
+        return Cubins(name, _union(found), units=found)
     except OSError as exc:
         return Cubins(name, (), f"cannot be read: {exc.strerror}")
     except UnknownForm as exc:
@@ -439,16 +486,8 @@ def _list_with_cuobjdump(
         if done.returncode != 0 and "does not contain device code" not in done.stdout + done.stderr:
             return unknown
         output += done.stdout
-    pairs = {
-        (kind == "PTX", int(number), suffix) for kind, number, suffix in _LISTED.findall(output)
-    }
-    return Cubins(
-        unknown.library,
-        tuple(
-            name(is_ptx=is_ptx, number=number, suffix=suffix)
-            for is_ptx, number, suffix in sorted(pairs)
-        ),
-    )
+    listed = _LISTED.findall(output)
+    return Cubins(unknown.library, _names((one == "PTX", int(at), end) for one, at, end in listed))
 
 
 def _cuobjdump(layout: Layout, settings: Settings) -> Path | None:

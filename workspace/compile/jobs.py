@@ -9,12 +9,9 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from workspace.compile import costs, scheduler, targets
 from workspace.compile.costs import Cost, Costs
@@ -23,9 +20,10 @@ from workspace.compile.scheduler import Bounds, MemoryStatus
 from workspace.compile.targets import Reached
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
-from workspace.core.settings import LARGEST_COUNT, Settings
+from workspace.core.known_settings import LARGEST_COUNT
+from workspace.core.settings import Settings
 from workspace.machine import hardware
-from workspace.machine.hardware import Machine
+from workspace.machine.hardware import Host
 
 AUTO = "auto"
 HINT = "./scripts/inv rebuild --jobs auto   # as many as cores and memory allow"
@@ -115,14 +113,14 @@ def _divided(bound: int, threads: int, requested: int, origin: str) -> Jobs:
     )
 
 
-def memory(machine: Machine, *, flag: str | None = None) -> Memory:
+def memory(host: Host, *, flag: str | None = None) -> Memory:
     """Return the memory budget of all compilers together. `flag` is the value of --memory: GiB, or
     `auto`, the default.
 
     Raises SettingsError for an invalid number, and for more memory than the machine, or its control
     group, has.
     """
-    total, available = machine.memory_gib, machine.available_gib
+    total, available = host.memory_gib, host.available_gib
     reserve = min(max(LEAST_RESERVED_GIB, total * RESERVED_SHARE), total / 2)
     if flag is None or flag == AUTO:
         budget = max(LEAST_BUDGET_GIB, available - reserve)
@@ -183,10 +181,6 @@ def visible(units: int, jobs: Jobs) -> int:
     return max(jobs.count, min(units, MOST_VISIBLE))
 
 
-_PSI = Path("/proc/pressure/memory")
-_CGROUPS = Path("/sys/fs/cgroup")
-
-
 def memory_status(reserve_gib: float) -> MemoryStatus:
     """Return the memory available beyond `reserve_gib`: of the machine, or of the control group if
     that has less.
@@ -196,52 +190,7 @@ def memory_status(reserve_gib: float) -> MemoryStatus:
     available = float(psutil.virtual_memory().available)
     for limit, used in hardware.memory_limits():
         available = min(available, max(0.0, limit - used))
-    return MemoryStatus(available / hardware.GIB - reserve_gib, _pressure_percent())
-
-
-def _pressure_percent() -> float:
-    """Return the share of the last 10 s in which some task waited for memory; 0 if the kernel does
-    not measure it.
-    """
-    with contextlib.suppress(OSError):
-        if found := re.search(
-            r"^some avg10=([0-9.]+)", _PSI.read_text(encoding="ascii"), re.MULTILINE
-        ):
-            return float(found[1])
-    return 0.0
-
-
-def kills() -> int:
-    """Return how many processes the kernel has killed because memory ran out: in this control group
-    if counted there, else on the machine.
-    """
-    for file in (*_group_counters(), Path("/proc/vmstat")):
-        with contextlib.suppress(OSError):
-            if found := re.search(
-                r"^oom_kill (\d+)$", file.read_text(encoding="ascii"), re.MULTILINE
-            ):
-                return int(found[1])
-    return 0
-
-
-def _group_counters() -> tuple[Path, ...]:
-    """Return the files in which version 2, then 1, of control groups counts kills (cgroups(7))."""
-    with contextlib.suppress(OSError):
-        places = dict(
-            line.split(":", 2)[1:]
-            for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        )
-        version_2 = [_CGROUPS / places[""].strip("/") / "memory.events"] if "" in places else []
-        version_1 = (
-            [_CGROUPS / "memory" / places["memory"].strip("/") / "memory.oom_control"]
-            if "memory" in places
-            else []
-        )
-        return (*version_2, *version_1)
-    return ()
-
-
-_PAGE_GIB = os.sysconf("SC_PAGE_SIZE") / hardware.GIB
+    return MemoryStatus(available / hardware.GIB - reserve_gib, hardware.pressure_percent())
 
 
 @dataclass(frozen=True)
@@ -254,23 +203,28 @@ class Process:
 
 
 def living() -> dict[int, Process]:
-    """Return all living processes by pid, in one pass (proc_pid_stat(5))."""
+    """Return all living processes by pid, in one pass."""
+    import psutil
+
     found = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            # A process may end meanwhile.
-            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
-                state, parent, group, *rest = file.read().rpartition(b")")[2].split()
-                if state not in (b"Z", b"X"):
-                    found[int(entry)] = Process(int(parent), int(group), int(rest[18]) * _PAGE_GIB)
+    for running in psutil.process_iter(["ppid", "status", "memory_info"]):
+        parent, held = running.info["ppid"], running.info["memory_info"]
+        is_over = running.info["status"] in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        # A process may end meanwhile.
+        with contextlib.suppress(ProcessLookupError):
+            if held and not is_over:
+                group = os.getpgid(running.pid)
+                found[running.pid] = Process(parent, group, held.rss / hardware.GIB)
     return found
 
 
 def parents(pid: int) -> Iterator[int]:
     """Yield the parent of a process, its parent, and so on."""
-    with contextlib.suppress(OSError):
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
         while pid > 1:
-            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+            pid = psutil.Process(pid).ppid()
             yield pid
 
 
@@ -305,13 +259,12 @@ def signal_process(
 
 
 _MINUTE_S = 60.0
-# The width of the screen without a terminal.
-_WIDTH = 120
-_COST_COLUMNS = ("units", "minutes", "peak GiB")
+_HEAD = ("target", "units", "minutes", "peak GiB", "reason")
+_FIGURES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
-class Row:
+class TargetCost:
     """A target: `minutes` of compiler time with the link, `peak_gib` of its largest unit."""
 
     target: str
@@ -328,7 +281,7 @@ class RebuildPlan:
     `guessed` units were never measured.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[TargetCost, ...]
     from_precompiled: tuple[str, ...]
     why_not_hybrid: str | None
     units: int
@@ -354,12 +307,7 @@ def work_out(
         compiled |= expected.keys()
         link = {f"{one.target} link": costs.expected(_link(one.target))} if one.units else {}
         everything |= expected | link
-        of_target = (expected | link).values()
-        minutes, peak_gib = (
-            sum(cost.seconds for cost in of_target) / _MINUTE_S,
-            max((cost.peak_gib for cost in of_target), default=0.0),
-        )
-        rows.append(Row(one.target, one.reason, len(one.units), minutes, peak_gib, one.is_complete))
+        rows.append(_target_cost(one, (expected | link).values()))
     replayed = scheduler.simulate(tuple(everything.values()), bounds)
     names = {one.target for one in reached}
     return RebuildPlan(
@@ -381,6 +329,12 @@ def work_out(
     )
 
 
+def _target_cost(one: Reached, expected: Collection[Cost]) -> TargetCost:
+    minutes = sum(cost.seconds for cost in expected) / _MINUTE_S
+    peak_gib = max((cost.peak_gib for cost in expected), default=0.0)
+    return TargetCost(one.target, one.reason, len(one.units), minutes, peak_gib, one.is_complete)
+
+
 def _named(unit: Unit, target: str) -> costs.Unit:
     return costs.unit_at(unit.object) or costs.Unit(target, unit.source)
 
@@ -394,50 +348,14 @@ def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
     if as_json:
         console.data(json.dumps({"schema": 1, **asdict(plan)}, indent=1))
         return
-    width = shutil.get_terminal_size((_WIDTH, 0)).columns if console.is_terminal else None
-    for line in (*table(plan.rows, width=width or _WIDTH), *_sentences(plan)):
-        # In a file or a pipe each sentence is one line.
-        for part in (
-            textwrap.wrap(
-                line,
-                width - 1,
-                subsequent_indent="    ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            if width
-            else [line]
-        ):
-            console.info(part)
-
-
-def table(rows: Sequence[Row], *, width: int) -> list[str]:
-    """Return the lines of the screen: reasons are between target and costs if all rows fit into
-    `width` columns, else below their targets.
-    """
-    if not rows:
-        return []
-    first = max(len("target"), *(len(row.target) for row in rows))
-    figures = [(str(row.units), f"{row.minutes:.1f}", f"{row.peak_gib:.1f}") for row in rows]
-    columns = [
-        max(len(title), *(len(line[at]) for line in figures))
-        for at, title in enumerate(_COST_COLUMNS)
-    ]
-    room = width - first - sum(columns) - 2 * (len(columns) + 1) - 1
-    middle = max(len("reason"), *(len(row.reason) for row in rows))
-    is_beside = middle <= room
-
-    def line(target: str, reason: str, cells: Sequence[str]) -> str:
-        between = f"{reason:<{middle}}  " if is_beside else ""
-        right = "  ".join(f"{cell:>{column}}" for cell, column in zip(cells, columns, strict=True))
-        return f"{target:<{first}}  {between}{right}"
-
-    lines = [line("target", "reason", _COST_COLUMNS)]
-    for row, cells in zip(rows, figures, strict=True):
-        lines.append(line(row.target, row.reason, cells))
-        if not is_beside:
-            lines.append(f"  {row.reason}")
-    return lines
+    if plan.rows:
+        lines = [
+            (one.target, str(one.units), f"{one.minutes:.1f}", f"{one.peak_gib:.1f}", one.reason)
+            for one in plan.rows
+        ]
+        console.table([_HEAD, *lines], right=_FIGURES)
+    for sentence in _sentences(plan):
+        console.sentence(sentence)
 
 
 def _sentences(plan: RebuildPlan) -> list[str]:

@@ -26,6 +26,7 @@ from workspace.compile.progress import Meter
 from workspace.compile.project import Unit
 from workspace.compile.scheduler import Admission, Bounds, Finished
 from workspace.core import process
+from workspace.core.child_variables import with_given
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.files import read_regular
@@ -137,12 +138,12 @@ _FULL_GIB = 0.0625
 
 @dataclass(frozen=True)
 class Compiled:
-    """Result of a run of ninja. `trace` opens in a trace viewer; `summary` has lines to print."""
+    """Result of a run of ninja. `trace` opens in a trace viewer; `summary` is a table."""
 
     finished: tuple[Finished, ...]
     seconds: float
     trace: Path | None
-    summary: tuple[str, ...]
+    summary: tuple[progress.Cells, ...]
 
 
 def find(layout: Layout, settings: Settings) -> Path:
@@ -195,9 +196,7 @@ def environment(
     """Return the variables that configure and ninja get beside the settings: the bound for nested
     builds, and the compiler cache's settings.
     """
-    path = [str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]
     variables = {
-        "PATH": os.pathsep.join(path),
         **job_limits.environment(jobs, launcher=str(launcher)),
         **launchers(settings, launcher),
     }
@@ -341,7 +340,7 @@ def _job_server(work: Work, costs: Costs, history: History) -> job_server.JobSer
         Admission(work.bounds),
         costs,
         memory=job_server.MemoryWatch(
-            lambda: job_limits.memory_status(work.memory.reserve_gib), job_limits.kills
+            lambda: job_limits.memory_status(work.memory.reserve_gib), hardware.kills
         ),
         history=history,
         units=len(work.planned),
@@ -377,7 +376,9 @@ def _child_environment(
     a token, also for a command that calls a compiler by name.
     """
     launcher = job_server.install(build / job_server.FOLDER)
-    variables = settings.child_environment("build", environment(layout, settings, jobs, launcher))
+    given = environment(layout, settings, jobs, launcher)
+    variables = settings.child_environment("compile", given, layout=layout)
+    stand_ins = dict[str, str]()
     found = {
         name: [program]
         for name in _COMPILERS
@@ -386,25 +387,21 @@ def _child_environment(
     for variable in ("CC", "CXX"):
         if argv := _split_command(variables.get(variable, "")):
             name = f"{variable}-{Path(argv[-1]).name}"
-            found[name], variables[variable] = (
-                argv,
-                str(build / job_server.FOLDER / job_server.STAND_INS / name),
-            )
-    stand_ins = job_server.stand_in(build / job_server.FOLDER, found)
+            found[name] = argv
+            place = build / job_server.FOLDER / job_server.STAND_INS / name
+            stand_ins[variable] = str(place)
+    folder = job_server.stand_in(build / job_server.FOLDER, found)
     # torch's builder calls the toolkit's nvcc by its path, or what this names
     # (torch/utils/cpp_extension.py).
     if "PYTORCH_NVCC" in variables:
-        variables["PYTORCH_NVCC"] = f"{shlex.quote(str(launcher))} {variables['PYTORCH_NVCC']}"
+        stand_ins["PYTORCH_NVCC"] = f"{shlex.quote(str(launcher))} {variables['PYTORCH_NVCC']}"
     elif "nvcc" in found:
-        variables["PYTORCH_NVCC"] = str(stand_ins / "nvcc")
-    variables.pop("CCACHE_NODEPEND", None)
+        stand_ins["PYTORCH_NVCC"] = str(folder / "nvcc")
     # ccache adds the g++ that nvcc finds on PATH to the key, by date and size; a stand-in belongs
     # to this clone only.
-    variables.setdefault("CCACHE_PATH", variables["PATH"])
-    return variables | {
-        "PATH": os.pathsep.join([str(stand_ins), variables["PATH"]]),
-        "NINJA_STATUS": "[%f/%t] ",
-    }
+    stand_ins["CCACHE_PATH"] = variables.get("CCACHE_PATH", variables["PATH"])
+    stand_ins["PATH"] = os.pathsep.join([str(folder), variables["PATH"]])
+    return with_given(variables, "compile", stand_ins)
 
 
 def _split_command(text: str) -> list[str]:

@@ -5,8 +5,6 @@ summary. Percent and remaining time come from expected costs, not from counts.
 import contextlib
 import heapq
 import json
-import os
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,26 +124,26 @@ def write_timeline(
     return path
 
 
-def build_summary(finished: Sequence[Finished], before: Iterable[Entry]) -> tuple[str, ...]:
-    """Return a line for each of the slowest and the largest units, compared with the last build of
-    the same setup.
+Cells = tuple[str, ...]
+
+
+def build_summary(finished: Sequence[Finished], before: Iterable[Entry]) -> tuple[Cells, ...]:
+    """Return a line of a table for each of the slowest and the largest units, compared with the
+    last build of the same setup.
     """
     known = {(entry.target, entry.source): entry for entry in before}
     done = [one for one in finished if one.status == 0 and not one.unit.is_light]
     slowest = sorted(done, key=lambda one: -one.seconds)[:SHOWN]
     largest = sorted(done, key=lambda one: -one.peak_gib)[:SHOWN]
     return tuple(
-        _line(heading, one, known)
+        (heading, f"{one.seconds:.1f} s", f"{one.peak_gib:.2f} GiB", _compared(heading, one, known))
         for heading, ones in (("slowest", slowest), ("largest", largest))
         for one in ones
     )
 
 
-def _line(heading: str, done: Finished, known: Mapping[tuple[str, str], Entry]) -> str:
-    line = (
-        f"{heading:<11}{done.seconds:7.1f} s {done.peak_gib:6.2f} GiB "
-        f" {done.unit.source if done.unit.source != LINK else f'link of {done.unit.target}'}"
-    )
+def _compared(heading: str, done: Finished, known: Mapping[tuple[str, str], Entry]) -> str:
+    line = done.unit.source if done.unit.source != LINK else f"link of {done.unit.target}"
     entry = known.get((done.unit.target, done.unit.source))
     if entry is None:
         return line
@@ -345,8 +343,8 @@ class Meter:
         )
         self._warn(state, finished)
         found = estimate(self._planned, finished, state, jobs=self._jobs, now=now)
-        if self._console.is_terminal:
-            width = max(_NARROWEST, _columns() - _BESIDE - len(self._step.title))
+        if self._console.width:
+            width = max(_NARROWEST, self._console.width - _BESIDE - len(self._step.title))
             rows = (
                 *filled(figures(found, state), width, lines=3),
                 *filled(units(state), width, lines=2),
@@ -378,10 +376,3 @@ class Meter:
                 f" {state.budget_gib:.1f} GiB instead of {self._budget_gib:.1f}"
             )
         self._budget_gib = state.budget_gib or self._budget_gib
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):
-        return 80

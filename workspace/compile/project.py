@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from workspace.core import records
+
 Device = Literal["cpu", "cuda"]
 
 # cmake-file-api(7). These shared, stateless queries are empty files: only their names count.
@@ -86,11 +88,10 @@ def read(build: Path, tree: Path) -> Project | None:
     incomplete.
     """
     try:
-        record = json.loads((build / RECORD).read_bytes())
-        sources = {str(name): str(folder) for name, folder in record["sources"].items()}
-        reader = _Reader(build, tree, sources)
-        return Project(reader.targets(), tuple(str(sentence) for sentence in record["not_built"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        record = records.load(build / RECORD, dict[str, Any])
+        reader = _Reader(build, tree, record["sources"]) if record else None
+        return Project(reader.targets(), tuple(record["not_built"])) if record and reader else None
+    except _OTHER_FORM:
         return None
 
 
@@ -107,7 +108,7 @@ def files(build: Path) -> tuple[Path, ...]:
             if not entry.get("isCMake") and not entry.get("isGenerated")
         ]
         return tuple(top / str(entry["path"]) for entry in read_by)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except _OTHER_FORM:
         return ()
 
 
@@ -150,7 +151,8 @@ class _Reader:
         found: dict[str, dict[str, str]] = {}
         # CMake writes no database if nothing is compiled.
         with contextlib.suppress(FileNotFoundError):
-            for entry in json.loads((self._build / "compile_commands.json").read_bytes()):
+            content = (self._build / "compile_commands.json").read_bytes()
+            for entry in records.decode(content, list[dict[str, str]]):
                 if match := _OBJECT_OF.search(entry["output"]):
                     found.setdefault(match[1], {})[entry["file"]] = entry["output"]
         return found
@@ -235,8 +237,9 @@ class _Reader:
         )
 
 
-# JSON of a documented form; any other form raises an error that `read` handles.
+# JSON of a documented form; any other form raises one of _OTHER_FORM.
 _Json = Mapping[str, Any]
+_OTHER_FORM = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def _reply(build: Path, query: str) -> _Json:
@@ -244,13 +247,12 @@ def _reply(build: Path, query: str) -> _Json:
     index = max((build / _API / "reply").glob("index-*.json"), default=None)
     if index is None:
         raise FileNotFoundError(build)
-    reply: _Json = json.loads(index.read_bytes())["reply"][query]
-    return _load(build, reply["jsonFile"])
+    reply = records.decode(index.read_bytes(), dict[str, Any])["reply"]
+    return _load(build, reply[query]["jsonFile"])
 
 
 def _load(build: Path, name: str) -> _Json:
-    loaded: _Json = json.loads((build / _API / "reply" / name).read_bytes())
-    return loaded
+    return records.decode((build / _API / "reply" / name).read_bytes(), dict[str, Any])
 
 
 def extensions(tree: Path, device: Device) -> tuple[Extension, ...]:

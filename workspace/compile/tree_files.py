@@ -9,7 +9,6 @@ removed; files that git tracks are never overwritten.
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from workspace.compile import cmake_inputs
 from workspace.compile.externals import MARK
 from workspace.compile.project import Target
-from workspace.core import files, process
+from workspace.core import files, process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular, sha256, write_atomic
@@ -31,8 +30,6 @@ PACKAGE = "vllm"
 # copies them with other imports.
 LINKED = "vllm/vllm_flash_attn/cute"
 _IMPORTS = (b"flash_attn.cute", b"vllm.vllm_flash_attn.cute")
-# With these variables CMake would install elsewhere, or link to the build directory.
-_MISLEADING = ("DESTDIR", "CMAKE_INSTALL_MODE")
 
 # Digest by path below the tree, by target.
 _Installed = dict[str, dict[str, str]]
@@ -70,7 +67,7 @@ def install_targets(
         former = _read(record)
         # Write the record before any rename: after a kill, both old and new files are then known as
         # files of a build.
-        _write(
+        records.write(
             record,
             {name: former.get(name, {}) | installed.get(name, {}) for name in former | installed},
         )
@@ -78,7 +75,7 @@ def install_targets(
             for name, digest in digests.items():
                 _rename(staging / target_name / name, tree, name, digest, tracked)
         _remove(git, _orphans(former, installed))
-        _write(record, former | installed)
+        records.write(record, former | installed)
     return tuple(sorted({name for digests in installed.values() for name in digests}))
 
 
@@ -113,7 +110,7 @@ def _install(
     prefix.mkdir()
     process.run(
         ["cmake", "--install", build, "--prefix", prefix, "--component", component],
-        env={name: text for name, text in env.items() if name not in _MISLEADING},
+        env=env,
         run_log=run_log,
         failure=BuildError,
         hint="./scripts/inv rebuild --clean",
@@ -209,14 +206,7 @@ def _read(path: Path) -> _Installed:
     """Return the record of installed files. A damaged record is empty, so no file is removed for
     it.
     """
-    try:
-        record = json.loads(read_regular(path))
-        known = {
-            str(target): {str(name): str(digest) for name, digest in digests.items()}
-            for target, digests in record.items()
-        }
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
+    known = records.read(path, dict[str, dict[str, str]]) or {}
     return {
         target: {name: digest for name, digest in digests.items() if _is_below(name)}
         for target, digests in known.items()
@@ -225,10 +215,6 @@ def _read(path: Path) -> _Installed:
 
 def _is_below(name: str) -> bool:
     return name.startswith(f"{PACKAGE}/") and ".." not in Path(name).parts
-
-
-def _write(path: Path, installed: _Installed) -> None:
-    write_atomic(path, (json.dumps(installed, indent=1, sort_keys=True) + "\n").encode())
 
 
 # Size, time of the last change in ns, SHA-256.

@@ -18,9 +18,9 @@ from pathlib import Path
 from workspace.compile import job_server, ninja, triton_sources
 from workspace.compile.costs import unit_at
 from workspace.compile.jobs import Jobs, Memory
-from workspace.compile.progress import Meter
+from workspace.compile.progress import Cells, Meter
 from workspace.compile.triton_sources import FROM_SOURCE, Source, requirements
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
@@ -45,7 +45,7 @@ class Wheel:
     path: Path
     seconds: float
     units: int
-    summary: tuple[str, ...]
+    summary: tuple[Cells, ...]
 
 
 def install_requirements(
@@ -82,34 +82,26 @@ def folder(layout: Layout, settings: Settings) -> Path:
 def environment(layout: Layout, settings: Settings, jobs: Jobs, build: Path) -> dict[str, str]:
     """Return the environment of setup.py and its children."""
     launcher = job_server.install(build / job_server.FOLDER)
-    variables = settings.child_environment(
-        "build", ninja.environment(layout, settings, jobs, launcher)
-    )
-    if variables.get("TRITON_OFFLINE_BUILD", "").lower() not in ("1", "on", "yes", "true", "y"):
-        variables = {name: text for name, text in variables.items() if name not in _NOT_FOR_A_BUILD}
+    present = settings.child_environment("build")
+    is_offline = triton_sources.is_offline(present)
     launchers = [
         f"-D{name}={command}"
         for name, command in ninja.launchers(settings, launcher).items()
         if "_CUDA_" not in name
     ]
-    return variables | {
+    arguments = [*map(shlex.quote, launchers), present.get("TRITON_APPEND_CMAKE_ARGS", "")]
+    given: dict[str, str | None] = {
+        **ninja.environment(layout, settings, jobs, launcher),
+        **({} if is_offline else dict.fromkeys(_NOT_FOR_A_BUILD)),
         "TRITON_BUILD_DIR": str(build / "cmake"),
         "TRITON_HOME": str(triton_sources.home_of(settings)),
-        # Triton's own ccache option would replace the launcher, and compile without a job token.
-        "TRITON_BUILD_WITH_CCACHE": "OFF",
         "TRITON_PARALLEL_LINK_JOBS": str(min(jobs.count, LINKS_AT_ONCE)),
-        "TRITON_APPEND_CMAKE_ARGS": (
-            " ".join(
-                [*map(shlex.quote, launchers), variables.get("TRITON_APPEND_CMAKE_ARGS", "")]
-            ).strip()
-        ),
+        "TRITON_APPEND_CMAKE_ARGS": " ".join(arguments).strip(),
         # setuptools reads it beside setup.cfg: it puts the assembled files into the build directory
         # instead of the tree.
         "DIST_EXTRA_CONFIG": str(_configured(build)),
-        "NINJA_STATUS": "[%f/%t] ",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONUNBUFFERED": "1",
     }
+    return settings.child_environment("triton", given, layout=layout)
 
 
 def build_wheel(
@@ -235,9 +227,9 @@ def _expect(build: Path, due: int, meter: Meter) -> None:
     """
     for place in _cmake_folders(build):
         try:
-            entries = json.loads((place / "compile_commands.json").read_bytes())
+            entries = records.load(place / "compile_commands.json", list[dict[str, str]]) or ()
             units = [unit for entry in entries if (unit := unit_at(entry["output"]))]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (LookupError, records.DecodeError):
             continue
         if due >= len(units):
             meter.expect(units)

@@ -7,20 +7,20 @@ tools in NVIDIA's list of a release; nobody publishes one for the JSON library.
 """
 
 import contextlib
-import json
 import os
 import platform
 import re
 import shutil
 import tarfile
 import tempfile
-import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from workspace.core import records
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, CheckoutError, SettingsError, SourceError
 from workspace.core.files import download, sha256
@@ -95,11 +95,12 @@ def requirements(source: Source) -> tuple[str, ...]:
     """
     lines: list[str] = []
     try:
-        project = tomllib.loads((source.project / "pyproject.toml").read_text(encoding="utf-8"))
-        lines += [str(line) for line in project.get("build-system", {}).get("requires", [])]
+        project = records.parse_toml((source.project / "pyproject.toml").read_bytes())
+        system = records.convert(project.get("build-system", {}), dict[str, Any])
+        lines += records.convert(system.get("requires", []), list[str])
     except FileNotFoundError:
         pass
-    except (ValueError, AttributeError) as exc:
+    except records.DecodeError as exc:
         raise BuildError(
             f"pyproject.toml of Triton cannot be read: {exc}", hint=f"git -C {source.tree} status"
         ) from exc
@@ -162,6 +163,11 @@ class Download:
         )
 
 
+def is_offline(environment: Mapping[str, str]) -> bool:
+    """Return whether a build of Triton downloads nothing, as its setup.py reads the switch."""
+    return environment.get("TRITON_OFFLINE_BUILD", "").lower() in ("1", "on", "yes", "true", "y")
+
+
 def wanted(source: Source, home: Path, environment: Mapping[str, str]) -> tuple[Download, ...]:
     """Return all downloads of a build of this tree into `home`, its TRITON_HOME. Raises
     SettingsError if an offline build lacks a setting.
@@ -169,7 +175,7 @@ def wanted(source: Source, home: Path, environment: Mapping[str, str]) -> tuple[
     root = home / ".triton"
     found = [*_llvm(source, root, environment), *_json(source, root), *_tools(source, root)]
     found = [one for one in found if not environment.get(one.setting)]
-    if environment.get("TRITON_OFFLINE_BUILD", "").lower() in ("1", "on", "yes", "true", "y"):
+    if is_offline(environment):
         missing = [one.setting for one in found if not one.setting.startswith("TRITON_")]
         if missing:
             raise SettingsError(
@@ -247,11 +253,9 @@ def _llvm(source: Source, root: Path, environment: Mapping[str, str]) -> Iterato
     digest = None
     try:
         if info.is_file():
-            named = json.loads(info.read_bytes())
-            name, digest = (
-                f"llvm-{named['llvm_hash'][:8]}-{suffix}-{named['build_number']}",
-                named["sha256sum"][suffix],
-            )
+            named = records.decode(info.read_bytes(), dict[str, Any])
+            name = f"llvm-{named['llvm_hash'][:8]}-{suffix}-{named['build_number']}"
+            digest = named["sha256sum"][suffix]
         elif plain.is_file():
             name = f"llvm-{plain.read_text(encoding='ascii')[:8]}-{suffix}"
         else:
@@ -282,15 +286,14 @@ def _json(source: Source, root: Path) -> Iterator[Download]:
 
 def _tools(source: Source, root: Path) -> Iterator[Download]:
     try:
-        versions = json.loads(
-            (source.tree / "cmake" / "nvidia-toolchain-version.json").read_bytes()
-        )
+        content = (source.tree / "cmake" / "nvidia-toolchain-version.json").read_bytes()
     except FileNotFoundError:
         return
+    versions = records.decode(content, dict[str, str])
     platform_name = f"linux-{'sbsa' if platform.machine() == 'aarch64' else platform.machine()}"
     for folder, component, key, setting in _TOOLS:
         if key in versions:
-            version = str(versions[key])
+            version = versions[key]
             # The runtime's headers were part of the compiler's archive until CUDA 13.
             own = (
                 "cuda_nvcc"
@@ -345,7 +348,8 @@ def _published(one: Download, settings: Settings) -> str | None:
             listed = Path(folder) / f"redistrib_{release}.{update}.json"
             with contextlib.suppress(SourceError, ValueError, AttributeError, OSError):
                 _fetch_file(f"{_NVIDIA}/{listed.name}", listed, None, settings, None)
-                platforms = json.loads(listed.read_bytes()).get(component, {})
+                release_list = records.decode(listed.read_bytes(), dict[str, Any])
+                platforms = release_list.get(component, {})
                 for entry in platforms.values():
                     if isinstance(entry, dict) and str(entry.get("relative_path", "")).endswith(
                         archive

@@ -7,14 +7,16 @@ nothing to do leaves none.
 
 import contextlib
 import datetime
+import enum
+import json
 import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from workspace.core.errors import WorkspaceError
 from workspace.core.lock import Held
@@ -23,24 +25,71 @@ if TYPE_CHECKING:
     import rich.console
     import rich.progress
 
-State = Literal["done", "skipped", "ok", "warn", "FAIL", "stale", "missing", "kept"]
-_STYLES: dict[str, str] = {
-    "done": "green",
-    "ok": "green",
-    "skipped": "dim",
-    "kept": "dim",
-    "warn": "yellow",
-    "stale": "yellow",
-    "missing": "yellow",
-    "FAIL": "bold red",
-}
+# Widths with the blanks behind the cell. A longer name widens its column.
 STATE_WIDTH = 9
 NAME_WIDTH = 14
-# The narrowest column of text beside the names, however long those are.
+# A longer cell between name and text sticks out of its column.
+_CELL_WIDTH = 28
+_GAP = 2
+# The narrowest column of text beside the other cells, and the indent of a text below them.
 _NARROWEST = 20
+_BELOW = 4
 # A command and its first argument, which stay on one line: `./scripts/inv bootstrap`.
 _COMMAND = re.compile(r"(\./scripts/\w+) (?=\S)")
 _NO_BREAK = "\u00a0"
+
+
+class State(enum.StrEnum):
+    """State of a row, in the order of gravity.
+
+    Where rows decide on an exit code, FAIL alone fails the verb: with warn its result is right, and
+    a later verb makes what is missing or stale. A screen that only shows a state exits with 0.
+    """
+
+    DONE = "done"
+    OK = "ok"
+    KEPT = "kept"
+    SKIPPED = "skipped"
+    MISSING = "missing"
+    STALE = "stale"
+    WARN = "warn"
+    FAIL = "FAIL"
+
+    @property
+    def gravity(self) -> int:
+        return list(State).index(self)
+
+
+_STYLES = ("green", "green", "dim", "dim", "yellow", "yellow", "yellow", "bold red")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a status screen.
+
+    `text` is the observation, `why` the reason why it matters, which the screen has below a fault;
+    `hint` is what to type next.
+    """
+
+    state: State
+    name: str
+    text: str
+    why: str = ""
+    hint: str | None = None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The columns of the screen after the state; the last is text."""
+        return (self.name, self.text)
+
+    def record(self) -> dict[str, object]:
+        """Return the row for a program."""
+        return {"state": self.state, "name": self.name, "text": self.text, "hint": self.hint}
+
+
+def failed(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows that make a verb fail."""
+    return [row for row in rows if row.state is State.FAIL]
 
 
 @dataclass
@@ -48,12 +97,12 @@ class Step:
     """A running step of a verb: its title, state and reason."""
 
     title: str
-    state: State = "done"
+    state: State = State.DONE
     reason: str = ""
     _progress: "rich.progress.Progress | None" = field(default=None, repr=False)
 
     def skip(self, reason: str) -> None:
-        self.state, self.reason = "skipped", reason
+        self.state, self.reason = State.SKIPPED, reason
 
     def progress(self, done: float, total: float | None, text: str = "") -> None:
         """Move the bar; `done` and `total` share a unit, which `text` names."""
@@ -81,8 +130,9 @@ class Console:
             self._rich = Terminal(file=self._err, highlight=False, soft_wrap=True)
 
     @property
-    def is_terminal(self) -> bool:
-        return self._rich is not None
+    def width(self) -> int | None:
+        """The columns of the terminal, None away from one."""
+        return self._rich.width if self._rich is not None else None
 
     def data(self, text: str) -> None:
         """Print data that a program may read."""
@@ -95,8 +145,24 @@ class Console:
         else:
             print(text, file=self._err, flush=True)
 
-    def warn(self, text: str) -> None:
-        self.info("\n".join(self.wrapped(f"warning: {text}")), style="yellow")
+    def sentence(self, text: str, *, style: str | None = None) -> None:
+        """Print a message that is cut at blanks on a terminal."""
+        self.info("\n".join(self.wrapped(text)), style=style)
+
+    def warn(self, text: str, *, hint: str | None = None) -> None:
+        self.sentence(f"warning: {text}", style="yellow")
+        self.hint(hint)
+
+    def hint(self, hint: str | None, *, indent: int = 0) -> None:
+        """Print what to type next, below a row with `indent`.
+
+        It is never wrapped, so that a person can copy it.
+        """
+        if hint:
+            if self.width and indent + len(hint) + len("$ ") > self.width:
+                indent = min(indent, _BELOW)
+            label = f"{' ' * indent}$" if indent else "hint:"
+            self.info(f"{label} {hint}", style="bold" if indent else None)
 
     def command(self, text: str) -> None:
         """Echo a changing command in a form that can be copied into a shell."""
@@ -106,19 +172,17 @@ class Console:
         """Print a failure: details first, then the sentence and its hint as the last lines."""
         for line in error.details:
             self.info(f"  {line}")
-        self.info("\n".join(self.wrapped(f"error: {error.message}")), style="bold red")
-        if error.hint:
-            # Never wrapped, so that a person can copy it.
-            self.info(f"hint: {error.hint}")
+        self.sentence(f"error: {error.message}", style="bold red")
+        self.hint(error.hint)
 
     def wrapped(self, text: str, *, indent: int = 0) -> list[str]:
         """Return the lines of a text that is cut at blanks to fit beside `indent` columns.
 
         Away from a terminal it is one line, which a program can search.
         """
-        if self._rich is None:
+        if self.width is None:
             return [text]
-        room = max(_NARROWEST, self._rich.width - indent)
+        room = max(_NARROWEST, self.width - indent)
         lines = textwrap.wrap(
             _COMMAND.sub(rf"\1{_NO_BREAK}", text),
             room,
@@ -127,28 +191,83 @@ class Console:
         )
         return [line.replace(_NO_BREAK, " ") for line in lines] or [""]
 
-    def row(self, state: State, name: str, text: str, *, hint: str | None = None) -> None:
-        """Print one row of a status screen: state, name, reason; below it the command."""
-        label = f"{name:<{NAME_WIDTH}}"
-        label += "" if label.endswith(" ") else " "
-        first, *more = self.wrapped(text, indent=STATE_WIDTH + len(label))
+    def show(self, rows: Iterable[Row], *, as_json: bool, **more: object) -> None:
+        """Print a status screen, or its rows as one JSON document with `more` beside them."""
+        if as_json:
+            records = [row.record() for row in rows]
+            self.data(json.dumps({"schema": 1, "rows": records, **more}, indent=1))
+        else:
+            self.rows(rows)
+
+    def rows(self, rows: Iterable[Row], *, least: int = NAME_WIDTH) -> None:
+        """Print a status screen: below a row its hint, and the reason of a row that is not ok.
+
+        A reason that did not matter hides its hint too. `least` is the least width of the names.
+        """
+        shown = tuple(rows)
+        name_width = max([least, *(len(row.name) + 1 for row in shown)])
+        between = _widths([row.cells[1:] for row in shown], most=_CELL_WIDTH)
+        indent = STATE_WIDTH + name_width
+        for row in shown:
+            widths = (STATE_WIDTH, name_width, *between)
+            self._line((row.state, *row.cells), widths, style=_STYLES[row.state.gravity])
+            if row.why and row.state.gravity <= State.OK.gravity:
+                continue
+            for line in self.wrapped(row.why, indent=indent) if row.why else ():
+                self.info(" " * indent + line)
+            self.hint(row.hint, indent=indent)
+
+    def row(self, state: State, name: str, text: str, *, least: int = NAME_WIDTH) -> None:
+        """Print one row of a screen whose rows are printed one by one."""
+        self.rows([Row(state, name, text)], least=least)
+
+    def table(self, lines: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> None:
+        """Print lines of cells in aligned columns, those in `right` to the right.
+
+        The last cell is text.
+        """
+        widths = _widths(lines)
+        for cells in lines:
+            self._line(cells, widths, right=right)
+
+    def _line(
+        self,
+        cells: Sequence[str],
+        widths: Sequence[int],
+        *,
+        right: Collection[int] = (),
+        style: str = "",
+    ) -> None:
+        """Print one line of a table.
+
+        On a terminal its text is wrapped beside the other cells, or below them where it has no
+        room; other cells without room go to the next line.
+        """
+        *columns, text = cells
+        head = "".join(
+            _padded(cell, width, is_right=at in right)
+            for at, (cell, width) in enumerate(zip(columns, widths, strict=True))
+        )
+        indent, more = len(head), self.wrapped(text, indent=len(head))
+        if self.width and text and max(map(len, more)) + indent > self.width:
+            *above, head = self.wrapped(head)
+            for line in above:
+                self.info(line)
+            indent, more = _BELOW, ["", *self.wrapped(text, indent=_BELOW)]
+        first = f"{head.replace(_NO_BREAK, ' ')}{more[0]}".rstrip()
         if self._rich is not None:
             from rich.text import Text
 
-            style = _STYLES.get(state, "")
-            self._rich.print(Text.assemble((f"{state:<{STATE_WIDTH}}", style), label, first))
+            begin = len(cells[0])
+            self._rich.print(Text.assemble((first[:begin], style), first[begin:]))
         else:
-            self.info(f"{state:<{STATE_WIDTH}}{label}{first}".rstrip())
-        indent = " " * (STATE_WIDTH + len(label))
-        for line in more:
-            self.info(indent + line)
-        if hint:
-            # Never wrapped, so that a person can copy it.
-            self.info(f"{indent}$ {hint}", style="bold")
+            self.info(first)
+        for line in more[1:]:
+            self.info(" " * indent + line)
 
     @contextlib.contextmanager
-    def step(self, title: str) -> Iterator[Step]:
-        """Show a step while the block runs, then one line with state, reason and seconds."""
+    def step(self, title: str, *, least: int = NAME_WIDTH) -> Iterator[Step]:
+        """Show a step while the block runs, then one row with state, reason and seconds."""
         step = Step(title)
         started = time.monotonic()
         try:
@@ -156,11 +275,12 @@ class Console:
                 yield step
         except BaseException:
             # The reason why the step was due does not explain the failure; the error does.
-            step.state, step.reason = "FAIL", ""
+            step.state, step.reason = State.FAIL, ""
             raise
         finally:
-            seconds = f"  {time.monotonic() - started:.1f} s" if step.state != "skipped" else ""
-            self.row(step.state, title, f"{step.reason}{seconds}".strip())
+            is_timed = step.state is not State.SKIPPED
+            seconds = f"  {time.monotonic() - started:.1f} s" if is_timed else ""
+            self.row(step.state, title, f"{step.reason}{seconds}".strip(), least=least)
 
     @contextlib.contextmanager
     def _spinner(self, step: Step) -> Iterator[None]:
@@ -183,6 +303,19 @@ class Console:
                 yield
             finally:
                 step._progress = None
+
+
+def _widths(lines: Sequence[Sequence[str]], *, most: int | None = None) -> list[int]:
+    """Return the width of each column but the last, with the blanks behind it."""
+    lengths = [[len(cell) for cell in column] for column in zip(*lines, strict=True)]
+    return [min(max(column), most or max(column)) + _GAP for column in lengths[:-1]]
+
+
+def _padded(cell: str, width: int, *, is_right: bool) -> str:
+    """Return a cell that is wrapped behind itself only, with one blank at least."""
+    room = max(len(cell), width - _GAP)
+    text = cell.rjust(room) if is_right else cell
+    return f"{text.replace(' ', _NO_BREAK)} ".ljust(width)
 
 
 KEPT_LOGS = 30

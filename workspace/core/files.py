@@ -46,7 +46,8 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 def _locked_beside(path: Path) -> tuple[int, str]:
     """Make an empty file beside `path` that is locked as long as its writer lives.
 
-    An unlocked file of this kind was left by a killed writer.
+    An unlocked file of this kind was left by a killed writer. The locked file is the one that is
+    renamed to `path`, and below a folder itself is locked: filelock can do neither.
     """
     while True:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

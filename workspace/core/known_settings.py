@@ -7,9 +7,10 @@ A new setting is one row here and one line in .env.example; core/settings.py rea
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-Kind = Literal["text", "path", "url", "count", "switch", "choice", "archs"]
+Kind = Literal["text", "path", "url", "mirror", "python", "count", "switch", "choice", "archs"]
 # workspace: read here and kept from children; build, run: given to children of that phase; both: to
 # all.
 Phase = Literal["workspace", "build", "run", "both"]
@@ -32,7 +33,7 @@ SETTINGS: tuple[Setting, ...] = (
         "choice",
         "auto",
         "workspace",
-        "what vLLM is built for; auto: cuda where a GPU driver answers, else cpu",
+        "what vLLM is built for; auto: cuda where an NVIDIA driver is installed, else cpu",
         ("auto", "cuda", "cpu"),
     ),
     Setting(
@@ -53,7 +54,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "PYTHON_VERSION",
-        "text",
+        "python",
         "3.12",
         "workspace",
         "Python of the built environment; where it is missing, another one that the pin"
@@ -82,7 +83,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "VLLM_MIRROR",
-        "text",
+        "mirror",
         "",
         "workspace",
         "git URL or path to fetch vLLM from instead of GitHub",
@@ -103,14 +104,14 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "TRITON_MIRROR",
-        "text",
+        "mirror",
         "",
         "workspace",
         "git URL or path to fetch Triton from instead of GitHub",
     ),
     Setting(
         "TRITON_DOWNLOADS_MIRROR",
-        "text",
+        "mirror",
         "",
         "workspace",
         "address or folder that stands for https:// where a build of Triton downloads LLVM and"
@@ -118,7 +119,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "EXTERNALS_MIRROR",
-        "text",
+        "mirror",
         "",
         "workspace",
         "git URL or folder that stands for https://github.com/ where a build fetches sources",
@@ -216,6 +217,64 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("VLLM_API_KEY", "text", "", "run", "key that a served model asks for", secret=True),
 )
 KNOWN: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
+
+TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
+_ARCH = re.compile(r"\d+\.\d+[af]?(\+PTX)?")
+# The longest time-out that poll(2) can count in ms; more than any number of compilers or GiB.
+LARGEST_COUNT = 1_000_000
+
+
+def expected(setting: Setting, text: str) -> str | None:
+    """Return what the value should be, or None where the value is valid."""
+    wanted: str | None = None
+    if setting.kind == "choice" and text not in setting.choices:
+        wanted = "one of " + ", ".join(choice for choice in setting.choices if choice)
+    elif (
+        setting.kind == "count"
+        and text
+        and not (re.fullmatch(r"[0-9]{1,9}", text) and 0 < int(text) <= LARGEST_COUNT)
+    ):
+        wanted = "a whole number of at least 1" + (
+            f" and at most {LARGEST_COUNT}" if re.fullmatch(r"0*[1-9][0-9]*", text) else ""
+        )
+    elif setting.kind == "switch" and text.lower() not in TRUE | _FALSE:
+        wanted = "0 or 1"
+    elif setting.kind == "url" and text and not re.match(r"(https?|file)://\S+$", text):
+        wanted = "an address that begins with https:// or file://"
+    elif (
+        setting.kind == "archs"
+        and text
+        and not all(_ARCH.fullmatch(arch) for arch in re.split(r"[ ;,]+", text.strip(" ;,")))
+    ):
+        wanted = "architectures such as 12.1a, several with ; between them"
+    elif setting.kind == "python" and not re.fullmatch(r"3\.\d+(\.\d+)?", text):
+        wanted = "a version of Python 3 such as 3.12"
+    elif "\n" in text or "\0" in text:
+        wanted = "one line"
+    elif setting.kind == "mirror" and not _is_address_or_path(text):
+        wanted = "a URL such as https://host/vllm.git, or a path: begin a path with / or ./"
+    elif (setting.kind in ("path", "mirror") or setting.name == "KERNELS") and not expands(text):
+        wanted = "below a home folder that is known here"
+    return wanted
+
+
+def _is_address_or_path(text: str) -> bool:
+    """Return whether git may reach the text: a URL with a host, host:path, or a path."""
+    if text.startswith(("/", "./", "../", "~")) or not text:
+        return True
+    scheme, is_url, place = text.partition("://")
+    is_known = scheme in ("http", "https", "ssh", "git", "git+ssh", "file") and bool(place)
+    return not re.search(r"\s", text) and (is_known or not is_url)
+
+
+def expands(text: str) -> bool:
+    """Return whether the home folder at the beginning of a path is known, if there is one."""
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        return False
+    return True
+
 
 # Read by CMake, setup.py, cargo and the build of Triton only (setup.py, cmake/, tools/).
 BUILD_ONLY = re.compile(

@@ -1,19 +1,21 @@
 """One lock for everything that writes.
 
-The kernel releases a flock when its holder dies, so a dead holder never blocks a verb.
+The kernel releases a flock when its holder dies, so a dead holder never blocks a verb. It is
+fcntl's and not filelock's: a guard inherits the descriptor and holds the lock until the programs of
+a killed verb have ended. filelock unlocks when it releases, which frees the lock for the guard too.
 """
 
 import contextlib
 import datetime
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
+from workspace.core import records
 from workspace.core.errors import LockError, ToolchainError
 
 POLL_S = 0.2
@@ -76,11 +78,11 @@ def hold(
 def _recorder(file: TextIO, verb: str) -> Callable[[str], None]:
     """Return a function that writes holder and step into the lock file."""
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record = {"pid": str(os.getpid()), "verb": verb, "since": since}
+    holder = _Holder(str(os.getpid()), verb, since)
 
     def note(doing: str) -> None:
         # One write: a reader sees the old record, the new one or none, never a mixture.
-        text = json.dumps({**record, "doing": doing})
+        text = records.encode(replace(holder, doing=doing), indent=None).decode()
         file.truncate(0)
         file.write(text)
         file.flush()
@@ -88,13 +90,23 @@ def _recorder(file: TextIO, verb: str) -> Callable[[str], None]:
     return note
 
 
+@dataclass(frozen=True)
+class _Holder:
+    """Content of the lock file."""
+
+    pid: str
+    verb: str
+    since: str
+    doing: str = ""
+
+
 def _holder(name: str) -> str:
     try:
-        record = json.loads(Path(name).read_text(encoding="utf-8"))
-        doing = f"; its present step is {record['doing']}" if record["doing"] else ""
-        return (
-            f"{record['verb']} (process {record['pid']}) has been changing this workspace since"
-            f" {record['since']}{doing}"
-        )
-    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+        holder = records.decode(Path(name).read_bytes(), _Holder)
+    except (OSError, records.DecodeError):
         return "another process is changing this workspace"
+    doing = f"; its present step is {holder.doing}" if holder.doing else ""
+    return (
+        f"{holder.verb} (process {holder.pid}) has been changing this workspace since"
+        f" {holder.since}{doing}"
+    )

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Generic, NoReturn, TypeVar
 
 from workspace.core import guard
 from workspace.core.console import RunLog
@@ -29,6 +29,10 @@ from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 INTERRUPT_GRACE_S = 10.0
 TERMINATE_GRACE_S = 5.0
 SHOWN_TAIL_LINES = 15
+# What `ask` waits after a first signal: a program may trap it.
+KILL_S = 0.5
+# Exit statuses of timeout(1): it ended the program, or had to kill it.
+TIMED_OUT = (124, 128 + signal.SIGKILL, -signal.SIGKILL)
 # How uv, pip, CMake, ninja, gcc, nvcc, cargo and Python begin the line with the cause.
 _ERROR_LINE = re.compile(
     r"(?:^|\s)(?:error|fatal error|fatal|CMake Error|FAILED|ptxas"
@@ -40,6 +44,40 @@ _ERROR_LINE = re.compile(
 _GUARD = (sys.executable, "-I", "-S", guard.__file__)
 
 Argument = str | os.PathLike[str]
+Value = TypeVar("Value", covariant=True)
+
+
+@dataclass(frozen=True)
+class There(Generic[Value]):
+    """The answer of a program or a driver that is there and works."""
+
+    value: Value
+
+
+@dataclass(frozen=True)
+class Absent:
+    """The answer for a program or a driver that is not on this machine."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The answer of a program or a driver that is there and fails, with a line of its message."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Slow:
+    """No answer in `limit_s` seconds: the machine is busy, or the driver hangs."""
+
+    limit_s: float
+
+
+Answer = There[Value] | Absent | Broken | Slow
+
+
+class NoAnswer(ToolchainError):
+    """A program ran longer than its limit."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +95,63 @@ def capture(
     env: Mapping[str, str],
     cwd: Path | None = None,
     timeout_s: float | None = None,
+    on_start: Callable[[int], object] | None = None,
 ) -> Completed:
     """Run a program that changes nothing, and return its output. The caller judges the status.
 
-    Raises ToolchainError where the program is missing or runs longer than `timeout_s` seconds.
+    `on_start` gets the pid of the guard, below which the program runs. Raises ToolchainError where
+    the program is missing or runs longer than `timeout_s` seconds.
     """
     with _started(argv, env=env, cwd=cwd, stderr=subprocess.PIPE) as child:
+        if on_start:
+            on_start(child.pid)
         try:
             out, err = child.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            raise ToolchainError(
+            raise NoAnswer(
                 f"{shlex.join([os.fspath(argument) for argument in argv])} gave no answer in"
                 f" {timeout_s:g} s"
             ) from None
     return Completed(child.returncode, out, err)
+
+
+def ask(
+    argv: Sequence[Argument],
+    *,
+    env: Mapping[str, str],
+    limit_s: float,
+    cwd: Path | None = None,
+) -> Answer[Completed]:
+    """Run a program that only reads and may hang. The caller judges the status.
+
+    timeout(1) kills the program soon after `limit_s` seconds, whatever signals it traps.
+    """
+    path = env.get("PATH", os.defpath)
+    if shutil.which(os.fspath(argv[0]), path=path) is None:
+        return Absent()
+    timeout = shutil.which("timeout", path=path)
+    bound = [timeout, "-k", f"{KILL_S:g}", f"{limit_s:g}"] if timeout else []
+    began = time.monotonic()
+    try:
+        done = capture([*bound, *argv], env=env, cwd=cwd, timeout_s=limit_s + 2 * KILL_S)
+    except NoAnswer:
+        return Slow(limit_s)
+    except ToolchainError as exc:
+        return Broken(exc.message)
+    if done.returncode in TIMED_OUT and time.monotonic() - began >= limit_s:
+        return Slow(limit_s)
+    return There(done)
+
+
+def output_of(answer: Answer[Completed]) -> Answer[str]:
+    """Return the standard output of a program that succeeded; a failed one is broken."""
+    if not isinstance(answer, There):
+        return answer
+    done = answer.value
+    if done.returncode == 0:
+        return There(done.stdout)
+    lines = [line.strip() for line in [*done.stdout.splitlines(), *done.stderr.splitlines()]]
+    return Broken(next((line for line in lines if line), describe_status(done.returncode)))
 
 
 def run(
@@ -329,17 +410,16 @@ def _group_lives(group: int) -> bool:
 
     Zombies do not count: in a container, init may never wait for them.
     """
+    import psutil
+
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
         return False
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # proc_pid_stat(5): after the name in brackets come state, parent and group.
-            state, _, its_group = (
-                stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
-            )
-            if int(its_group) == group and state not in "ZX":
+    over = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    for running in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(running.pid) == group and running.status() not in over:
                 return True
     return False
 

@@ -7,11 +7,12 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from workspace.core.child_variables import PHASES, Base, Phase, with_given, with_rows
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
 from workspace.core.known_settings import (
@@ -20,34 +21,28 @@ from workspace.core.known_settings import (
     OF_LIBRARIES,
     RUN_ONLY,
     SETTINGS,
+    TRUE,
     Setting,
+    expands,
+    expected,
 )
 from workspace.core.paths import Layout
 
 Source = Literal["flag", "shell", ".env", "default"]
 
-# Texts that may be a path, and then may begin with ~.
-_EXPANDED = (
-    "KERNELS",
-    "VLLM_MIRROR",
-    "TRITON_MIRROR",
-    "TRITON_DOWNLOADS_MIRROR",
-    "EXTERNALS_MIRROR",
-)
 # Flags whose name differs from that of their setting.
 _FLAGS = {"MAX_JOBS": "jobs"}
 # Valid values of settings without a default.
-_EXAMPLES = {"count": "4", "switch": "0", "archs": "12.1a"}
-_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
-_ARCH = re.compile(r"\d+\.\d+[af]?(\+PTX)?")
-# The longest time-out that poll(2) can count in ms; more than any number of compilers or GiB.
-LARGEST_COUNT = 1_000_000
+_EXAMPLES = {
+    "count": "4",
+    "switch": "0",
+    "archs": "12.1a",
+    "mirror": "https://host/vllm.git",
+    "url": "https://host/simple",
+}
 _SHOWN = 120
-# A part of a warning, by which the doctor finds the row that it is about.
-UNKNOWN = "is not a known setting"
-# The largest compiler process seen in a build of vLLM for a GB10 (scaled_mm_sm120_fp8, qutlass
-# gemm), GiB, and the share of all memory that compilers may have beside a running model's.
-LARGEST_COMPILER_GIB, COMPILERS_SHARE = 9.5, 0.75
+# Parts of warnings, by which the doctor and env.check find the row that one is about.
+UNKNOWN, AGAIN = "is not a known setting", "is set again in line"
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class Settings:
         return self.values[name].source
 
     def switch(self, name: str) -> bool:
-        return self.text(name).lower() in _TRUE
+        return self.text(name).lower() in TRUE
 
     def count(self, name: str) -> int | None:
         return int(self.text(name)) if self.text(name) else None
@@ -108,7 +103,7 @@ class Settings:
         """Downloads shared by all clones of this user (XDG Base Directory Specification)."""
         own = self.path("WORKSPACE_CACHE_DIR")
         base = self.shell.get("XDG_CACHE_HOME")
-        if not own and not base and not _expands("~"):
+        if not own and not base and not expands("~"):
             raise SettingsError(
                 "there is no home folder to keep downloads in: HOME is not set",
                 hint="export WORKSPACE_CACHE_DIR=/a/folder/of/yours",
@@ -151,73 +146,67 @@ class Settings:
         """Return a value without secrets and users of addresses, cut to a line or two."""
         return _presentable(text, self.secrets)
 
+    def is_users(self, name: str) -> bool:
+        """Return whether the user sets a variable, in the shell or in .env."""
+        if name in KNOWN:
+            return self.source(name) != "default" and bool(self.text(name))
+        return name in self.passed or name in self.shell
+
     def child_environment(
-        self, phase: Literal["plain", "build", "run"], extra: Mapping[str, str] | None = None
+        self,
+        phase: Phase,
+        given: Mapping[str, str | None] | None = None,
+        *,
+        layout: Layout | None = None,
+        recipe: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
-        """Return the environment of a child: the shell's, the settings of its phase, then `extra`.
+        """Return the whole environment of a child of this phase; see core/child_variables.py.
 
-        Variables that point to other interpreters, checkouts or builds are left out. plain: no
-        settings, for uv, git and programs that change nothing; build: what a compiler may see, no
-        secrets; run: the built vLLM.
+        Later sources win: the shell, .env and the settings, the recipe where the user sets nothing,
+        the table, and `given`, in which None removes a variable. Raises ValueError for a given name
+        that no row of the table has, and where a row needs the layout.
         """
-        environment = self._inherited(phase)
-        if phase != "plain":
-            environment |= self._own(phase)
-        return environment | dict(extra or {})
+        base = PHASES[phase][0]
+        environment = self._inherited(base)
+        if base != "plain":
+            environment |= self._own(base)
+        environment |= {
+            name: text for name, text in (recipe or {}).items() if not self.is_users(name)
+        }
+        composed = with_rows(environment, phase, cuda_home=self.path("CUDA_HOME"), layout=layout)
+        return with_given(composed, phase, given or {})
 
-    def _inherited(self, phase: Literal["plain", "build", "run"]) -> dict[str, str]:
-        """Return the variables of the shell that a child of the phase may see."""
+    def _inherited(self, base: Base) -> dict[str, str]:
+        """Return the variables of the shell that a child may see."""
         environment = {
             name: text
             for name, text in self.shell.items()
             if not _FOREIGN.match(name)
             and not _GIT_LOCAL.match(name)
             and name not in KNOWN
-            and (phase == "plain" or is_for(name, phase))
-            and not (phase == "build" and is_secret(name))
+            and (base == "plain" or is_for(name, base))
+            and not (base == "build" and is_secret(name))
         }
         if foreign := self.shell.get("VIRTUAL_ENV"):
             folder = str(Path(foreign) / "bin")
-            environment["PATH"] = _without_entry(environment.get("PATH", ""), folder)
-        if phase != "plain" and (home := self.path("CUDA_HOME")):
-            for name, below in (("PATH", "bin"), ("LD_LIBRARY_PATH", "lib64")):
-                folder = str(home / below)
-                former = _without_entry(environment.get(name, ""), folder, keep_empty=False)
-                environment[name] = os.pathsep.join([folder, *([former] if former else [])])
+            entries = environment.get("PATH", "").split(os.pathsep)
+            environment["PATH"] = os.pathsep.join(entry for entry in entries if entry != folder)
         return environment
 
-    def _own(self, phase: Literal["build", "run"]) -> dict[str, str]:
-        """Return the variables of .env and of the settings that a child of the phase gets."""
-        environment = {
+    def _own(self, base: Literal["build", "run"]) -> dict[str, str]:
+        """Return the variables of .env and of the settings that a child gets."""
+        passed = {
             name: value.text
             for name, value in self.passed.items()
-            if is_for(name, phase)
+            if is_for(name, base)
             and not _FOREIGN.match(name)
-            and (phase == "run" or not is_secret(name))
+            and (base == "run" or not is_secret(name))
         }
-        environment |= {
+        return passed | {
             name: value.text
             for name, value in self.values.items()
-            if value.text and KNOWN[name].phase in (phase, "both")
+            if value.text and KNOWN[name].phase in (base, "both")
         }
-        if phase == "run" and "MAX_JOBS" not in environment:
-            memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-            environment["MAX_JOBS"] = str(fitting_jobs(len(os.sched_getaffinity(0)), memory_gib))
-        return environment
-
-
-def _without_entry(paths: str, folder: str, *, keep_empty: bool = True) -> str:
-    entries = paths.split(os.pathsep)
-    return os.pathsep.join(e for e in entries if e != folder and (e or keep_empty))
-
-
-def fitting_jobs(cores: int, memory_gib: float) -> int:
-    """Return how many compilers of the largest size fit into memory at once.
-
-    FlashInfer gets this number at run time; otherwise it starts one compiler for each core
-    (flashinfer-ai/flashinfer#3634).
-    """
-    return max(1, min(cores, int(memory_gib * COMPILERS_SHARE / LARGEST_COMPILER_GIB)))
 
 
 def is_for(name: str, phase: Literal["build", "run"]) -> bool:
@@ -269,21 +258,25 @@ def load(
         for name, text in unknown.items()
     }
     known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
-    differing = [
-        (name, shell[name], text)
-        for name, (text, _) in written.items()
-        if name in shell and shell[name] != text
-    ]
-    warnings = [
-        _hidden(name, _presentable(outer, secrets), _presentable(text, secrets))
-        for name, outer, text in differing
-    ]
-    warnings += [
-        _unknown(name, written[name][1], known)
-        for name in unknown
-        if name not in known and not BUILD_ONLY.match(name) and not _is_of_library(name, known)
-    ]
-    return Settings(values, passed, shell, tuple(warnings))
+    warnings = tuple(_warnings(shell, written, known, secrets))
+    return Settings(values, passed, shell, warnings)
+
+
+def _warnings(
+    shell: Mapping[str, str],
+    written: Mapping[str, tuple[str, list[int]]],
+    known: Collection[str],
+    secrets: Sequence[str],
+) -> Iterator[str]:
+    """Yield sentences on lines of .env that have no effect, and on unknown names."""
+    for name, (text, lines) in written.items():
+        if name in shell and shell[name] != text:
+            yield _hidden(name, _presentable(shell[name], secrets), _presentable(text, secrets))
+        for line in lines[:-1]:
+            yield f".env, line {line}: {name} {AGAIN} {lines[-1]}, which counts"
+    for name, (_, lines) in written.items():
+        if name not in known and not BUILD_ONLY.match(name) and not _is_of_library(name, known):
+            yield _unknown(name, lines[-1], known)
 
 
 def _is_of_library(name: str, known: Iterable[str]) -> bool:
@@ -296,7 +289,7 @@ def _value(
     setting: Setting,
     flags: Mapping[str, str | None],
     shell: Mapping[str, str],
-    written: Mapping[str, tuple[str, int]],
+    written: Mapping[str, tuple[str, list[int]]],
     secrets: Iterable[str],
 ) -> Value:
     """Return the value of a setting. Raises SettingsError for a bad one, naming its place."""
@@ -308,14 +301,14 @@ def _value(
     elif name in shell:
         value, place = Value(shell[name], "shell"), f"{name} in the shell"
     elif name in written:
-        text, line = written[name]
+        text, (*_, line) = written[name]
         value, place = Value(text, ".env"), f".env, line {line}: {name}"
     else:
         value, place = Value(setting.default, "default"), name
-    if expected := _expected(setting, value.text):
+    if wanted := expected(setting, value.text):
         shown = "a value" if setting.secret else repr(_presentable(value.text, secrets))
         raise SettingsError(
-            f"{place}: {shown} is not {expected}", hint=_example(setting, is_flag=flag is not None)
+            f"{place}: {shown} is not {wanted}", hint=_example(setting, is_flag=flag is not None)
         )
     return value
 
@@ -349,14 +342,21 @@ def forget_odd_terminal() -> None:
             del os.environ[name]
 
 
+def similar(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> tuple[str, ...]:
+    """Return up to three of the known names that are most like `name`, best first."""
+    return tuple(difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff))
+
+
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | None:
     """Return the known name most like `name`, or None where none is similar."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    return next(iter(similar(name, known, cutoff=cutoff)), None)
 
 
-def _read_dotenv(path: Path) -> dict[str, tuple[str, int]]:
-    """Return name, value and line of each setting; python-dotenv resolves ${HOME}."""
+def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return name, value and lines of each setting; the last line counts.
+
+    python-dotenv resolves ${HOME}.
+    """
     from dotenv.main import DotEnv
     from dotenv.parser import parse_stream
 
@@ -371,7 +371,7 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, int]]:
     except OSError as exc:
         raise SettingsError(f".env cannot be read: {exc.strerror}", hint="ls -l .env") from exc
     text = _dotenv_text(raw)
-    lines: dict[str, int] = {}
+    lines: dict[str, list[int]] = {}
     for binding in parse_stream(io.StringIO(text)):
         line = (
             binding.original.line
@@ -387,7 +387,7 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, int]]:
                 hint="quote a value that has blanks or #; begin a comment with #",
             )
         if binding.key is not None:
-            lines[binding.key] = line
+            lines.setdefault(binding.key, []).append(line)
     resolved = DotEnv(
         dotenv_path=None, stream=io.StringIO(text), interpolate=True, override=False
     ).dict()
@@ -422,48 +422,15 @@ def _dotenv_text(raw: bytes) -> str:
         ) from exc
 
 
-def _expected(setting: Setting, text: str) -> str | None:
-    """Return what the value should be, or None where the value is valid."""
-    expected: str | None = None
-    if setting.kind == "choice" and text not in setting.choices:
-        expected = "one of " + ", ".join(choice for choice in setting.choices if choice)
-    elif (
-        setting.kind == "count"
-        and text
-        and not (re.fullmatch(r"[0-9]{1,9}", text) and 0 < int(text) <= LARGEST_COUNT)
-    ):
-        expected = "a whole number of at least 1" + (
-            f" and at most {LARGEST_COUNT}" if re.fullmatch(r"0*[1-9][0-9]*", text) else ""
-        )
-    elif setting.kind == "switch" and text.lower() not in _TRUE | _FALSE:
-        expected = "0 or 1"
-    elif setting.kind == "url" and text and not re.match(r"(https?|file)://\S+$", text):
-        expected = "an address that begins with https:// or file://"
-    elif (
-        setting.kind == "archs"
-        and text
-        and not all(_ARCH.fullmatch(arch) for arch in re.split(r"[ ;,]+", text.strip(" ;,")))
-    ):
-        expected = "architectures such as 12.1a, several with ; between them"
-    elif "\n" in text or "\0" in text:
-        expected = "one line"
-    elif (setting.kind == "path" or setting.name in _EXPANDED) and not _expands(text):
-        expected = "below a home folder that is known here"
-    return expected
-
-
-def _expands(text: str) -> bool:
-    try:
-        Path(text).expanduser()
-    except RuntimeError:
-        return False
-    return True
-
-
 def _presentable(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, "****")
     return shortened(re.sub(r"(?<=://)\S*@|\S*:\S*@", "****@", text))
+
+
+def without_user(text: str) -> str:
+    """Return a text without user names and passwords in its URLs, fit to print."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 def shortened(text: str) -> str:

@@ -4,22 +4,36 @@ Each stage first observes and acts only where something is due, so a second run 
 After an interruption, the next run resumes from the verified layers.
 """
 
-from dataclasses import dataclass
+import contextlib
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
-from workspace.core import lock
-from workspace.core.console import Console, RunLog
+from workspace.core import lock, process, records
+from workspace.core.console import Console, RunLog, State, Step
 from workspace.core.errors import BuildError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import plan, stages, status
-from workspace.machine import check, doctor
+from workspace.install import plan, stages, stamp, status
+from workspace.machine import check, doctor, jit_caches, run_environment
 from workspace.repo import checkout, moves, patches, pins
+from workspace.repo.git import Git
 
 # GiB that a bootstrap adds, measured on 0.31.0 and rounded up: checkout 0.2, CPU environment 3.1
 # and libraries 0.5, CUDA environment 10 and libraries 0.8; in the cache the release archive and the
 # precompiled wheel.
 NEEDED_GIB = {"cpu": 5.0, "cuda": 14.0}
 NEEDED_CACHE_GIB = 1.0
+# The record of the first token, among the stamps.
+FIRST_TOKEN = "first-token"
+# Time between two lines on the wait for it, through a pipe.
+WAIT_LINE_S = 15.0
+NO_FIRST_TOKEN = "./scripts/inv bootstrap --no-first-token    leaves it out"
+End = Literal["token", "command", "part"]
 
 
 @dataclass(frozen=True)
@@ -37,21 +51,24 @@ def run(
     *,
     console: Console,
     wait: bool = False,
-    is_part: bool = False,
+    end: End = "token",
     is_sandbox: bool = False,
 ) -> None:
     """Bring the workspace to a verified, stamped vLLM.
 
-    With `is_part`, the calling verb prints the next command. With `is_sandbox`, the source stays as
-    it is, whatever pins and series require. Raises the WorkspaceError of the step that failed.
+    It ends with a first token, or without it with the next `command`; as a `part` of another verb
+    with neither. With `is_sandbox`, the source stays as it is, whatever pins and series require.
+    Raises the WorkspaceError of the step that failed.
     """
     pins.require_settled(layout)
     observed = plan.observe(layout, settings)
-    check.require(layout, settings, console=console, device=observed.device)
-    due = stages_of(layout, settings, observed, is_sandbox=is_sandbox)
+    check.require(observed.machine, console=console, device=observed.device)
+    due = stages_of(observed, is_sandbox=is_sandbox)
+    if end == "token":
+        due = (*due, _first_token_stage(observed))
     if not any(stage.is_due for stage in due):
-        if is_part:
-            console.row("skipped", "build", f"vllm {observed.version} is already built")
+        if end == "part":
+            console.row(State.SKIPPED, "build", f"vllm {observed.version} is already built")
             return
         for stage in due:
             _show_skipped(stage, console)
@@ -62,21 +79,23 @@ def run(
         f" {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
     )
     with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.info) as held:
-        _preflight(layout, settings, observed, console)
+        _preflight(observed, console)
         with RunLog(
             console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held
         ) as run_log:
-            observed = _act(stages.Run(layout, settings, run_log, observed, is_sandbox=is_sandbox))
+            run = stages.Run(run_log, observed, is_sandbox=is_sandbox)
+            observed = _act(run)
+            if end == "token":
+                _act_on_first_token(run)
             if run_log.path:
                 console.info(f"log: {layout.relative(run_log.path)}")
-    if not is_part:
+    if end != "part":
         _close(observed, console, "")
 
 
-def stages_of(
-    layout: Layout, settings: Settings, observed: plan.Observation, *, is_sandbox: bool = False
-) -> tuple[Stage, ...]:
+def stages_of(observed: plan.Observation, *, is_sandbox: bool = False) -> tuple[Stage, ...]:
     """Decide for each stage, in their order, whether it is due and why."""
+    layout, settings = observed.machine.layout, observed.machine.settings
     is_written = layout.dotenv.exists()
     environment = observed.environment
     build = tuple(
@@ -85,7 +104,7 @@ def stages_of(
         if reason not in observed.needs_compilation
     )
     steps: stages.Steps = stages.VLLM
-    if observed.kernels_wanted.kind == "native":
+    if observed.kernels_wanted.source.is_native:
         from workspace.install import rebuild
 
         steps = (*rebuild.PLAN, *rebuild.COMPILE, *rebuild.INSTALL)
@@ -136,7 +155,7 @@ def _act(run: stages.Run) -> plan.Observation:
     shown = 0
     while True:
         observed = run.observed = run.observe()
-        due = stages_of(run.layout, run.settings, observed, is_sandbox=run.is_sandbox)
+        due = stages_of(observed, is_sandbox=run.is_sandbox)
         first = next((index for index, stage in enumerate(due) if stage.is_due), len(due))
         for stage in due[shown:first]:
             if stage.steps[0] not in acted:
@@ -159,21 +178,155 @@ def _act(run: stages.Run) -> plan.Observation:
         stages.act(run, stage.steps, reason=stage.reason)
 
 
-def _preflight(
-    layout: Layout, settings: Settings, observed: plan.Observation, console: Console
-) -> None:
+def _first_token_stage(observed: plan.Observation) -> Stage:
+    """Decide whether this build still has to generate its first token on the device.
+
+    Kernels that were compiled since do not count: after inv rebuild there is nothing to do.
+    """
+    wanted, recorded = (
+        _first_token_inputs(observed),
+        stamp.read(observed.machine.layout.stamp(FIRST_TOKEN)),
+    )
+    if recorded is not None and recorded.inputs == wanted:
+        return Stage(False, f"was generated on {observed.device}", _FIRST_TOKEN_STEPS)
+    if observed.device == "cuda" and not observed.machine.gpus:
+        return Stage(False, "there is no GPU here", _FIRST_TOKEN_STEPS)
+    return Stage(True, "this build has generated none yet", _FIRST_TOKEN_STEPS)
+
+
+def _act_on_first_token(run: stages.Run) -> None:
+    stage = _first_token_stage(run.observed)
+    if stage.is_due:
+        stages.act(run, stage.steps)
+    else:
+        _show_skipped(stage, run.run_log.console)
+
+
+def _first_token_inputs(observed: plan.Observation) -> dict[str, str]:
+    built = observed.kernels.recorded
+    names = ("place", "version", "interpreter", "device", "torch")
+    inputs = {name: built.inputs.get(name, "") for name in names if built}
+    if built and built.kernels:
+        inputs["kernels"] = built.kernels.without_compiler().text
+    return inputs
+
+
+def _generate(run: stages.Run, view: Step) -> None:
+    """Generate one token on the device with a model of noise, and record it among the stamps.
+
+    A GPU's driver, FlashInfer and Triton compile here what the first request would wait for. Raises
+    BuildError where no token comes.
+    """
+    layout, observed = run.layout, run.observed
+    stamp.withdraw(layout.stamp(FIRST_TOKEN))
+    if sentence := status.driver_sentence(observed.kernels.recorded):
+        run.run_log.console.info(sentence)
+    stack = jit_caches.observe(observed.machine, tree=Git(layout.vllm).tree("HEAD"))
+    jit_caches.record(layout, stack)
+    environment = run_environment.built_environment(
+        layout, run.settings, "first-token", stack=stack
+    )
+    wait = _Wait(run, view, environment)
+    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as folder, wait.shown():
+        argv: list[process.Argument] = [layout.environment_python, layout.probes / "real_model.py"]
+        process.run(
+            [*argv, folder, "--first-token", "--device", observed.device],
+            env=environment,
+            run_log=run.run_log,
+            cwd=Path(folder),
+            on_line=wait.read,
+            hint=NO_FIRST_TOKEN,
+        )
+    if wait.error is not None:
+        raise BuildError(
+            f"vllm {observed.version} is installed and verified, but generates no token on"
+            f" {observed.device}: {wait.error}",
+            hint=NO_FIRST_TOKEN,
+        )
+    inputs = _first_token_inputs(observed)
+    stamp.write(layout.stamp(FIRST_TOKEN), stamp.Stamp(inputs=inputs))
+    view.reason = f"on {observed.device}"
+    if written := wait.written():
+        view.reason += f"; compiled: {written}"
+
+
+@dataclass(frozen=True)
+class _Document:
+    """What is read here of the probe's document."""
+
+    error: str | None
+
+
+@dataclass
+class _Wait:
+    """The wait for the first token: the stage of the probe, and what is being compiled."""
+
+    run: stages.Run
+    view: Step
+    environment: Mapping[str, str]
+    stage: str = "starting"
+    error: str | None = "the probe printed no document"
+    started: float = field(default_factory=time.time)
+
+    def read(self, line: str) -> None:
+        """Read a line of the probe: `@ STAGE`, or its document."""
+        if line.startswith("@ "):
+            self.stage = line.removeprefix("@ ")
+        elif line.startswith('{"schema"'):
+            with contextlib.suppress(records.DecodeError):
+                self.error = records.decode(line, _Document).error
+
+    def written(self) -> str:
+        return jit_caches.written_since(self.environment, self.started)
+
+    def sentence(self) -> str:
+        """Return the stage, its seconds, and what is compiled meanwhile."""
+        text = f"{self.stage}, {time.time() - self.started:.0f} s"
+        built = self.run.observed.kernels.recorded
+        if work := built.outcome.get(status.DRIVER_WORK) if built else None:
+            names = ", ".join(part.split(" ")[0] for part in work.split("), "))
+            text += f"; the driver may be compiling {names}"
+        written = self.written()
+        return f"{text}; compiled so far: {written}" if written else text
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the sentence while the block runs: each second on a terminal, else each 15 s."""
+        ended, console = threading.Event(), self.run.run_log.console
+
+        def show() -> None:
+            is_terminal = console.width is not None
+            while not ended.wait(1.0 if is_terminal else WAIT_LINE_S):
+                if is_terminal:
+                    self.view.progress(0, None, self.sentence())
+                else:
+                    console.info(f"first token: {self.sentence()}")
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+_FIRST_TOKEN_STEPS: stages.Steps = (("first token", _generate),)
+
+
+def _preflight(observed: plan.Observation, console: Console) -> None:
     """Stop before any change where the machine lacks what this bootstrap needs."""
     has_environment = observed.environment.state == "ok"
+    machine = observed.machine
     need = {
-        layout.root: 1.0 if has_environment else NEEDED_GIB[observed.device],
-        settings.cache: NEEDED_CACHE_GIB,
+        machine.layout.root: 1.0 if has_environment else NEEDED_GIB[observed.device],
+        machine.settings.cache: NEEDED_CACHE_GIB,
     }
     with console.step("preflight") as view:
         rows = doctor.preflight(
-            layout,
-            settings,
+            machine,
             device=observed.device,
-            kernels=observed.kernels_wanted.kind,
+            kernels=observed.kernels_wanted.source.kind,
             need_gib=need,
         )
         view.reason = f"{sum(row.state == 'ok' for row in rows)} of {len(rows)} checks ok"
@@ -182,7 +335,7 @@ def _preflight(
 
 def _show_skipped(stage: Stage, console: Console) -> None:
     for name, _ in stage.steps:
-        console.row("skipped", name, stage.reason)
+        console.row(State.SKIPPED, name, stage.reason)
 
 
 def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
@@ -190,6 +343,5 @@ def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
         console.warn(f"the kernels are stale: {'; '.join(observed.needs_compilation)}")
     if observed.stack and observed.stack.dirty:
         console.info(f"{len(observed.stack.dirty)} edited in vendor/vllm: live, not changed")
-    console.info(
-        f"{prefix}vllm {observed.version} is in .vllm; next: {status.next_command(observed)}"
-    )
+    console.info(f"{prefix}vllm {observed.version} is in .vllm")
+    console.hint(status.next_command(observed))

@@ -1,70 +1,55 @@
 """The editable install of the tree, with compiled libraries from a wheel or with none.
 
 It uses the tree's own setup.py, without build isolation and without dependency resolution: torch
-does not change.
+does not change. What setup.py took of a wheel (VLLM_USE_PRECOMPILED) is compared with the wheel.
 """
 
 import filecmp
-import json
 import os
 import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from workspace.core import process
 from workspace.core.console import RunLog
-from workspace.core.errors import BuildError
-from workspace.core.files import read_regular
+from workspace.core.errors import BuildError, SourceError
+from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.install.plan import Observation
-from workspace.install.stamp import Library
-from workspace.machine import hardware, interpreter
-from workspace.machine.torch import TorchBuild
+from workspace.machine import interpreter
 from workspace.repo.git import Git, worktree
 
 # No program of this name exists: setuptools-rust then reports the optional frontend as not built,
 # at once and without a network.
 _NO_CARGO = "/nonexistent/cargo"
+# The programs of the package that are compiled; a wheel has them beside the libraries.
+_BINARIES = ("vllm/vllm-rs",)
 _NINJA_PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
-def install_with_wheel(
-    layout: Layout, settings: Settings, observed: Observation, wheel: Path, *, run_log: RunLog
-) -> None:
+def install_with_wheel(observed: Observation, wheel: Path, *, run_log: RunLog) -> None:
     """Install editable with the libraries of `wheel`. Raises BuildError with the first error."""
     extra = {
         "VLLM_USE_PRECOMPILED": "1",
         "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel),
         "CARGO": _NO_CARGO,
     }
-    _install(layout, settings, observed, extra, run_log=run_log)
+    _install(observed, extra, run_log=run_log)
 
 
-def install_alone(
-    layout: Layout,
-    settings: Settings,
-    observed: Observation,
-    *,
-    build: Mapping[str, str],
-    run_log: RunLog,
-) -> None:
+def install_alone(observed: Observation, *, build: Mapping[str, str], run_log: RunLog) -> None:
     """Install editable without libraries, which the caller compiles and installs afterwards.
 
     `build` are variables that limit cargo. The tree's setup.py compiles in a new temporary folder
     each time unless it gets a wheel; so it gets an empty one.
     """
+    path = observed.machine.settings.child_environment("build").get("PATH", "")
     # The frontend in Rust is optional: setuptools-rust leaves it out where there is no cargo.
-    cargo = (
-        {}
-        if shutil.which("cargo", path=settings.child_environment("build").get("PATH", ""))
-        else {"CARGO": _NO_CARGO}
-    )
+    cargo = {} if shutil.which("cargo", path=path) else {"CARGO": _NO_CARGO}
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as folder:
         wheel = Path(folder) / f"vllm-{observed.pin.version}-py3-none-any.whl"
         zipfile.ZipFile(wheel, "w").close()
@@ -74,24 +59,14 @@ def install_alone(
             **build,
             **cargo,
         }
-        _install(layout, settings, observed, extra, run_log=run_log)
+        _install(observed, extra, run_log=run_log)
 
 
-def _install(
-    layout: Layout,
-    settings: Settings,
-    observed: Observation,
-    extra: Mapping[str, str],
-    *,
-    run_log: RunLog,
-) -> None:
+def _install(observed: Observation, extra: Mapping[str, str], *, run_log: RunLog) -> None:
+    layout, settings = observed.machine.layout, observed.machine.settings
     environment = {
         "VLLM_TARGET_DEVICE": observed.device,
         "VLLM_VERSION_OVERRIDE": observed.version,
-        # Build tools of the environment, such as cmake and ninja, go before the machine's.
-        "PATH": os.pathsep.join(
-            [str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]
-        ),
         **extra,
     }
     # uv's cache of editable builds ignores these variables: always build again.
@@ -115,6 +90,83 @@ def _install(
         on_line=show,
         failure=BuildError,
     )
+
+
+def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
+    """Map each compiled file of the wheel to its bytes and CRC-32.
+
+    Raises SourceError for a file that is not a wheel of vLLM.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = {
+                item.filename: (item.file_size, item.CRC)
+                for item in archive.infolist()
+                if item.filename.startswith("vllm/")
+            }
+    except (zipfile.BadZipFile, OSError) as exc:
+        raise SourceError(
+            f"{wheel.name} cannot be read as a wheel: {exc}",
+            hint="./scripts/inv bootstrap --kernels precompiled",
+        ) from exc
+    compiled = {
+        name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES
+    }
+    if not compiled:
+        raise SourceError(
+            f"{wheel.name} holds no compiled library of vLLM",
+            hint="./scripts/inv bootstrap --kernels precompiled",
+        )
+    return compiled
+
+
+def complete(wheel: Path, tree: Path) -> None:
+    """Extract the compiled files that the tree's setup.py left in the wheel.
+
+    The setup.py of a release without the fix in patches/vllm leaves some.
+    """
+    left = [
+        name
+        for name, (size, crc) in compiled_members(wheel).items()
+        if not _has_content(tree / name, size, crc)
+    ]
+    with zipfile.ZipFile(wheel) as archive:
+        for name in left:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(tree / name, archive.read(name), mode=0o755)
+
+
+def check_taken(wheel: Path, tree: Path) -> None:
+    """Compare every library in the tree with the wheel, by size and CRC-32.
+
+    Raises BuildError with the names of the libraries that differ or are missing.
+    """
+    wrong = [
+        name
+        for name, (size, crc) in compiled_members(wheel).items()
+        if not _has_content(tree / name, size, crc)
+    ]
+    if wrong:
+        raise BuildError(
+            f"the tree's setup.py did not take {', '.join(wrong)} out of {wheel.name}",
+            hint=(
+                "its list of precompiled members lacks them: see patches/vllm for the patch that"
+                " fixes 0.31.0, and `./scripts/inv status`"
+            ),
+        )
+
+
+def _has_content(path: Path, size: int, crc: int) -> bool:
+    try:
+        if path.stat().st_size != size:
+            return False
+        found = 0
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                found = zlib.crc32(chunk, found)
+    except OSError:
+        return False
+    return found == crc
 
 
 def build_products(tree: Path) -> tuple[str, ...]:
@@ -171,156 +223,3 @@ def _clear(folder: Path, *, top: Path) -> None:
     while folder != top and {entry.name for entry in folder.iterdir()} <= {"__pycache__"}:
         shutil.rmtree(folder)
         folder = folder.parent
-
-
-# The import of vLLM takes 10 s on two cores; with a cold page cache and CUDA libraries of 800 MB it
-# took a minute.
-TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The facts that verify found; `undriven` libraries lack only the GPU's driver."""
-
-    version: str
-    platform: str
-    torch: TorchBuild
-    libraries: tuple[Library, ...]
-    undriven: tuple[str, ...] = ()
-
-    @property
-    def summary(self) -> str:
-        """What was verified, in a sentence."""
-        count = len(self.libraries) - len(self.undriven)
-        loaded = (
-            f"{count} {'library loads' if count == 1 else 'libraries load'} with all symbols bound"
-        )
-        if not self.platform:
-            return f"{loaded}; the platform was not verified without a GPU" + (
-                f", and {len(self.undriven)} libraries need its driver" if self.undriven else ""
-            )
-        return f"on {self.platform}, {loaded}"
-
-
-@dataclass(frozen=True)
-class _Report:
-    """The report of probes/verify.py; `broken` are sentences on libraries that do not load."""
-
-    error: str | None
-    file: Path | None
-    version: str
-    platform: str
-    torch: TorchBuild
-    libraries: tuple[Library, ...]
-    broken: tuple[str, ...]
-    undriven: tuple[str, ...]
-
-
-def verify(layout: Layout, settings: Settings, observed: Observation) -> Verdict:
-    """Import vLLM from a neutral folder and from inside the tree, and load every library.
-
-    Libraries load with all symbols bound. Raises BuildError that lists each fault.
-    """
-    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        outside, inside = _probe(layout, settings, Path(neutral))
-    # vLLM asks the driver for its platform: built for a GPU that is elsewhere, it finds none.
-    platforms = (
-        {observed.device, ""}
-        if observed.device == "cuda" and not hardware.observe(settings).gpus
-        else {observed.device}
-    )
-    wrong = [
-        f"from a neutral folder: {sentence}"
-        for sentence in _judge(outside, layout, observed, platforms)
-    ]
-    wrong += [
-        f"from inside vendor/vllm: {sentence}"
-        for sentence in _judge(inside, layout, observed, platforms)
-    ]
-    wrong += outside.broken
-    if not outside.libraries:
-        wrong.append("the tree holds no compiled library")
-    if wrong:
-        more = f" (and {len(wrong) - 1} more, above)" if len(wrong) > 1 else ""
-        raise BuildError(
-            f"the installed vLLM failed verification: {wrong[0]}{more}",
-            hint=(
-                "./scripts/inv bootstrap installs it again; if the kernels do not fit this torch:"
-                " ./scripts/inv rebuild --kernels native"
-            ),
-            details=tuple(wrong),
-        )
-    return Verdict(
-        outside.version, outside.platform, outside.torch, outside.libraries, outside.undriven
-    )
-
-
-def _judge(
-    report: _Report, layout: Layout, observed: Observation, platforms: Collection[str]
-) -> list[str]:
-    if report.error:
-        return [report.error]
-    wrong = []
-    if report.file is None or not report.file.is_relative_to(layout.vllm.resolve()):
-        wrong.append(f"vllm was imported from {report.file}, not from vendor/vllm")
-    if report.version != observed.version:
-        wrong.append(f"vllm has version {report.version}, expected was {observed.version}")
-    if report.platform not in platforms:
-        wrong.append(
-            f"vllm found the platform {report.platform or 'none'}, built for was {observed.device}"
-        )
-    if observed.torch and report.torch.version != observed.torch.version:
-        wrong.append(
-            f"torch has version {report.torch.version}, installed was {observed.torch.version}"
-        )
-    return wrong
-
-
-def _probe(layout: Layout, settings: Settings, folder: Path) -> tuple[_Report, _Report]:
-    """Run probes/verify.py in `folder` and inside the tree, and return both reports."""
-    argv: list[process.Argument] = [
-        layout.environment_python,
-        layout.probes / "verify.py",
-        layout.vllm,
-        "--inside",
-    ]
-    environment = settings.child_environment("run", {"VLLM_NO_USAGE_STATS": "1"})
-    interpreter.keep_bytecode(layout, environment)
-    done = process.capture(
-        argv,
-        env=environment,
-        cwd=folder,
-        timeout_s=TIMEOUT_S,
-    )
-    try:
-        record = json.loads(done.stdout) if done.returncode == 0 else None
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise _failed_import(done)
-    rows, torch = record["libraries"], record["torch"] or {"version": "none", "cuda": None}
-    outside, inside = (
-        _Report(
-            error=imported["error"],
-            file=Path(imported["file"]) if imported["file"] else None,
-            version=str(imported["version"]),
-            platform=str(imported["platform"] or ""),
-            torch=TorchBuild(torch["version"], torch["cuda"]),
-            libraries=tuple(Library(row["path"], row["size"], row["sha256"]) for row in rows),
-            broken=tuple(
-                f"{row['path']}: {row['error']}" for row in rows if row["verdict"] == "broken"
-            ),
-            undriven=tuple(row["path"] for row in rows if row["verdict"] == "no driver"),
-        )
-        for imported in (record, record["inside"])
-    )
-    return outside, inside
-
-
-def _failed_import(done: process.Completed) -> BuildError:
-    last = tuple(done.stderr.strip().splitlines()[-15:])
-    return BuildError(
-        f"the built interpreter {process.describe_status(done.returncode)} while it imported"
-        f" vllm: {last[-1] if last else 'no output'}",
-        details=last,
-    )

@@ -4,7 +4,6 @@ Reads pins, checkout, environment and stamps and changes nothing. Bootstrap acts
 status shows it, and smoke refuses a stale build.
 """
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import files
-from workspace.core.errors import CheckoutError, SettingsError, SourceError
+from workspace.core.errors import CheckoutError, SourceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import precompiled, stamp
-from workspace.install.precompiled import Kernels
-from workspace.machine import doctor, hardware, interpreter, torch
+from workspace.install.precompiled import Kernels, KernelSource
+from workspace.machine import interpreter, torch
+from workspace.machine.machine import Machine
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git
 from workspace.repo.git.command import digest
@@ -58,6 +58,7 @@ class Layer:
 class Observation:
     """The facts on which bootstrap, status and smoke decide; `stack` is None without checkout."""
 
+    machine: Machine
     pin: pins.Pin
     device: Device
     kernels_wanted: Kernels
@@ -73,6 +74,10 @@ class Observation:
     changed_sources: tuple[str, ...] = ()
     needs_compilation: tuple[str, ...] = ()
 
+    def again(self) -> "Observation":
+        """Observe the workspace again after a change; the machine itself is the same."""
+        return observe_on(self.machine.reread())
+
     @property
     def version(self) -> str:
         """The version of the installed vLLM; `cpu` in it selects the platform (vllm/platforms)."""
@@ -83,8 +88,7 @@ class Observation:
 class _Facts:
     """The facts that every layer is compared with."""
 
-    layout: Layout
-    settings: Settings
+    machine: Machine
     pin: pins.Pin
     device: Device
     git: Git | None
@@ -98,30 +102,34 @@ class _Facts:
 
 def observe(layout: Layout, settings: Settings) -> Observation:
     """Observe the whole workspace and change nothing. Raises SettingsError for broken pins."""
+    return observe_on(Machine(layout, settings))
+
+
+def observe_on(machine: Machine) -> Observation:
+    """Observe the whole workspace on a machine that is known already."""
+    layout, settings = machine.layout, machine.settings
     pin = pins.load(layout.pins).vllm
     environment_stamp = stamp.read(layout.stamp("environment"))
     build_stamp = stamp.read(layout.stamp("vllm"))
-    device = _device(settings, environment_stamp)
+    device = _device(machine, environment_stamp)
     current = checkout.observe(layout, pin)
     is_usable = current.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
     stack = patches.observe(layout, "vllm", pin, current) if is_usable else None
-    python = interpreter.describe(layout, settings)
-    build = torch.observe(layout, settings) if python else None
+    python = machine.python()
+    build = machine.torch() if python else None
     git = Git(layout.vllm) if is_usable else None
-    facts = _Facts(layout, settings, pin, device, git, python, build)
+    facts = _Facts(machine, pin, device, git, python, build)
     environment = _environment(facts, environment_stamp)
     changed_sources = _changed_sources(git, current)
-    wanted = _kernels_wanted(settings, pin, device, build_stamp, is_changed=bool(changed_sources))
-    if wanted.kind == "native" or (
-        changed_sources
-        and git
-        and wanted.kind == "wheel"
-        and _packed_sources(wanted, build_stamp) == git.digest(COMPILED_SOURCES)
-    ):
+    wanted = precompiled.choose(
+        settings, pin, device, _kept(build_stamp), is_changed=bool(changed_sources)
+    )
+    if wanted.source.is_native or _are_packed(changed_sources, git, wanted, build_stamp):
         changed_sources = ()
     kernels, needs_compilation = _kernels(facts, wanted, build_stamp, changed_sources)
     install = _install(facts, build_stamp)
     return Observation(
+        machine,
         pin,
         device,
         wanted,
@@ -148,99 +156,43 @@ def version_of(pin: pins.Pin, device: Device, build: torch.TorchBuild | None) ->
     return f"{pin.version}+cu{(build.cuda if build and build.cuda else '13.0').replace('.', '')}"
 
 
-def _device(settings: Settings, recorded: stamp.Stamp | None) -> Device:
+def _device(machine: Machine, recorded: stamp.Stamp | None) -> Device:
     """Return the device of the flag or setting, else of the environment, else of the machine.
 
     The machine comes last: a query of the driver takes up to a second.
     """
-    if (
-        settings.text("DEVICE") == "auto"
-        and recorded
-        and recorded.inputs.get("device") in ("cpu", "cuda")
-    ):
-        return "cuda" if recorded.inputs["device"] == "cuda" else "cpu"
-    if settings.text("DEVICE") == "auto":
-        return doctor.device(settings, hardware.observe(settings))
-    return "cuda" if settings.text("DEVICE") == "cuda" else "cpu"
+    built = recorded.inputs.get("device") if recorded else None
+    if machine.settings.text("DEVICE") == "auto" and built in ("cpu", "cuda"):
+        return "cuda" if built == "cuda" else "cpu"
+    return machine.device
 
 
-def _kernels_wanted(
-    settings: Settings,
-    pin: pins.Pin,
-    device: Device,
-    recorded: stamp.Stamp | None,
-    *,
-    is_changed: bool,
-) -> Kernels:
-    """Return the kernels that KERNELS requests; with `auto`, `is_changed` sources make hybrid ones.
-
-    Raises SettingsError where KERNELS is neither a known value nor an existing wheel.
-    """
-    choice = settings.text("KERNELS")
-    # The value of the first edition.
-    choice = "precompiled" if choice == "donor" else choice
-    if (
-        choice == "auto"
-        and settings.source("KERNELS") != "flag"
-        and recorded
-        and recorded.inputs.get("origin", "").startswith(("native", "wheel"))
-    ):
-        return _recorded_kernels(recorded)
-    pinned = pin.precompiled_for(device)
-    if choice == "native" or (choice == "auto" and pinned is None):
-        return Kernels("native", "native")
-    if choice in ("auto", "precompiled"):
-        origin = f"precompiled {pinned.filename} {pinned.sha256}" if pinned else "precompiled none"
-        return (
-            Kernels("hybrid", f"hybrid {origin}")
-            if choice == "auto" and is_changed
-            else Kernels("precompiled", origin)
-        )
-    return _wheel_kernels(settings, choice)
-
-
-def _recorded_kernels(recorded: stamp.Stamp) -> Kernels:
-    """Return the kernels that an earlier flag requested: they stay until another flag is given."""
-    origin, wheel = recorded.inputs["origin"], recorded.outcome.get("wheel")
-    if origin == "native":
-        return Kernels("native", origin)
-    return Kernels("wheel", origin, Path(wheel) if wheel else None)
-
-
-def _wheel_kernels(settings: Settings, choice: str) -> Kernels:
-    wheel = None
-    # A name that is too long, or a link in a loop, names no wheel either.
-    with contextlib.suppress(OSError, RuntimeError):
-        named = Path(choice).expanduser().resolve()
-        wheel = named if named.suffix == ".whl" and named.is_file() else None
-    if wheel is None:
-        raise SettingsError(
-            f"KERNELS={settings.presentable(choice)} is not auto, precompiled, native or an"
-            " existing wheel file",
-            hint="./scripts/inv rebuild --kernels auto",
-        )
-    return Kernels("wheel", f"wheel {wheel.name} {files.sha256(wheel)}", wheel)
+def _kept(recorded: stamp.Stamp | None) -> Kernels | None:
+    if recorded is None or recorded.kernels is None:
+        return None
+    wheel = recorded.outcome.get("wheel")
+    return Kernels(recorded.kernels, Path(wheel) if wheel else None)
 
 
 def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     if facts.python is None:
-        has_folder = facts.layout.environment.exists()
+        has_folder = facts.machine.layout.environment.exists()
         reason = ".vllm holds no working Python" if has_folder else "there is no .vllm"
         return Layer("environment", "missing", (reason,))
     if facts.git is None:
         return Layer("environment", "missing", ("there is no checkout to take requirements from",))
     inputs = {
-        "place": str(facts.layout.environment),
+        "place": str(facts.machine.layout.environment),
         "python": facts.python.version,
         "device": facts.device,
         "requirements": facts.git.digest(REQUIREMENT_FILES),
-        "use existing torch": facts.settings.text("USE_EXISTING_TORCH"),
-        "pre-releases": facts.settings.text("ALLOW_PRERELEASE"),
+        "use existing torch": facts.machine.settings.text("USE_EXISTING_TORCH"),
+        "pre-releases": facts.machine.settings.text("ALLOW_PRERELEASE"),
         "torch": _torch_input(facts.torch) if facts.torch else "none",
     }
     if recorded is None:
         return Layer("environment", "missing", ("it was not finished",), inputs)
-    installed = interpreter.installed(facts.layout)
+    installed = facts.machine.packages()
     reasons = _differences(facts.git, recorded, inputs)
     reasons += tuple(
         f"{name} {old} → {installed.get(name, 'none')}"
@@ -265,10 +217,11 @@ def _kernels(
     if git is None or build is None:
         reason = "there is no checkout" if git is None else "there is no torch"
         return Layer("kernels", "missing", (reason,)), ()
-    inputs = {"origin": wanted.origin, "device": facts.device, "torch": _torch_input(build)}
+    source = wanted.source
+    inputs = {"device": facts.device, "torch": _torch_input(build)}
     compiled = (
-        compiled_inputs(facts.layout, facts.settings, git, facts.pin, facts.device, build)
-        if wanted.kind in ("native", "hybrid")
+        compiled_inputs(facts.machine, git, facts.pin, facts.device, build)
+        if source.is_compiled
         else {}
     )
     sentence: tuple[str, ...] = ()
@@ -276,28 +229,26 @@ def _kernels(
         sentence = (changed_sources_sentence(changed_sources),)
     if recorded is None:
         return Layer("kernels", "missing", ("no build was finished",), inputs | compiled), sentence
-    was_hybrid = recorded.inputs.get("origin", "").startswith("hybrid ")
-    if changed_sources and not (wanted.kind == "hybrid" and was_hybrid):
+    was_hybrid = recorded.kernels is not None and recorded.kernels.is_hybrid
+    if changed_sources and not (source.is_hybrid and was_hybrid):
         needs_compilation = sentence
-        inputs["origin"] = wanted.origin.removeprefix("hybrid ")
+        source = source.without_compiler()
     else:
         needs_compilation = _differences(git, recorded, compiled)
-    reasons = _differences(git, recorded, inputs)
+    reasons = source.differences(recorded.kernels) + _differences(git, recorded, inputs)
     reasons += tuple(
         f"{library.path} changed"
         for library in recorded.libraries
-        if _size(facts.layout.vllm / library.path) != library.size
+        if _size(facts.machine.layout.vllm / library.path) != library.size
     )
     reasons += needs_compilation
     state: State = "stale" if reasons else "ok"
     layer = Layer("kernels", state, reasons, inputs | compiled, recorded)
-    return layer, () if wanted.kind == "native" else needs_compilation
+    return layer, () if wanted.source.is_native else needs_compilation
 
 
-def kernel_inputs(
-    layout: Layout, settings: Settings, observed: Observation, *, kind: str
-) -> dict[str, str]:
-    """Return the inputs of kernels of this kind if they are built now, as a stamp records them.
+def kernel_inputs(observed: Observation, source: KernelSource) -> dict[str, str]:
+    """Return the inputs of kernels from this source if they are built now, as a stamp records them.
 
     Raises CheckoutError where there is no torch.
     """
@@ -306,27 +257,15 @@ def kernel_inputs(
         raise CheckoutError(
             "there is no torch to build kernels for", hint="./scripts/inv bootstrap"
         )
-    of_wheel = observed.kernels_wanted.origin.removeprefix("hybrid ")
-    origin = {"native": "native", "hybrid": f"hybrid {of_wheel}"}.get(kind, of_wheel)
-    inputs = {
-        "origin": origin,
-        "device": observed.device,
-        "torch": _torch_input(build),
-    }
-    if kind in ("native", "hybrid"):
-        inputs |= compiled_inputs(
-            layout, settings, Git(layout.vllm), observed.pin, observed.device, build
-        )
+    inputs = {"device": observed.device, "torch": _torch_input(build)}
+    if source.is_compiled:
+        git = Git(observed.machine.layout.vllm)
+        inputs |= compiled_inputs(observed.machine, git, observed.pin, observed.device, build)
     return inputs
 
 
 def compiled_inputs(
-    layout: Layout,
-    settings: Settings,
-    git: Git,
-    pin: pins.Pin,
-    device: Device,
-    build: torch.TorchBuild,
+    machine: Machine, git: Git, pin: pins.Pin, device: Device, build: torch.TorchBuild
 ) -> dict[str, str]:
     """Return the inputs of a compilation besides torch and device.
 
@@ -334,13 +273,13 @@ def compiled_inputs(
     """
     from workspace.compile import cmake_inputs
 
-    observed = cmake_inputs.observe(layout, settings, device=device, pin=pin, torch=build)
+    observed = cmake_inputs.observe(machine, device=device, pin=pin, torch=build)
     return {
         "architectures": observed.archs,
         "cuda": observed.cuda,
         "compiler": observed.compiler,
         "build type": observed.build_type,
-        "cmake arguments": settings.text("CMAKE_ARGS"),
+        "cmake arguments": machine.settings.text("CMAKE_ARGS"),
         "compiled sources": git.digest(COMPILED_SOURCES),
     }
 
@@ -351,7 +290,7 @@ def _install(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
         reason = "there is no checkout" if git is None else "there is no environment"
         return Layer("install", "missing", (reason,))
     inputs = {
-        "place": str(facts.layout.vllm),
+        "place": str(facts.machine.layout.vllm),
         "metadata": git.digest(METADATA_FILES),
         "version": facts.version,
         "interpreter": python.version,
@@ -359,7 +298,7 @@ def _install(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     if recorded is None:
         return Layer("install", "missing", ("no build was finished",), inputs)
     reasons = _differences(git, recorded, inputs)
-    found = interpreter.installed(facts.layout).get("vllm")
+    found = facts.machine.packages().get("vllm")
     if found != facts.version:
         reasons += (f"installed vllm {found or 'none'} → {facts.version}",)
     return Layer("install", "stale" if reasons else "ok", reasons, inputs, recorded)
@@ -389,12 +328,24 @@ def _differences(git: Git, recorded: stamp.Stamp, inputs: Mapping[str, str]) -> 
     return files.differences(recorded.inputs, inputs, changed_files)
 
 
+def _are_packed(
+    changed: tuple[str, ...], git: Git | None, wanted: Kernels, recorded: stamp.Stamp | None
+) -> bool:
+    """Return whether the wheel of `inv wheel` that is wanted was built from these sources."""
+    return bool(
+        changed
+        and git
+        and wanted.source.is_wheel_file
+        and _packed_sources(wanted, recorded) == git.digest(COMPILED_SOURCES)
+    )
+
+
 def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None:
     """Return the digest of the sources of a wheel of `inv wheel`, None for any other wheel."""
-    if recorded and recorded.inputs.get("origin") == wanted.origin:
+    if recorded and recorded.kernels == wanted.source:
         return recorded.outcome.get(PACKED_SOURCES)
     try:
-        packed = precompiled.read_packed(wanted.wheel) if wanted.wheel else None
+        packed = stamp.read_packed(wanted.file) if wanted.file else None
     except SourceError:
         # The step that takes the wheel raises the error.
         return None

@@ -1,75 +1,197 @@
-"""Compiled libraries from a wheel: the pinned precompiled wheel or a wheel of the user's.
+"""The source of compiled libraries: the pinned precompiled wheel, a wheel file, or a compiler.
 
-The wheel provides only its libraries; every Python file is the tree's own. This module fetches the
-wheel, decides whether its libraries fit, and compares them after the tree's setup.py took them
-(VLLM_USE_PRECOMPILED).
+A wheel provides only its libraries; every Python file is the tree's own. This module alone chooses
+the source, writes it as text, fetches the wheel, and decides whether its libraries fit.
 """
 
-import json
+import contextlib
+import platform
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from workspace.core.errors import BuildError, SettingsError, SourceError
-from workspace.core.files import write_atomic
+from workspace.core import records
+from workspace.core.errors import SettingsError, SourceError
+from workspace.core.files import sha256
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
-from workspace.install import stamp
+from workspace.core.settings import Settings, Value
 from workspace.machine.arch import parse
 from workspace.repo import index, pins
-from workspace.repo.pins import Pin
+from workspace.repo.pins import Pin, PrecompiledWheel
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-_BINARIES = ("vllm/vllm-rs",)
-SCHEMA = 1
-RECORD = "workspace.json"
-# Bytes of workspace.json: for a release with DeepGEMM for each Python, 20 libraries take 4 KB.
-_LONGEST = 1 << 20
+Kind = Literal["precompiled", "hybrid", "wheel", "native"]
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+# The first edition's name for the precompiled wheel, in stamps and as a value of KERNELS.
+_FORMER_NAME = "donor"
+_FORMER_TEXT = re.compile(
+    rf"native|(?P<hybrid>hybrid )?(?P<kind>precompiled|{_FORMER_NAME}|wheel)"
+    r" (?P<wheel>.+) (?P<sha256>[0-9a-f]{64})"
+)
 # A damaged archive raises various errors: zlib.error, RuntimeError where it claims encryption,
 # NotImplementedError for an unknown compression method.
-_DAMAGED = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """The source of compiled libraries: the pinned precompiled wheel, a wheel file, or a compiler.
+
+    `hybrid` is the precompiled wheel, with a compiler for what differs from the pin. `wheel` is a
+    file name; it is None for `native`, and where the pin names no wheel.
+    """
+
+    kind: Kind
+    wheel: str | None = None
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what only a damaged state file can hold."""
+        if (
+            self.kind not in get_args(Kind)
+            or not (self.wheel is None or str.isprintable(self.wheel))
+            or not (self.sha256 is None or _SHA256.fullmatch(self.sha256))
+        ):
+            raise ValueError(f"not a source of kernels: {self}")
+
+    @property
+    def text(self) -> str:
+        """The source as users see it, without the hash."""
+        kind = "hybrid precompiled" if self.kind == "hybrid" else self.kind
+        return kind if self.kind == "native" else f"{kind} {self.wheel or 'none'}"
+
+    @property
+    def is_native(self) -> bool:
+        """Whether every library is compiled here."""
+        return self.kind == "native"
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether a compiler replaces some libraries of the precompiled wheel."""
+        return self.kind == "hybrid"
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a compiler makes at least one library."""
+        return self.is_native or self.is_hybrid
+
+    @property
+    def is_wheel_file(self) -> bool:
+        """Whether the libraries come from a wheel of the user's."""
+        return self.kind == "wheel"
+
+    def without_compiler(self) -> "KernelSource":
+        """Return the source of what bootstrap installs: only inv rebuild makes kernels hybrid."""
+        return replace(self, kind="precompiled") if self.is_hybrid else self
+
+    def differences(self, recorded: "KernelSource | None") -> tuple[str, ...]:
+        """Return why kernels of the `recorded` source are stale where this source is wanted."""
+        old, new = text_of(recorded), self.text
+        if self == recorded:
+            return ()
+        return (f"origin {old} → {new}" if old != new else f"origin {new}, with other content",)
+
+
+NATIVE = KernelSource("native")
+
+
+def text_of(source: KernelSource | None) -> str:
+    """Return the source as users see it, `none` where nothing is recorded."""
+    return source.text if source else "none"
+
+
+def upgraded(document: dict[str, object]) -> dict[str, object]:
+    """Return a state file with its source as an object; until 2026-11 it was a text in `inputs`.
+
+    A text of another form stays a text, which no reader accepts.
+    """
+    inputs = document.get("inputs")
+    if not isinstance(inputs, dict) or "origin" not in inputs:
+        return document
+    others = {name: text for name, text in inputs.items() if name != "origin"}
+    source = inputs["origin"]
+    if isinstance(source, str) and (found := _FORMER_TEXT.fullmatch(source)):
+        kind = "hybrid" if found["hybrid"] else found["kind"] or "native"
+        kind = "precompiled" if kind == _FORMER_NAME else kind
+        source = {"kind": kind, "wheel": found["wheel"], "sha256": found["sha256"]}
+    return {**document, "inputs": others, "kernels": source}
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The origin of compiled libraries: the pinned precompiled wheel, a wheel file, or a compiler.
+    """The kernels to install: their source, and the path of a wheel of the user's."""
 
-    `hybrid` is the precompiled wheel, with a compiler for what differs from the pin.
+    source: KernelSource
+    file: Path | None = None
+
+
+def _key(device: str) -> str:
+    """Return the key of a device (cpu, cuda) on this machine, such as cpu-aarch64."""
+    return f"{device}-{platform.machine()}"
+
+
+def pinned_wheel(pin: Pin, device: str) -> PrecompiledWheel | None:
+    """Return the wheel for a device on this machine, or None if the pin names none."""
+    return pin.precompiled.get(_key(device))
+
+
+def choose(
+    settings: Settings, pin: Pin, device: str, kept: Kernels | None, *, is_changed: bool
+) -> Kernels:
+    """Return the kernels that KERNELS requests; with `auto`, `is_changed` sources make hybrid ones.
+
+    `kept` are the recorded kernels: those that an earlier flag requested stay until another flag is
+    given. Raises SettingsError where KERNELS is neither a known value nor an existing wheel.
     """
+    choice = settings.text("KERNELS")
+    choice = "precompiled" if choice == _FORMER_NAME else choice
+    is_free = choice == "auto" and settings.source("KERNELS") != "flag"
+    if is_free and kept and kept.source.kind in ("native", "wheel"):
+        return kept
+    pinned = pinned_wheel(pin, device)
+    if choice == "native" or (choice == "auto" and pinned is None):
+        return Kernels(NATIVE)
+    if choice not in ("auto", "precompiled"):
+        return _own_wheel(settings, choice)
+    kind: Kind = "hybrid" if choice == "auto" and is_changed else "precompiled"
+    return Kernels(
+        KernelSource(kind, pinned.filename, pinned.sha256) if pinned else KernelSource(kind)
+    )
 
-    kind: Literal["precompiled", "hybrid", "wheel", "native"]
-    origin: str
-    wheel: Path | None = None
+
+def repeated(settings: Settings, source: KernelSource | None) -> Settings:
+    """Return settings that compile every library if `source` did and KERNELS does not decide."""
+    if source is None or not source.is_native or settings.text("KERNELS") != "auto":
+        return settings
+    return replace(settings, values={**settings.values, "KERNELS": Value("native", "flag")})
 
 
-@dataclass(frozen=True)
-class Packed:
-    """The record workspace.json in a wheel of `inv wheel`.
+def _own_wheel(settings: Settings, choice: str) -> Kernels:
+    wheel = None
+    # A name that is too long, or a link in a loop, names no wheel either.
+    with contextlib.suppress(OSError, RuntimeError):
+        named = Path(choice).expanduser().resolve()
+        wheel = named if _is_wheel(named) else None
+    if wheel is None:
+        raise SettingsError(
+            f"KERNELS={settings.presentable(choice)} is not auto, precompiled, native or an"
+            " existing wheel file",
+            hint="./scripts/inv rebuild --kernels auto",
+        )
+    return Kernels(KernelSource("wheel", wheel.name, sha256(wheel)), wheel)
 
-    `python` is its only Python version, empty for any; `dirty` is a digest of the edits.
-    """
 
-    version: str
-    tag: str
-    commit: str
-    tree: str
-    dirty: str
-    device: str
-    machine: str
-    python: str
-    torch: str
-    digest: str
-    inputs: Mapping[str, str]
-    libraries: tuple[stamp.Library, ...]
-    cubins: Mapping[str, tuple[str, ...]]
+def _is_wheel(path: Path) -> bool:
+    return path.suffix == ".whl" and path.name.isprintable() and path.is_file()
 
 
 def fetch_wheel(
@@ -84,17 +206,17 @@ def fetch_wheel(
 
     Raises SourceError where the pin has no precompiled wheel for this machine.
     """
-    if kernels.kind == "wheel":
-        if kernels.wheel is None or not kernels.wheel.is_file():
+    if kernels.source.is_wheel_file:
+        if kernels.file is None or not kernels.file.is_file():
             raise SourceError(
-                f"the wheel of the installed kernels does not exist any more: {kernels.wheel}",
+                f"the wheel of the installed kernels does not exist any more: {kernels.file}",
                 hint="./scripts/inv bootstrap --kernels precompiled",
             )
-        return kernels.wheel
-    precompiled_wheel = pin.precompiled_for(device)
+        return kernels.file
+    precompiled_wheel = pinned_wheel(pin, device)
     if precompiled_wheel is None:
         raise SourceError(
-            f"vendor/pins.toml names no precompiled wheel for {pins.precompiled_key(device)}:"
+            f"vendor/pins.toml names no precompiled wheel for {_key(device)}:"
             f" it has {', '.join(sorted(pin.precompiled)) or 'none'}",
             hint="./scripts/inv bootstrap --kernels native",
         )
@@ -105,123 +227,6 @@ def fetch_wheel(
         settings=settings,
         on_progress=on_progress,
     )
-
-
-def read_packed(path: Path) -> Packed | None:
-    """Return the record of a wheel of `inv wheel`, None for any other wheel.
-
-    Raises SourceError for a damaged wheel.
-    """
-    try:
-        return _decode_packed(path)
-    except (*_DAMAGED, KeyError, TypeError, AttributeError) as exc:
-        raise SourceError(
-            f"{path.name} is not a complete wheel: {exc}",
-            hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel",
-        ) from exc
-
-
-def _decode_packed(path: Path) -> Packed | None:
-    with zipfile.ZipFile(path) as archive:
-        found = [
-            item for item in archive.infolist() if item.filename.endswith(f".dist-info/{RECORD}")
-        ]
-        if not found:
-            return None
-        if found[0].file_size > _LONGEST:
-            raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
-        record = json.loads(archive.read(found[0]))
-    if record.pop("schema") != SCHEMA:
-        raise SourceError(
-            f"{path.name} was packed by another version of the workspace",
-            hint="pack it again: ./scripts/inv wheel",
-        )
-    libraries = tuple(stamp.Library(**library) for library in record.pop("libraries"))
-    cubins = {str(name): tuple(map(str, archs)) for name, archs in record.pop("cubins").items()}
-    inputs = {str(name): str(text) for name, text in record.pop("inputs").items()}
-    return Packed(
-        **{name: str(text) for name, text in record.items()},
-        inputs=inputs,
-        libraries=libraries,
-        cubins=cubins,
-    )
-
-
-def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
-    """Map each compiled file of the wheel to its bytes and CRC-32.
-
-    Raises SourceError for a file that is not a wheel of vLLM.
-    """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            members = {
-                item.filename: (item.file_size, item.CRC)
-                for item in archive.infolist()
-                if item.filename.startswith("vllm/")
-            }
-    except (zipfile.BadZipFile, OSError) as exc:
-        raise SourceError(
-            f"{wheel.name} cannot be read as a wheel: {exc}",
-            hint="./scripts/inv bootstrap --kernels precompiled",
-        ) from exc
-    compiled = {
-        name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES
-    }
-    if not compiled:
-        raise SourceError(
-            f"{wheel.name} holds no compiled library of vLLM",
-            hint="./scripts/inv bootstrap --kernels precompiled",
-        )
-    return compiled
-
-
-def complete(wheel: Path, tree: Path) -> None:
-    """Extract the compiled files that the tree's setup.py left in the wheel.
-
-    The setup.py of a release without the fix in patches/vllm leaves some.
-    """
-    left = [
-        name
-        for name, (size, crc) in compiled_members(wheel).items()
-        if not _has_content(tree / name, size, crc)
-    ]
-    with zipfile.ZipFile(wheel) as archive:
-        for name in left:
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(tree / name, archive.read(name), mode=0o755)
-
-
-def check_taken(wheel: Path, tree: Path) -> None:
-    """Compare every library in the tree with the wheel, by size and CRC-32.
-
-    Raises BuildError with the names of the libraries that differ or are missing.
-    """
-    wrong = [
-        name
-        for name, (size, crc) in compiled_members(wheel).items()
-        if not _has_content(tree / name, size, crc)
-    ]
-    if wrong:
-        raise BuildError(
-            f"the tree's setup.py did not take {', '.join(wrong)} out of {wheel.name}",
-            hint=(
-                "its list of precompiled members lacks them: see patches/vllm for the patch that"
-                " fixes 0.31.0, and `./scripts/inv status`"
-            ),
-        )
-
-
-def _has_content(path: Path, size: int, crc: int) -> bool:
-    try:
-        if path.stat().st_size != size:
-            return False
-        found = 0
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                found = zlib.crc32(chunk, found)
-    except OSError:
-        return False
-    return found == crc
 
 
 # METADATA of vLLM has 12 kB; a longer file is not METADATA.
@@ -351,7 +356,7 @@ def _metadata(wheel: Path) -> tuple[str, tuple[str, ...]]:
                 if (match := _LIBRARY.fullmatch(PurePosixPath(item.filename).name))
             )
             return _decoded(archive.read(found[0])), libraries
-    except _DAMAGED as exc:
+    except DAMAGED as exc:
         raise _Unreadable(f"cannot be read: {exc}") from exc
 
 
@@ -428,12 +433,19 @@ def _other_cuda(precompiled_wheel: _WheelFacts, installed: "Version") -> str | N
     )
 
 
+@dataclass(frozen=True)
+class _Bake:
+    """What is read here of a release's Docker variables."""
+
+    variable: Mapping[str, Mapping[str, str]]
+
+
 def _other_family(tree: Path, archs: str) -> str | None:
     """Return why the release lacks kernels for an architecture's family, None also if unknown."""
     try:
-        record = json.loads((tree / "docker" / "versions.json").read_bytes())
-        released = parse(str(record["variable"]["TORCH_CUDA_ARCH_LIST"]["default"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        record = records.load(tree / "docker" / "versions.json", _Bake)
+        released = parse(record.variable["TORCH_CUDA_ARCH_LIST"]["default"]) if record else ()
+    except (LookupError, ValueError):
         return None
     families = {entry.number.split(".")[0] for entry in released}
     other = [entry.text for entry in parse(archs) if entry.number.split(".")[0] not in families]

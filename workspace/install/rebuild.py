@@ -32,8 +32,10 @@ from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import BuildError, CheckoutError, SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, precompiled, stages, stamp, status
-from workspace.machine import doctor, hardware, venv
+from workspace.install import editable, plan, precompiled, stages, stamp, status, verify
+from workspace.install.precompiled import KernelSource, text_of
+from workspace.machine import doctor, venv
+from workspace.machine.machine import Machine
 from workspace.repo import moves, pins
 from workspace.repo.git import Git, remotes
 from workspace.repo.patches import State
@@ -58,20 +60,23 @@ class Job:
     project: Project = field(default_factory=lambda: Project((), ()))
     reached: tuple[Reached, ...] = ()
     plan: RebuildPlan | None = None
+    # Where nothing but libraries is installed.
+    before: verify.Before | None = None
 
     def __post_init__(self) -> None:
         observed = self.run.observed
         if observed.torch is None:
             raise BuildError("there is no torch to compile for", hint="./scripts/inv bootstrap")
-        self.is_native = observed.kernels_wanted.kind == "native"
+        self.source: KernelSource = observed.kernels_wanted.source
         self.inputs: Inputs = cmake_inputs.observe(
-            self.run.layout,
-            self.run.settings,
-            device=observed.device,
-            pin=observed.pin,
-            torch=observed.torch,
+            observed.machine, device=observed.device, pin=observed.pin, torch=observed.torch
         )
         self.folder: Path = cmake_inputs.folder(self.run.layout, self.inputs)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether every library is compiled here, also because the wheel does not fit."""
+        return self.source.is_native
 
     @property
     def setup(self) -> str:
@@ -98,8 +103,8 @@ class Job:
             torch=self.inputs.torch,
             archs=self.inputs.archs,
         )
-        self.is_native = self.why_native is not None
         if self.why_native:
+            self.source = precompiled.NATIVE
             view.reason = f"not used: {self.why_native}; everything is compiled here"
         else:
             run.outcome["wheel"] = str(wheel)
@@ -161,7 +166,7 @@ class Job:
         sources = externals.provide(layout, settings, needed, others, run_log=run_log, step=view)
         launcher = job_server.install(cmake_inputs.folder(layout, inputs) / "tickets")
         return cmake.configure(
-            layout, settings, inputs, sources, launcher=launcher, run_log=run_log
+            self.run.observed.machine, inputs, sources, launcher=launcher, run_log=run_log
         )
 
     def _reach(self, view: Step) -> tuple[Reached, ...]:
@@ -172,7 +177,7 @@ class Job:
         base = run.observed.checkout.base
         changed = (
             targets.changed_files(Git(tree), base)
-            if base and run.observed.kernels_wanted.kind == "hybrid"
+            if base and run.observed.kernels_wanted.source.is_hybrid
             else ()
         )
         pinned = (
@@ -226,8 +231,7 @@ class Job:
         units = (unit for reached in self.reached for unit in reached.units)
         work = ninja.Work.of_units(self.folder, self.setup, self.jobs, self.memory, units)
         built = ninja.compile(run.layout, run.settings, work, names, run_log=run.run_log, step=view)
-        for sentence in built.summary:
-            run.run_log.console.info(sentence)
+        run.run_log.console.table(built.summary, right=(1, 2))
         run.outcome["jobs"], run.outcome["seconds"] = str(self.jobs.count), f"{built.seconds:.0f}"
         view.reason = f"{len(built.finished)} units, {', '.join(names)}"
 
@@ -244,14 +248,18 @@ class Job:
         run, layout, observed = self.run, self.run.layout, self.run.observed
         names = [reached.target for reached in self.reached if reached.reason != TARGET_FLAG]
         is_editable_current = self._is_editable_current(names)
+        recorded = observed.kernels.recorded
+        if is_editable_current and recorded:
+            self.before = verify.before_install(layout, recorded)
         stamp.withdraw(layout.stamp("vllm"))
         venv.repair(layout, run.settings, run_log=run.run_log, names=("vllm",))
         if not is_editable_current:
             self._install_editable()
         installed = [target for target in self.project.targets if target.name in names]
         environment = run.settings.child_environment(
-            "build",
+            "compile",
             ninja.environment(layout, run.settings, self.jobs, self.folder / "tickets" / "ticket"),
+            layout=layout,
         )
         files = tree_files.install_targets(
             self.folder,
@@ -285,8 +293,6 @@ class Job:
             stages.install_with_wheel(run)
             return
         editable.install_alone(
-            run.layout,
-            run.settings,
             run.observed,
             build={"CARGO_BUILD_JOBS": str(self.jobs.count)},
             run_log=run.run_log,
@@ -295,8 +301,10 @@ class Job:
     def verify(self, view: Step) -> None:
         """Write the stamp once every library loads and has code for the intended GPU."""
         run = self.run
-        observed = run.observe()
-        verdict = editable.verify(run.layout, run.settings, observed)
+        observed, verdict = run.observe(), None
+        if stages.note_python(run) and self.before:
+            verdict = verify.verify_changed(run.layout, run.settings, self.before)
+        verdict = verdict or verify.verify(observed)
         device_code = (
             stages.check_device_code(
                 run,
@@ -308,23 +316,22 @@ class Job:
             if observed.device == "cuda"
             else ""
         )
-        stages.write_stamp(
-            run,
-            observed,
-            verdict,
-            kind="native" if self.is_native else observed.kernels_wanted.kind,
-        )
+        stages.write_stamp(run, observed, verdict, self.source)
         view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}{device_code}"
 
     def show(self, *, as_json: bool) -> None:
         if self.plan is not None:
-            jobs.show(self.plan, self.run.run_log.console, as_json=as_json)
+            console = self.run.run_log.console
+            jobs.show(self.plan, console, as_json=as_json)
+            sentence = status.driver_sentence(self.run.observed.kernels.recorded)
+            if sentence and not as_json:
+                console.info(sentence)
 
 
 def job_of(run: stages.Run) -> Job:
     """Return the job of a run; if the verb has made none, make one from the settings alone."""
     if not isinstance(run.job, Job):
-        run.job = job = Job(run, *_bounds(run.settings, RebuildOptions()))
+        run.job = job = Job(run, *_bounds(run.observed.machine, RebuildOptions()))
         return job
     return run.job
 
@@ -374,38 +381,37 @@ def run(
             "--json works only with --plan", hint="./scripts/inv rebuild --plan --json"
         )
     has_bounds = options.jobs is not None or options.memory is not None
-    bounds = _bounds(settings, options) if has_bounds else None
-    observed = plan.observe(layout, settings)
+    machine = Machine(layout, settings)
+    bounds = _bounds(machine, options) if has_bounds else None
+    observed = plan.observe_on(machine)
     _require_context(observed, is_sandbox=is_sandbox)
     if options.clean and not options.plan_only:
         _clean(layout, console, wait=wait)
     if not options.targets and observed.kernels.state == observed.install.state == "ok":
         _show_up_to_date(observed, console)
         return
-    bounds = bounds or _bounds(settings, options)
-    is_compiled = bool(options.targets) or observed.kernels_wanted.kind in ("hybrid", "native")
+    bounds = bounds or _bounds(machine, options)
+    is_compiled = bool(options.targets) or observed.kernels_wanted.source.is_compiled
     verb = "inv rebuild --plan" if options.plan_only else "inv rebuild"
     with lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held:
-        _preflight(layout, settings, observed, console, is_compiled=is_compiled)
+        _preflight(observed, console, is_compiled=is_compiled)
         with RunLog(
             console, layout.logs, verb="rebuild", secrets=settings.secrets, held=held
         ) as run_log:
-            run = stages.Run(
-                layout, settings, run_log, plan.observe(layout, settings), is_sandbox=is_sandbox
-            )
+            run = stages.Run(run_log, observed.again(), is_sandbox=is_sandbox)
             built = _act(run, options, bounds, is_compiled=is_compiled)
             if run_log.path:
                 console.info(f"log: {layout.relative(run_log.path)}")
     if not options.plan_only:
-        following = status.next_command(plan.observe(layout, settings))
-        console.info(f"{built}; next: {following}")
+        console.sentence(built)
+        console.hint(status.next_command(observed.again()))
 
 
 def _show_up_to_date(observed: plan.Observation, console: Console) -> None:
     recorded = observed.kernels.recorded
     console.info(
         f"nothing to do: the kernels of vllm {observed.version} are up to date"
-        f" ({status.short_origin(recorded) if recorded else ''}); Python files are live"
+        f" ({text_of(recorded.kernels if recorded else None)}); Python files are live"
     )
 
 
@@ -422,8 +428,8 @@ def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
         view.reason = f"{layout.relative(layout.builds)} is removed"
 
 
-def _bounds(settings: Settings, options: RebuildOptions) -> tuple[Jobs, Memory]:
-    host = hardware.observe(settings)
+def _bounds(machine: Machine, options: RebuildOptions) -> tuple[Jobs, Memory]:
+    host, settings = machine.host(), machine.settings
     return jobs.count(settings, cores=host.cores, flag=options.jobs), jobs.memory(
         host, flag=options.memory
     )
@@ -447,20 +453,12 @@ def _require_context(observed: plan.Observation, *, is_sandbox: bool) -> None:
         )
 
 
-def _preflight(
-    layout: Layout,
-    settings: Settings,
-    observed: plan.Observation,
-    console: Console,
-    *,
-    is_compiled: bool,
-) -> None:
+def _preflight(observed: plan.Observation, console: Console, *, is_compiled: bool) -> None:
     rows = doctor.preflight(
-        layout,
-        settings,
+        observed.machine,
         device=observed.device,
         kernels="native" if is_compiled else "precompiled",
-        need_gib={layout.builds: NEEDED_GIB if is_compiled else 1.0},
+        need_gib={observed.machine.layout.builds: NEEDED_GIB if is_compiled else 1.0},
     )
     stages.require_rows(rows, console, what="compile")
 

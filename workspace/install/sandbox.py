@@ -5,7 +5,6 @@ and logs are those of the clone.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -13,13 +12,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import files
+from workspace.core import files, records
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError, CheckoutError, ToolchainError
 from workspace.core.files import copy_files, files_below, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
-from workspace.install import bootstrap, editable, plan, stamp
+from workspace.install import bootstrap, editable, plan, precompiled, stamp
+from workspace.machine import jit_caches
 from workspace.repo import moves, pins, series
 from workspace.repo.git import Git, command, worktree
 from workspace.repo.pins import COMMIT, Pin
@@ -33,12 +33,14 @@ def furnish(outer: Layout, target: Layout, pin: Pin) -> None:
 
     Patches, tree and environment are added by the caller.
     """
-    for shared in (outer.logs, outer.models):
+    driver_caches = [layout.jit / jit_caches.DRIVER_CACHE for layout in (outer, target)]
+    for shared in (outer.logs, outer.models, driver_caches[0]):
         shared.mkdir(parents=True, exist_ok=True)
     target.pins.parent.mkdir(parents=True)
     target.pins.write_bytes(pins.dump(read_regular(outer.pins), pin))
-    target.state.mkdir()
+    target.jit.mkdir(parents=True)
     links = {
+        driver_caches[1]: driver_caches[0],
         target.probes.parent: outer.probes.parent,
         target.tools: outer.tools,
         target.logs: outer.logs,
@@ -182,11 +184,11 @@ def as_built(settings: Settings, observed: plan.Observation) -> Settings:
 
     The device, native kernels and the number of jobs are repeated.
     """
-    values = dict(settings.values)
+    repeated = precompiled.repeated(settings, observed.kernels_wanted.source)
+    values = dict(repeated.values)
     if settings.text("DEVICE") == "auto":
         values["DEVICE"] = Value(observed.device, "flag")
-    if settings.text("KERNELS") == "auto" and observed.kernels_wanted.kind == "native":
-        values["KERNELS"] = Value("native", "flag")
+    if repeated != settings:
         jobs = observed.kernels.recorded.outcome.get("jobs") if observed.kernels.recorded else None
         if jobs and not settings.text("MAX_JOBS"):
             values["MAX_JOBS"] = Value(jobs, "flag")
@@ -200,7 +202,7 @@ def build_in(
 
     Raises the errors of bootstrap and rebuild.
     """
-    bootstrap.run(layout, settings, console=console, wait=True, is_part=True, is_sandbox=is_sandbox)
+    bootstrap.run(layout, settings, console=console, wait=True, end="part", is_sandbox=is_sandbox)
     if plan.observe(layout, settings).needs_compilation:
         from workspace.install import rebuild
 
@@ -283,13 +285,8 @@ def make(
 def find(layout: Layout, name: str) -> Sandbox | None:
     """Return the sandbox of that name, None where it is missing or its record cannot be read."""
     own = Layout(layout.sandboxes / name)
-    try:
-        tip = json.loads(read_regular(own.root / RECORD))["tip"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return (
-        Sandbox(name, layout, own, tip) if isinstance(tip, str) and COMMIT.fullmatch(tip) else None
-    )
+    tip = (records.read(own.root / RECORD, dict[str, str]) or {}).get("tip", "")
+    return Sandbox(name, layout, own, tip) if COMMIT.fullmatch(tip) else None
 
 
 def find_all(layout: Layout) -> tuple[Sandbox, ...]:
@@ -397,7 +394,7 @@ def _write_patches(own: Layout, pin: Pin, patches: Path | None) -> None:
 
 
 def _record(own: Layout, tip: str) -> None:
-    write_atomic(own.root / RECORD, json.dumps({"tip": tip}).encode())
+    records.write(own.root / RECORD, {"tip": tip})
 
 
 def _settled(sandbox: Sandbox, tip: str, settings: Settings, run_log: RunLog) -> Git:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from workspace.core.console import Console, RunLog, Step
+from workspace.core.console import Console, Row, RunLog, State, Step, failed
 from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, precompiled, stamp
-from workspace.machine import check, doctor, dotenv, hardware, torch, venv
+from workspace.install import editable, plan, precompiled, stamp, status, verify
+from workspace.machine import check, dotenv, torch, venv
 from workspace.repo import checkout, export, patches
 from workspace.repo.git import Git
 
@@ -28,8 +28,6 @@ class Run:
     of precompiled files in setup.py.
     """
 
-    layout: Layout
-    settings: Settings
     run_log: RunLog
     observed: plan.Observation
     outcome: dict[str, str] = field(default_factory=dict)
@@ -37,9 +35,20 @@ class Run:
     job: object | None = None
     is_sandbox: bool = False
 
-    def observe(self) -> plan.Observation:
-        return plan.observe(self.layout, self.settings)
+    @property
+    def layout(self) -> Layout:
+        return self.observed.machine.layout
 
+    @property
+    def settings(self) -> Settings:
+        return self.observed.machine.settings
+
+    def observe(self) -> plan.Observation:
+        return self.observed.again()
+
+
+# The key in the stamp's outcome: the digest of the Python package that was verified.
+PYTHON = "python package"
 
 Act = Callable[[Run, Step], None]
 Steps = tuple[tuple[str, Act], ...]
@@ -66,7 +75,7 @@ def act(run: Run, steps: Steps, *, reason: str = "") -> None:
 def write_dotenv(run: Run, view: Step) -> None:
     view.reason = (
         "written for this machine:"
-        f" {dotenv.write(run.layout, run.settings, device=run.observed.device)}"
+        f" {dotenv.write(run.observed.machine, device=run.observed.device)}"
     )
 
 
@@ -77,7 +86,8 @@ def make_source(run: Run, view: Step) -> None:
     ).detail
     checkout.protect(run.layout)
     # Only the checkout shows which variables this vLLM reads.
-    check.require(run.layout, run.settings, console=run.run_log.console, device=run.observed.device)
+    observed = run.observed
+    check.require(observed.machine, console=run.run_log.console, device=observed.device)
 
 
 def apply_patches(run: Run, view: Step) -> None:
@@ -135,9 +145,9 @@ def install_accelerators(run: Run, view: Step) -> None:
 def fetch_kernels(run: Run, view: Step) -> None:
     """Fetch the wheel; the tree is not changed yet."""
     wheel = fetch_wheel(run, view)
-    members = precompiled.compiled_members(wheel)
+    members = editable.compiled_members(wheel)
     run.outcome["wheel"] = str(wheel)
-    if run.observed.kernels_wanted.kind == "wheel" and (packed := _fitting(run, wheel)):
+    if run.observed.kernels_wanted.source.is_wheel_file and (packed := _fitting(run, wheel)):
         run.outcome[plan.PACKED_SOURCES] = packed
     view.reason = f"{len(members)} compiled files from {wheel.name}"
 
@@ -164,15 +174,13 @@ def _fitting(run: Run, path: Path) -> str | None:
     from workspace.compile import cmake_inputs
     from workspace.install import wheel
 
-    packed, observed = precompiled.read_packed(path), run.observed
+    packed, observed = stamp.read_packed(path), run.observed
     if packed is None or observed.torch is None or observed.python is None:
         return None
     inputs = cmake_inputs.observe(
-        run.layout, run.settings, device=observed.device, pin=observed.pin, torch=observed.torch
+        observed.machine, device=observed.device, pin=observed.pin, torch=observed.torch
     )
-    capabilities = tuple(
-        gpu.capability for gpu in hardware.observe(run.settings).gpus if gpu.capability
-    )
+    capabilities = run.observed.machine.capabilities
     digest = Git(run.layout.vllm).digest(plan.COMPILED_SOURCES)
     version = ".".join(observed.python.version.split(".")[:2])
     if why := wheel.fits(packed, inputs, digest, python=version, capabilities=capabilities):
@@ -196,27 +204,40 @@ def install_vllm(run: Run, view: Step) -> None:
 def install_with_wheel(run: Run) -> None:
     """Install editable with the libraries of the fetched wheel, and check that all were taken."""
     wheel = Path(run.outcome["wheel"])
-    editable.install_with_wheel(run.layout, run.settings, run.observed, wheel, run_log=run.run_log)
+    editable.install_with_wheel(run.observed, wheel, run_log=run.run_log)
     if run.is_sandbox:
-        precompiled.complete(wheel, run.layout.vllm)
-    precompiled.check_taken(wheel, run.layout.vllm)
+        editable.complete(wheel, run.layout.vllm)
+    editable.check_taken(wheel, run.layout.vllm)
 
 
 def verify_vllm(run: Run, view: Step) -> None:
     """Verify with the built interpreter, the last step, and write the stamp."""
     observed = run.observe()
-    verdict = editable.verify(run.layout, run.settings, observed)
-    # Where sources changed since the wheel, the kernels are still those of the wheel: only
-    # inv rebuild makes them hybrid.
-    kind = (
-        "precompiled" if observed.kernels_wanted.kind == "hybrid" else observed.kernels_wanted.kind
-    )
-    write_stamp(run, observed, verdict, kind=kind)
+    note_python(run)
+    verdict = verify.verify(observed)
+    if observed.device == "cuda":
+        libraries = [library.path for library in verdict.libraries]
+        check_device_code(run, libraries, archs="", not_built=(), is_native=False)
+    # The source of what was installed: without the stamp, `observed` may want another one. Where
+    # compiled sources changed, the kernels are still those of the wheel.
+    write_stamp(run, observed, verdict, run.observed.kernels_wanted.source.without_compiler())
     view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
 
 
+def note_python(run: Run) -> bool:
+    """Note the content of the Python package for the stamp, and return whether the last
+    verification imported the same. Noted before the import: a later edit counts as a change.
+    """
+    run.outcome[PYTHON] = digest = Git(run.layout.vllm).digest(("vllm",))
+    recorded = run.observed.kernels.recorded
+    return recorded is not None and recorded.outcome.get(PYTHON) == digest
+
+
 def write_stamp(
-    run: Run, observed: plan.Observation, verdict: editable.Verdict, *, kind: str
+    run: Run,
+    observed: plan.Observation,
+    verdict: verify.Verdict,
+    source: precompiled.KernelSource,
 ) -> None:
     """Write the stamp of the verified build: libraries by hash, inputs of kernels and install."""
     git = Git(run.layout.vllm)
@@ -225,15 +246,14 @@ def write_stamp(
         "platform": verdict.platform,
         "tree": git.tree("HEAD"),
     }
-    inputs = plan.kernel_inputs(run.layout, run.settings, observed, kind=kind) | (
-        observed.install.inputs or {}
-    )
+    inputs = plan.kernel_inputs(observed, source) | (observed.install.inputs or {})
     stamp.write(
         run.layout.stamp("vllm"),
         stamp.Stamp(
             inputs=inputs,
             outcome=outcome,
             libraries=verdict.libraries,
+            kernels=source,
             files=plan.digested_files(git, inputs),
         ),
     )
@@ -250,19 +270,17 @@ VLLM = (("kernels", fetch_kernels), ("install", install_vllm), ("verify", verify
 CHANGES_TORCH = (".env", "source", "patches", "python", "torch")
 
 
-def require_rows(rows: Sequence[doctor.Row], console: Console, *, what: str) -> None:
+def require_rows(rows: Sequence[Row], console: Console, *, what: str) -> None:
     """Show the rows of a preflight that are not ok. Raises ToolchainError where a row is FAIL.
 
     `what` is the work that needs them: bootstrap or compile.
     """
-    for row in rows:
-        if row.state != "ok":
-            console.row(row.state, row.name, f"{row.seen}: {row.why}", hint=row.hint)
-    if failed := [row for row in rows if row.state == "FAIL"]:
+    console.rows([row for row in rows if row.state is not State.OK])
+    if faults := failed(rows):
         raise ToolchainError(
             f"cannot {what} on this machine:"
-            f" {', '.join(f'{row.name}: {row.seen}' for row in failed)}",
-            hint=failed[0].hint,
+            f" {', '.join(f'{row.name}: {row.text}' for row in faults)}",
+            hint=faults[0].hint,
         )
 
 
@@ -281,9 +299,7 @@ def check_device_code(
     """
     from workspace.compile import device_code
 
-    capabilities = tuple(
-        gpu.capability for gpu in hardware.observe(run.settings).gpus if gpu.capability
-    )
+    capabilities = run.observed.machine.capabilities
     listed = device_code.list_cubins(
         run.layout, run.settings, [run.layout.vllm / path for path in libraries]
     )
@@ -292,6 +308,8 @@ def check_device_code(
     rows = (f"{row.library}: {row.state}: {row.sentence}" for row in judged)
     for sentence in (*rows, *left_out.expected):
         run.run_log.write(sentence)
+    if capabilities:
+        run.outcome[status.DRIVER_WORK] = device_code.driver_work(listed, capabilities)
     for sentence in (*left_out.unknown, *(left_out.failures if not is_native else ())):
         run.run_log.console.warn(sentence)
     wrong = [f"{row.library} {row.sentence}" for row in judged if row.state == "wrong"]
@@ -300,7 +318,11 @@ def check_device_code(
     if wrong:
         raise BuildError(
             f"the built libraries lack code for {wanted}: {wrong[0]}",
-            hint="./scripts/inv doctor --offline    judges TORCH_CUDA_ARCH_LIST",
+            hint=(
+                "./scripts/inv doctor --offline    judges TORCH_CUDA_ARCH_LIST"
+                if archs
+                else "./scripts/inv rebuild --kernels native    compiles for this GPU"
+            ),
             details=tuple(wrong),
         )
     count = sum(row.state == "ok" for row in judged)

@@ -5,20 +5,24 @@ was verified. A layer is stale where the recorded inputs differ from today's.
 """
 
 import contextlib
-import json
 import os
 import re
+import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from workspace.core.files import read_regular, write_atomic
+from workspace.core import records
+from workspace.core.errors import SourceError
+from workspace.core.records import DecodeError, Document
+from workspace.install import precompiled
+from workspace.install.precompiled import DAMAGED, KernelSource
 
-SCHEMA = 1
+# The record in a wheel of `inv wheel`.
+RECORD = "workspace.json"
+# Bytes of workspace.json: for a release with DeepGEMM for each Python, 20 libraries take 4 KB.
+_LONGEST = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
-# The first edition's name for the precompiled wheel.
-_FORMER_NAME = "donor"
-_FORMER_ORIGIN = re.compile(f"(hybrid )?{_FORMER_NAME} (.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,10 @@ class Library:
 
 
 @dataclass(frozen=True)
-class Stamp:
-    """The record of one layer: its `inputs` and its `outcome`; all values are text.
+class Stamp(records.Record, schema=1):
+    """The record of one layer: its `inputs` and its `outcome`, whose values are text.
 
+    `kernels` is the source of compiled libraries, another input.
     `files` has `mode oid` by path for each input that is a digest over files. It explains what
     changed and decides nothing.
     """
@@ -42,59 +47,62 @@ class Stamp:
     outcome: Mapping[str, str] = field(default_factory=dict)
     packages: Mapping[str, str] = field(default_factory=dict)
     libraries: tuple[Library, ...] = ()
+    kernels: KernelSource | None = None
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def upgrade(cls, document: Document) -> Document:
+        # Stamps of the first edition have no files.
+        if missing := {"outcome", "packages", "libraries"} - document.keys():
+            raise DecodeError(f"it lacks {' and '.join(sorted(missing))}")
+        return precompiled.upgraded(document)
+
+    def validate(self) -> None:
+        mappings = (self.inputs, self.outcome, self.packages, *self.files.values())
+        texts = (text for mapping in mappings for pair in mapping.items() for text in pair)
+        if not all(map(_is_text, texts)) or not all(map(_is_library, self.libraries)):
+            raise DecodeError("it has a text or a library that no stamp has")
+
+
+@dataclass(frozen=True)
+class Packed(records.Record, schema=1):
+    """The record workspace.json in a wheel of `inv wheel`.
+
+    `python` is its only Python version, empty for any; `dirty` is a digest of the edits.
+    """
+
+    version: str
+    tag: str
+    commit: str
+    tree: str
+    dirty: str
+    device: str
+    machine: str
+    python: str
+    torch: str
+    digest: str
+    inputs: Mapping[str, str]
+    libraries: tuple[Library, ...]
+    cubins: Mapping[str, tuple[str, ...]]
 
 
 def read(path: Path) -> Stamp | None:
     """Return the stamp, or None where no valid stamp exists: a damaged stamp proves nothing."""
-    try:
-        record = json.loads(read_regular(path))
-        if (
-            type(record["schema"]) is not int
-            or record["schema"] != SCHEMA
-            or not isinstance(record["libraries"], list)
-        ):
-            return None
-        mappings = {name: record[name] for name in ("inputs", "outcome", "packages")}
-        # Stamps of the first edition have no files.
-        files = record.get("files", {})
-        if not all(
-            _is_text(text)
-            for mapping in (*mappings.values(), *files.values())
-            for pair in mapping.items()
-            for text in pair
-        ):
-            return None
-        libraries = tuple(Library(**item) for item in record["libraries"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    if origin := _FORMER_ORIGIN.match(mappings["inputs"].get("origin", "")):
-        mappings["inputs"]["origin"] = f"{origin[1] or ''}precompiled {origin[2]}"
-    return (
-        Stamp(libraries=libraries, files=files, **mappings)
-        if all(_is_library(library) for library in libraries)
-        else None
-    )
+    return records.read(path, Stamp)
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: str) -> bool:
     """Return whether the value is text without NUL and without half a surrogate pair.
 
     JSON can contain such a half; file systems and terminals refuse it.
     """
-    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+    return not re.search("[\0\ud800-\udfff]", value)
 
 
 def _is_library(library: Library) -> bool:
     place = PurePosixPath(library.path) if _is_text(library.path) else PurePosixPath("/")
     is_below = not place.is_absolute() and ".." not in place.parts and len(place.parts) > 0
-    return (
-        is_below
-        and type(library.size) is int
-        and library.size >= 0
-        and _is_text(library.sha256)
-        and bool(_SHA256.fullmatch(library.sha256))
-    )
+    return is_below and library.size >= 0 and bool(_SHA256.fullmatch(library.sha256))
 
 
 def write(path: Path, stamp: Stamp) -> None:
@@ -104,11 +112,43 @@ def write(path: Path, stamp: Stamp) -> None:
     not sync, so everything is synced first.
     """
     os.sync()
-    record = {"schema": SCHEMA, **asdict(stamp)}
-    write_atomic(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    records.write(path, stamp)
 
 
 def withdraw(path: Path) -> None:
     """Delete a stamp before its layer is changed; a missing environment has no stamp."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         path.unlink()
+
+
+def read_packed(path: Path) -> Packed | None:
+    """Return the record of a wheel of `inv wheel`, None for any other wheel.
+
+    Raises SourceError for a damaged wheel.
+    """
+    try:
+        return _decode_packed(path)
+    except DAMAGED as exc:
+        raise SourceError(
+            f"{path.name} is not a complete wheel: {exc}",
+            hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel",
+        ) from exc
+
+
+def _decode_packed(path: Path) -> Packed | None:
+    with zipfile.ZipFile(path) as archive:
+        found = [
+            item for item in archive.infolist() if item.filename.endswith(f".dist-info/{RECORD}")
+        ]
+        if not found:
+            return None
+        if found[0].file_size > _LONGEST:
+            raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
+        content = archive.read(found[0])
+    try:
+        return records.decode(content, Packed)
+    except records.NewerSchema as exc:
+        raise SourceError(
+            f"{path.name} was packed by another version of the workspace",
+            hint="pack it again: ./scripts/inv wheel",
+        ) from exc

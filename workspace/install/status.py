@@ -3,21 +3,26 @@
 The row of Triton is here too; inv fix-triton uses its sentences.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Literal
 
-from workspace.core.console import Console, State
+from workspace.core import records
+from workspace.core.console import Console, Row, State
 from workspace.core.errors import PatchDrift, SmokeError
-from workspace.core.files import read_regular
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.install import plan, stamp
+from workspace.install.precompiled import text_of
 from workspace.machine import torch
+from workspace.machine.machine import Machine
 from workspace.machine.torch import Installed, TorchBuild
 from workspace.repo import checkout, overview, patches, pins
 
-TritonState = Literal["ok", "warn", "missing"]
+# The key in the stamp's outcome: the libraries of which this GPU runs only PTX
+# (device_code.driver_work), empty if there are none.
+DRIVER_WORK = "compiled by the driver"
+# The library of vLLM's attention on most GPUs, and what its first calls took on an H200
+# (docs/evidence/gpu.md).
+ATTENTION, ATTENTION_S = "_vllm_fa2_C", 203
 
 
 def origin(layout: Layout, installed: Installed) -> str:
@@ -49,22 +54,21 @@ def pairing(build: TorchBuild | None, paired: str | None) -> str:
     )
 
 
-def triton_row(layout: Layout, build: TorchBuild | None) -> tuple[TritonState, str] | None:
-    """Return state and text of the row, None without a Triton and without a need for one."""
+def triton_row(layout: Layout, build: TorchBuild | None) -> Row | None:
+    """Return the row of Triton, None without a Triton and without a need for one."""
     installed, paired = torch.observe_triton(layout), torch.paired_triton(layout)
     if installed is None:
-        return ("missing", f"none; {pairing(build, paired)}") if paired is not None else None
+        text = f"none; {pairing(build, paired)}"
+        return Row(State.MISSING, "triton", text) if paired is not None else None
     recorded = stamp.read(layout.stamp("triton"))
     text = f"{installed.version} {origin(layout, installed)}; {pairing(build, paired)}"
     beside = recorded.inputs.get("torch") if recorded and installed.origin == "file" else None
     if build and beside not in (None, build.version):
-        return (
-            "warn",
-            f"{text}; it was verified with torch {beside}: ./scripts/inv fix-triton --check",
-        )
+        text = f"{text}; it was verified with torch {beside}"
+        return Row(State.WARN, "triton", text, hint="./scripts/inv fix-triton --check")
     if paired and not installed.is_meant and not is_met(paired, installed.version):
-        return "warn", f"{text}: ./scripts/inv fix-triton"
-    return "ok", text
+        return Row(State.WARN, "triton", text, hint="./scripts/inv fix-triton")
+    return Row(State.OK, "triton", text)
 
 
 def is_met(specifier: str, version: str) -> bool:
@@ -77,42 +81,29 @@ BOOTSTRAP = "./scripts/inv bootstrap"
 LONGEST_TIME = 40
 
 
-@dataclass(frozen=True)
-class Row:
-    state: State
-    name: str
-    text: str
-
-
-def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
+def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
     """Print one row for each layer and the next command; with `as_json`, as JSON on stdout."""
+    layout = machine.layout
     try:
-        observed = plan.observe(layout, settings)
+        observed = plan.observe_on(machine)
         rows, following = _rows(layout, observed), pins.half_moved(layout) or next_command(observed)
     except PatchDrift as exc:
         # A broken series is one of the faults that this screen shows.
-        rows, following = (Row("FAIL", "patches", exc.message),), exc.hint or "./scripts/inv patch"
-    if all(row.state == "ok" for row in rows):
-        following = f"nothing is due; after a change in vendor/vllm: {following}"
-    if as_json:
-        record = {
-            "schema": 1,
-            "rows": [{"state": row.state, "name": row.name, "text": row.text} for row in rows],
-            "next": following,
-        }
-        console.data(json.dumps(record, indent=1))
-        return
-    for row in rows:
-        console.row(row.state, row.name, row.text)
-    console.info(f"next: {following}")
+        rows = (Row(State.FAIL, "patches", exc.message),)
+        following = exc.hint or "./scripts/inv patch"
+    if all(row.state is State.OK for row in rows):
+        following = f"{following}    after a change in vendor/vllm; nothing is due now"
+    console.show(rows, as_json=as_json, next=following)
+    if not as_json:
+        console.hint(following)
 
 
-def require_built(layout: Layout, settings: Settings) -> plan.Observation:
+def require_built(machine: Machine) -> plan.Observation:
     """Return the state of a built workspace.
 
     Raises SmokeError with the stale layer and the next command.
     """
-    observed = plan.observe(layout, settings)
+    observed = plan.observe_on(machine)
     for layer in (observed.environment, observed.kernels, observed.install):
         if layer.state != "ok":
             raise SmokeError(
@@ -134,7 +125,7 @@ def next_command(observed: plan.Observation) -> str:
         )
     if observed.stack and observed.stack.state is patches.State.FOREIGN:
         return "./scripts/inv patch   # vendor/vllm does not descend from the pin: lists what to do"
-    is_native_stale = observed.kernels_wanted.kind == "native" and observed.kernels.state == "stale"
+    is_native_stale = observed.kernels_wanted.source.is_native and observed.kernels.state == "stale"
     if (observed.needs_compilation or is_native_stale) and observed.environment.state == "ok":
         return "./scripts/inv rebuild"
     if any(
@@ -145,7 +136,7 @@ def next_command(observed: plan.Observation) -> str:
 
 
 def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
-    rows = [_pin(layout, observed), _source(layout, observed), _patches(observed)]
+    rows = [_pin(layout, observed), _source(layout, observed), patches_row(observed.stack)]
     built = observed.kernels.recorded
     texts = {
         "environment": (
@@ -154,50 +145,77 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
             else ""
         ),
         "kernels": (
-            f"{short_origin(built)}, {len(built.libraries)} compiled files" if built else ""
+            f"{text_of(built.kernels)}, {len(built.libraries)} compiled files" if built else ""
         ),
         "install": built.outcome.get("version", "") if built else "",
     }
     for layer in (observed.environment, observed.kernels, observed.install):
         rows.append(
-            Row(layer.state, layer.name, layer.why if layer.state != "ok" else texts[layer.name])
+            Row(
+                State(layer.state),
+                layer.name,
+                layer.why if layer.state != "ok" else texts[layer.name],
+            )
         )
+    if sentence := driver_sentence(built):
+        rows.append(Row(State.OK, "first use", sentence))
     if found := triton_row(layout, observed.torch):
-        rows.append(Row(found[0], "triton", found[1]))
+        rows.append(found)
     rows.append(_smoke(layout, observed))
     return tuple(rows)
 
 
-def short_origin(built: stamp.Stamp) -> str:
-    """Return the recorded origin of the kernels without its hash."""
-    return " ".join(token for token in built.inputs.get("origin", "").split() if len(token) < 64)
+def driver_sentence(built: stamp.Stamp | None) -> str | None:
+    """Return which libraries the driver compiles at their first use, and the price; None if none.
+
+    Reads the stamp: to ask the driver would cost each status up to a second.
+    """
+    work = built.outcome.get(DRIVER_WORK) if built else None
+    if not work:
+        return None
+    sentence = f"the driver compiles PTX at the first use of {work}, once, and keeps it"
+    if ATTENTION in work:
+        from workspace.compile import costs, device_code
+
+        units, seconds = costs.Costs(costs.read_table()[0]).of_target(ATTENTION)
+        sentence += (
+            f"; the first attention calls took {ATTENTION_S} s for it on an H200. To compile"
+            f" {ATTENTION} here takes {units} units, {seconds / 60:.0f} compiler-minutes, and does"
+            f" not help: upstream has it for {device_code.LIBRARIES[ATTENTION].archs} only"
+        )
+    return sentence
+
+
+def doctor_rows(layout: Layout) -> tuple[Row, ...]:
+    """Return the doctor's row on code that the driver compiles at its first use."""
+    sentence = driver_sentence(stamp.read(layout.stamp("vllm")))
+    why = "the first request waits for it; inv bootstrap ends with a first token, which compiles it"
+    return (Row(State.OK, "first use", sentence, why),) if sentence else ()
 
 
 def _pin(layout: Layout, observed: plan.Observation) -> Row:
     text = f"{observed.pin.tag} {observed.pin.commit[:12]}"
     if Layout(layout.bump_sandbox).pins.exists():
-        return Row("warn", "pin", f"{text}; it is being moved: ./scripts/inv pin")
-    return Row("ok", "pin", text)
+        return Row(State.WARN, "pin", f"{text}; it is being moved", hint="./scripts/inv pin")
+    return Row(State.OK, "pin", text)
 
 
 def _source(layout: Layout, observed: plan.Observation) -> Row:
     current = observed.checkout
     if observed.stack and (
-        sentence := overview.moved(layout, observed.pin.name, observed.pin, current, observed.stack)
+        row := overview.moved(layout, observed.pin.name, observed.pin, current, observed.stack)
     ):
-        return Row("warn", "source", sentence)
-    state: State = {checkout.Kind.MISSING: "missing", checkout.Kind.FOREIGN: "FAIL"}.get(
-        current.kind, "ok"
-    )  # type: ignore[assignment]
-    return Row(
-        state, "source", current.detail if state == "ok" else f"vendor/vllm is {current.detail}"
-    )
+        return row
+    states = {checkout.Kind.MISSING: State.MISSING, checkout.Kind.FOREIGN: State.FAIL}
+    state = states.get(current.kind, State.OK)
+    text = current.detail if state is State.OK else f"vendor/vllm is {current.detail}"
+    return Row(state, "source", text)
 
 
-def _patches(observed: plan.Observation) -> Row:
-    stack = observed.stack
+def patches_row(stack: patches.Stack | None) -> Row:
+    """Return the row of the local patches; there is no stack without a checkout."""
     if stack is None:
-        return Row("missing", "patches", "no checkout to apply them to")
+        return Row(State.MISSING, "patches", "no checkout to apply them to")
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
     edited = (
         f"; {len(stack.dirty)} edited {'file' if len(stack.dirty) == 1 else 'files'}"
@@ -205,55 +223,61 @@ def _patches(observed: plan.Observation) -> Row:
         else ""
     )
     texts: dict[patches.State, tuple[State, str]] = {
-        patches.State.APPLIED: ("ok", f"{count} applied"),
+        patches.State.APPLIED: (State.OK, f"{count} applied"),
         patches.State.UNAPPLIED: (
-            "missing" if stack.names else "ok",
+            State.MISSING if stack.names else State.OK,
             f"{count}, not applied" if stack.names else "none",
         ),
         patches.State.UNEXPORTED: (
-            "warn",
+            State.WARN,
             f"{count}; vendor/vllm has commits that are not in patches/vllm",
         ),
-        patches.State.DIRTY: ("warn", f"{count}, not applied: edited files prevent it"),
+        patches.State.DIRTY: (State.WARN, f"{count}, not applied: edited files prevent it"),
         patches.State.IN_PROGRESS: (
-            "FAIL",
+            State.FAIL,
             "an am, rebase, merge or cherry-pick is under way in vendor/vllm",
         ),
-        patches.State.FOREIGN: ("FAIL", "vendor/vllm does not descend from the pin"),
-        patches.State.MISSING: ("missing", "no checkout"),
+        patches.State.FOREIGN: (State.FAIL, "vendor/vllm does not descend from the pin"),
+        patches.State.MISSING: (State.MISSING, "no checkout"),
     }
     state, text = texts[stack.state]
     return Row(state, "patches", text + edited)
 
 
+@dataclass(frozen=True)
+class _Smoke:
+    """What is read here of the record of a smoke."""
+
+    tree: str | None
+    dirty: str | None
+    verdict: Literal["pass", "fail"]
+    time: str
+
+    def __post_init__(self) -> None:
+        if len(self.time) >= LONGEST_TIME or not self.time.isprintable():
+            raise ValueError("the time is no time")
+
+
 def _smoke(layout: Layout, observed: plan.Observation) -> Row:
     try:
-        record = json.loads(read_regular(layout.smoke_record))
-        tree, edits, verdict, when = (
-            record["tree"],
-            record["dirty"],
-            record["verdict"],
-            record["time"],
-        )
-        if verdict not in ("pass", "fail") or not (
-            isinstance(when, str) and len(when) < LONGEST_TIME and when.isprintable()
-        ):
-            raise ValueError("not a record of a smoke")
-    except FileNotFoundError:
-        return Row("missing", "smoke", "not run yet")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        record = records.load(layout.smoke_record, _Smoke)
+    except records.DecodeError:
         return Row(
-            "missing",
+            State.MISSING,
             "smoke",
             f"{layout.relative(layout.smoke_record)} is damaged and proves nothing",
         )
-    if verdict != "pass":
-        return Row("FAIL", "smoke", f"failed {when}")
+    if record is None:
+        return Row(State.MISSING, "smoke", "not run yet")
+    if record.verdict != "pass":
+        return Row(State.FAIL, "smoke", f"failed {record.time}")
     same = (
         observed.stack is not None
-        and observed.stack.tree == tree
-        and plan.edits_digest(layout, observed.stack) == edits
+        and observed.stack.tree == record.tree
+        and plan.edits_digest(layout, observed.stack) == record.dirty
     )
     return Row(
-        "ok" if same else "stale", "smoke", f"passed {when}" + ("" if same else ", on another tree")
+        State.OK if same else State.STALE,
+        "smoke",
+        f"passed {record.time}" + ("" if same else ", on another tree"),
     )

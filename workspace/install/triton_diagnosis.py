@@ -4,27 +4,26 @@ The rows: the installed Triton, its assemblers, a compiled kernel, shadows and l
 The fixes are in triton_fixes.py.
 """
 
-import json
 import re
 import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from workspace.core import process
+from workspace.core import process, records
+from workspace.core.console import Row, State, failed
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp
 from workspace.install.status import is_met, origin, pairing
 from workspace.machine import arch, dotenv, interpreter, jit_caches, torch, venv
-from workspace.machine.case import Case
 from workspace.machine.dotenv import Verdict
+from workspace.machine.machine import Case, Machine
 from workspace.repo.git import Git, repository
 
-State = Literal["ok", "warn", "FAIL"]
 PROBE_S = 300.0
 # Folders of vLLM's copy of Triton's kernels, below the tree, oldest first; the last is current.
 KERNEL_FOLDERS = ("vllm/triton_kernels", "vllm/third_party/triton_kernels")
@@ -32,17 +31,6 @@ KERNEL_FOLDERS = ("vllm/triton_kernels", "vllm/third_party/triton_kernels")
 _CAUSE = re.compile(
     r"^(ptxas fatal|ptxas .*error|LLVM ERROR|.*Error: (?!PTXAS error: Internal)).*$", re.MULTILINE
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One row: name, observation, cause and fix; the last two are empty where the state is ok."""
-
-    state: State
-    name: str
-    seen: str
-    cause: str = ""
-    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ class Stale:
 class Diagnosis:
     """All rows, and the facts that the fixes work on."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[Row, ...]
     installed: torch.Installed | None
     paired: str | None
     capability: str
@@ -82,8 +70,8 @@ class Diagnosis:
     foreign: tuple[jit_caches.Foreign, ...]
 
     @property
-    def bad(self) -> tuple[Finding, ...]:
-        return tuple(finding for finding in self.findings if finding.state == "FAIL")
+    def bad(self) -> tuple[Row, ...]:
+        return tuple(failed(self.findings))
 
     @property
     def can_compile(self) -> bool:
@@ -92,13 +80,14 @@ class Diagnosis:
 
 def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
     """Observe everything and judge it. Raises BuildError where there is no environment."""
-    if interpreter.describe(layout, settings) is None:
+    machine = Machine(layout, settings)
+    if machine.python() is None:
         raise BuildError(
             "there is no environment in .vllm to diagnose",
             hint="./scripts/inv bootstrap",
         )
-    case = Case(layout, settings, device=None, kernels="precompiled")
-    installed, build = torch.observe_triton(layout), torch.observe(layout, settings)
+    case = Case(machine, kernels="precompiled")
+    installed, build = torch.observe_triton(layout), machine.torch()
     is_gpu_torch = build is not None and build.cuda is not None
     paired, capability = torch.paired_triton(layout), dotenv.capability_of(case)
     assemblers = (
@@ -112,10 +101,7 @@ def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
     kernel = try_kernel(layout, settings, capability) if installed else None
     tree, shadow = _tree(layout), shadowing(layout, kernel)
     stale = stale_folders(layout) if tree != jit_caches.NONE else ()
-    capabilities = (
-        tuple(gpu.capability for gpu in case.host().gpus if gpu.capability) if is_gpu_torch else ()
-    )
-    stack = jit_caches.observe(layout, settings, tree=tree, capabilities=capabilities)
+    stack = jit_caches.observe(machine, tree=tree)
     foreign = jit_caches.foreign(layout, settings, stack)
     findings = (
         _installed(layout, installed, build, paired),
@@ -131,11 +117,16 @@ def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
     )
 
 
-def _unfinished(layout: Layout) -> tuple[Finding, ...]:
+def _fault(name: str, text: str, cause: str, fix: str, *, state: State = State.FAIL) -> Row:
+    """Return the row of a fault; `fix` is what inv fix-triton does about it."""
+    return Row(state, name, text, f"{cause}; fix: {fix}")
+
+
+def _unfinished(layout: Layout) -> tuple[Row, ...]:
     if not venv.is_former_kept(layout):
         return ()
     seen, cause = "a build's installation", "it was interrupted between two Tritons"
-    return (Finding("FAIL", "unfinished", seen, cause, "restore the former Triton"),)
+    return (_fault("unfinished", seen, cause, "restore the former Triton"),)
 
 
 def _tree(layout: Layout) -> str:
@@ -160,10 +151,10 @@ def try_kernel(layout: Layout, settings: Settings, capability: str) -> Kernel:
         ]
         try:
             done = process.capture(argv, env=environment, cwd=Path(folder), timeout_s=PROBE_S)
-            report = json.loads(done.stdout)
+            report = records.decode(done.stdout, dict[str, Any])
         except ToolchainError as exc:
             return Kernel(exc.message, "", "", None)
-        except ValueError:
+        except records.DecodeError:
             last = (done.stderr.strip().splitlines() or [""])[-1]
             status = process.describe_status(done.returncode)
             return Kernel(f"the compiler {status}: {last}", "", "", None)
@@ -246,7 +237,7 @@ def _foreign_to_build(layout: Layout, name: str, recorded: stamp.Stamp | None) -
     wheel = Path(recorded.outcome.get("wheel", ""))
     if recorded.inputs.get("device") == "cpu":
         return "the CPU build has none"
-    if recorded.inputs.get("origin") == "native" or not wheel.is_file():
+    if (recorded.kernels and recorded.kernels.is_native) or not wheel.is_file():
         return ""
     theirs = brought(wheel, name)
     ours = {
@@ -262,53 +253,52 @@ def _installed(
     installed: torch.Installed | None,
     build: torch.TorchBuild | None,
     paired: str | None,
-) -> Finding:
+) -> Row:
     beside = pairing(build, paired)
     fix = "install the wheel that torch pairs with"
     if installed is None:
         if build and build.cuda and paired is not None:
             cause = "torch compiles its kernels with Triton"
-            return Finding("FAIL", "triton", f"none; {beside}", cause, fix)
-        return Finding("ok", "triton", f"none; {beside}")
+            return _fault("triton", f"none; {beside}", cause, fix)
+        return Row(State.OK, "triton", f"none; {beside}")
     seen = f"{installed.version} {origin(layout, installed)}; {beside}"
     if installed.package is None:
-        return Finding("FAIL", "triton", seen, "its files are missing", fix)
+        return _fault("triton", seen, "its files are missing", fix)
     if paired and not installed.is_meant and not is_met(paired, installed.version):
         cause = "torch requires another version, and this one was not installed on purpose"
-        return Finding("FAIL", "triton", seen, cause, fix)
-    return Finding("ok", "triton", seen)
+        return _fault("triton", seen, cause, fix)
+    return Row(State.OK, "triton", seen)
 
 
-def _assembler(case: Case, verdict: Verdict, capability: str) -> Finding:
+def _assembler(case: Case, verdict: Verdict, capability: str) -> Row:
     assembler, trial = verdict.assembler, verdict.trial
     name, variable = assembler.name, assembler.variable
     target, _ = arch.target_of(capability)
-    broken: State = "FAIL" if assembler.is_used else "warn"
+    broken = State.FAIL if assembler.is_used else State.WARN
     if verdict.is_refused:
         seen = f"{variable}={verdict.own} is not an executable program"
         cause = "Triton stops with an error instead of using its own assembler"
-        return Finding(broken, name, seen, cause, f"unset {variable}")
+        return _fault(name, seen, cause, f"unset {variable}", state=broken)
     if verdict.is_ignored:
         seen = f"{variable}={verdict.own} does not run"
         cause = "Triton ignores it silently and uses its own assembler"
-        return Finding(broken, name, seen, cause, f"unset {variable}")
+        return _fault(name, seen, cause, f"unset {variable}", state=broken)
     if trial is None:
         seen = f"{case.layout.relative(assembler.bundled)} does not run"
         cause = f"Triton cannot assemble for {target}"
-        return Finding(broken, name, seen, cause, "install the wheel again")
+        return _fault(name, seen, cause, "install the wheel again", state=broken)
     place = "its own" if trial.program == assembler.bundled else str(trial.program)
     if trial.complaint and assembler.is_used:
         seen = f"{place}, CUDA {trial.release}, fails on {target}"
         fix = f"set {variable} to another assembler, or install another Triton"
-        return Finding("FAIL", name, seen, trial.complaint, fix)
+        return _fault(name, seen, trial.complaint, fix)
     use = f"assembles {target}" if assembler.is_used else f"not used for {target}"
-    return Finding("ok", name, f"{place}, CUDA {trial.release}, {use}")
+    return Row(State.OK, name, f"{place}, CUDA {trial.release}, {use}")
 
 
-def _kernel(kernel: Kernel, *, is_gpu_torch: bool) -> Finding:
+def _kernel(kernel: Kernel, *, is_gpu_torch: bool) -> Row:
     if kernel.error:
-        return Finding(
-            "FAIL",
+        return _fault(
             "kernel",
             "the test kernel fails",
             kernel.error,
@@ -317,20 +307,19 @@ def _kernel(kernel: Kernel, *, is_gpu_torch: bool) -> Finding:
     run = kernel.run or (
         "not run: there is no GPU" if is_gpu_torch else "not run: torch is for the CPU"
     )
-    return Finding("ok", "kernel", f"{kernel.summary}; {run}")
+    return Row(State.OK, "kernel", f"{kernel.summary}; {run}")
 
 
-def _shadow(layout: Layout, shadow: Path | None) -> Finding:
+def _shadow(layout: Layout, shadow: Path | None) -> Row:
     if shadow is None:
-        return Finding("ok", "shadows", "no triton_kernels beside vLLM's own")
+        return Row(State.OK, "shadows", "no triton_kernels beside vLLM's own")
     is_own = shadow.is_relative_to(layout.environment)
     fix = (
         "move it out of .vllm"
         if is_own
         else "do it yourself: uv pip uninstall --python .vllm/bin/python triton_kernels"
     )
-    return Finding(
-        "FAIL",
+    return _fault(
         "shadows",
         f"{layout.relative(shadow)}",
         "vLLM imports it instead of its own triton_kernels",
@@ -338,10 +327,9 @@ def _shadow(layout: Layout, shadow: Path | None) -> Finding:
     )
 
 
-def _stale(layout: Layout, stale: tuple[Stale, ...]) -> tuple[Finding, ...]:
+def _stale(layout: Layout, stale: tuple[Stale, ...]) -> tuple[Row, ...]:
     rows = tuple(
-        Finding(
-            "FAIL",
+        _fault(
             "leftovers",
             layout.relative(folder.place),
             folder.why,
@@ -350,15 +338,13 @@ def _stale(layout: Layout, stale: tuple[Stale, ...]) -> tuple[Finding, ...]:
         for folder in stale
     )
     return rows or (
-        Finding("ok", "leftovers", "no generated triton_kernels of another build in the tree"),
+        Row(State.OK, "leftovers", "no generated triton_kernels of another build in the tree"),
     )
 
 
-def _caches(foreign: tuple[jit_caches.Foreign, ...]) -> tuple[Finding, ...]:
+def _caches(foreign: tuple[jit_caches.Foreign, ...]) -> tuple[Row, ...]:
     rows = tuple(
-        Finding(
-            "FAIL", "caches", f"{entry.cache.kind}: {entry.cache.place}", entry.wrote, "rename it"
-        )
+        _fault("caches", f"{entry.cache.kind}: {entry.cache.place}", entry.wrote, "rename it")
         for entry in foreign
     )
-    return rows or (Finding("ok", "caches", "the caches hold no kernels of another stack"),)
+    return rows or (Row(State.OK, "caches", "the caches hold no kernels of another stack"),)

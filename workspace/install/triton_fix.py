@@ -13,13 +13,13 @@ from workspace.compile import jobs as bounds
 from workspace.compile import triton_build, triton_sources
 from workspace.compile.jobs import Jobs, Memory
 from workspace.core import lock
-from workspace.core.console import NAME_WIDTH, STATE_WIDTH, Console, RunLog, Step
+from workspace.core.console import Console, Row, RunLog, Step
 from workspace.core.errors import BuildError, SettingsError, ToolchainError
 from workspace.core.files import sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp, triton_fixes
-from workspace.install.triton_diagnosis import Diagnosis, Finding, diagnose, try_kernel
+from workspace.install.triton_diagnosis import Diagnosis, diagnose, try_kernel
 from workspace.install.triton_fixes import Context, Fix
 from workspace.machine import hardware, interpreter, torch, venv
 from workspace.repo import pins
@@ -60,7 +60,7 @@ def run(
     limits = _limits(settings, options) if options.from_source else None
     pins.require_settled(layout)
     found = diagnose(layout, settings)
-    _show(found.findings, console)
+    console.rows(found.findings)
     if options.check or (not found.bad and not options.from_source):
         _close(found, console, f"{VERB}    fixes what it can{_in_shell(found, settings)}")
         return
@@ -116,18 +116,8 @@ def _require_sense(options: FixOptions) -> None:
 
 
 def _limits(settings: Settings, options: FixOptions) -> tuple[Jobs, Memory]:
-    host = hardware.observe(settings)
+    host = hardware.observe()
     return bounds.count(settings, cores=host.cores, flag=options.jobs), bounds.memory(host)
-
-
-def _show(findings: tuple[Finding, ...], console: Console) -> None:
-    """Print one line for each finding; for a fault also its cause and its fix."""
-    indent = " " * (STATE_WIDTH + NAME_WIDTH)
-    for finding in findings:
-        console.row(finding.state, finding.name, finding.seen)
-        if finding.state != "ok":
-            console.info(f"{indent}cause: {finding.cause}")
-            console.info(f"{indent}fix: {finding.fix}")
 
 
 def _close(found: Diagnosis, console: Console, hint: str) -> None:
@@ -136,13 +126,11 @@ def _close(found: Diagnosis, console: Console, hint: str) -> None:
         first = found.bad[0]
         names = ", ".join(dict.fromkeys(finding.name for finding in found.bad))
         raise ToolchainError(
-            f"Triton has faults: {names}; the first: {first.seen}: {first.cause}",
+            f"Triton has faults: {names}; the first: {first.text}: {first.why}",
             hint=hint,
         )
-    console.info(
-        "Triton has no fault; next:"
-        f" {'./scripts/nox -s smoke' if found.installed else './scripts/inv status'}"
-    )
+    console.info("Triton has no fault")
+    console.hint("./scripts/nox -s smoke" if found.installed else "./scripts/inv status")
 
 
 def _in_shell(found: Diagnosis, settings: Settings) -> str:
@@ -163,7 +151,7 @@ def _apply_fixes(context: Context, found: Diagnosis, *, is_from_source: bool) ->
     installed where a build from source follows.
     """
     fixes = [fix for fix in triton_fixes.FIXES if not (is_from_source and fix.name == "wheel")]
-    tried: set[tuple[tuple[str, ...], tuple[Finding, ...]]] = set()
+    tried: set[tuple[tuple[str, ...], tuple[Row, ...]]] = set()
     for _ in range(ROUNDS):
         before = found
         for fix in fixes:
@@ -179,7 +167,7 @@ def _apply_fixes(context: Context, found: Diagnosis, *, is_from_source: bool) ->
                 f"faults remain after {ROUNDS} rounds of fixes: another program may cause them"
             )
     if found.bad:
-        _show(found.bad, context.run_log.console)
+        context.run_log.console.rows(found.bad)
     return found
 
 
@@ -270,8 +258,7 @@ def _build(
             layout, settings, tree, jobs=limits[0], memory=limits[1], run_log=run_log, step=view
         )
         view.reason = f"{wheel.units} units, {wheel.path.name}"
-    for line in wheel.summary:
-        run_log.console.info(line)
+    run_log.console.table(wheel.summary, right=(1, 2))
     return tree, wheel
 
 

@@ -20,8 +20,8 @@ from workspace.install import stamp
 from workspace.install.triton_diagnosis import Diagnosis, brought
 from workspace.machine import dotenv, interpreter, jit_caches, venv
 from workspace.machine.arch import key
-from workspace.machine.case import Case
 from workspace.machine.dotenv import Verdict
+from workspace.machine.machine import Case, Machine
 
 WHY = "changed by inv fix-triton on {day}"
 
@@ -72,7 +72,7 @@ def assembler_changes(context: Context, found: Diagnosis) -> dict[str, str | Non
 
 
 def _better(context: Context, found: Diagnosis, verdict: Verdict) -> str | None:
-    case = Case(context.layout, context.settings, device=None, kernels="precompiled")
+    case = Case(Machine(context.layout, context.settings), kernels="precompiled")
     own = dotenv.try_ptxas(verdict.assembler.bundled, found.capability, case.ask)
     if own and not own.complaint:
         return None

@@ -7,7 +7,6 @@ everywhere: the wheel contains no times and no paths of this machine.
 
 import base64
 import hashlib
-import json
 import os
 import platform
 import re
@@ -19,14 +18,14 @@ from pathlib import Path, PurePosixPath
 
 from workspace.compile import device_code, tree_files
 from workspace.compile.cmake_inputs import Inputs
-from workspace.core import files, lock
+from workspace.core import files, lock, records
 from workspace.core.console import Console, Step
 from workspace.core.errors import BuildError
 from workspace.core.files import CHUNK_BYTES, sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stamp
-from workspace.install.precompiled import RECORD, SCHEMA, Packed
+from workspace.install.stamp import RECORD, Packed
 from workspace.machine import interpreter
 from workspace.repo import pins
 from workspace.repo.git import Git, command, worktree
@@ -63,10 +62,7 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     console.data(f"{packed.sha256}  {layout.relative(packed.path)}")
     if ".dirty" in packed.path.name:
         console.warn("vendor/vllm has uncommitted edits: the name of the wheel has their digest")
-    console.info(
-        "a clone of the same pin takes its libraries: ./scripts/inv bootstrap --kernels"
-        f" {packed.path}"
-    )
+    console.hint(f"./scripts/inv bootstrap --kernels {packed.path}    in a clone of the same pin")
 
 
 def pack(
@@ -172,10 +168,18 @@ def _describe(
         python=_python(recorded),
         torch=recorded.inputs["torch"].partition(" CUDA ")[0],
         digest=git.digest(plan.COMPILED_SOURCES),
-        inputs={name: text for name, text in recorded.inputs.items() if name not in _OWN_INPUTS},
+        inputs=_inputs(recorded),
         libraries=recorded.libraries,
         cubins={library.library: library.archs for library in held},
     )
+
+
+def _inputs(recorded: stamp.Stamp) -> dict[str, str]:
+    """Return the inputs of the build that are not specific to this machine, all as text."""
+    source = asdict(recorded.kernels) if recorded.kernels else {}
+    return {name: text for name, text in recorded.inputs.items() if name not in _OWN_INPUTS} | {
+        f"kernels {name}": text for name, text in source.items() if text
+    }
 
 
 def _python(recorded: stamp.Stamp) -> str:
@@ -245,9 +249,7 @@ def _metadata(layout: Layout, observed: plan.Observation, packed: Packed) -> dic
     members[f"{info}/METADATA"] = metadata.replace(
         f"\nVersion: {observed.version}\n".encode(), f"\nVersion: {packed.version}\n".encode(), 1
     )
-    members[f"{info}/{RECORD}"] = (
-        json.dumps({"schema": SCHEMA, **asdict(packed)}, indent=1, sort_keys=True) + "\n"
-    ).encode()
+    members[f"{info}/{RECORD}"] = records.encode(packed)
     return members
 
 

@@ -6,31 +6,30 @@ before anything is loaded; a setting without effect, or one that hides another, 
 """
 
 import functools
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core.console import Console
+from workspace.core.child_variables import fitting_jobs
+from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import SettingsError
 from workspace.core.known_settings import KNOWN, SETTINGS
-from workspace.core.paths import Layout
 from workspace.core.settings import (
+    AGAIN,
     UNKNOWN,
     Settings,
-    fitting_jobs,
     is_for,
     is_secret,
     is_set_by_the_workspace,
+    similar,
 )
 from workspace.machine import interpreter, run_environment
 from workspace.machine.arch import key
-from workspace.machine.case import Case, State
+from workspace.machine.machine import Case, Machine
 from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
 
-NAME_WIDTH, VALUE_WIDTH, SOURCE_WIDTH = 30, 28, 10
 # Variables of the shell that concern vLLM although no setting has their name.
 _OF_INTEREST = re.compile(
     r"VLLM_\w+|HF_\w+|HUGGING_FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+|TRITON_\w+|FLASHINFER_\w+"
@@ -38,6 +37,7 @@ _OF_INTEREST = re.compile(
 )
 _HIDES = re.compile(r"(?P<name>\w+)(=.*)? in the shell hides ", re.DOTALL)
 _UNKNOWN = re.compile(rf"\.env, line \d+: (?P<name>\w+) {UNKNOWN}")
+_REPEATED = re.compile(rf"\.env, line (?P<line>\d+): (?P<name>\w+) {AGAIN}")
 _ON = ("1", "true", "yes", "on")
 # Variables that name a file or folder to read, without those that vLLM creates itself.
 _NAMES_A_FILE = re.compile(r"VLLM_(?!\w*(CACHE|DUMP|RPC|RUST|XLA))\w+_(PATH|FILE|FOLDER)")
@@ -85,7 +85,7 @@ def _assemblers(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(name, message, is_error=case.device == "cuda")
     if "TRITON_PTXAS_PATH" in given and "TRITON_PTXAS_BLACKWELL_PATH" not in given:
         version = interpreter.installed(case.layout).get("triton", "")
-        capabilities = (gpu.capability for gpu in case.host().gpus if gpu.capability)
+        capabilities = case.machine.capabilities
         newest = max(map(key, capabilities), default=())
         if key(version) >= _SECOND_ASSEMBLER and newest >= _FIRST_GPU_OF_IT:
             yield Finding(
@@ -193,53 +193,37 @@ def _torch(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
 
 
 @dataclass(frozen=True)
-class Row:
+class SettingRow(Row):
     """One setting.
 
-    `value` is safe to print, `text` explains the state, `hint` is the next command; `is_reported`
-    means that the command line has already printed it.
+    `value` is safe to print, `text` explains the state; `is_reported` means that the command line
+    has already printed it.
     """
 
-    state: State
-    name: str
-    value: str
-    source: str
-    text: str
-    hint: str | None = None
+    value: str = ""
+    source: str = ""
     is_reported: bool = False
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.name, self.value, self.source, self.text)
 
-def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
+    def record(self) -> dict[str, object]:
+        return super().record() | {"value": self.value, "source": self.source}
+
+
+def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
     """Print one row a setting, as JSON on stdout for a program.
 
     Raises SettingsError where a setting stops every verb.
     """
-    rows = judge(Case(layout, settings, device=None, kernels=settings.text("KERNELS")))
-    failed = [row for row in rows if row.state == "FAIL"]
-    if as_json:
-        shown = [
-            {name: value for name, value in asdict(row).items() if name != "is_reported"}
-            for row in rows
-        ]
-        console.data(
-            json.dumps(
-                {"schema": 1, "rows": shown, "verdict": "fail" if failed else "pass"}, indent=1
-            )
-        )
-    else:
-        for row in rows:
-            console.row(
-                row.state,
-                f"{row.name:<{NAME_WIDTH}}",
-                f"{row.value:<{VALUE_WIDTH}} {row.source:<{SOURCE_WIDTH}}{row.text}".rstrip(),
-                hint=row.hint,
-            )
-    _stop(failed)
+    rows = judge(Case(machine))
+    console.show(rows, as_json=as_json, verdict="fail" if failed(rows) else "pass")
+    _stop(rows)
 
 
 def require(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     *,
     console: Console,
     recipe: Mapping[str, str] | None = None,
@@ -250,16 +234,14 @@ def require(
     `recipe` is the environment of a recipe, `device` the device of the build, where the caller has
     it.
     """
-    rows = judge(
-        Case(layout, settings, device=device, kernels=settings.text("KERNELS")), recipe=recipe
-    )
+    rows = judge(Case(machine, device=device), recipe=recipe)
     for row in rows:
-        if row.state == "warn" and not row.is_reported:
-            _warn(console, f"{_called(row)}: {row.text}" + (f"; {row.hint}" if row.hint else ""))
-    _stop([row for row in rows if row.state == "FAIL"])
+        if row.state == State.WARN and not row.is_reported:
+            _warn(console, f"{_called(row)}: {row.text}", row.hint)
+    _stop(rows)
 
 
-def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Row, ...]:
+def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[SettingRow, ...]:
     """Judge every setting, and every variable that a running vLLM or a build sees.
 
     The settings come first, in their order.
@@ -279,10 +261,10 @@ def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Row, 
     )
     for finding in findings:
         row = rows[finding.name]
-        if row.state == "ok" or (row.state == "warn" and finding.is_error):
+        if row.state == State.OK or (row.state == State.WARN and finding.is_error):
             rows[finding.name] = replace(
                 row,
-                state="FAIL" if finding.is_error else "warn",
+                state=State.FAIL if finding.is_error else State.WARN,
                 text=settings.masked(finding.message),
                 hint=_removal(row) if finding.hint is None else finding.hint,
                 is_reported=False,
@@ -298,31 +280,34 @@ def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Row, 
     )
 
 
-def _stated(settings: Settings, recipe: Mapping[str, str]) -> Iterator[Row]:
+def _setting(name: str, value: str, source: str, *, text: str = "") -> SettingRow:
+    return SettingRow(State.OK, name, text, value=value, source=source)
+
+
+def _stated(settings: Settings, recipe: Mapping[str, str]) -> Iterator[SettingRow]:
     for setting in SETTINGS:
         value = settings.values[setting.name]
         is_recipes = value.source == "default" and setting.name in recipe
         text, source = (
             (recipe[setting.name], "recipe") if is_recipes else (value.text, value.source)
         )
-        yield Row(
-            "ok",
+        yield _setting(
             setting.name,
             _shown(settings, setting.name, text),
             source,
-            "" if text else setting.meaning,
+            text="" if text else setting.meaning,
         )
     for name, value in settings.passed.items():
-        yield Row("ok", name, _shown(settings, name, value.text), value.source, "")
+        yield _setting(name, _shown(settings, name, value.text), value.source)
     for name, text in recipe.items():
         if name not in KNOWN and name not in settings.passed and name not in settings.shell:
-            yield Row("ok", name, _shown(settings, name, text), "recipe", "")
+            yield _setting(name, _shown(settings, name, text), "recipe")
     for name, text in sorted(settings.shell.items()):
         if name not in KNOWN and name not in settings.passed and _OF_INTEREST.fullmatch(name):
-            yield Row("ok", name, _shown(settings, name, text), "shell", "")
+            yield _setting(name, _shown(settings, name, text), "shell")
 
 
-def _unknown_names(case: Case, rows: Mapping[str, Row]) -> Iterator[Finding]:
+def _unknown_names(case: Case, rows: Mapping[str, SettingRow]) -> Iterator[Finding]:
     """Find names that the pinned tree does not read.
 
     A name of a former release, or in the shell, has no effect; one in .env or a recipe is an error.
@@ -343,7 +328,7 @@ def _unknown_names(case: Case, rows: Mapping[str, Row]) -> Iterator[Finding]:
         if former := run_environment.removed_names("variables").get(name):
             yield Finding(name, f"{former.sentence}; the workspace does not pass it on")
             continue
-        alike = run_environment.spelled_alike(name, known)
+        alike = similar(name, known)
         like = f"did you mean {' or '.join(alike)}?" if alike else "no name is similar"
         is_error = rows[name].source != "shell"
         why = "; export a plugin's variable in the shell" if is_error else ""
@@ -370,7 +355,7 @@ def _misread(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(wrong.name, wrong.message, hint="")
 
 
-def _out_of_phase(rows: Mapping[str, Row]) -> Iterator[Finding]:
+def _out_of_phase(rows: Mapping[str, SettingRow]) -> Iterator[Finding]:
     for name, row in rows.items():
         if row.source == "default":
             continue
@@ -384,23 +369,24 @@ def _out_of_phase(rows: Mapping[str, Row]) -> Iterator[Finding]:
             )
 
 
-def _with_reported(settings: Settings, row: Row, *, is_judged: bool) -> Row:
+def _with_reported(settings: Settings, row: SettingRow, *, is_judged: bool) -> SettingRow:
     """Add the command line's own warning of a variable, else the phase that the variable is for.
 
-    The command line warns where the shell hides .env, and of unknown names; for the latter the
-    pinned tree's own answer (`is_judged`) is better.
+    The command line warns where the shell hides .env, and of repeated and unknown names; for the
+    latter the pinned tree's own answer (`is_judged`) is better.
     """
-    if row.state != "ok":
+    if row.state != State.OK:
         return row
     for warning in settings.warnings:
-        hidden = _HIDES.match(warning)
-        found = hidden or (None if is_judged else _UNKNOWN.match(warning))
+        hidden, repeated = _HIDES.match(warning), _REPEATED.match(warning)
+        found = hidden or repeated or (None if is_judged else _UNKNOWN.match(warning))
         if found and found["name"] == row.name:
+            hint = f"sed -i '{repeated['line']}d' .env" if repeated else _removal(row)
             return replace(
                 row,
-                state="warn",
+                state=State.WARN,
                 text=re.sub(r"; `unset .*$", "", warning),
-                hint=f"unset {row.name}" if hidden else _removal(row),
+                hint=f"unset {row.name}" if hidden else hint,
                 is_reported=True,
             )
     return row if row.text else replace(row, text=f"for {_phase(row.name)}")
@@ -431,7 +417,7 @@ def _shown(settings: Settings, name: str, text: str) -> str:
     return "set" if is_secret(name) else settings.presentable(text)
 
 
-def _removal(row: Row) -> str:
+def _removal(row: SettingRow) -> str:
     if row.source == "shell":
         return f"unset {row.name}"
     if row.source == ".env":
@@ -439,20 +425,21 @@ def _removal(row: Row) -> str:
     return "remove it from the recipe" if row.source == "recipe" else ""
 
 
-def _called(row: Row) -> str:
+def _called(row: SettingRow) -> str:
     value = "" if row.value in ("set", "unset") else f"={row.value}"
     return f"{row.name}{value} ({row.source})"
 
 
 @functools.cache
-def _warn(console: Console, text: str) -> None:
-    console.warn(text)
+def _warn(console: Console, text: str, hint: str | None) -> None:
+    console.warn(text, hint=hint)
 
 
-def _stop(failed: list[Row]) -> None:
-    if failed:
-        first = failed[0]
-        more = tuple(f"{_called(row)}: {row.text}" for row in failed[1:])
+def _stop(rows: Sequence[SettingRow]) -> None:
+    faults = [row for row in rows if row.state is State.FAIL]
+    if faults:
+        first = faults[0]
+        more = tuple(f"{_called(row)}: {row.text}" for row in faults[1:])
         raise SettingsError(
             f"{_called(first)}: {first.text}", hint=first.hint or "./scripts/inv env", details=more
         )

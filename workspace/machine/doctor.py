@@ -9,32 +9,29 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core.console import NAME_WIDTH, STATE_WIDTH, Console
+from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import ToolchainError, WorkspaceError
-from workspace.core.paths import Layout
-from workspace.core.settings import Settings
+from workspace.core.settings import without_user
 from workspace.machine import (
     doctor_host,
     doctor_toolchain,
     dotenv,
-    hardware,
     run_environment,
     toolchain,
 )
-from workspace.machine.case import Case, Row, State, without_user
 from workspace.machine.doctor_toolchain import required_compiler
+from workspace.machine.machine import Case, Machine
 
-__all__ = ["CHECKS", "Row", "State", "device", "examine", "preflight", "required_compiler", "show"]
+__all__ = ["CHECKS", "examine", "preflight", "required_compiler", "show"]
 
 # The purpose of a check: a bootstrap for a device, compiling kernels, serving. `inv doctor` runs
 # all checks, `network` only without --offline.
 Purpose = Literal["cpu", "cuda", "native", "serve", "network"]
 SCHEMA = 1
-ORDER: tuple[State, ...] = ("ok", "warn", "FAIL")
 # Compressed objects of two builds: an estimate, not a measurement.
 CACHE_GIB = {"cpu": 1.0, "cuda": 10.0}
 _UNITS = {
@@ -59,7 +56,7 @@ def ccache(case: Case) -> Iterator[Row]:
     """Check the compiler cache as a build configures it: size, limit, and what prevents hits."""
     cache = toolchain.find_cache(case.settings)
     if cache is None:
-        state: State = "warn" if case.is_native else "ok"
+        state = State.WARN if case.is_native else State.OK
         why = "without it every build from an empty folder compiles everything again"
         yield Row(state, "ccache", "none", why, "sudo apt install ccache")
     elif cache.kind == "sccache":
@@ -76,15 +73,15 @@ def _ccache(case: Case, program: str) -> Row:
     why = "a build takes objects of former builds from it"
     if not config or listed is None or listed.returncode != 0:
         seen = f"{program} does not print its configuration"
-        return Row("warn", "ccache", seen, why, f"{program} --show-config")
+        return Row(State.WARN, "ccache", seen, why, f"{program} --show-config")
     limit_gib = size_gib(config.get("max_size", ("", ""))[0])
     facts = ", ".join(_ccache_facts(case, program, config, limit_gib))
     seen = f"{case.layout.relative(Path(program))}: {facts}"
     faults = tuple(_ccache_faults(case, config, limit_gib))
     if not faults:
-        return Row("ok", "ccache", seen, why)
+        return Row(State.OK, "ccache", seen, why)
     harms, hints = zip(*faults, strict=True)
-    return Row("warn", "ccache", seen, "; ".join(harms), " && ".join(hints))
+    return Row(State.WARN, "ccache", seen, "; ".join(harms), " && ".join(hints))
 
 
 def _ccache_facts(
@@ -160,7 +157,7 @@ def _sccache(case: Case, program: str) -> Row:
     )
     if version is None:
         seen = f"{program} does not run, and vLLM would compile through it"
-        return Row("warn", "ccache", seen, why, "echo VLLM_DISABLE_SCCACHE=1 >> .env")
+        return Row(State.WARN, "ccache", seen, why, "echo VLLM_DISABLE_SCCACHE=1 >> .env")
     limit = environment.get("SCCACHE_CACHE_SIZE") or "10G"
     remotes = sorted(name for name in environment if _SCCACHE_REMOTES.match(name))
     folder = environment.get("SCCACHE_DIR") or case.cache_home / "sccache"
@@ -169,8 +166,8 @@ def _sccache(case: Case, program: str) -> Row:
     limit_gib, need = size_gib(limit), CACHE_GIB[case.device]
     if not remotes and limit_gib is not None and limit_gib < need * 0.9:
         hint = f"export SCCACHE_CACHE_SIZE={2 * need:.0f}G"
-        return Row("warn", "ccache", seen, _too_small(need), hint)
-    return Row("ok", "ccache", seen, why)
+        return Row(State.WARN, "ccache", seen, _too_small(need), hint)
+    return Row(State.OK, "ccache", seen, why)
 
 
 def size_gib(text: str) -> float | None:
@@ -224,17 +221,8 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def device(settings: Settings, host: hardware.Machine) -> Literal["cuda", "cpu"]:
-    """Decide DEVICE=auto: cuda where the driver shows a GPU."""
-    wanted = settings.text("DEVICE")
-    if wanted == "auto":
-        return "cuda" if host.gpus else "cpu"
-    return "cuda" if wanted == "cuda" else "cpu"
-
-
 def preflight(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     *,
     device: str,
     kernels: str,
@@ -249,8 +237,7 @@ def preflight(
     if kernels == "native" and not for_serving:
         wanted.add("native")
     case = Case(
-        layout,
-        settings,
+        machine,
         device=device,
         kernels=kernels,
         places=doctor_host.preflight_places(need_gib),
@@ -274,46 +261,41 @@ def _rows(check: Check, case: Case) -> tuple[Row, ...]:
     try:
         return tuple(check.look(case))
     except WorkspaceError as exc:
-        return (Row("warn", name, exc.message, "the check did not finish", exc.hint),)
+        return (Row(State.WARN, name, exc.message, "the check did not finish", exc.hint),)
     except (OSError, ValueError) as exc:
         why = "the machine's output is in an unknown form, or unreadable"
-        return (Row("warn", name, f"the check did not finish: {exc}", why),)
+        return (Row(State.WARN, name, f"the check did not finish: {exc}", why),)
 
 
 def show(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     *,
     console: Console,
     as_json: bool = False,
     offline: bool = False,
+    more: Sequence[Row] = (),
 ) -> None:
-    """Print every row, or one JSON document. Raises ToolchainError where a row is FAIL."""
-    case = Case(layout, settings, device=None, kernels=settings.text("KERNELS"))
+    """Print every row, `more` of the built tree last, or one JSON document.
+
+    Raises ToolchainError where a row is FAIL.
+    """
+    case = Case(machine)
     checks = [check for check in CHECKS if not (offline and "network" in check.purposes)]
-    rows = examine(case, checks)
+    rows = (*examine(case, checks), *more)
     if as_json:
-        verdict = max((row.state for row in rows), key=ORDER.index, default="ok")
-        report = {"schema": SCHEMA, "rows": [asdict(row) for row in rows], "verdict": verdict}
+        verdict = max((row.state for row in rows), key=lambda state: state.gravity)
+        report = {"schema": SCHEMA, "rows": [_record(row) for row in rows], "verdict": verdict}
         console.data(json.dumps(report, indent=1))
     else:
-        _print(rows, console)
-    failed = [row for row in rows if row.state == "FAIL"]
-    if failed:
-        names = ", ".join(dict.fromkeys(row.name for row in failed))
-        raise ToolchainError(f"checks of this machine fail: {names}", hint=failed[0].hint)
+        console.rows(rows)
+        states = [row.state for row in rows]
+        counted = (State.OK, State.WARN, State.FAIL)
+        console.info(", ".join(f"{states.count(state)} {state}" for state in counted))
+    if faults := failed(rows):
+        names = ", ".join(dict.fromkeys(row.name for row in faults))
+        raise ToolchainError(f"checks of this machine fail: {names}", hint=faults[0].hint)
 
 
-def _print(rows: tuple[Row, ...], console: Console) -> None:
-    """Print one line a row; for a fault also why it matters and the command, a line each."""
-    indent = " " * (STATE_WIDTH + NAME_WIDTH)
-    for row in rows:
-        console.row(row.state, row.name, row.seen)
-        if row.state != "ok":
-            for line in console.wrapped(row.why, indent=len(indent)):
-                console.info(indent + line)
-        if row.hint and row.state != "ok":
-            # Never wrapped, so that a person can copy it.
-            console.info(f"{indent}$ {row.hint}", style="bold")
-    counts = {state: sum(row.state == state for row in rows) for state in ORDER}
-    console.info(f"{counts['ok']} ok, {counts['warn']} warn, {counts['FAIL']} FAIL")
+def _record(row: Row) -> dict[str, object]:
+    names = {"state": "state", "name": "name", "seen": "text", "why": "why", "hint": "hint"}
+    return {key: getattr(row, name) for key, name in names.items()}

@@ -7,14 +7,16 @@ import re
 import shlex
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from workspace.core.settings import LARGEST_COMPILER_GIB, fitting_jobs
+from workspace.core import records
+from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
+from workspace.core.console import Row, State
+from workspace.core.settings import without_user
 from workspace.machine import hardware, interpreter, torch
-from workspace.machine.case import TIMED_OUT, Case, Place, Row, State, hub_home, without_user
+from workspace.machine.machine import Case, Place, hub_home
 
 # The processors for which PyTorch and the precompiled wheels are released.
 RELEASED_FOR = ("aarch64", "x86_64")
@@ -37,7 +39,7 @@ def architecture(case: Case) -> Iterator[Row]:
     )
     is_served = seen in RELEASED_FOR
     yield Row(
-        "ok" if is_served else "warn",
+        State.OK if is_served else State.WARN,
         "architecture",
         seen,
         why,
@@ -53,33 +55,31 @@ def cores(case: Case) -> Iterator[Row]:
     seen = f"{host.cores}, MAX_JOBS {limit}"
     if case.device == "cuda" and jobs and jobs > fitting:
         why = f"at run time {jobs} nvcc may take {jobs * LARGEST_COMPILER_GIB:.0f} GiB"
-        yield Row("warn", "cores", seen, why, "sed -i '/^MAX_JOBS=/d' .env")
+        yield Row(State.WARN, "cores", seen, why, "sed -i '/^MAX_JOBS=/d' .env")
     else:
         why = (
             "compilers in parallel, FlashInfer's at run time too: up to 9.5 GiB each"
             " (flashinfer-ai/flashinfer#3634)"
         )
-        yield Row("ok", "cores", seen, why)
+        yield Row(State.OK, "cores", seen, why)
 
 
 def memory(case: Case) -> Iterator[Row]:
     """Check the available memory, within the control group's limit where that is tighter."""
-    import psutil
-
-    host, whole_gib = case.host(), psutil.virtual_memory().total / hardware.GIB
+    host, whole_gib = case.host(), hardware.whole_memory_gib()
     comfort_gib = COMFORT_GIB[case.device]
     seen = f"{host.memory_gib:.1f} GiB, {host.available_gib:.1f} GiB available"
     if host.memory_gib < whole_gib - 0.1:
         seen += f"; the control group's limit, the machine has {whole_gib:.1f} GiB"
     if case.is_native and case.device == "cuda" and host.available_gib < LARGEST_COMPILER_GIB:
         why = f"one nvcc of this tree takes up to {LARGEST_COMPILER_GIB} GiB"
-        yield Row("FAIL", "memory", seen, why, LARGEST_PROGRAMS)
+        yield Row(State.FAIL, "memory", seen, why, LARGEST_PROGRAMS)
     elif host.available_gib < comfort_gib:
         why = f"less than {comfort_gib:.0f} GiB is tight for a bootstrap and a smoke"
-        yield Row("warn", "memory", seen, why, LARGEST_PROGRAMS)
+        yield Row(State.WARN, "memory", seen, why, LARGEST_PROGRAMS)
     else:
         why = "torch, compilers and models share it; on a Spark the GPU too"
-        yield Row("ok", "memory", seen, why)
+        yield Row(State.OK, "memory", seen, why)
 
 
 def swap(case: Case) -> Iterator[Row]:
@@ -91,10 +91,10 @@ def swap(case: Case) -> Iterator[Row]:
     seen = f"{used_gib:.1f} of {total_gib:.1f} GiB in use" if state.total else "none"
     if state.total and state.used > state.total / 2:
         why = "memory is already short; a build would make the machine very slow"
-        yield Row("warn", "swap", seen, why, LARGEST_PROGRAMS)
+        yield Row(State.WARN, "swap", seen, why, LARGEST_PROGRAMS)
     else:
         why = "it only delays the failure: a machine that swaps compilers does not respond"
-        yield Row("ok", "swap", seen, why)
+        yield Row(State.OK, "swap", seen, why)
 
 
 def oom_daemon(case: Case) -> Iterator[Row]:
@@ -102,28 +102,26 @@ def oom_daemon(case: Case) -> Iterator[Row]:
 
     A Spark freezes instead: the kernel's own out-of-memory killer comes too late.
     """
-    import psutil
-
     names = {program.name for program in case.programs()}
     found = next((name for name in OOM_DAEMONS if name[:15] in names), None)
     first = next((program.name for program in case.programs() if program.pid == 1), "")
     is_container = first not in INITS
-    is_limited = case.host().memory_gib < psutil.virtual_memory().total / hardware.GIB - 0.1
+    is_limited = case.host().memory_gib < hardware.whole_memory_gib() - 0.1
     why = (
         "it stops the largest program before memory runs out; without it a machine with unified"
         " memory freezes"
     )
     if found:
-        yield Row("ok", "oom daemon", found, why)
+        yield Row(State.OK, "oom daemon", found, why)
     elif is_container and is_limited:
         why = "it stops programs inside before the machine runs out of memory"
-        yield Row("ok", "oom daemon", "the control group's limit", why)
+        yield Row(State.OK, "oom daemon", "the control group's limit", why)
     elif is_container:
         seen = "no earlyoom or systemd-oomd in this container"
-        yield Row("warn", "oom daemon", seen, why, "sudo apt install earlyoom  # on the host")
+        yield Row(State.WARN, "oom daemon", seen, why, "sudo apt install earlyoom  # on the host")
     else:
         hint = "sudo apt install earlyoom && sudo systemctl enable --now earlyoom"
-        yield Row("warn", "oom daemon", "neither earlyoom nor systemd-oomd runs", why, hint)
+        yield Row(State.WARN, "oom daemon", "neither earlyoom nor systemd-oomd runs", why, hint)
 
 
 def disk(case: Case) -> Iterator[Row]:
@@ -136,9 +134,9 @@ def disk(case: Case) -> Iterator[Row]:
         seen = f"{free:.1f} GiB free for {', '.join(_named(place) for place in places)}"
         why = f"{need:.1f} GiB are needed there"
         if free >= need:
-            yield Row("ok", "disk", seen, why)
+            yield Row(State.OK, "disk", seen, why)
             continue
-        state: State = "FAIL" if any(place.is_vital for place in places) else "warn"
+        state = State.FAIL if any(place.is_vital for place in places) else State.WARN
         hint = f"df -h {hardware.existing(places[0].path)}; {case.uv} cache prune"
         yield Row(state, "disk", seen, why, hint)
 
@@ -148,7 +146,7 @@ def folders(case: Case) -> Iterator[Row]:
     for place in case.places:
         nearest = hardware.existing(place.path)
         if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-            state: State = "FAIL" if place.is_vital else "warn"
+            state = State.FAIL if place.is_vital else State.WARN
             seen, why = f"{nearest} is not writable", f"{place.path} is created or changed there"
             yield Row(state, "folder", seen, why, f'sudo chown -R "$USER" {nearest}')
 
@@ -167,7 +165,7 @@ def token(case: Case) -> Iterator[Row]:
     environment, why = case.settings.child_environment("run"), "gated models are fetched with it"
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if environment.get(name):
-            yield Row("ok", "token", f"present, {name}", why)
+            yield Row(State.OK, "token", f"present, {name}", why)
             return
     path = Path(environment.get("HF_TOKEN_PATH") or hub_home(case) / "token")
     login, quoted = ".vllm/bin/hf auth login", shlex.quote(str(path))
@@ -176,33 +174,33 @@ def token(case: Case) -> Iterator[Row]:
         with path.open("rb"):
             pass
     except FileNotFoundError:
-        yield Row("ok", "token", "absent", f"only {why}: {login}")
+        yield Row(State.OK, "token", "absent", f"only {why}: {login}")
     except OSError as exc:
         hint = f'sudo chown "$USER" {quoted} && chmod 600 {quoted}'
         hint = hint if path.is_file() else f"ls -ld {quoted}"
-        yield Row("warn", "token", f"{path} cannot be read: {exc.strerror}", why, hint)
+        yield Row(State.WARN, "token", f"{path} cannot be read: {exc.strerror}", why, hint)
     else:
         if is_present:
-            yield Row("ok", "token", f"present, {path}", why)
+            yield Row(State.OK, "token", f"present, {path}", why)
         else:
-            yield Row("warn", "token", f"empty, {path}", why, login)
+            yield Row(State.WARN, "token", f"empty, {path}", why, login)
 
 
 def settings(case: Case) -> Iterator[Row]:
-    """Check .env for unknown names, and for lines that a variable of the shell hides."""
+    """Check .env for unknown names, repeated names, and lines that the shell hides."""
     for warning in case.settings.warnings:
         seen = re.sub(r"; `unset .*$", "", warning)
         if found := re.search(r"`(unset \w+)`", warning):
             why = "the value in .env is not the value in use"
-            yield Row("warn", "settings", seen, why, found[1])
+            yield Row(State.WARN, "settings", seen, why, found[1])
         else:
             line = re.match(r"\.env, line (\d+)", warning)
             hint = f"${{EDITOR:-nano}} +{line[1] if line else 1} .env"
-            yield Row("warn", "settings", seen, "a misspelt name has no effect", hint)
+            yield Row(State.WARN, "settings", seen, "such a line has no effect", hint)
     if not case.settings.warnings:
         exists = case.layout.dotenv.exists()
         seen = "the shell hides no line of .env" if exists else "no .env yet; bootstrap writes one"
-        yield Row("ok", "settings", seen, "the shell goes before .env")
+        yield Row(State.OK, "settings", seen, "the shell goes before .env")
 
 
 def vllm(case: Case) -> Iterator[Row]:
@@ -215,14 +213,14 @@ def vllm(case: Case) -> Iterator[Row]:
     )
     is_needed = is_git and not (case.layout.vllm / ".git").exists()
     yield from _remote(
-        case, "vllm", "VLLM_MIRROR", why=why, failed_state="FAIL" if is_needed else "warn"
+        case, "vllm", "VLLM_MIRROR", why=why, failed_state=State.FAIL if is_needed else State.WARN
     )
 
 
 def triton(case: Case) -> Iterator[Row]:
     """Check the sources of Triton's tree; only a build of Triton needs them."""
     why = "only a build of Triton needs it"
-    yield from _remote(case, "triton", "TRITON_MIRROR", why=why, failed_state="warn")
+    yield from _remote(case, "triton", "TRITON_MIRROR", why=why, failed_state=State.WARN)
 
 
 def _remote(case: Case, name: str, setting: str, *, why: str, failed_state: State) -> Iterator[Row]:
@@ -230,23 +228,23 @@ def _remote(case: Case, name: str, setting: str, *, why: str, failed_state: Stat
     if url is None:
         seen = "vendor/pins.toml names no readable remote"
         hint = "git checkout -- vendor/pins.toml"
-        yield Row("FAIL", f"{name} git", seen, "the pins name the remote", hint)
+        yield Row(State.FAIL, f"{name} git", seen, "the pins name the remote", hint)
         return
     if mirror:
         fault, shown = _git_fault(case, mirror), without_user(mirror)
         row, used = f"{name} mirror", f"{setting} is used before any other source"
         if not fault:
-            yield Row("ok", row, f"{shown} answers", used)
+            yield Row(State.OK, row, f"{shown} answers", used)
             return
         hint = f"git ls-remote {shown} HEAD  # {setting} in .env names it"
         yield Row(failed_state, row, f"{shown}: {fault}", used, hint)
     fault, shown = _git_fault(case, url), without_user(url)
     if not fault:
-        yield Row("ok", f"{name} git", f"{shown} answers", why)
+        yield Row(State.OK, f"{name} git", f"{shown} answers", why)
         return
     hint = f"echo {setting}=URL >> .env  # URL: a copy that can be reached"
     # With a mirror set, git never contacts the pinned remote.
-    state: State = "warn" if mirror else failed_state
+    state = State.WARN if mirror else failed_state
     yield Row(state, f"{name} git", f"{shown}: {fault}", why, hint)
 
 
@@ -261,16 +259,16 @@ def index(case: Case) -> Iterator[Row]:
         "it serves source archive, precompiled wheel and packages",
     )
     if fault is None:
-        yield Row("ok", "index", f"{shown} answers", why)
+        yield Row(State.OK, "index", f"{shown} answers", why)
         return
     hint = (
         "export UV_DEFAULT_INDEX=URL  # URL: a mirror of the index; behind a proxy: export"
         " HTTPS_PROXY=URL"
     )
-    state: State = "FAIL"
+    state = State.FAIL
     if case.is_built:
         # A finished workspace does not need the index; a first bootstrap does.
-        state, why = "warn", ".vllm has everything now; a changed requirement needs the index"
+        state, why = State.WARN, ".vllm has everything now; a changed requirement needs the index"
     yield Row(state, "index", f"{shown}: {without_user(fault)}", why, hint)
 
 
@@ -303,18 +301,18 @@ def torch_index(case: Case) -> Iterator[Row]:
         "torch is installed from there",
     )
     if fault is None:
-        yield Row("ok", "torch index", f"{wanted.description}: answers", why)
+        yield Row(State.OK, "torch index", f"{wanted.description}: answers", why)
         return
     seen = f"{wanted.description}: {fault}"
     if any(_torch_fault(case, wanted.requirement, other) is None for other in wanted.alternatives):
-        yield Row("ok", "torch index", seen, "another index that has torch is used")
+        yield Row(State.OK, "torch index", seen, "another index that has torch is used")
         return
     hint = "echo TORCH_INDEX_URL=URL >> .env  # URL: an index that has torch"
     if there:
         why = f"{there.version} is in .vllm; no other version can be installed"
-        yield Row("warn", "torch index", seen, why, hint)
+        yield Row(State.WARN, "torch index", seen, why, hint)
     else:
-        yield Row("FAIL", "torch index", seen, why, hint)
+        yield Row(State.FAIL, "torch index", seen, why, hint)
 
 
 def _torch_fault(case: Case, requirement: str, arguments: tuple[str, ...]) -> str | None:
@@ -336,7 +334,7 @@ def _torch_fault(case: Case, requirement: str, arguments: tuple[str, ...]) -> st
             extra=haste,
             timeout_s=timeout_s + UV_ANSWER_S,
         )
-    if done is None or done.returncode in TIMED_OUT:
+    if done is None:
         return f"no answer in {timeout_s + UV_ANSWER_S:.0f} s"
     if done.returncode == 0:
         return None
@@ -363,7 +361,7 @@ def _git_fault(case: Case, url: str) -> str | None:
         extra={"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"},
         timeout_s=timeout_s,
     )
-    if done is None or done.returncode in TIMED_OUT:
+    if done is None:
         return f"no answer in {timeout_s:g} s (CONNECT_TIMEOUT_S)"
     if done.returncode == 0:
         return None
@@ -379,8 +377,8 @@ def _git_fault(case: Case, url: str) -> str | None:
 def _pinned(pins: Path, name: str) -> str | None:
     """Return a remote's address from the pins; the repo room verifies the rest of them."""
     try:
-        table = tomllib.loads(pins.read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError):
+        table = records.parse_toml(pins.read_bytes()).get(name)
+    except (OSError, records.DecodeError):
         return None
     url = table.get("url") if isinstance(table, dict) else None
     return url if isinstance(url, str) else None

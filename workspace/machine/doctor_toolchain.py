@@ -4,17 +4,18 @@ CMake, ninja, driver, toolkit, architectures, and the programs that hold the GPU
 
 import os
 import re
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workspace.core.console import Row, State
 from workspace.core.errors import WorkspaceError
+from workspace.core.process import Absent, Broken, Slow, There
 from workspace.machine import arch, dotenv, interpreter, requirements, toolchain
 from workspace.machine.arch import OLDEST_CAPABILITY, key
-from workspace.machine.case import WITHOUT_GPU, Case, Row, State
+from workspace.machine.machine import WITHOUT_GPU, Case
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -38,7 +39,11 @@ def python(case: Case) -> Iterator[Row]:
     is_new = sys.version_info[:2] >= OLDEST_TOOLS_PYTHON
     hint = None if is_new else "sudo apt install python3.12 python3.12-venv"
     yield Row(
-        "ok" if is_new else "FAIL", "python", version, f"the tools need {oldest} or newer", hint
+        State.OK if is_new else State.FAIL,
+        "python",
+        version,
+        f"the tools need {oldest} or newer",
+        hint,
     )
 
 
@@ -47,7 +52,7 @@ def git(case: Case) -> Iterator[Row]:
     program = case.which("git")
     version = case.first_line([program, "version"]) if program else None
     yield Row(
-        "ok" if version else "FAIL",
+        State.OK if version else State.FAIL,
         "git",
         version or "missing",
         "the tree and its patches are a git repository",
@@ -63,7 +68,7 @@ def uv(case: Case) -> Iterator[Row]:
         version = None
     hint = None if version else "rm -rf .workspace/tools && ./scripts/inv bootstrap"
     yield Row(
-        "ok" if version else "FAIL",
+        State.OK if version else State.FAIL,
         "uv",
         version or "missing, or does not run",
         "it makes .vllm and installs the packages in it",
@@ -83,12 +88,12 @@ def headers(case: Case) -> Iterator[Row]:
         choice = interpreter.foresee(case.layout, case.settings, supported=_supported(case))
     except WorkspaceError as exc:
         why = "the Python of .vllm is unknown without it"
-        yield Row("FAIL", "headers", exc.message, why, exc.hint)
+        yield Row(State.FAIL, "headers", exc.message, why, exc.hint)
         return
     if choice is None:
         hint = f"{case.uv} python install {case.settings.text('PYTHON_VERSION')}"
         seen = "no Python for .vllm is installed yet"
-        yield Row("warn", "headers", seen, "uv fetches one, with its headers", hint)
+        yield Row(State.WARN, "headers", seen, "uv fetches one, with its headers", hint)
         return
     yield _headers_row(
         case,
@@ -105,7 +110,7 @@ def _headers_row(
 ) -> Row:
     why = "compilers, FlashInfer's and Triton's at run time too, include Python.h"
     if folder:
-        return Row("ok", "headers", f"Python.h of {version}", f"in {folder}; {why}")
+        return Row(State.OK, "headers", f"Python.h of {version}", f"in {folder}; {why}")
     minor = ".".join(version.split(".")[:2])
     is_needed = (case.is_native or case.device == "cuda") and is_certain
     hint = f"sudo apt install python{minor}-dev"
@@ -113,7 +118,9 @@ def _headers_row(
         # Only the system's Python has a -dev package; uv's Pythons contain their headers.
         old = " && mv .vllm .vllm.old" if case.python() else ""
         hint = f"{case.uv} python install {minor}{old}"
-    return Row("FAIL" if is_needed else "warn", "headers", f"no Python.h for {version}", why, hint)
+    return Row(
+        State.FAIL if is_needed else State.WARN, "headers", f"no Python.h for {version}", why, hint
+    )
 
 
 def compiler(case: Case) -> Iterator[Row]:
@@ -128,13 +135,13 @@ def compiler(case: Case) -> Iterator[Row]:
         hint = f"sudo apt install g++-{major} && export CC=gcc-{major} CXX=g++-{major}"
         yield Row(case.missing_state, "compiler", f"g++ {found}", why, hint)
     else:
-        yield Row("ok", "compiler", f"g++ {found}", why)
+        yield Row(State.OK, "compiler", f"g++ {found}", why)
 
 
 def cmake(case: Case) -> Iterator[Row]:
     """Check the CMake that a build uses: the one in `.vllm`, else the one on PATH."""
     if not case.layout.environment_python.exists():
-        yield Row("ok", "cmake", "not in .vllm yet", "bootstrap installs a suitable one there")
+        yield Row(State.OK, "cmake", "not in .vllm yet", "bootstrap installs a suitable one there")
         return
     found = _built_or_on_path(case, "cmake")
     line = case.first_line([found, "--version"]) if found else None
@@ -148,21 +155,21 @@ def cmake(case: Case) -> Iterator[Row]:
     elif key(version[1]) < key(CMAKE_FROM):
         yield Row(case.missing_state, "cmake", f"{version[1]}, {own}", why, hint)
     elif key(version[1]) < key(CMAKE_BELOW):
-        yield Row("ok", "cmake", f"{version[1]}, {own}", why)
+        yield Row(State.OK, "cmake", f"{version[1]}, {own}", why)
     else:
-        yield Row("warn", "cmake", f"{version[1]}, {own}", why, hint)
+        yield Row(State.WARN, "cmake", f"{version[1]}, {own}", why, hint)
 
 
 def ninja(case: Case) -> Iterator[Row]:
     """Check the ninja that a build uses: the one in `.vllm`, else the one on PATH."""
     if not case.layout.environment_python.exists():
-        yield Row("ok", "ninja", "not in .vllm yet", "bootstrap installs one there")
+        yield Row(State.OK, "ninja", "not in .vllm yet", "bootstrap installs one there")
         return
     found = _built_or_on_path(case, "ninja")
     version = case.first_line([found, "--version"]) if found else None
     why = "it runs the compilers, FlashInfer's at run time too"
     if found and version:
-        yield Row("ok", "ninja", f"{version}, {case.layout.relative(Path(found))}", why)
+        yield Row(State.OK, "ninja", f"{version}, {case.layout.relative(Path(found))}", why)
     else:
         hint = f"{case.uv} pip install --python .vllm/bin/python --reinstall ninja"
         yield Row(case.missing_state, "ninja", "missing, or does not run", why, hint)
@@ -172,9 +179,9 @@ def patch(case: Case) -> Iterator[Row]:
     """Check for patch(1): the tree's CMake may patch a header of torch for CUDA."""
     why = "the tree's CMakeLists.txt may patch a header of torch with it"
     if case.device == "cpu":
-        yield Row("ok", "patch", NOT_NEEDED, why)
+        yield Row(State.OK, "patch", NOT_NEEDED, why)
     elif case.which("patch"):
-        yield Row("ok", "patch", "installed", why)
+        yield Row(State.OK, "patch", "installed", why)
     else:
         yield Row(case.missing_state, "patch", "missing", why, "sudo apt install patch")
 
@@ -218,23 +225,29 @@ def _supported(case: Case) -> "SpecifierSet":
 def driver(case: Case) -> Iterator[Row]:
     """Check that the driver answers and shows a GPU that vLLM has kernels for."""
     if case.device == "cpu":
-        yield Row("ok", "driver", NOT_NEEDED, "a CPU build needs no driver")
+        yield Row(State.OK, "driver", NOT_NEEDED, "a CPU build needs no driver")
         return
-    gpus = case.host().gpus
-    if not gpus:
-        yield _no_gpu(case)
+    answer, gpus = case.machine.driver.gpus(), case.machine.gpus
+    if not isinstance(answer, There):
+        yield _no_gpu(case, answer)
         return
-    cuda = case.driver_cuda()
+    cuda = case.machine.driver.cuda()
     seen = gpus[0].driver or "unknown version"
     yield Row(
-        "ok", "driver", seen + (f", supports CUDA {cuda}" if cuda else ""), "nvidia-smi answers"
+        State.OK, "driver", seen + (f", supports CUDA {cuda}" if cuda else ""), "the driver answers"
     )
     counts = Counter((gpu.name, gpu.capability) for gpu in gpus)
     for (name, capability), count in counts.items():
         yield _gpu_row(f"{count} x {name}" if count > 1 else name, capability)
 
 
-def _no_gpu(case: Case) -> Row:
+def _no_gpu(case: Case, answer: Absent | Broken | Slow) -> Row:
+    if isinstance(answer, Slow):
+        # A busy machine answers later: nothing is known to be wrong.
+        seen = f"no answer in {answer.limit_s:g} s"
+        return Row(
+            State.WARN, "driver", seen, "a busy machine or a driver that hangs", "nvidia-smi"
+        )
     # A user who sets the architectures builds for another machine.
     is_intended = bool(case.settings.text("TORCH_CUDA_ARCH_LIST"))
     elsewhere = (
@@ -247,9 +260,9 @@ def _no_gpu(case: Case) -> Row:
         else "a CUDA build needs a GPU and its driver"
     )
     return Row(
-        "warn" if is_intended else "FAIL",
+        State.WARN if is_intended else State.FAIL,
         "driver",
-        "nvidia-smi shows no GPU",
+        answer.message if isinstance(answer, Broken) else "no NVIDIA driver is installed",
         why,
         f"nvidia-smi  # without a GPU: {WITHOUT_GPU}, or {elsewhere}",
     )
@@ -260,10 +273,10 @@ def _gpu_row(name: str, capability: str | None) -> Row:
     seen = f"{name}, " + (f"capability {capability}" if capability else "unknown capability")
     if capability is None or not key(capability):
         why += "; a driver before 510 does not report it"
-        return Row("warn", "gpu", seen, why, UPGRADE_DRIVER)
+        return Row(State.WARN, "gpu", seen, why, UPGRADE_DRIVER)
     if key(capability) >= key(OLDEST_CAPABILITY):
-        return Row("ok", "gpu", seen, why)
-    return Row("FAIL", "gpu", seen, why, WITHOUT_GPU)
+        return Row(State.OK, "gpu", seen, why)
+    return Row(State.FAIL, "gpu", seen, why, WITHOUT_GPU)
 
 
 def toolkit(case: Case) -> Iterator[Row]:
@@ -272,7 +285,7 @@ def toolkit(case: Case) -> Iterator[Row]:
     seen = f"CUDA {found.version} in {found.home}" if found else ""
     if case.device == "cpu":
         seen = f"{seen}; {NOT_NEEDED}" if found else NOT_NEEDED
-        yield Row("ok", "toolkit", seen, "a CPU build needs no toolkit")
+        yield Row(State.OK, "toolkit", seen, "a CPU build needs no toolkit")
         return
     why = (
         "it compiles the kernels"
@@ -294,7 +307,7 @@ def toolkit(case: Case) -> Iterator[Row]:
         why = f"torch is built for CUDA {CUDA_MAJOR}"
         yield Row(case.missing_state, "toolkit", seen, why, hint)
     else:
-        yield Row("ok", "toolkit", seen, why)
+        yield Row(State.OK, "toolkit", seen, why)
 
 
 def agreement(case: Case) -> Iterator[Row]:
@@ -302,9 +315,9 @@ def agreement(case: Case) -> Iterator[Row]:
 
     A driver supports older CUDA versions, and newer ones of its own major version.
     """
-    if case.device == "cpu" or not case.host().gpus:
+    if case.device == "cpu" or not case.machine.gpus:
         return
-    supported, build, found = case.driver_cuda(), case.torch(), case.toolkit()
+    supported, build, found = case.machine.driver.cuda(), case.torch(), case.toolkit()
     wanted = {}
     if build and build.cuda:
         wanted["torch"] = build.cuda
@@ -313,39 +326,39 @@ def agreement(case: Case) -> Iterator[Row]:
     versions = ", ".join(f"{name} {cuda}" for name, cuda in wanted.items())
     seen = f"driver {supported or 'unknown'}, {versions}"
     if supported is None:
-        why = "nvidia-smi does not report which CUDA the driver supports"
-        yield Row("warn", "cuda fit", seen, why, "nvidia-smi")
+        why = "the driver does not report which CUDA it supports"
+        yield Row(State.WARN, "cuda fit", seen, why, "nvidia-smi")
         return
     newer = [name for name, cuda in wanted.items() if key(cuda)[0] > key(supported)[0]]
     ahead = [name for name, cuda in wanted.items() if key(cuda)[:2] > key(supported)[:2]]
     if newer:
-        state: State = "FAIL" if "torch" in newer else case.missing_state
+        state = State.FAIL if "torch" in newer else case.missing_state
         why = f"code of {' and '.join(newer)} does not start on a driver of an older major version"
         yield Row(state, "cuda fit", seen, why, UPGRADE_DRIVER)
     elif ahead:
         why = f"{' and '.join(ahead)} is newer than the driver: its cubins run, its PTX does not"
-        yield Row("warn", "cuda fit", seen, why, UPGRADE_DRIVER)
+        yield Row(State.WARN, "cuda fit", seen, why, UPGRADE_DRIVER)
     else:
-        yield Row("ok", "cuda fit", seen, "a driver supports its own CUDA and older ones")
+        yield Row(State.OK, "cuda fit", seen, "a driver supports its own CUDA and older ones")
 
 
 def archs(case: Case) -> Iterator[Row]:
     """Check TORCH_CUDA_ARCH_LIST against the GPUs, torch and nvcc."""
     if case.device == "cpu":
-        yield Row("ok", "arch list", NOT_NEEDED, "a CPU build has no architectures")
+        yield Row(State.OK, "arch list", NOT_NEEDED, "a CPU build has no architectures")
         return
     text = case.settings.text("TORCH_CUDA_ARCH_LIST")
-    capabilities = arch.known_capabilities(gpu.capability for gpu in case.host().gpus)
+    capabilities = arch.known_capabilities(case.machine.capabilities)
     if capabilities:
         here = f"GPU {' and '.join(capabilities)}"
     else:
-        here = "a GPU of unknown capability" if case.host().gpus else "no GPU here"
+        here = "a GPU of unknown capability" if case.machine.gpus else "no GPU here"
     seen = f"{text or 'not set'}; {here}"
     fault = _arch_fault(case, arch.parse(text), capabilities)
     if fault is None:
-        yield Row("ok", "arch list", seen, "kernels are compiled for these architectures only")
+        yield Row(State.OK, "arch list", seen, "kernels are compiled for these architectures only")
         return
-    suggested = dotenv.suggest(case.host(), case.toolkit(), device="cuda")
+    suggested = dotenv.suggest(case.machine, device="cuda")
     wanted = suggested.get("TORCH_CUDA_ARCH_LIST", "12.1a")
     hint = (
         f"export TORCH_CUDA_ARCH_LIST='{wanted}'"
@@ -381,30 +394,19 @@ def running_programs(case: Case) -> Iterator[Row]:
         for program in case.programs()
         if is_vllm(program.argv)
     }
-    found = _programs_on_gpu(case) | serving
+    residents = case.machine.driver.residents() if case.machine.gpus else ()
+    found = {resident.pid: resident.name for resident in residents} | serving
     why = "it holds memory that a build, a smoke or a server needs" + (
         "; on a Spark GPU and CPU share it" if case.device == "cuda" else ""
     )
     if not found:
-        seen = "no vLLM is running" + (", nothing on the GPU" if case.host().gpus else "")
-        yield Row("ok", "running", seen, why)
+        seen = "no vLLM is running" + (", nothing on the GPU" if case.machine.gpus else "")
+        yield Row(State.OK, "running", seen, why)
         return
     seen = ", ".join(f"{pid} ({name})" for pid, name in sorted(found.items())[:4])
     seen += f" and {len(found) - 4} more" if len(found) > 4 else ""
     pids = " ".join(str(pid) for pid in sorted(serving or found))
-    yield Row("warn", "running", seen, why, f"kill {pids}" if serving else f"ps -fp '{pids}'")
-
-
-def _programs_on_gpu(case: Case) -> dict[int, str]:
-    path = case.settings.child_environment("plain").get("PATH", "")
-    program = shutil.which("nvidia-smi", path=path) if case.host().gpus else None
-    if program is None:
-        return {}
-    query = "--query-compute-apps=pid,process_name,used_memory"
-    done = case.ask([program, query, "--format=csv,noheader"])
-    lines = done.stdout.splitlines() if done and done.returncode == 0 else []
-    rows = [[field.strip() for field in line.split(",")] for line in lines]
-    return {int(row[0]): row[1] for row in rows if len(row) == 3 and row[0].isdigit()}
+    yield Row(State.WARN, "running", seen, why, f"kill {pids}" if serving else f"ps -fp '{pids}'")
 
 
 def is_vllm(argv: tuple[str, ...]) -> bool:

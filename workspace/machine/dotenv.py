@@ -15,12 +15,12 @@ from pathlib import Path
 
 from workspace.core import process
 from workspace.core import settings as settings_module
-from workspace.core.console import Console
+from workspace.core.console import Console, Row, State
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine import hardware, toolchain, torch
+from workspace.machine import torch
 from workspace.machine.arch import (
     USUAL_CAPABILITY,
     key,
@@ -28,26 +28,22 @@ from workspace.machine.arch import (
     suggest_list,
     target_of,
 )
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case, Machine
 
 KV_CACHE_SHARE = 1 / 6
 _PLAIN = re.compile(r"[\w/.,:;+@%=-]*")
 
 
-def write(layout: Layout, settings: Settings, *, device: str) -> str:
+def write(machine: Machine, *, device: str) -> str:
     """Write `.env`, readable by its owner only, and return its lines as `NAME=value` pairs."""
-    lines = suggest(
-        hardware.observe(settings),
-        toolchain.find_toolkit(settings),
-        device=device,
-        archs=settings.text("TORCH_CUDA_ARCH_LIST"),
-    )
+    archs = machine.settings.text("TORCH_CUDA_ARCH_LIST")
+    lines = suggest(machine, device=device, archs=archs)
     head = (
         "# Settings of this clone; .env.example explains every one. A variable in the shell goes"
         " before a line here.\n"
     )
     write_atomic(
-        layout.dotenv,
+        machine.layout.dotenv,
         (head + "".join(f"{name}={text}\n" for name, text in lines.items())).encode(),
         mode=0o600,
     )
@@ -56,20 +52,19 @@ def write(layout: Layout, settings: Settings, *, device: str) -> str:
     )
 
 
-def suggest(
-    host: hardware.Machine, toolkit: toolchain.Toolkit | None, *, device: str, archs: str = ""
-) -> dict[str, str]:
+def suggest(machine: Machine, *, device: str, archs: str = "") -> dict[str, str]:
     """Decide the lines from the machine.
 
     `archs` is the architecture list of this run; it counts where no GPU reports its capability.
     """
     if device == "cpu":
-        return {"VLLM_CPU_KVCACHE_SPACE": str(max(1, int(host.memory_gib * KV_CACHE_SHARE)))}
+        share_gib = machine.host().memory_gib * KV_CACHE_SHARE
+        return {"VLLM_CPU_KVCACHE_SPACE": str(max(1, int(share_gib)))}
     lines: dict[str, str] = {}
     if device == "cuda":
-        if toolkit:
+        if toolkit := machine.toolkit():
             lines["CUDA_HOME"] = str(toolkit.home)
-        capabilities = sorted({gpu.capability for gpu in host.gpus if gpu.capability})
+        capabilities = sorted(set(machine.capabilities))
         if wanted := suggest_list(capabilities) or archs:
             lines["TORCH_CUDA_ARCH_LIST"] = wanted
     return lines
@@ -119,7 +114,6 @@ def change(layout: Layout, changes: Mapping[str, str | None], *, why: str) -> tu
     )
 
 
-NAME_WIDTH = 28
 WHY = "by inv env.init, for this machine"
 _PROBE = ".version {ptx}\n.target {target}\n.address_size 64\n.visible .entry probe() {{ ret; }}\n"
 
@@ -235,15 +229,15 @@ def ptxas(case: Case) -> Iterator[Row]:
     """Check Triton's assemblers on a kernel for this machine's GPU, else for a Spark's."""
     why = "Triton assembles its kernels with it"
     if case.device == "cpu":
-        yield Row("ok", "ptxas", "not needed: the device is cpu", why)
+        yield Row(State.OK, "ptxas", "not needed: the device is cpu", why)
         return
     there = torch.observe_triton(case.layout)
     if there is None:
-        yield Row("ok", "ptxas", "no Triton in .vllm yet", why)
+        yield Row(State.OK, "ptxas", "no Triton in .vllm yet", why)
     elif there.bin is None:
         seen = f"Triton {there.version} without triton/backends/nvidia/bin"
         hint = "./scripts/inv fix-triton"
-        yield Row("FAIL", "ptxas", seen, "Triton cannot assemble a kernel", hint)
+        yield Row(State.FAIL, "ptxas", seen, "Triton cannot assemble a kernel", hint)
     else:
         capability = capability_of(case)
         for assembler in ptxas_of_triton(there.bin, there.version, capability):
@@ -253,7 +247,7 @@ def ptxas(case: Case) -> Iterator[Row]:
 
 def capability_of(case: Case) -> str:
     """Return the capability of the first GPU, or a Spark's where no GPU reports its own."""
-    found = known_capabilities(gpu.capability for gpu in case.host().gpus)
+    found = known_capabilities(case.machine.capabilities)
     return found[0] if found else USUAL_CAPABILITY
 
 
@@ -262,7 +256,7 @@ def _row(case: Case, verdict: Verdict, version: str, capability: str) -> Row:
     if verdict.is_refused:
         seen = f"{assembler.variable}={own} cannot be executed"
         why = "Triton stops there with a PermissionError"
-        return Row("FAIL", assembler.name, seen, why, _unset(case, assembler))
+        return Row(State.FAIL, assembler.name, seen, why, _unset(case, assembler))
     ignored = f"{assembler.variable}={own} does not run, and Triton skips it; "
     ignored = ignored if verdict.is_ignored else ""
     target, _ = target_of(capability)
@@ -270,21 +264,21 @@ def _row(case: Case, verdict: Verdict, version: str, capability: str) -> Row:
     if trial is None:
         seen = f"{ignored}{case.layout.relative(assembler.bundled)} does not run"
         if assembler.is_used:
-            return Row("FAIL", assembler.name, seen, why, _hint(case, assembler, capability))
+            return Row(State.FAIL, assembler.name, seen, why, _hint(case, assembler, capability))
         install = f"{case.uv} pip install --python .vllm/bin/python --no-deps --reinstall"
-        return Row("warn", assembler.name, seen, why, f"{install} triton=={version}")
+        return Row(State.WARN, assembler.name, seen, why, f"{install} triton=={version}")
     place = "Triton's own" if trial.program == assembler.bundled else str(trial.program)
     result = "fails on" if trial.complaint else "assembles"
     seen = f"{ignored}{place}, CUDA {trial.release}, {result} {target}"
     if trial.complaint and assembler.is_used:
         hint = _hint(case, assembler, capability)
-        return Row("FAIL", assembler.name, f"{seen}: {trial.complaint}", why, hint)
+        return Row(State.FAIL, assembler.name, f"{seen}: {trial.complaint}", why, hint)
     if not assembler.is_used:
         seen += "; Triton uses the other assembler for this GPU"
         why = "Triton assembles kernels for older GPUs with it"
     if ignored:
-        return Row("warn", assembler.name, seen, why, _unset(case, assembler))
-    return Row("ok", assembler.name, seen, why)
+        return Row(State.WARN, assembler.name, seen, why, _unset(case, assembler))
+    return Row(State.OK, assembler.name, seen, why)
 
 
 def _hint(case: Case, assembler: Assembler, capability: str) -> str:
@@ -312,33 +306,34 @@ def _unset(case: Case, assembler: Assembler) -> str:
     )
 
 
-def complete(
-    layout: Layout, settings: Settings, *, console: Console, replace: bool = False
-) -> None:
+def complete(machine: Machine, *, console: Console, replace: bool = False) -> None:
     """Write or complete .env and print the difference.
 
     `replace` also changes lines with other values; each old line remains as a comment beside the
     new line. Raises ToolchainError where .env cannot be written.
     """
-    case = Case(layout, settings, device=None, kernels=settings.text("KERNELS"))
+    case, layout, settings = Case(machine), machine.layout, machine.settings
     if not layout.dotenv.exists():
-        lines = write(layout, settings, device=case.device)
-        console.row("done", ".env", f"written for this machine: {lines}")
+        lines = write(machine, device=case.device)
+        console.row(State.DONE, ".env", f"written for this machine: {lines}")
     written, wanted = settings_module.written(layout), propose(case)
+    rows: list[Row] = []
     changes: dict[str, str | None] = {
         name: text for name, text in wanted.items() if name not in written
     }
     for name, text in wanted.items():
-        label, present = f"{name:<{NAME_WIDTH}}", written.get(name)
+        present = written.get(name)
         if present == text:
-            console.row("ok", label, text)
+            rows.append(Row(State.OK, name, text))
         elif present is not None and replace:
             changes[name] = text
         elif present is not None:
-            hint = f"this machine suggests {text}: ./scripts/inv env.init --replace"
-            console.row("kept", label, f"{present}; {hint}")
+            seen = f"{present}; this machine suggests {text}"
+            hint = "./scripts/inv env.init --replace"
+            rows.append(Row(State.KEPT, name, seen, hint=hint))
+    console.rows(rows)
     if not changes:
-        console.row("skipped", ".env", "nothing to write")
+        console.row(State.SKIPPED, ".env", "nothing to write")
         return
     try:
         difference = change(layout, changes, why=WHY)
@@ -355,7 +350,7 @@ def propose(case: Case) -> dict[str, str]:
 
     A ptxas is proposed where Triton's own fails for the GPU and the toolkit's works.
     """
-    lines = suggest(case.host(), case.toolkit(), device=case.device)
+    lines = suggest(case.machine, device=case.device)
     return lines | (_assembler(case) if case.device == "cuda" else {})
 
 

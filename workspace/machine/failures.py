@@ -9,11 +9,12 @@ import functools
 import re
 import shlex
 import signal
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
+
+from workspace.core import records
 
 Lack = Literal["memory", "cache"]
 Speaker = Literal["front", "engine", "worker"]
@@ -92,7 +93,7 @@ class Symptom:
     """A row of symptoms.toml, which describes the fields."""
 
     name: str
-    pattern: re.Pattern[str] = field(repr=False)
+    patterns: tuple[str, ...]
     line: str
     cause: str
     source: str
@@ -103,6 +104,11 @@ class Symptom:
     is_of_builds: bool = False
     is_report: bool = False
     is_last_resort: bool = False
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Return one pattern for all of the row's."""
+        return _joined(self.patterns)
 
     def next_command(self, *, name: str | None = None, typed: str | None = None) -> str | None:
         """Return the hint for a server: `name` of its model on the hub or recipe, and the command
@@ -126,7 +132,7 @@ class Symptom:
 class Harmless:
     """A row of the lines that are no cause."""
 
-    pattern: re.Pattern[str] = field(repr=False)
+    pattern: str
     line: str
     why: str
     source: str
@@ -186,16 +192,13 @@ _OWN, _SIGNALLED, _OUTLIVED, _NOT_FOUND, _FOLLOWS = range(5)
 @functools.cache
 def symptoms() -> tuple[Symptom, ...]:
     """Return the known symptoms, in the order in which they are tried."""
-    return tuple(map(_symptom, _table()["symptom"]))
+    return records.convert(_table()["symptom"], tuple[Symptom, ...])
 
 
 @functools.cache
 def harmless() -> tuple[Harmless, ...]:
     """Return the lines that look like a cause and are none."""
-    return tuple(
-        Harmless(re.compile(row["pattern"]), row["line"], row["why"], row["source"])
-        for row in _table()["harmless"]
-    )
+    return records.convert(_table()["harmless"], tuple[Harmless, ...])
 
 
 def read(log: Path, *, status: int | None) -> Reading:
@@ -407,35 +410,19 @@ def _unframed(line: Line) -> Line:
 
 
 @functools.cache
-def _table() -> Mapping[str, list[Mapping[str, str]]]:
-    table: Mapping[str, list[Mapping[str, str]]] = tomllib.loads(TABLE.read_text(encoding="utf-8"))
-    return table
-
-
-def _symptom(row: Mapping[str, str]) -> Symptom:
-    lacks: tuple[Lack, ...] = get_args(Lack)
-    speakers: tuple[Speaker, ...] = get_args(Speaker)
-    return Symptom(
-        name=row["name"],
-        pattern=re.compile("|".join(f"(?:{pattern})" for pattern in row["patterns"])),
-        line=row["line"],
-        cause=row["cause"],
-        source=row["source"],
-        hint=row.get("hint", ""),
-        flags=row.get("flags", ""),
-        speaker=next((one for one in speakers if one == row.get("speaker")), None),
-        lack=next((one for one in lacks if one == row.get("lack")), None),
-        is_of_builds=bool(row.get("is_of_builds")),
-        is_report=bool(row.get("is_report")),
-        is_last_resort=bool(row.get("is_last_resort")),
-    )
+def _table() -> records.Document:
+    return records.parse_toml(TABLE.read_bytes())
 
 
 @functools.cache
 def _any_symptom() -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{symptom.pattern.pattern})" for symptom in symptoms()))
+    return _joined(symptom.pattern.pattern for symptom in symptoms())
 
 
 @functools.cache
 def _any_harmless() -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{row.pattern.pattern})" for row in harmless()))
+    return _joined(row.pattern for row in harmless())
+
+
+def _joined(patterns: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))

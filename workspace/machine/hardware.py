@@ -1,4 +1,4 @@
-"""The machine: cores, memory, GPUs and free disk, its page cache, and the private names that a
+"""The machine: cores, memory and free disk, its page cache, and the private names that a
 shared report must not contain.
 
 A container's limits count where they are tighter than the machine's.
@@ -12,10 +12,11 @@ import pwd
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from workspace.core import process
 from workspace.core.console import Console
@@ -23,17 +24,14 @@ from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import PROJECTS, Layout
 from workspace.core.settings import Settings, is_secret
-from workspace.machine import interpreter
 
 if TYPE_CHECKING:
     from workspace.core.redaction import Private
 
+Value = TypeVar("Value")
 GIB = 1 << 30
-# nvidia-smi of a broken driver never answers; a query costs at most 5 s, the kill included.
-GPU_QUERY_S = 3.0
-GPU_KILL_S = 0.5
 _CGROUPS = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
+_PROC = Path("/proc")
 # The page cache, and the kernel's cache of names (proc_sys_vm(5)).
 ASSIGNMENT = "vm.drop_caches=3"
 PATIENCE_S = 120.0
@@ -56,18 +54,24 @@ _ADDRESS_LIKE = re.compile(r"\d+(\.\d+){3}")
 _PUBLIC_FOLDERS = frozenset(("", "/tmp", "/var/tmp", "/dev/shm", "/run", "/home", "/usr"))
 
 
+class Once(Generic[Value]):
+    """A value that is observed on the first call and kept, also where threads call it."""
+
+    def __init__(self, look: Callable[[], Value]) -> None:
+        self._look = look
+        self._lock = threading.Lock()
+        self._seen: list[Value] = []
+
+    def __call__(self) -> Value:
+        with self._lock:
+            if not self._seen:
+                self._seen.append(self._look())
+            return self._seen[0]
+
+
 @dataclass(frozen=True)
-class Gpu:
-    """One GPU; a fact that the driver does not report is None."""
-
-    name: str
-    capability: str | None
-    driver: str | None
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The machine as this process may use it.
+class Host:
+    """The machine as this process may use it, without its GPUs.
 
     `cores` are those that it may run on; `memory_gib` is the control group's limit where that is
     tighter.
@@ -77,14 +81,10 @@ class Machine:
     cores: int
     memory_gib: float
     available_gib: float
-    gpus: tuple[Gpu, ...]
 
 
-def observe(settings: Settings) -> Machine:
-    """Return the machine's facts.
-
-    A driver that is broken, hangs or is missing means no GPU; it costs at most 5 s.
-    """
+def observe() -> Host:
+    """Return processor and memory of this machine, within the limits of the control group."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -92,13 +92,14 @@ def observe(settings: Settings) -> Machine:
     for limit, used in memory_limits():
         total = min(total, limit)
         available = min(available, max(0.0, limit - used))
-    return Machine(
-        platform.machine(),
-        len(os.sched_getaffinity(0)),
-        total / GIB,
-        available / GIB,
-        _gpus(settings),
-    )
+    return Host(platform.machine(), len(os.sched_getaffinity(0)), total / GIB, available / GIB)
+
+
+def whole_memory_gib() -> float:
+    """Return the memory of the machine, whatever the control group allows."""
+    import psutil
+
+    return float(psutil.virtual_memory().total) / GIB
 
 
 def free_gib(path: Path) -> float:
@@ -115,63 +116,88 @@ def existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
-def _gpus(settings: Settings) -> tuple[Gpu, ...]:
-    environment = settings.child_environment("plain")
-    program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
-    if program is None:
-        return ()
-    bound = ["timeout", "-k", f"{GPU_KILL_S:g}", f"{GPU_QUERY_S:g}"]
-    # Drivers before 510 do not support compute_cap and refuse the whole query. Memory is not
-    # queried: on unified memory it is N/A.
-    for fields in (("name", "compute_cap", "driver_version"), ("name", "driver_version")):
-        query = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-        try:
-            done = process.capture(
-                [*bound, *query], env=environment, timeout_s=GPU_QUERY_S + GPU_KILL_S + 0.5
-            )
-        except ToolchainError:
-            return ()
-        if done.returncode == 0:
-            rows = (line.split(",") for line in done.stdout.splitlines() if line.strip())
-            return tuple(
-                _gpu(dict(zip(fields, (text.strip() for text in row), strict=False)))
-                for row in rows
-            )
-        if "not a valid field" not in done.stdout + done.stderr:
-            return ()
-    return ()
-
-
-def _gpu(reported: dict[str, str]) -> Gpu:
-    known = {
-        field: text
-        for field, text in reported.items()
-        if text and text.strip("[]").lower() not in ("n/a", "not supported", "unknown error")
-    }
-    return Gpu(known.get("name", "GPU"), known.get("compute_cap"), known.get("driver_version"))
-
-
-def memory_limits() -> Iterator[tuple[float, float]]:
-    """Yield limit and use, in bytes, of each control group around this process.
-
-    cgroups(7), versions 1 and 2.
+def control_groups() -> Iterator[tuple[int, Path]]:
+    """Yield the version (cgroups(7): 2, or 1 for memory) and folder of each control group around
+    this process, the innermost first.
     """
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = (_PROC / "self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
-    versions = {
-        "": (_CGROUPS, "memory.max", "memory.current"),
-        "memory": (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    }
     for line in lines:
         _, controllers, place = line.split(":", 2)
-        if controllers in versions:
-            root, *names = versions[controllers]
+        if controllers in ("", "memory"):
+            root = _CGROUPS / controllers
             group = root / place.strip("/")
             for folder in (group, *group.parents):
                 if folder.is_relative_to(root):
-                    yield from _limit(folder, *names)
+                    yield (1 if controllers else 2), folder
+
+
+def pressure_percent() -> float:
+    """Return the share of the last 10 s in which some task waited for memory; 0 if the kernel does
+    not measure it.
+    """
+    found = _found(_PROC / "pressure" / "memory", r"^some avg10=([0-9.]+)")
+    return float(found) if found else 0.0
+
+
+def kills() -> int:
+    """Return how many processes the kernel has killed because memory ran out: in this control group
+    if counted there (cgroups(7)), else on the machine.
+    """
+    names = {1: "memory.oom_control", 2: "memory.events"}
+    innermost = dict(reversed(list(control_groups())))
+    counters = [innermost[version] / names[version] for version in (2, 1) if version in innermost]
+    found = (_found(file, r"^oom_kill (\d+)$") for file in (*counters, _PROC / "vmstat"))
+    return next((int(count) for count in found if count), 0)
+
+
+def processor() -> tuple[str, frozenset[str]]:
+    """Return the processor's name, as far as the kernel knows it, and its instruction sets."""
+    name = _found(_PROC / "cpuinfo", r"^(?:model name|CPU part|Hardware)[^:]*:\s*(.+?)\s*$")
+    sets = _found(_PROC / "cpuinfo", r"^(?:flags|Features)[^:]*:(.*)$")
+    return name or platform.machine(), frozenset((sets or "").split())
+
+
+def boot_id() -> str:
+    """Return the id of the present boot of this machine."""
+    return (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def mapped_files(pid: int) -> Iterator[tuple[str, int]]:
+    """Yield path and inode of each file that a process has mapped (proc_pid_maps(5)).
+
+    psutil reads smaps, for which the kernel walks the pages of every mapping.
+    """
+    with (
+        contextlib.suppress(OSError),
+        (_PROC / str(pid) / "maps").open(encoding="utf-8", errors="replace") as file,
+    ):
+        for line in file:
+            fields = line.rstrip("\n").split(None, 5)
+            if len(fields) == 6:
+                yield fields[5], int(fields[4])
+
+
+def _found(path: Path, pattern: str) -> str | None:
+    """Return what the group of a pattern finds in a file of the kernel; None without the file."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def memory_limits() -> Iterator[tuple[float, float]]:
+    """Yield limit and use, in bytes, of each control group around this process."""
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        2: ("memory.max", "memory.current"),
+    }
+    for version, folder in control_groups():
+        yield from _limit(folder, *names[version])
 
 
 def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[float, float]]:
@@ -236,7 +262,7 @@ def read_meminfo() -> Mapping[str, int]:
     The mapping is empty where they cannot be read.
     """
     try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
+        lines = (_PROC / "meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return {}
     rows = [line.split() for line in lines]
@@ -289,6 +315,7 @@ def _refused(sysctl: str, why: str) -> ToolchainError:
 def private(layout: Layout, settings: Settings) -> "Private":
     """Return this machine's and this clone's private names, as far as their files contain them."""
     from workspace.core.redaction import Private
+    from workspace.machine import interpreter
 
     shell = settings.shell
     home = Path(shell.get("HOME") or "/")

@@ -4,7 +4,6 @@ installs in it.
 Every package goes through `install`, whose errors explain a failure of uv in one sentence.
 """
 
-import json
 import os
 import re
 import shutil
@@ -12,12 +11,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from workspace.core import process
+from workspace.core import process, records
+from workspace.core.child_variables import Phase
 from workspace.core.console import RunLog
-from workspace.core.errors import BuildError, SettingsError, ToolchainError, WorkspaceError
+from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -112,7 +112,7 @@ def choose(
     `wheel_pythons` are the minor versions, such as 3.11, that a local torch wheel fits; they bind
     where one of them is installed. Raises ToolchainError without any supported Python.
     """
-    preferred = _preferred(settings)
+    preferred = settings.text("PYTHON_VERSION")
     choice = foresee(layout, settings, supported=supported, wheel_pythons=wheel_pythons)
     is_bound = (
         choice is not None
@@ -149,7 +149,7 @@ def foresee(
 
     Fetches nothing.
     """
-    preferred = _preferred(settings)
+    preferred = settings.text("PYTHON_VERSION")
     installed = toolchain.installed_pythons(uv(layout), settings)
     there = [found for found in installed if found[0] in supported]
     fitting = [
@@ -265,16 +265,6 @@ def _is_begun(entry: Path, marker: Path) -> bool:
     )
 
 
-def keep_bytecode(layout: Layout, environment: dict[str, str]) -> None:
-    """Let a child of the built interpreter keep bytecode in `.vllm`, whatever the shell chose.
-
-    Containers and CI often set PYTHONDONTWRITEBYTECODE, and each process then parses thousands of
-    modules again. A PYTHONPYCACHEPREFIX of the user stays.
-    """
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    environment.setdefault("PYTHONPYCACHEPREFIX", str(layout.bytecode))
-
-
 def install(
     layout: Layout,
     settings: Settings,
@@ -290,13 +280,13 @@ def install(
 ) -> None:
     """Install into `.vllm` through uv.
 
-    With `phase_env` it is a build: the child gets the build settings, and these variables over
-    them. Raises SourceError where the index cannot be reached or lacks a version, ToolchainError
-    where the disk is full or not writable, and `failure` with `hint` for everything else.
+    With `phase_env` it runs setup.py of vLLM, with these variables. Raises SourceError where the
+    index cannot be reached or lacks a version, ToolchainError where the disk is full or not
+    writable, and `failure` with `hint` for everything else.
     """
-    phase: Literal["plain", "build"] = "plain" if phase_env is None else "build"
-    environment = settings.child_environment(phase, phase_env)
+    phase: Phase = "plain" if phase_env is None else "install"
     shown, secret = _without_credentials(arguments)
+    environment = settings.child_environment(phase, {**(phase_env or {}), **secret}, layout=layout)
     lists = _written_lists(layout, constraints=constraints, overrides=overrides)
     output: deque[str] = deque(maxlen=KEPT_LINES)
 
@@ -304,7 +294,7 @@ def install(
         # uv reads [tool.uv] in its working directory: never vLLM's, wherever the person works.
         process.run(
             [uv(layout), "pip", "install", "--python", layout.environment_python, *lists, *shown],
-            env=environment | secret,
+            env=environment,
             cwd=layout.root,
             run_log=run_log,
             on_line=_keeping(output, on_line),
@@ -313,7 +303,7 @@ def install(
         )
     except failure as exc:
         known = toolchain.classify_uv_failure(
-            output, layout=layout, is_build=phase == "build", otherwise=exc
+            output, layout=layout, is_build=phase == "install", otherwise=exc
         )
         if known is exc:
             raise
@@ -397,8 +387,8 @@ def _facts(
             env=settings.child_environment("plain"),
             timeout_s=ANSWER_S,
         )
-        facts = json.loads(done.stdout)
-    except (ToolchainError, ValueError):
+        facts = records.decode(done.stdout, dict[str, str])
+    except (ToolchainError, records.DecodeError):
         return None
     if done.returncode != 0 or facts["level"] != "final":
         return None
@@ -459,16 +449,6 @@ def _without_credentials(arguments: Sequence[str]) -> tuple[list[str], dict[str,
                 f"UV_INDEX_{name.upper()}_PASSWORD": unquote(found[3] or ""),
             }
     return shown, secret
-
-
-def _preferred(settings: Settings) -> str:
-    text = settings.text("PYTHON_VERSION")
-    if not re.fullmatch(r"3\.\d+(\.\d+)?", text):
-        raise SettingsError(
-            f"PYTHON_VERSION={text}: not a version such as 3.12",
-            hint="write PYTHON_VERSION=3.12 into .env, or remove the line",
-        )
-    return text
 
 
 def _is_version(version: str, wanted: str) -> bool:

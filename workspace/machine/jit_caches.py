@@ -15,20 +15,28 @@ import os
 import pwd
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.core import records
 from workspace.core.errors import ToolchainError
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine import hardware, interpreter, torch
+from workspace.machine import interpreter
+from workspace.machine.machine import Machine
 
 Kind = Literal["triton", "flashinfer", "torch compile", "vllm"]
 NONE = "none"
 KEY_DIGITS = 12
 RECORD = "stack.json"
+# The driver's own cache of compiled PTX, below .workspace/jit. The driver keys each entry by the
+# code, the GPU and its own version, so one folder serves every stack.
+DRIVER_CACHE = "driver"
+# The largest size that the driver accepts, 4 GiB (CUDA C++ Programming Guide, CUDA Environment
+# Variables). Its default is 1 GiB, on embedded systems 256 MiB, and it evicts what is older.
+DRIVER_CACHE_BYTES = 4 << 30
 # The folders of compiled code below VLLM_CACHE_ROOT, which also has facts of models and test
 # assets.
 COMPILED_BY_VLLM = ("torch_compile_cache", "deep_gemm", "flashinfer_autotune_cache")
@@ -83,22 +91,13 @@ class Foreign:
     last: datetime.datetime
 
 
-def observe(
-    layout: Layout, settings: Settings, *, tree: str, capabilities: tuple[str, ...] | None = None
-) -> Stack:
+def observe(machine: Machine, *, tree: str) -> Stack:
     """Return the stack that `.vllm` runs as.
 
-    `capabilities` of the GPUs, such as 12.1, come from the driver where they are not given; that
-    costs up to a second. Starts no Python.
+    The driver is asked for the GPUs only where torch is built for CUDA. Starts no Python.
     """
-    build = torch.observe(layout, settings)
-    there = interpreter.installed(layout)
-    if capabilities is None:
-        capabilities = (
-            tuple(gpu.capability for gpu in hardware.observe(settings).gpus if gpu.capability)
-            if build and build.cuda
-            else ()
-        )
+    build, there = machine.torch(), machine.packages()
+    capabilities = machine.capabilities if build and build.cuda else ()
     return Stack(
         tree=tree,
         torch=f"{build.version} CUDA {build.cuda or NONE}" if build else NONE,
@@ -120,19 +119,52 @@ def variables(layout: Layout, settings: Settings, stack: Stack) -> Mapping[str, 
         "VLLM_CACHE_ROOT": own / "vllm",
         "FLASHINFER_WORKSPACE_BASE": library,
     }
+    found = {name: str(place) for name, place in keyed.items()}
+    if stack.architecture != NONE:
+        found["CUDA_CACHE_PATH"] = str(layout.jit / DRIVER_CACHE)
+        found["CUDA_CACHE_MAXSIZE"] = str(DRIVER_CACHE_BYTES)
     # Triton uses its home only for what has no folder of its own, but a user who sets it means all
     # of Triton's files.
     if _set(settings, "TRITON_HOME"):
-        del keyed["TRITON_CACHE_DIR"]
-    return {name: str(place) for name, place in keyed.items() if not _set(settings, name)}
+        del found["TRITON_CACHE_DIR"]
+    return {name: text for name, text in found.items() if not _set(settings, name)}
 
 
 def record(layout: Layout, stack: Stack) -> None:
-    """Write a stack's description beside its folders, once, for a person who reads them."""
+    """Write a stack's description beside its folders, once, for a person who reads them; and make
+    the driver's folder, which it may only fill.
+    """
+    if stack.architecture != NONE:
+        (layout.jit / DRIVER_CACHE).mkdir(parents=True, exist_ok=True)
     for key in (stack.key, stack.library_key):
         path = layout.jit / key / RECORD
         if not path.exists():
-            write_atomic(path, (json.dumps(asdict(stack), indent=1) + "\n").encode())
+            records.write(path, stack)
+
+
+def written_since(environment: Mapping[str, str], start: float) -> str:
+    """Return what a run with this environment has compiled since a time, such as `Triton 3
+    kernels, the driver 12 MB`; FlashInfer's libraries by name. Empty if nothing is finished yet.
+    """
+
+    def fresh(variable: str, pattern: str) -> list[Path]:
+        place = environment.get(variable)
+        found = Path(place).glob(pattern) if place else ()
+        with contextlib.suppress(OSError):
+            return [path for path in found if path.is_file() and path.stat().st_mtime >= start]
+        return []
+
+    # Triton has a folder for each kernel, with several files.
+    kernels = len({path.parent for path in fresh("TRITON_CACHE_DIR", "*/*.json")})
+    libraries = fresh("FLASHINFER_WORKSPACE_BASE", ".cache/flashinfer/*/*/cached_ops/*/build.ninja")
+    names = ", ".join(sorted(path.parent.name for path in libraries)[:3])
+    size = sum(path.stat().st_size for path in fresh("CUDA_CACHE_PATH", "*/*/*"))
+    parts = (
+        f"Triton {kernels} {'kernel' if kernels == 1 else 'kernels'}" if kernels else "",
+        f"FlashInfer {names}" if names else "",
+        f"the driver {size / 1e6:.1f} MB" if size else "",
+    )
+    return ", ".join(part for part in parts if part)
 
 
 def in_use(layout: Layout, settings: Settings, stack: Stack) -> tuple[Cache, ...]:
@@ -210,6 +242,14 @@ def _evidence(layout: Layout, cache: Cache, stack: Stack) -> Iterator[str]:
         yield from _older_than_torch(layout, cache.place, stack)
 
 
+@dataclass(frozen=True)
+class _TritonKernel:
+    """What is read here of Triton's description of a kernel."""
+
+    triton_version: str
+    target: dict[str, object]
+
+
 def _triton_entries(place: Path, stack: Stack) -> Iterator[str]:
     """Compare the version and target that Triton notes beside each kernel.
 
@@ -222,11 +262,10 @@ def _triton_entries(place: Path, stack: Stack) -> Iterator[str]:
     # A version built from source ends with its commit in one place and not in the other.
     installed = stack.triton.partition("+")[0]
     for path in itertools.islice(place.rglob("*.json"), MOST_READ):
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
-        ):
-            facts = json.loads(read_regular(path))
-            version, target = str(facts["triton_version"]).partition("+")[0], facts["target"]
+        # Other files of the folder are no descriptions of kernels.
+        with contextlib.suppress(OSError, KeyError, records.DecodeError):
+            facts = records.decode(read_regular(path), _TritonKernel)
+            version, target = facts.triton_version.partition("+")[0], facts.target
             if version != installed:
                 yield f"written by triton {version}, installed is {stack.triton}"
             elif archs and target["backend"] == "cuda" and str(target["arch"]) not in archs:

@@ -9,13 +9,12 @@ import re
 import shutil
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.settings import Settings
@@ -214,7 +213,7 @@ def _editable_copy(tree: Path, settings: Settings, run_log: RunLog | None) -> It
 def _project(root: Path) -> tuple[Mapping[str, object], str]:
     try:
         text = (root / "pyproject.toml").read_text(encoding="utf-8")
-        return tomllib.loads(text), text
+        return records.parse_toml(text), text
     except (OSError, ValueError) as exc:
         raise BuildError(
             f"{root / 'pyproject.toml'} cannot be read: {exc}",

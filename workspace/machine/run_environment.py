@@ -7,26 +7,25 @@ The user's values (shell, then .env) go before a recipe's, and those before defa
 import ast
 import contextlib
 import functools
-import json
 import os
 import re
 import shlex
 import sys
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from workspace.core import process
+from workspace.core import process, records
+from workspace.core.child_variables import Phase
+from workspace.core.console import Row, State
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
-from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, shortened
 from workspace.machine import interpreter, jit_caches
 from workspace.machine.arch import key
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case
 
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0
@@ -112,8 +111,9 @@ def removed_names(kind: Literal["variables", "flags"]) -> Mapping[str, Removed]:
 
     removed.toml describes how the list was established.
     """
-    table = tomllib.loads(_REMOVED.read_text(encoding="utf-8"))[kind]
-    return {name: Removed(name, **facts) for name, facts in table.items()}
+    table = records.parse_toml(_REMOVED.read_bytes())[kind]
+    rows = records.convert(table, dict[str, dict[str, Any]])
+    return {name: Removed(name, **facts) for name, facts in rows.items()}
 
 
 def misread_values(
@@ -139,70 +139,45 @@ def misread_values(
         **values,
     }
     try:
-        found = json.loads(process.capture(argv, env=environment, timeout_s=ANSWER_S).stdout)
-        rows = [
-            *((row, True) for row in found["refused"]),
-            *((row, False) for row in found["ignored"]),
-        ]
-        return tuple(
-            Misread(str(row["name"]), shortened(str(row["said"])), is_error)
-            for row, is_error in rows
-        )
-    except (ToolchainError, ValueError, KeyError, TypeError):
+        done = process.capture(argv, env=environment, timeout_s=ANSWER_S)
+        found = records.decode(done.stdout, dict[str, list[dict[str, str]] | None])
+    except (ToolchainError, records.DecodeError):
         return ()
-
-
-def spelled_alike(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return up to three of the names that are most like this one, best first."""
-    import difflib
-
-    return tuple(difflib.get_close_matches(name, list(names), n=3, cutoff=0.75))
+    return tuple(
+        Misread(row["name"], shortened(row["said"]), is_error)
+        for kind, is_error in (("refused", True), ("ignored", False))
+        for row in found[kind] or ()
+    )
 
 
 def _source(layout: Layout) -> Path:
     return layout.vllm / "vllm" / "envs.py"
 
 
-def run_variables(
+def built_environment(
     layout: Layout,
     settings: Settings,
+    phase: Phase,
     *,
     stack: jit_caches.Stack | None,
     recipe: Mapping[str, str] | None = None,
-    more: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return every variable of a vLLM that the workspace starts.
+    """Return the environment of a vLLM that the workspace starts; see core/child_variables.py.
 
     `stack` decides the folders of compiled kernels (jit_caches.observe; None: the usual folders),
-    `recipe` is the environment of a recipe, and the caller's `more` goes before everything.
+    `recipe` is the environment of a recipe, and `given` the variables of the starting room.
     """
-    environment = settings.child_environment("run")
-    environment |= {
-        name: text for name, text in (recipe or {}).items() if not is_users(settings, name)
-    }
     known = known_variables(layout)
-    for name in removed_names("variables"):
-        if name not in known and known:
-            environment.pop(name, None)
+    facts: dict[str, str | None] = {
+        name: None for name in removed_names("variables") if known and name not in known
+    }
     if stack is not None:
-        environment |= jit_caches.variables(layout, settings, stack)
-    _set_encodings(layout, environment)
-    # FlashInfer compiles with the ninja in this folder.
-    programs = str(layout.environment / "bin")
-    others = environment.get("PATH", "").split(os.pathsep)
-    environment["PATH"] = os.pathsep.join(
-        [programs, *(entry for entry in others if entry and entry != programs)]
+        facts |= jit_caches.variables(layout, settings, stack)
+    facts[ENCODINGS] = _encodings(layout, settings, recipe or {})
+    return settings.child_environment(
+        phase, {**facts, **(given or {})}, layout=layout, recipe=recipe
     )
-    environment["VIRTUAL_ENV"] = str(layout.environment)
-    interpreter.keep_bytecode(layout, environment)
-    return environment | dict(more or {})
-
-
-def is_users(settings: Settings, name: str) -> bool:
-    """Return whether the user sets a variable, in the shell or in .env."""
-    if name in KNOWN:
-        return settings.source(name) != "default" and bool(settings.text(name))
-    return name in settings.passed or name in settings.shell
 
 
 def missing_vocabularies(folder: Path) -> tuple[str, ...]:
@@ -210,15 +185,18 @@ def missing_vocabularies(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in VOCABULARIES if not (folder / name).is_file())
 
 
-def _set_encodings(layout: Layout, environment: dict[str, str]) -> None:
-    """Export the folder of vocabularies only where it has all of them.
+def _encodings(layout: Layout, settings: Settings, recipe: Mapping[str, str]) -> str | None:
+    """Return the folder of vocabularies, the user's first, only where it has all of them.
 
     With a file missing gpt-oss fails after its load (vllm-project/vllm#22525).
     """
-    if ENCODINGS in environment and missing_vocabularies(Path(environment[ENCODINGS])):
-        del environment[ENCODINGS]
-    if ENCODINGS not in environment and not missing_vocabularies(layout.encodings):
-        environment[ENCODINGS] = str(layout.encodings)
+    own = settings.passed[ENCODINGS].text if ENCODINGS in settings.passed else None
+    users = settings.shell.get(ENCODINGS, own)
+    places = (recipe.get(ENCODINGS) if users is None else users, str(layout.encodings))
+    return next(
+        (place for place in places if place is not None and not missing_vocabularies(Path(place))),
+        None,
+    )
 
 
 def library_path(case: Case) -> Iterator[Row]:
@@ -232,17 +210,17 @@ def library_path(case: Case) -> Iterator[Row]:
         " version"
     )
     if not text:
-        yield Row("ok", "library path", "not set", why)
+        yield Row(State.OK, "library path", "not set", why)
         return
     # A blank does not separate entries; a semicolon does, as well as a colon.
     entries = re.split(r"[:;]", text)
     faults = dict(_library_faults(case, entries))
     if faults:
         hint = _library_hint(case, entries, faults)
-        yield Row("warn", "library path", "; ".join(faults.values()), why, hint)
+        yield Row(State.WARN, "library path", "; ".join(faults.values()), why, hint)
         return
     folders = f"{len(entries)} folder{'s' if len(entries) > 1 else ''}"
-    yield Row("ok", "library path", f"{folders}, none with a library of torch's", why)
+    yield Row(State.OK, "library path", f"{folders}, none with a library of torch's", why)
 
 
 def _library_faults(case: Case, entries: list[str]) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,6 @@ the Pythons that it finds or fetches, and the causes of its failures.
 
 import contextlib
 import functools
-import json
 import re
 import shlex
 import shutil
@@ -12,9 +11,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
@@ -164,8 +163,8 @@ def installed_pythons(uv: Path, settings: Settings) -> Iterator[tuple[str, Path]
     """
     done = _list_pythons(uv, tuple(sorted(settings.child_environment("plain").items())))
     try:
-        listed = json.loads(done.stdout)
-    except ValueError as exc:
+        listed = records.decode(done.stdout, list[dict[str, Any]])
+    except records.DecodeError as exc:
         _list_pythons.cache_clear()
         raise ToolchainError(
             f"uv python list printed no list: {done.stderr.strip()[-200:]}",

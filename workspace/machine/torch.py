@@ -4,17 +4,16 @@ constraints that hold them while other packages are installed.
 
 import ast
 import contextlib
-import json
 import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
@@ -97,8 +96,7 @@ def load(layout: Layout, settings: Settings) -> TorchBuild:
             hint="rm -rf .vllm && ./scripts/inv bootstrap",
             details=tuple(lines[-10:]),
         )
-    facts = json.loads(done.stdout.splitlines()[-1])
-    return TorchBuild(facts["version"], facts["cuda"])
+    return records.decode(done.stdout.splitlines()[-1], TorchBuild)
 
 
 def plan(required: str, *, device: str, settings: Settings) -> Plan:
@@ -241,10 +239,9 @@ def requirements_of(layout: Layout, name: str, there: Mapping[str, str]) -> dict
 
 def _editable(described: Path) -> Iterator[Path]:
     """Yield the package folder of a torch that is installed editable (PEP 610)."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        origin = json.loads((described / "direct_url.json").read_text(encoding="utf-8"))
-        if origin.get("dir_info", {}).get("editable"):
-            yield Path(unquote(urlsplit(origin["url"]).path)) / "torch"
+    origin, place = _origin(described)
+    if origin == "editable":
+        yield Path(place) / "torch"
 
 
 def _local_wheels(required: str, settings: Settings) -> list[_Wheel]:
@@ -386,11 +383,18 @@ def kept_triton(layout: Layout) -> tuple[str, ...]:
     return (f"triton=={there.version}",) if there and there.is_meant else ()
 
 
+@dataclass(frozen=True)
+class _DirectUrl:
+    """What is read here of direct_url.json."""
+
+    url: str
+    dir_info: Mapping[str, object] = field(default_factory=dict)
+
+
 def _origin(described: Path) -> tuple[Origin, str]:
     """Return the origin of a package from an installer's notes (PEP 610)."""
-    try:
-        noted = json.loads((described / "direct_url.json").read_text(encoding="utf-8"))
-        place = unquote(urlsplit(str(noted["url"])).path)
-        return ("editable" if noted.get("dir_info", {}).get("editable") else "file"), place
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "index", ""
+    with contextlib.suppress(ValueError):
+        if noted := records.load(described / "direct_url.json", _DirectUrl):
+            place = unquote(urlsplit(noted.url).path)
+            return ("editable" if noted.dir_info.get("editable") else "file"), place
+    return "index", ""

@@ -5,7 +5,6 @@ Each step acts and returns a sentence on the result. Whether a step is due is de
 """
 
 import csv
-import json
 import os
 import platform
 import re
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
@@ -224,7 +223,7 @@ def _install_from_sources(
             if index == len(attempts):
                 raise
             source = f"from {' '.join(attempts[index]) or 'the plain index'}"
-            run_log.console.info(f"{exc.message}; next: {source}")
+            run_log.console.info(f"{exc.message}; tried now: {source}")
     return source
 
 
@@ -410,7 +409,8 @@ def _broken_companions(layout: Layout, settings: Settings, here: list[str]) -> l
     )
     if done.returncode != 0:
         return here
-    return [name for name, error in json.loads(done.stdout).items() if error and name in here]
+    errors = records.decode(done.stdout, dict[str, str | None])
+    return [name for name, error in errors.items() if error and name in here]
 
 
 @dataclass(frozen=True)
@@ -419,6 +419,15 @@ class Former:
 
     folder: Path
     version: str | None
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _FormerList:
+    """The version and the files of a kept Triton; file N of the folder is `files[N]`."""
+
+    version: str | None
+    files: tuple[str, ...]
 
 
 def keep_former(layout: Layout) -> Former:
@@ -427,17 +436,17 @@ def keep_former(layout: Layout) -> Former:
     The files that a killed run kept already are the ones to return to.
     """
     folder = layout.environment / ".workspace" / "former-triton"
-    if (folder / _LIST).is_file():
-        return _read_former(folder)
+    if kept := records.read(folder / _LIST, _FormerList):
+        return Former(folder, kept.version, kept.files)
     shutil.rmtree(folder, ignore_errors=True)
     version = interpreter.installed(layout).get("triton")
-    names = list(_listed(layout, version)) if version else []
+    names = tuple(_listed(layout, version)) if version else ()
     (folder / "files").mkdir(parents=True)
     for index, path in enumerate(names):
         os.link(layout.environment / path, folder / "files" / str(index), follow_symlinks=False)
     # Written last: without the list nothing has changed yet.
-    write_atomic(folder / _LIST, json.dumps({"version": version, "files": names}).encode())
-    return Former(folder, version)
+    records.write(folder / _LIST, _FormerList(version, names))
+    return Former(folder, version, names)
 
 
 def is_former_kept(layout: Layout) -> bool:
@@ -459,8 +468,7 @@ def restore_former(layout: Layout, settings: Settings, former: Former, *, run_lo
             cwd=layout.root,
             run_log=run_log,
         )
-    names = json.loads((former.folder / _LIST).read_text(encoding="utf-8"))["files"]
-    for index, path in enumerate(names):
+    for index, path in enumerate(former.files):
         place = layout.environment / path
         place.parent.mkdir(parents=True, exist_ok=True)
         place.unlink(missing_ok=True)
@@ -472,10 +480,6 @@ def drop_former(former: Former) -> None:
     """Remove the kept files: another Triton is proven, or the former Triton is restored."""
     (former.folder / _LIST).unlink(missing_ok=True)
     shutil.rmtree(former.folder, ignore_errors=True)
-
-
-def _read_former(folder: Path) -> Former:
-    return Former(folder, json.loads((folder / _LIST).read_text(encoding="utf-8"))["version"])
 
 
 def _listed(layout: Layout, version: str) -> Iterator[str]:

@@ -6,15 +6,16 @@ of a reference in float64. One JSON document on stdout.
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ DTYPES = ("float32", "bfloat16")
 # float32, where exp and tanh are polynomials, too. Measured with vLLM 0.31.0 on x86-64: at most 2.2
 # in float32 and 0.65 in bfloat16. One per cent is 84,000 and 1.3.
 ROUNDINGS = {"float32": 16.0, "bfloat16": 1.5}
-SHOWN_CHARACTERS = 200
 
 # Name, difference and its limit.
 Case = tuple[str, float, float]
@@ -42,19 +42,13 @@ class Absent(Exception):
     """An operator that this build lacks; the message is the reason."""
 
 
-def units(found: "Tensor", expected: "Tensor", dtype: str) -> float:
-    """Return the largest difference in roundings of the type; infinite if it is not finite."""
+def rounded(name: str, found: "Tensor", expected: "Tensor", dtype: str) -> Case:
+    """Return a case whose difference, in roundings of the type, must be within its limit."""
     import torch
 
     difference: float = (found.double() - expected).abs().max().item()
-    difference /= expected.abs().max().item()
-    eps: float = torch.finfo(getattr(torch, dtype)).eps
-    return difference / eps if math.isfinite(difference) else math.inf
-
-
-def rounded(name: str, found: "Tensor", expected: "Tensor", dtype: str) -> Case:
-    """Return a case whose difference must be within the roundings of its type."""
-    return name, units(found, expected, dtype), ROUNDINGS[dtype]
+    difference /= expected.abs().max().item() * torch.finfo(getattr(torch, dtype)).eps
+    return name, difference, ROUNDINGS[dtype]
 
 
 def drawn(*shape: int, dtype: str, device: str, scale: float = 1.0) -> "Tensor":
@@ -145,9 +139,13 @@ def rotary(ops: ModuleType, device: str) -> Iterator[Case]:
                     )
 
 
-# Requests of one batch: new tokens and all tokens. Decode, prefill and the rest of a prompt; across
-# blocks and within one block.
-REQUESTS = ((1, 5), (1, 300), (40, 40), (130, 257))
+# Requests of a batch: new tokens and all tokens. Decode, prefill and the rest of a prompt; across
+# blocks and within one block. Kernels take another path where every request decodes one token.
+Requests = tuple[tuple[int, int], ...]
+BATCHES: dict[str, Requests] = {
+    "mixed": ((1, 5), (1, 300), (40, 40), (130, 257)),
+    "decode": ((1, 1), (1, 5), (1, 129), (1, 300), (1, 257)),
+}
 CPU_BLOCK, CUDA_BLOCK = 128, 16
 
 
@@ -158,6 +156,7 @@ class Batch:
     `table` has the blocks of each request, `slots` the place of each token, `count` all blocks.
     """
 
+    requests: Requests
     query: "Tensor"
     keys: "Tensor"
     values: "Tensor"
@@ -168,16 +167,16 @@ class Batch:
     window: int
 
 
-def paged(block: int, device: str) -> tuple["Tensor", "Tensor", int]:
+def paged(requests: Requests, block: int, device: str) -> tuple["Tensor", "Tensor", int]:
     """Return a table of shuffled blocks, the slots of all tokens, and the count of blocks."""
     import torch
 
-    most = max(-(-seen // block) for _, seen in REQUESTS)
-    count = len(REQUESTS) * most + 3
-    table = torch.randperm(count)[: len(REQUESTS) * most].view(len(REQUESTS), most)
+    most = max(-(-seen // block) for _, seen in requests)
+    count = len(requests) * most + 3
+    table = torch.randperm(count)[: len(requests) * most].view(len(requests), most)
     slots = [
         torch.tensor([int(table[row, i // block]) * block + i % block for i in range(seen)])
-        for row, (_, seen) in enumerate(REQUESTS)
+        for row, (_, seen) in enumerate(requests)
     ]
     return table.to(torch.int32).to(device), torch.cat(slots).to(device), count
 
@@ -205,34 +204,37 @@ def attention(ops: ModuleType, device: str) -> Iterator[Case]:
     import torch
 
     attend, block = (on_cuda, CUDA_BLOCK) if device == "cuda" else (on_cpu, CPU_BLOCK)
+    shapes = ((4, 2, 64, 0), (8, 1, 128, 0), (4, 4, 64, 48))
     # FlashAttention has no float32.
-    for dtype in DTYPES if device == "cpu" else ("bfloat16",):
-        for heads, kv_heads, size, window in ((4, 2, 64, 0), (8, 1, 128, 0), (4, 4, 64, 48)):
-            table, slots, count = paged(block, device)
-            queries = [drawn(new, heads, size, dtype=dtype, device=device) for new, _ in REQUESTS]
-            keys, values = (
-                [drawn(seen, kv_heads, size, dtype=dtype, device=device) for _, seen in REQUESTS]
-                for _ in range(2)
-            )
-            query, key, value = (torch.cat(rows) for rows in (queries, keys, values))
-            scale = size**-0.5
-            out = attend(ops, Batch(query, key, value, slots, table, count, scale, window))
-            expected = [
-                attended(*request, scale, window)
-                for request in zip(queries, keys, values, strict=True)
-            ]
-            # Probabilities are rounded to the type, too, before they meet the values.
-            name = f"attention {heads}/{kv_heads}x{size} window {window} {dtype}"
-            yield rounded(name, out, torch.cat(expected), dtype)
+    dtypes = DTYPES if device == "cpu" else ("bfloat16",)
+    for dtype, (heads, kv_heads, size, window), (kind, requests) in itertools.product(
+        dtypes, shapes, BATCHES.items()
+    ):
+        table, slots, count = paged(requests, block, device)
+        queries = [drawn(new, heads, size, dtype=dtype, device=device) for new, _ in requests]
+        keys, values = (
+            [drawn(seen, kv_heads, size, dtype=dtype, device=device) for _, seen in requests]
+            for _ in range(2)
+        )
+        query, key, value = (torch.cat(rows) for rows in (queries, keys, values))
+        scale = size**-0.5
+        out = attend(ops, Batch(requests, query, key, value, slots, table, count, scale, window))
+        expected = [
+            attended(*request, scale, window) for request in zip(queries, keys, values, strict=True)
+        ]
+        # Probabilities are rounded to the type, too, before they meet the values.
+        kernel = f"FlashAttention {flash_attention(size)}" if device == "cuda" else "attention"
+        name = f"{kernel} {heads}/{kv_heads}x{size} window {window} {kind} {dtype}"
+        yield rounded(name, out, torch.cat(expected), dtype)
 
 
-def _lengths(device: str) -> tuple["Tensor", "Tensor"]:
+def _lengths(requests: Requests, device: str) -> tuple["Tensor", "Tensor"]:
     """Return the offsets of the requests in the query, and their lengths with the cache."""
     import torch
 
     new, seen = (
         torch.tensor(column, dtype=torch.int32, device=device)
-        for column in zip(*REQUESTS, strict=True)
+        for column in zip(*requests, strict=True)
     )
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     return torch.cat([zero, new.cumsum(0).to(torch.int32)]), seen
@@ -248,10 +250,10 @@ def on_cpu(ops: ModuleType, batch: Batch) -> "Tensor":
     cache = torch.zeros(batch.count, kv_heads, 2 * CPU_BLOCK, size, dtype=query.dtype)
     key_cache, value_cache = cache.chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(keys, batch.values, key_cache, value_cache, batch.slots, isa)
-    starts, seen = _lengths("cpu")
+    starts, seen = _lengths(batch.requests, "cpu")
     window = batch.window or -1
     plan = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=len(REQUESTS),
+        num_reqs=len(batch.requests),
         num_heads=query.shape[1],
         num_kv_heads=kv_heads,
         head_dim=size,
@@ -270,6 +272,16 @@ def on_cpu(ops: ModuleType, batch: Batch) -> "Tensor":
     return out
 
 
+def flash_attention(size: int) -> int | None:
+    """Return the version that vLLM's backend chooses (FlashAttentionImpl) for a size of heads: 3 on
+    Hopper, for example, where the default of flash_attn_varlen_func is 2. It refuses None.
+    """
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    version: int | None = get_flash_attn_version(head_size=size)
+    return version
+
+
 def on_cuda(ops: ModuleType, batch: Batch) -> "Tensor":
     import torch
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
@@ -282,19 +294,20 @@ def on_cuda(ops: ModuleType, batch: Batch) -> "Tensor":
     ops.reshape_and_cache_flash(
         keys, batch.values, cache[0], cache[1], batch.slots, "auto", one, one
     )
-    starts, seen = _lengths("cuda")
+    starts, seen = _lengths(batch.requests, "cuda")
     return flash_attn_varlen_func(
         q=batch.query,
         k=cache[0],
         v=cache[1],
         cu_seqlens_q=starts,
         seqused_k=seen,
-        max_seqlen_q=max(new for new, _ in REQUESTS),
-        max_seqlen_k=max(all_ for _, all_ in REQUESTS),
+        max_seqlen_q=max(new for new, _ in batch.requests),
+        max_seqlen_k=max(tokens for _, tokens in batch.requests),
         softmax_scale=batch.scale,
         causal=True,
         block_table=batch.table,
         window_size=[window - 1, 0] if window else [-1, -1],
+        fa_version=flash_attention(keys.shape[2]),
     )
 
 
@@ -391,36 +404,34 @@ def mixed(x: "Tensor", w13: "Tensor", w2: "Tensor", weights: "Tensor", ids: "Ten
 
 
 GROUPS: dict[str, Group] = {
-    "norm": norm,
-    "activation": activation,
-    "rotary": rotary,
-    "attention": attention,
-    "quantized": quantized,
-    "moe": moe,
+    group.__name__: group for group in (norm, activation, rotary, attention, quantized, moe)
 }
 
 
 def judged(group: Group, ops: ModuleType, device: str) -> dict[str, object]:
-    """Run all cases of a group.
-
-    A process has to request the CPU's matrix tiles before a kernel uses them (arch_prctl(2),
-    XCOMP_PERM).
+    """Run all cases of a group, after a request for the CPU's matrix tiles, without which no kernel
+    may use them (arch_prctl(2), XCOMP_PERM).
     """
     import torch
 
     torch.manual_seed(0)
     if device == "cpu" and hasattr(torch.cpu, "_init_amx"):
         torch.cpu._init_amx()
+    times = [time.monotonic()]
     try:
         cases = list(group(ops, device))
     except Absent as exc:
         return {"skipped": str(exc)}
+    times.append(time.monotonic())
+    # Only a first run loads and compiles kernels: Triton, FlashInfer, and the driver, from PTX.
+    list(group(ops, device))
+    times.append(time.monotonic())
     rows = [
         # JSON has no infinity.
         {"case": case, "difference": found if math.isfinite(found) else None, "limit": limit}
         for case, found, limit in cases
     ]
-    return {"rows": rows}
+    return {"rows": rows, "first_s": round(2 * times[1] - times[0] - times[2], 3)}
 
 
 def in_child(group: Group, ops: ModuleType, device: str) -> dict[str, object]:
@@ -428,7 +439,7 @@ def in_child(group: Group, ops: ModuleType, device: str) -> dict[str, object]:
     started = time.monotonic()
     fork = multiprocessing.get_context("fork")
     reader, writer = fork.Pipe(duplex=False)
-    child = fork.Process(target=_reply, args=(writer, group, ops, device))
+    child = fork.Process(target=_reply, args=(writer.send, group, ops, device))
     child.start()
     writer.close()
     record: dict[str, object] = {"error": None, "skipped": None, "rows": []}
@@ -452,20 +463,15 @@ def in_child(group: Group, ops: ModuleType, device: str) -> dict[str, object]:
 
 
 def _reply(
-    writer: "multiprocessing.connection.Connection[dict[str, object], None]",
-    group: Group,
-    ops: ModuleType,
-    device: str,
+    send: Callable[[dict[str, object]], None], group: Group, ops: ModuleType, device: str
 ) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        writer.send(judged(group, ops, device))
+        send(judged(group, ops, device))
     except Exception as exc:
-        import traceback
-
         traceback.print_exc()
-        message = " ".join(str(exc).split())[:SHOWN_CHARACTERS]
-        writer.send({"error": f"{type(exc).__name__}: {message}"})
+        message = " ".join(str(exc).split())[:200]
+        send({"error": f"{type(exc).__name__}: {message}"})
 
 
 def main() -> None:

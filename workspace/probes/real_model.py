@@ -1,13 +1,15 @@
 """Check that a trained model gives the right answer to one question, a long answer without
-repetition, and answers that end as requested.
+repetition, and answers that end as requested; or generate one token with a model of noise.
 
-The caller sets the environment that vLLM reads. One JSON document on stdout.
+The caller sets the environment that vLLM reads. One JSON document on stdout; `--first-token` prints
+`@ STAGE` before each stage to stderr.
 """
 
 import argparse
 import faulthandler
 import json
 import os
+import sys
 import traceback
 from itertools import groupby
 from pathlib import Path
@@ -25,11 +27,33 @@ SHORT_TOKENS = 5
 # blanks or dots in a row.
 MOST_REPEATED = 6
 
+# A model of noise: attention in the head size and, on a GPU, the type that most models have, so
+# that the driver compiles what they need.
+NOISE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 1024,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
 
 def load(folder: str, device: str) -> "LLM":
     import vllm
 
-    more = {"kv_cache_memory_bytes": 1 << 30} if device == "cuda" else {}
+    # As in parity.py: the share that must be free at the start, beside other engines.
+    more = (
+        {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.1}
+        if device == "cuda"
+        else {}
+    )
     return vllm.LLM(
         model=folder,
         dtype="float32",
@@ -92,10 +116,42 @@ def _end(llm: "LLM", tokens: list[int]) -> int:
     return tokens.index(end) if end in tokens else len(tokens)
 
 
+def first_token(folder: Path, device: str) -> dict[str, object]:
+    """Write the configuration of a model of noise into a folder and generate one token with it."""
+    (folder / "config.json").write_text(json.dumps(NOISE), encoding="utf-8")
+    print("@ importing vllm", file=sys.stderr, flush=True)
+    import vllm
+
+    print("@ starting the engine", file=sys.stderr, flush=True)
+    llm = vllm.LLM(
+        model=str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16" if device == "cuda" else "float32",
+        enforce_eager=True,
+        seed=0,
+        max_model_len=64,
+        max_num_seqs=1,
+        # Other programs may hold most of the memory.
+        gpu_memory_utilization=0.05,
+        kv_cache_memory_bytes=1 << 26,
+        disable_log_stats=True,
+    )
+    print("@ generating a token", file=sys.stderr, flush=True)
+    wanted = vllm.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": [2, 3, 4]}], wanted, use_tqdm=False)
+    return {"token": output.outputs[0].token_ids[0]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prompt SmolLM2 through vLLM.")
     parser.add_argument("model", type=Path, help="its folder")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--first-token",
+        action="store_true",
+        help="instead, write a model of noise into the folder and generate one token",
+    )
     arguments = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -103,7 +159,10 @@ def main() -> None:
         faulthandler.dump_traceback_later(limit, exit=True)
     record: dict[str, object] = {"schema": SCHEMA, "error": None}
     try:
-        record |= examine(str(arguments.model.resolve()), arguments.device)
+        if arguments.first_token:
+            record |= first_token(arguments.model.resolve(), arguments.device)
+        else:
+            record |= examine(str(arguments.model.resolve()), arguments.device)
     except Exception as exc:
         traceback.print_exc()
         record["error"] = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"

@@ -33,6 +33,8 @@ _LIBRARY = re.compile(r".+\.so(\.\d+)*$")
 # (vllm/third_party/deep_gemm).
 _FOR_PYTHON = re.compile(r".+\.cpython-(\d+)[a-z]*-.+\.so$")
 _DRIVER = "libcuda.so.1"
+# The library of torch that is linked against all others of it.
+_OF_TORCH = "libtorch_python.so"
 # A message of dlerror(3) begins with the file, often with its full path.
 _DLERROR_PREFIX = re.compile(r"^/\S+?: ")
 
@@ -212,6 +214,18 @@ def excuse_no_driver(rows: list[Record]) -> None:
                 row |= {"verdict": "no driver"}
 
 
+def examine_only(tree: Path, libraries: list[str], torch: Path) -> list[Record]:
+    """Load these libraries of the tree alone, with the libraries of the torch in a folder but
+    without Python's torch, which takes seconds. Return a row for each.
+    """
+    # Without it a library that needs it does not load, and the caller verifies the whole.
+    if (torch / "lib" / _OF_TORCH).is_file():
+        ctypes.CDLL(str(torch / "lib" / _OF_TORCH), mode=os.RTLD_LAZY | os.RTLD_GLOBAL)
+    rows = [judge(tree / path, tree) for path in libraries]
+    excuse_no_driver(rows)
+    return rows
+
+
 def torch_record() -> Record:
     """Import torch. Return its version and its version of CUDA."""
     import torch
@@ -266,7 +280,7 @@ def _imported(child: Child, error: str | None) -> tuple[Record, str | None]:
     return result.get("value", {}), error
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Print as JSON which vLLM is imported and whether its libraries load."
     )
@@ -282,6 +296,18 @@ def main() -> None:
         action="store_true",
         help="import also with the tree as working directory, where it may hide the installed vLLM",
     )
+    parser.add_argument(
+        "--only",
+        metavar="LIBRARY",
+        action="append",
+        help="load only this library of the tree; may be repeated; needs --torch",
+    )
+    parser.add_argument("--torch", type=Path, help="with --only: the folder of the package torch")
+    return parser
+
+
+def main() -> None:
+    parser = command_line()
     arguments = parser.parse_args()
     tree = arguments.tree.resolve()
     if not (tree / "vllm").is_dir():
@@ -293,11 +319,15 @@ def main() -> None:
     # vLLM must show here.
     if sys.path and sys.path[0] == str(Path(__file__).resolve().parent):
         sys.path[0] = ""
-    record = examine(
-        tree,
-        imports=not arguments.no_import,
-        libraries=not arguments.no_libraries,
-        inside=arguments.inside,
+    record = (
+        {"schema": SCHEMA, "libraries": examine_only(tree, arguments.only, arguments.torch)}
+        if arguments.only
+        else examine(
+            tree,
+            imports=not arguments.no_import,
+            libraries=not arguments.no_libraries,
+            inside=arguments.inside,
+        )
     )
     print(json.dumps(record), file=out, flush=True)
 

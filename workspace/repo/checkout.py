@@ -17,7 +17,7 @@ from workspace.core.console import RunLog, Step
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import PROJECTS, Layout
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, without_user
 from workspace.repo import git, index, pins
 from workspace.repo.git import Git
 from workspace.repo.pins import Pin
@@ -78,8 +78,7 @@ class _Making:
         )
         if self.pin.commit not in made.present((self.pin.commit,)):
             raise SourceError(
-                f"{git.without_user(self.url)} did not serve {self.pin.tag}, commit"
-                f" {self.pin.commit}",
+                f"{without_user(self.url)} did not serve {self.pin.tag}, commit {self.pin.commit}",
                 hint="./scripts/inv bootstrap --source release    or set VLLM_MIRROR",
             )
 
@@ -293,8 +292,7 @@ def _name_tag(made: Git, pin: Pin, references: Mapping[str, str]) -> None:
 def _require_pinned_files(made: Git, making: _Making) -> None:
     if (made.head(), made.edits()) != (making.pin.commit, ()):
         raise SourceError(
-            f"the files of {making.pin.tag} from {git.without_user(making.url)} differ from its"
-            " commit",
+            f"the files of {making.pin.tag} from {without_user(making.url)} differ from its commit",
             hint="git config --show-origin --list    shows what may change them",
         )
 
@@ -375,7 +373,7 @@ def _advertised(making: _Making) -> Mapping[str, str]:
     found = references.get(f"{tag}^{{}}", references.get(tag, pin.commit))
     if found != pin.commit:
         raise _Moved(
-            f"tag {pin.tag} at {git.without_user(making.url)} is commit {found}, pinned is"
+            f"tag {pin.tag} at {without_user(making.url)} is commit {found}, pinned is"
             f" {pin.commit}",
             hint="do not trust a tag that moved: compare with the project's release page",
         )

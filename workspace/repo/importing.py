@@ -22,10 +22,10 @@ from workspace.core.errors import (
     WorkspaceError,
 )
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
 from workspace.repo import export, mail, moves, patches, series
-from workspace.repo.git import AM_BY_HAND, Git, am, without_user
+from workspace.repo.git import AM_BY_HAND, Git, am
 from workspace.repo.git import am as mails
 from workspace.repo.git.am import Commit
 from workspace.repo.patches import Session

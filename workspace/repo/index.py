@@ -2,7 +2,6 @@
 
 import bisect
 import datetime
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from workspace.core import files, lock
 from workspace.core.errors import SourceError, ToolchainError
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, without_user
 from workspace.repo.pins import PRECOMPILED_KEYS, Pin, PrecompiledWheel
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def fetch(
                         on_progress=on_progress,
                     )
     except SourceError as exc:
-        raise SourceError(_without_user(exc.message), hint=exc.hint, details=exc.details) from exc
+        raise SourceError(without_user(exc.message), hint=exc.hint, details=exc.details) from exc
     except OSError as exc:
         raise ToolchainError(
             f"{destination.parent} cannot be written: {exc.strerror}",
@@ -189,7 +188,7 @@ def _local(url: str) -> Path:
         return Path(unquote(urlsplit(url).path))
     except ValueError as exc:
         raise SourceError(
-            f"the package index is or names {_without_user(url)}, which is no valid URL: {exc}",
+            f"the package index is or names {without_user(url)}, which is no valid URL: {exc}",
             hint=_OFFLINE_HINT,
         ) from exc
 
@@ -207,11 +206,6 @@ def _innermost(exc: BaseException) -> str:
     while exc.__context__ is not None:
         exc = exc.__context__
     return str(exc) or type(exc).__name__
-
-
-def _without_user(text: str) -> str:
-    """Return a text with user names and passwords removed from its URLs."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 # Projects that publish compiled libraries, by device; the present pins name the same projects.

@@ -6,18 +6,19 @@ if it differs between the two commits: every other file is the user's.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import files
+from workspace.core import files, records
 from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, ToolchainError, WorkspaceError
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
+from workspace.core.records import Document
 from workspace.repo.git import Git, checkpoint, command
 from workspace.repo.git.command import Entries, split
 from workspace.repo.series import LEFT_REF, Attempt
@@ -55,7 +56,7 @@ def remember_times(git: Git, paths: Iterable[str], *, memory: Path) -> None:
                 -_KEPT:
             ]
     with contextlib.suppress(OSError):
-        write_atomic(memory, json.dumps(known).encode())
+        records.write(memory, known, indent=None)
 
 
 def restore_times(git: Git, known: Memory) -> None:
@@ -100,13 +101,9 @@ def read_times(memory: Path, checkout: Path) -> Memory:
             for log in checkout.glob(pattern)
         ):
             return {}
-        known = json.loads(read_regular(memory))
-        return {
-            str(path): [(str(oid), int(mtime)) for oid, mtime in seen]
-            for path, seen in known.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+    except OSError:
         return {}
+    return records.read(memory, dict[str, list[tuple[str, int]]]) or {}
 
 
 def _entries(git: Git, paths: Iterable[str]) -> Entries:
@@ -127,10 +124,24 @@ def _mtime(file: Path) -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Note(records.Record):
+    """A move to `to`, or the git operation `what`, that is not finished; neither is forgotten."""
+
+    source: str = ""
+    to: str = ""
+    what: str = ""
+    again: str = ""
+
+    @classmethod
+    def upgrade(cls, document: Document) -> Document:
+        return {**document, "source": document.get("from") or ""}
+
+
 def move(layout: Layout, project: str, git: Git, target: str, *, run_log: RunLog) -> None:
     """Move the checkout to a commit, as Git.move_to does, and restore modification times."""
     note = layout.moving(project)
-    write_atomic(note, json.dumps({"from": git.head(), "to": target}).encode())
+    records.write(note, {"from": git.head(), "to": target})
     try:
         move_with_times(git, target, memory=layout.times(project), run_log=run_log)
     except CheckoutError:
@@ -154,8 +165,7 @@ def attempt(
         (folder / "point").mkdir()
         checkpoint.keep(git, folder / "point")
         files.put_in_place(folder / "point", point)
-        record = {"what": tried.operation, "again": tried.retry}
-        write_atomic(note, json.dumps(record).encode())
+        records.write(note, {"what": tried.operation, "again": tried.retry})
     run_log.write(f"{tried.operation} in {git.path} begins")
     try:
         yield
@@ -169,10 +179,8 @@ def attempt(
 
 def attempted(layout: Layout, project: str) -> Attempt | None:
     """Return the git operation that `finish` will undo, or None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads(read_regular(layout.moving(project)))
-        return Attempt(str(record["what"]), str(record["again"]))
-    return None
+    note = records.read(layout.moving(project), _Note)
+    return Attempt(note.what, note.again) if note and note.what and note.again else None
 
 
 def is_begun(layout: Layout, project: str) -> bool:
@@ -194,13 +202,10 @@ def finish(
         is_done = _undo(layout, project, git, tried, shown or layout.relative(git.path), run_log)
         _forget(note, _point(layout, project))
         return is_done
-    try:
-        record = json.loads(read_regular(note))
-        source, target = str(record["from"]), str(record["to"])
-    except (OSError, ValueError, KeyError, TypeError):
-        source = target = ""
+    record = records.read(note, _Note)
+    source, target = (record.source, record.to) if record else ("", "")
     is_done = (
-        bool(source)
+        bool(source and target)
         and git.head() == source
         and len(git.present((source, target))) == len({source, target})
     )

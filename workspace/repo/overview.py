@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from workspace.core.console import Console, RunLog
+from workspace.core.console import Console, Row, RunLog
+from workspace.core.console import State as RowState
 from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -22,12 +23,11 @@ from workspace.repo.git.command import first_line
 from workspace.repo.pins import Pin
 from workspace.repo.series import BASE_REF, LEFT_REF, TIP_REF, Attempt, Stack, State
 
-_WIDTH = 12
 _SHOWN_FILES = 3
 
 
 @dataclass(frozen=True)
-class Row:
+class Entry:
     """The stack, or one patch or commit of it.
 
     `state` of a patch: applied, pending, changed since it was exported, or unexported (a commit
@@ -42,14 +42,6 @@ class Row:
     files: tuple[str, ...]
 
 
-def rows(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> tuple[Row, ...]:
-    """Return the rows of the stack, of each patch in order, and of commits that are no patches.
-
-    Raises what patches.observe raises.
-    """
-    return _rows(layout, project, pin, checkout, patches.observe(layout, project, pin, checkout))
-
-
 def show(
     layout: Layout, settings: Settings, project: str, *, console: Console, as_json: bool = False
 ) -> None:
@@ -62,29 +54,19 @@ def show(
     pin = pinned.triton if project == "triton" else pinned.vllm
     checkout = checkouts.observe(layout, pin)
     stack = patches.observe(layout, project, pin, checkout)
-    table = _rows(layout, project, pin, checkout, stack)
-    sentence = moved(layout, project, pin, checkout, stack) or ""
+    found = entries(layout, project, pin, checkout, stack)
     # The way back has priority over the next step.
-    following = next(
-        (
-            sentence.split(label, 1)[1]
-            for label in ("; back: ", "; to follow: ")
-            if label in sentence
-        ),
-        next_command(layout, pin, stack),
-    )
+    move = moved(layout, project, pin, checkout, stack)
+    following = (move and move.hint) or next_command(layout, pin, stack)
     if as_json:
-        entries = [dataclasses.asdict(row) for row in table]
-        console.data(json.dumps({"schema": 1, "rows": entries, "next": following}, indent=1))
+        rows = [dataclasses.asdict(entry) for entry in found]
+        console.data(json.dumps({"schema": 1, "rows": rows, "next": following}, indent=1))
         return
-    for row in table:
-        first, *more = console.wrapped("  ".join(_columns(row)), indent=_WIDTH)
-        for state, line in [(row.state, first), *(("", line) for line in more)]:
-            console.info(f"{state:<{_WIDTH}}{line}")
-    console.info(f"next: {following}")
+    console.table([(entry.state, "  ".join(_columns(entry))) for entry in found])
+    console.hint(following)
 
 
-def _columns(row: Row) -> list[str]:
+def _columns(row: Entry) -> list[str]:
     files = ", ".join(row.files[:_SHOWN_FILES]) + (
         f" and {len(row.files) - _SHOWN_FILES} more" if len(row.files) > _SHOWN_FILES else ""
     )
@@ -97,7 +79,7 @@ def next_command(layout: Layout, pin: Pin, stack: Stack) -> str:
     """Return the command line to type next."""
     path = checkouts.folder_of(layout, pin)
     if stack.state is State.APPLIED:
-        return f"nothing to do; after commits in {layout.relative(path)}: {series.EXPORT}"
+        return f"{series.EXPORT}    after commits in {layout.relative(path)}; nothing is due now"
     if stack.state in (State.UNAPPLIED, State.UNEXPORTED):
         return patches.APPLY if stack.state is State.UNAPPLIED else series.EXPORT
     if stack.head is None and stack.state is State.FOREIGN:
@@ -108,8 +90,8 @@ def next_command(layout: Layout, pin: Pin, stack: Stack) -> str:
     )
 
 
-def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack) -> str | None:
-    """Return what another program moved, checkout or pin, and the command back; None if nothing.
+def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack) -> Row | None:
+    """Return what another program moved, checkout or pin, with the way back; None if nothing.
 
     A move by a verb of the workspace does not count.
     """
@@ -122,10 +104,10 @@ def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Sta
     # Upstream's commit is unknown for a pin from an archive alone, so no gitlink can name it.
     is_archives = pin.archive is not None and pin.archive.commit == pin.commit
     if link and link.commit != pin.commit and not is_archives:
-        return (
+        return _move(
             f"the superproject's index has {shown} at {link.commit[:12]}, vendor/pins.toml at"
-            f" {pin.commit[:12]}; git log --oneline -3 -- vendor/pins.toml {shown}    shows which"
-            " of the two moved"
+            f" {pin.commit[:12]}",
+            f"git log --oneline -3 -- vendor/pins.toml {shown}    shows which of the two moved",
         )
     references = worktree.references(git, "refs/patches/")
     tip, base = references.get(TIP_REF), references.get(BASE_REF)
@@ -134,30 +116,32 @@ def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Sta
             f"git -C {shown} fetch {pin.url} {pin.commit} && git -C {shown} checkout --detach"
             f" {pin.commit[:12]}"
         )
-        return (
+        return _move(
             f"{shown} is at {checkout.head[:12]} and lacks {pin.tag}: the pin moved, for example by"
-            f" git pull, and the checkout did not; to follow: {way}"
+            " git pull, and the checkout did not",
+            way,
         )
     if tip is None or git.is_ancestor(tip, checkout.head):
         return _pin_moved(git, shown, base, tip, stack)
     return _head_moved(git, shown, checkout.head, checkout.base, tip, stack)
 
 
-def _pin_moved(git: Git, shown: str, old: str | None, tip: str | None, stack: Stack) -> str | None:
-    """Return the sentence for a stack on the former pin `old`, or None."""
+def _pin_moved(git: Git, shown: str, old: str | None, tip: str | None, stack: Stack) -> Row | None:
+    """Return the row of a stack on the former pin `old`, or None."""
     base = stack.base or ""
     if stack.state is not State.FOREIGN or old in (None, base):
         return None
     keep = "" if tip == stack.head else series.keeping_hint(shown, git, stack.head)
     way = f"{keep}git -C {shown} checkout --detach {base[:12]} && {patches.APPLY}"
-    return (
+    return _move(
         f"{shown} is based on {(old or '')[:12]}, the pin is {base[:12]}: the pin moved, for"
-        f" example by git pull, and the checkout did not; to follow: {way}"
+        " example by git pull, and the checkout did not",
+        way,
     )
 
 
-def _head_moved(git: Git, shown: str, head: str, base: str, tip: str, stack: Stack) -> str | None:
-    """Return the sentence for a HEAD that another program moved away from the stack, or None."""
+def _head_moved(git: Git, shown: str, head: str, base: str, tip: str, stack: Stack) -> Row | None:
+    """Return the row of a HEAD that another program moved away from the stack, or None."""
     move = repository.last_move(git)
     # A rebase or a commit is the user's work on the stack, as is a reset within it. A move by
     # submodule.recurse has no message.
@@ -183,15 +167,25 @@ def _head_moved(git: Git, shown: str, head: str, base: str, tip: str, stack: Sta
         if is_series
         else f"git -C {shown} checkout {TIP_REF if lost == tip else lost[:12]}"
     )
-    return (
+    return _move(
         f"another program moved {shown} from the stack to {head[:12]}"
-        f" ({move.message or 'submodule.recurse'}); its commits are at {lost[:12]}; back: {way}"
+        f" ({move.message or 'submodule.recurse'}); its commits are at {lost[:12]}",
+        way,
     )
 
 
-def _rows(
-    layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack
-) -> tuple[Row, ...]:
+def _move(text: str, hint: str) -> Row:
+    return Row(RowState.WARN, "source", text, hint=hint)
+
+
+def entries(
+    layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack | None = None
+) -> tuple[Entry, ...]:
+    """Return the stack, each patch in order, and the commits that are no patches.
+
+    Raises what patches.observe raises.
+    """
+    stack = stack or patches.observe(layout, project, pin, checkout)
     contents = {name: (layout.patches(project) / name).read_bytes() for name in stack.names}
     commits = _commits(layout, pin, checkout, stack)
     table = [_stack_row(layout, project, pin, checkout, stack)]
@@ -210,14 +204,16 @@ def _rows(
             table.append(
                 _row("unexported", oid[:12], written)
                 if written is not None
-                else Row("unexported", oid[:12], name.removesuffix(".patch"), None, ())
+                else Entry("unexported", oid[:12], name.removesuffix(".patch"), None, ())
             )
     return tuple(table)
 
 
-def _row(state: str, name: str, content: bytes) -> Row:
+def _row(state: str, name: str, content: bytes) -> Entry:
     read = mail.parse(content)
-    return Row(state, name, read.subject, read.status, tuple(dict.fromkeys(mails.paths(read.diff))))
+    return Entry(
+        state, name, read.subject, read.status, tuple(dict.fromkeys(mails.paths(read.diff)))
+    )
 
 
 def _commits(
@@ -256,7 +252,7 @@ def _waiting(layout: Layout, pin: Pin, stack: Stack) -> str:
     return f"it waits in the middle of git {Git(checkouts.folder_of(layout, pin)).under_way()}"
 
 
-def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack) -> Row:
+def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack) -> Entry:
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
     place = f"{layout.relative(checkouts.folder_of(layout, pin))}, {checkout.detail}"
     details = {
@@ -265,12 +261,13 @@ def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack
         State.IN_PROGRESS: _waiting(layout, pin, stack) if stack.state is State.IN_PROGRESS else "",
         State.FOREIGN: f"at {stack.head[:12]}, which is not on the pin" if stack.head else "",
     }
+    move = moved(layout, project, pin, checkout, stack)
     parts = [
         f"{count} for {place}",
         details.get(stack.state, ""),
-        moved(layout, project, pin, checkout, stack) or "",
+        move.text if move else "",
     ]
-    return Row(
+    return Entry(
         stack.state.value, "stack", "; ".join(part for part in parts if part), None, stack.dirty
     )
 

@@ -2,15 +2,14 @@
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from workspace.core import records
 from workspace.core.console import RunLog
 from workspace.core.errors import PatchDrift
-from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
@@ -275,6 +274,15 @@ def _keep_lost(git: Git) -> None:
         git.set_ref(f"{KEPT_REFS}/{move.before[:12]}", move.before)
 
 
+@dataclass(frozen=True)
+class _ExpectedTree:
+    """The tree of a base with the series of this digest on it."""
+
+    base: str
+    series: str
+    tree: str
+
+
 def _expected_tree(
     layout: Layout, project: str, git: Git, base: str, names: Sequence[str]
 ) -> str | None:
@@ -284,19 +292,13 @@ def _expected_tree(
     for file in files:
         content = file.read_bytes()
         digest.update(f"{file.name} {len(content)}\n".encode() + content)
-    key = {"base": base, "series": digest.hexdigest()}
     memory = layout.state / "expected-trees" / f"{project}.json"
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        known = json.loads(read_regular(memory))
-        if (
-            isinstance(known, dict)
-            and {name: known.get(name) for name in key} == key
-            and isinstance(known.get("tree"), str)
-        ):
-            return str(known["tree"])
+    known = records.read(memory, _ExpectedTree)
+    if known and (known.base, known.series) == (base, digest.hexdigest()):
+        return known.tree
     tree = git.tree_after(base, files)
     if tree is not None:
         # Only a cache: if it cannot be written, the tree is computed again.
         with contextlib.suppress(OSError):
-            write_atomic(memory, json.dumps(key | {"tree": tree}).encode())
+            records.write(memory, _ExpectedTree(base, digest.hexdigest(), tree))
     return tree

@@ -169,13 +169,15 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
 def _report_branch(session: Session, name: str, path: Path, shown: str) -> None:
     place = session.layout.relative(path)
     repository = session.pin.url.rstrip("/").rpartition("/")[2].removesuffix(".git")
-    info = session.run_log.console.info
-    info(f"branch {name} is in {place}, signed off, one commit on upstream's main")
-    info(
-        f"next: git -C {place} push git@github.com:YOUR-NAME/{repository}.git {name}    and open a"
+    console = session.run_log.console
+    console.info(f"branch {name} is in {place}, signed off, one commit on upstream's main")
+    console.hint(
+        f"git -C {place} push git@github.com:YOUR-NAME/{repository}.git {name}    and open a"
         " pull request from there"
     )
-    info(f"to remove it: git -C {shown} worktree remove {path} && git -C {shown} branch -D {name}")
+    console.info(
+        f"to remove it: git -C {shown} worktree remove {path} && git -C {shown} branch -D {name}"
+    )
 
 
 def apply(
@@ -306,9 +308,10 @@ def _opened(
 def _report(console: Console, stack: Stack, prefix: str) -> None:
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
     messages = {
-        State.APPLIED: f"{count} applied, tree {(stack.tree or '')[:12]}",
-        State.UNAPPLIED: f"at the pin, {count} not applied; next: ./scripts/inv patch.apply",
-        State.UNEXPORTED: "the commits differ from the series; next: ./scripts/inv patch.export",
+        State.APPLIED: (f"{count} applied, tree {(stack.tree or '')[:12]}", None),
+        State.UNAPPLIED: (f"at the pin, {count} not applied", "./scripts/inv patch.apply"),
+        State.UNEXPORTED: ("the commits differ from the series", "./scripts/inv patch.export"),
     }
-    default = f"{stack.state.value}; next: ./scripts/inv patch"
-    console.info(prefix + messages.get(stack.state, default))
+    message, hint = messages.get(stack.state, (stack.state.value, "./scripts/inv patch"))
+    console.info(f"{prefix}{message}")
+    console.hint(hint)

@@ -4,13 +4,12 @@ import os
 import re
 import reprlib
 import tarfile
-import tomllib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from workspace.core import files
+from workspace.core import files, records
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
@@ -70,10 +69,6 @@ class Pin:
     archive: Archive | None
     precompiled: Mapping[str, PrecompiledWheel]
 
-    def precompiled_for(self, device: str) -> PrecompiledWheel | None:
-        """Return the wheel for a device on this machine, or None if the pin names none."""
-        return self.precompiled.get(precompiled_key(device))
-
 
 @dataclass(frozen=True)
 class Pins:
@@ -81,13 +76,6 @@ class Pins:
 
     vllm: Pin
     triton: Pin
-
-
-def precompiled_key(device: str) -> str:
-    """Return the key of a device (cpu, cuda) on this machine, such as cpu-aarch64."""
-    import platform
-
-    return f"{device}-{platform.machine()}"
 
 
 @dataclass(frozen=True)
@@ -140,13 +128,9 @@ def load(path: Path) -> Pins:
 def parse(content: bytes) -> Pins:
     """Read the content of a pins file. Raises SettingsError as `load` does."""
     try:
-        root = _Table(tomllib.loads(_renamed_tables(content).decode()), "")
-    except ValueError as exc:
+        root = _Table(records.parse_toml(_renamed_tables(content)), "")
+    except records.DecodeError as exc:
         raise SettingsError(f"vendor/pins.toml is not TOML: {exc}", hint=_HINT) from exc
-    except RecursionError as exc:
-        raise SettingsError(
-            "vendor/pins.toml is not TOML that can be read: it is nested too deeply", hint=_HINT
-        ) from exc
     return Pins(_pin(root, "vllm"), _pin(root, "triton"))
 
 

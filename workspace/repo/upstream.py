@@ -17,7 +17,7 @@ from workspace.core import files, lock
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout, git, index, pins, series
 from workspace.repo.checkout import Checkout, Kind
 from workspace.repo.git import Git, history, remotes, worktree
@@ -183,8 +183,7 @@ class _Search:
             return None
         if named is None or not named.is_tag:
             lacking.append(
-                f"{git.without_user(self.url)} has no tag {self.name}: upstream's commit is not"
-                " proven"
+                f"{without_user(self.url)} has no tag {self.name}: upstream's commit is not proven"
             )
             return None
         self._require_same(named.commit, prefix)
@@ -199,7 +198,7 @@ class _Search:
             remotes.fetch_into_store(into, self._remote, (named.refspec,))
         if named.commit not in into.present((named.commit,)):
             raise SourceError(
-                f"{git.without_user(self.url)} did not serve {self.name}, commit {named.commit}",
+                f"{without_user(self.url)} did not serve {self.name}, commit {named.commit}",
                 hint="set VLLM_MIRROR to a copy that has it",
             )
         made, release = self._release_of(into, named, lacking)
@@ -326,7 +325,7 @@ class _Search:
             )
         ]
         return SourceError(
-            f"{git.without_user(self.url)} has no tag or branch {self.name}; the nearest tags are"
+            f"{without_user(self.url)} has no tag or branch {self.name}; the nearest tags are"
             f" {', '.join(near) or 'none'}",
             hint=(
                 "a commit needs all of its 40 digits"
@@ -339,7 +338,7 @@ class _Search:
         """Raise _Unequal where tag and archive name different commits."""
         if prefix and not commit.startswith(prefix):
             raise _Unequal(
-                f"tag {self.name} at {git.without_user(self.url)} is commit {commit}, the release"
+                f"tag {self.name} at {without_user(self.url)} is commit {commit}, the release"
                 f" archive was made from {prefix}…; neither is used",
                 hint="do not trust a tag that moved: compare with the project's release page",
             )

@@ -12,15 +12,16 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from workspace.core import process
+from workspace.core.child_variables import Phase
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, is_secret
 from workspace.machine import check, jit_caches, run_environment
+from workspace.machine.machine import Machine
 from workspace.repo.git import Git
 from workspace.server import flags
 from workspace.server.observation import Address
@@ -85,8 +86,9 @@ def export_variables(layout: Layout, settings: Settings, *, console: Console) ->
     """Print lines for `eval "$(inv env.export)"` in sh: variables of a running vLLM that this shell
     lacks, and scripts/ on PATH. Secrets are left out.
     """
-    check.require(layout, settings, console=console)
-    environment = built_environment(layout, settings, for_what="show")
+    machine = Machine(layout, settings)
+    check.require(machine, console=console)
+    environment = built_environment(machine, "shell", is_shown=True)
     for line in lines(layout, environment, settings.shell):
         console.data(line)
     secrets = [
@@ -134,8 +136,9 @@ def _ready(layout: Layout, settings: Settings, console: Console) -> dict[str, st
         raise ToolchainError(
             "there is no built environment: .vllm/bin/python is missing", hint=_BOOTSTRAP
         )
-    check.require(layout, settings, console=console)
-    return built_environment(layout, settings)
+    machine = Machine(layout, settings)
+    check.require(machine, console=console)
+    return built_environment(machine, "shell")
 
 
 @dataclass(frozen=True)
@@ -318,22 +321,25 @@ def _exposed(address: Address, *, has_key: bool, force: bool) -> str:
 
 
 def built_environment(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
+    phase: Phase,
     *,
     recipe: Mapping[str, str] | None = None,
-    more: Mapping[str, str] | None = None,
-    for_what: Literal["start", "show"] = "start",
+    given: Mapping[str, str] | None = None,
+    is_shown: bool = False,
 ) -> dict[str, str]:
-    """Return all environment variables of a vLLM that is to be started or only shown.
+    """Return the environment of a vLLM that is to be started, or with `is_shown` only shown.
 
-    For a start the folders of compiled kernels are recorded as this stack's. `recipe` is a recipe's
-    environment, `more` overrides it. Runs git once, and nvidia-smi if torch is built for CUDA.
+    For a start the folders of compiled kernels are recorded as this stack's. Runs git once, and
+    asks the driver if torch is built for CUDA. See run_environment.built_environment.
     """
-    stack = jit_caches.observe(layout, settings, tree=tree_oid(layout))
-    if for_what == "start":
+    layout, settings = machine.layout, machine.settings
+    stack = jit_caches.observe(machine, tree=tree_oid(layout))
+    if not is_shown:
         jit_caches.record(layout, stack)
-    return run_environment.run_variables(layout, settings, stack=stack, recipe=recipe, more=more)
+    return run_environment.built_environment(
+        layout, settings, phase, stack=stack, recipe=recipe, given=given
+    )
 
 
 def tree_oid(layout: Layout) -> str:

@@ -7,21 +7,18 @@ On a Spark GPU and processor share one memory: vLLM counts what the kernel calls
 import json
 import math
 import re
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import process
-from workspace.core.console import Console, State
-from workspace.core.errors import SettingsError, ToolchainError
-from workspace.core.paths import Layout
-from workspace.core.settings import Settings
+from workspace.core.console import Console, Row, State
+from workspace.core.errors import SettingsError
 from workspace.machine import hardware, run_environment
-from workspace.machine.case import Case
 from workspace.machine.failures import Lack
-from workspace.machine.hardware import GIB, GPU_KILL_S, GPU_QUERY_S
+from workspace.machine.gpu import Resident
+from workspace.machine.hardware import GIB
+from workspace.machine.machine import Case, Machine
 from workspace.repo import pins
 from workspace.server import flags, models, recipes
 from workspace.server.command import Command, replaced, typed
@@ -40,20 +37,8 @@ STEP, LEAST_SHARE, LEAST_LENGTH = 0.1, 0.05, 256
 WORTHWHILE_GIB = 1.0
 # How many steps were taken already, the flag, and its next value.
 _Step = tuple[int, str, str]
-NAME_WIDTH = 16
-_STATES: dict[Verdict, State] = {"yes": "ok", "after drop-caches": "warn", "no": "warn"}
+_STATES: dict[Verdict, State] = {"yes": State.OK, "after drop-caches": State.WARN, "no": State.WARN}
 _DEVICES = {"cuda": "on the GPU", "cpu": "on the processor"}
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A process that holds the GPU. `held_gib` is None if the driver does not report it, as on
-    unified memory.
-    """
-
-    pid: int
-    name: str
-    held_gib: float | None
 
 
 @dataclass(frozen=True)
@@ -91,27 +76,24 @@ class Fit:
     kv_gib: float | None = None
 
 
-def observe(settings: Settings, *, device: str) -> Free:
-    """Read the memory of machine and GPU. A driver that hangs costs at most 8 s and counts as no
-    GPU.
-    """
-    host = hardware.observe(settings)
+def observe(machine: Machine, *, device: str) -> Free:
+    """Return the memory of machine and GPU; a driver that does not answer counts as no GPU."""
+    host = machine.host()
     droppable = hardware.droppable_gib(hardware.read_meminfo())
-    if device == "cuda" and host.gpus:
-        own = _own_memory(settings)
-        residents = _residents(settings)
-        if own:
-            return Free(own[0], own[1], 0.0, is_unified=False, residents=residents)
-        return Free(
-            host.memory_gib,
-            host.available_gib,
-            min(droppable, host.available_gib),
-            is_unified=True,
-            residents=residents,
-        )
-    return Free(
+    shared = Free(
         host.memory_gib, host.available_gib, min(droppable, host.available_gib), is_unified=False
     )
+    if device != "cuda" or not machine.gpus:
+        return shared
+    driver = machine.driver
+    own, residents = driver.memory(), tuple(map(_shortened, driver.residents()))
+    if own is None:
+        return replace(shared, is_unified=True, residents=residents)
+    return Free(own.total_gib, own.free_gib, 0.0, is_unified=False, residents=residents)
+
+
+def _shortened(resident: Resident) -> Resident:
+    return replace(resident, name=Path(resident.name).name)
 
 
 def needs_gib(recipe: Recipe, args: Sequence[str] = ()) -> float:
@@ -228,59 +210,6 @@ def _named(resident: Resident) -> str:
     return f"{resident.pid} ({resident.name}{held})"
 
 
-def _own_memory(settings: Settings) -> tuple[float, float] | None:
-    """Return total and free GiB of the first GPU, None if it has no memory of its own."""
-    rows = _query(settings, "--query-gpu=memory.total,memory.free")
-    found = [[_mib(field) for field in row] for row in rows[:1]]
-    return (
-        (found[0][0] / 1024, found[0][1] / 1024)
-        if found and len(found[0]) == 2 and found[0][0] is not None and found[0][1] is not None
-        else None
-    )
-
-
-def _residents(settings: Settings) -> tuple[Resident, ...]:
-    rows = [
-        row
-        for row in _query(settings, "--query-compute-apps=pid,process_name,used_memory")
-        if len(row) == 3 and row[0].isdigit()
-    ]
-    held = [(row, _mib(row[2])) for row in rows]
-    return tuple(
-        Resident(int(row[0]), Path(row[1]).name, mib / 1024 if mib is not None else None)
-        for row, mib in held
-    )
-
-
-def _mib(field: str) -> float | None:
-    return float(field) if field.replace(".", "", 1).isdigit() else None
-
-
-def _query(settings: Settings, query: str) -> list[list[str]]:
-    environment = settings.child_environment("plain")
-    program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
-    if program is None:
-        return []
-    bound = ["timeout", "-k", f"{GPU_KILL_S:g}", f"{GPU_QUERY_S:g}"]
-    try:
-        done = process.capture(
-            [*bound, program, query, "--format=csv,noheader,nounits"],
-            env=environment,
-            timeout_s=GPU_QUERY_S + GPU_KILL_S + 0.5,
-        )
-    except ToolchainError:
-        return []
-    return (
-        [
-            [field.strip() for field in line.split(",")]
-            for line in done.stdout.splitlines()
-            if line.strip()
-        ]
-        if done.returncode == 0
-        else []
-    )
-
-
 @dataclass(frozen=True)
 class Attempt:
     """A start that lacked memory: the name that the user typed, the recipe, the command line.
@@ -351,71 +280,60 @@ def _number_or(value: object, otherwise: float) -> float:
         return otherwise
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One recipe of the list; `folder` holds its weights, None if they are not on disk."""
-
-    recipe: Recipe
-    fit: Fit
-    folder: Path | None
-
-    def text(self, device: str) -> str:
-        if self.folder:
-            place = f"on disk: {self.folder}"
-        elif self.recipe.fetch_gib:
-            place = f"{self.recipe.fetch_gib:.1f} GiB to fetch"
-        else:
-            place = "made at its first start"
-        remote = (
-            "; runs code of the model's authors (trust-remote-code)"
-            if self.recipe.asks_for_remote_code
-            else ""
-        )
-        hint = self.fit.hint
-        shown = f"; {hint}" if hint and "serve.list" not in hint else ""
-        return (
-            f"fits {_DEVICES[device]}: {self.fit.verdict}; needs {self.fit.needs_gib:.1f} GiB,"
-            f" {self.fit.free.available_gib:.1f} GiB are free; {place}{remote}{shown}"
-        )
-
-    def record(self) -> dict[str, object]:
-        return {
-            "name": self.recipe.name,
-            "model": self.recipe.model,
-            "summary": self.recipe.summary,
-            "fits": self.fit.verdict,
-            "needs_gib": round(self.fit.needs_gib, 2),
-            "takes_gib": round(self.fit.takes_gib, 2),
-            "on_disk": str(self.folder) if self.folder else None,
-            "fetch_gib": self.recipe.fetch_gib,
-            "hint": self.fit.hint,
-        }
+def _row(recipe: Recipe, fit: Fit, folder: Path | None, *, device: str) -> Row:
+    """Return the row of a recipe; `folder` holds its weights, None if they are not on disk."""
+    if folder:
+        place = f"on disk: {folder}"
+    elif recipe.fetch_gib:
+        place = f"{recipe.fetch_gib:.1f} GiB to fetch"
+    else:
+        place = "made at its first start"
+    if recipe.asks_for_remote_code:
+        place += "; runs code of the model's authors (trust-remote-code)"
+    return Row(
+        _STATES[fit.verdict],
+        recipe.name,
+        f"fits {_DEVICES[device]}: {fit.verdict}; needs {fit.needs_gib:.1f} GiB,"
+        f" {fit.free.available_gib:.1f} GiB are free; {place}",
+        hint=fit.hint if fit.hint and "serve.list" not in fit.hint else None,
+    )
 
 
-def show_recipes(
-    layout: Layout, settings: Settings, *, console: Console, as_json: bool = False
-) -> None:
+def _record(recipe: Recipe, fit: Fit, folder: Path | None) -> dict[str, object]:
+    return {
+        "name": recipe.name,
+        "model": recipe.model,
+        "summary": recipe.summary,
+        "fits": fit.verdict,
+        "needs_gib": round(fit.needs_gib, 2),
+        "takes_gib": round(fit.takes_gib, 2),
+        "on_disk": str(folder) if folder else None,
+        "fetch_gib": recipe.fetch_gib,
+        "hint": fit.hint,
+    }
+
+
+def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -> None:
     """Print the recipes, or their records as JSON. A damaged recipe is a row with its error."""
-    device = Case(layout, settings, device=None, kernels=settings.text("KERNELS")).device
-    free = observe(settings, device=device)
+    layout, settings, device = machine.layout, machine.settings, Case(machine).device
+    free = observe(machine, device=device)
     version = pins.load(layout.pins).vllm.version
     records: list[dict[str, object]] = []
+    rows: list[Row] = []
     for name in recipes.names(layout):
         try:
             recipe = recipes.load(layout, name, version=version)
         except SettingsError as exc:
             records.append({"name": name, "error": exc.message})
-            if not as_json:
-                console.row("FAIL", f"{name:<{NAME_WIDTH}}", exc.message)
+            rows.append(Row(State.FAIL, name, exc.message))
             continue
-        environment = run_environment.run_variables(
-            layout, settings, stack=None, recipe=recipe.environment
+        environment = run_environment.built_environment(
+            layout, settings, "serve", stack=None, recipe=recipe.environment
         )
         judged = judge(recipe, free, device=device, environment=environment)
-        row = _Row(recipe, judged, models.found_weights(layout, settings, recipe))
-        if not as_json:
-            console.row(_STATES[judged.verdict], f"{name:<{NAME_WIDTH}}", row.text(device))
-        records.append(row.record())
+        folder = models.found_weights(layout, settings, recipe)
+        rows.append(_row(recipe, judged, folder, device=device))
+        records.append(_record(recipe, judged, folder))
     if as_json:
         memory = {
             "total_gib": round(free.total_gib, 2),
@@ -424,3 +342,5 @@ def show_recipes(
         }
         document = {"schema": 1, "device": device, "memory": memory, "rows": records}
         console.data(json.dumps(document, indent=1))
+    else:
+        console.rows(rows)

@@ -15,6 +15,7 @@ from pathlib import Path
 from workspace.core.errors import SettingsError, ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
+from workspace.core.settings import similar
 from workspace.machine import run_environment
 
 # Classes whose fields become flags (vllm/entrypoints/**/cli_args.py, vllm/engine/arg_utils.py).
@@ -180,7 +181,7 @@ def _short(token: str, flags: Flags) -> str:
 
 def _unknown(token: str, flags: Flags) -> SettingsError:
     name = _flag_part(token) if token.startswith("--") else token
-    alike = run_environment.spelled_alike(
+    alike = similar(
         _name(token) if token.startswith("--") else token,
         [*flags.names, *flags.negated, *flags.shorts],
     )

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workspace.core import process
+from workspace.core.child_variables import with_given
 from workspace.core.errors import ServeError
 from workspace.machine import failures, hardware
 from workspace.server import command, observation, process_tree
 from workspace.server.observation import (
     Address,
     Server,
-    boot,
     ending,
     find,
     how_ended,
@@ -193,13 +193,18 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
     shutil.rmtree(server.processes.folder, ignore_errors=True)
     _wait_for_port(server.address)
     returned = _settled(before)
+    _forget(server)
+    return Stopped(time.monotonic() - started, was_killed, returned)
+
+
+def _forget(server: Server) -> None:
+    """Close the lifeline of a stopped server, and remove its state unless another runs now."""
     if server.lifeline is not None:
         with contextlib.suppress(OSError):
             os.close(server.lifeline)
     with contextlib.suppress(FileNotFoundError):
         if (now := find(server.place)) is None or now.processes == server.processes:
             state(server.place).unlink()
-    return Stopped(time.monotonic() - started, was_killed, returned)
 
 
 @contextlib.contextmanager
@@ -290,7 +295,7 @@ def _start(place: Path, launch: Launch, lock: int, *, is_detached: bool) -> Serv
         launch.name,
         launch.address,
         tree,
-        boot(),
+        hardware.boot_id(),
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         launch.grace_s,
         facts=launch.facts,
@@ -327,7 +332,8 @@ def _spawn(place: Path, launch: Launch, lock: int) -> tuple[process_tree.Process
         folder,
         *launch.argv,
     ]
-    environment = {**launch.environment, "TMPDIR": folder, process_tree.TAG: tag}
+    given = {"TMPDIR": folder, process_tree.TAG: tag}
+    environment = with_given(launch.environment, "serve", given)
     try:
         pid = process.apart(argv, env=environment, output=output, inherited=(inherited, lock))
     except BaseException:
@@ -372,7 +378,10 @@ def _end_by_supervisor(
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[int]:
-    """Lock the place; the supervisor inherits the lock and keeps it as long as it runs."""
+    """Lock the place; the supervisor inherits the lock and keeps it as long as it runs.
+
+    filelock unlocks when it releases, for the supervisor too (see core/lock.py).
+    """
     descriptor = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:

@@ -7,7 +7,6 @@ files are not fetched again; a broken transfer resumes; a complete model needs n
 
 import ast
 import hashlib
-import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import (
     BuildError,
@@ -29,6 +28,7 @@ from workspace.core.files import download, read_regular, sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import check, hardware, interpreter, run_environment
+from workspace.machine.machine import Machine
 from workspace.repo import index, pins
 from workspace.server import recipes
 from workspace.server.recipes import Recipe
@@ -235,9 +235,9 @@ def is_complete(folder: Path) -> bool:
 
 def _listed(index: Path) -> list[str]:
     try:
-        document = json.loads(read_regular(index))
-    except (OSError, ValueError, RecursionError):
-        return [index.name + ".damaged"]
+        document = records.load(index, object)
+    except records.DecodeError:
+        return [f"{index.name}.damaged"]
     named = document.get("weight_map") if isinstance(document, dict) else None
     return [str(name) for name in set(named.values())] if isinstance(named, Mapping) else []
 
@@ -252,9 +252,9 @@ def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) ->
         raise ToolchainError(
             "there is no built environment: its huggingface_hub fetches models", hint=_BOOTSTRAP
         )
-    check.require(layout, settings, console=console, recipe=recipe.environment)
+    check.require(Machine(layout, settings), console=console, recipe=recipe.environment)
     fetch_weights(layout, settings, recipe, console=console)
-    console.info(f"next: ./scripts/inv serve {name}")
+    console.hint(f"./scripts/inv serve {name}")
 
 
 def fetch_weights(layout: Layout, settings: Settings, recipe: Recipe, *, console: Console) -> None:
@@ -341,12 +341,8 @@ def _fetch_from_hub(
     layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step
 ) -> dict[str, object]:
     """Run the probe that fetches, and return its document. Raises its failure as an error."""
-    environment = run_environment.run_variables(
-        layout,
-        settings,
-        stack=None,
-        recipe=recipe.environment,
-        more={"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    environment = run_environment.built_environment(
+        layout, settings, "fetch", stack=None, recipe=recipe.environment
     )
     argv: list[process.Argument] = [
         layout.environment_python,
@@ -368,16 +364,16 @@ def _fetch_from_hub(
         hint=again,
     )
     try:
-        record = json.loads(documents[-1])
+        record = records.decode(documents[-1], dict[str, object])
         error = record["error"]
-    except (IndexError, ValueError, KeyError, TypeError) as exc:
+    except (LookupError, records.DecodeError) as exc:
         raise SourceError(
             f"{recipe.model} could not be fetched: the probe printed no document", hint=again
         ) from exc
-    if error:
+    if isinstance(error, dict):
         message = run_log.redact(str(error.get("said")))
         raise _refusal(recipe, str(error.get("kind")), message, settings, environment, again)
-    return dict(record)
+    return record
 
 
 def _show_progress(line: str, view: Step) -> None:

@@ -10,11 +10,13 @@ import json
 import os
 import ssl
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from workspace.core import records
 from workspace.core.errors import ServeError
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.records import Document
+from workspace.machine import hardware
 from workspace.server import process_tree
 
 # A first completion may compile kernels.
@@ -81,8 +83,8 @@ def ask(
     except (OSError, http.client.HTTPException) as exc:
         return Answer(None, None, str(exc) or type(exc).__name__)
     try:
-        return Answer(response.status, json.loads(text), text)
-    except (ValueError, RecursionError):
+        return Answer(response.status, records.parse(text), text)
+    except records.DecodeError:
         return Answer(response.status, None, text)
 
 
@@ -134,7 +136,7 @@ def _message(answer: Answer) -> str:
 
 
 @dataclass(frozen=True)
-class Server:
+class Server(records.Record):
     """A started server with everything by which a later process finds it again."""
 
     place: Path
@@ -151,6 +153,15 @@ class Server:
     # every other process, and for a detached server.
     lifeline: int | None = field(default=None, compare=False)
 
+    @classmethod
+    def upgrade(cls, document: Document) -> Document:
+        # The file has the address among its own keys, and no place. State files written by an
+        # older workspace have `keeper` and `mark`.
+        tree = document.get("family")
+        if isinstance(tree, dict) and "keeper" in tree:
+            tree = {**tree, "supervisor_pid": tree["keeper"], "tag": tree.get("mark")}
+        return {**document, "place": Path(), "address": document, "processes": tree}
+
     @property
     def log(self) -> Path:
         return Path(self.processes.log)
@@ -163,17 +174,22 @@ class Server:
 
     def members(self) -> set[int]:
         """Return the pids of its running processes, the supervisor included."""
-        return self.processes.members() if self.boot == boot() else set()
+        return self.processes.members() if self.boot == hardware.boot_id() else set()
 
 
 @dataclass(frozen=True)
-class Ended:
+class Ended(records.Record):
     """End of a server: the front's status as subprocess counts it, negative for a signal;
     `was_requested` if it was stopped from outside.
     """
 
     status: int
     was_requested: bool
+
+    @classmethod
+    def upgrade(cls, document: Document) -> Document:
+        # The supervisor writes the key of the first edition.
+        return {**document, "was_requested": document.get("told")}
 
 
 def find(place: Path) -> Server | None:
@@ -183,36 +199,11 @@ def find(place: Path) -> Server | None:
     """
     path = state(place)
     try:
-        record = json.loads(read_regular(path))
-        return Server(
-            place=place,
-            name=str(record["name"]),
-            address=Address(str(record["host"]), int(record["port"]), bool(record["is_encrypted"])),
-            processes=_process_tree(record["family"]),
-            boot=str(record["boot"]),
-            since=str(record["since"]),
-            grace_s=float(record["grace_s"]),
-            is_ready=bool(record["is_ready"]),
-            shared=tuple(str(name) for name in record["shared"]),
-            facts={str(name): str(text) for name, text in record["facts"].items()},
-        )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        server = records.load(path, Server)
+    except records.DecodeError as exc:
         hint = f"ps -eo pid,sid,args | grep -i vllm    shows what runs; then rm {path}"
         raise ServeError(f"{path} is damaged: the running server is not known", hint=hint) from exc
-
-
-def _process_tree(record: Mapping[str, object]) -> process_tree.ProcessTree:
-    # State files written by an older workspace have `keeper` and `mark`.
-    supervisor = record["supervisor_pid"] if "supervisor_pid" in record else record["keeper"]
-    return process_tree.ProcessTree(
-        int(str(supervisor)),
-        int(str(record["started"])),
-        str(record["tag"] if "tag" in record else record["mark"]),
-        str(record["folder"]),
-        str(record["log"]),
-    )
+    return replace(server, place=place) if server else None
 
 
 def is_alive(server: Server) -> bool:
@@ -222,39 +213,28 @@ def is_alive(server: Server) -> bool:
     """
     reap(server)
     return (
-        server.boot == boot()
+        server.boot == hardware.boot_id()
         and process_tree.started_at(server.processes.supervisor_pid) == server.processes.started
     )
 
 
 def how_ended(server: Server) -> Ended | None:
     """Return how a server ended, None if it runs or if its supervisor was killed."""
-    try:
-        record = json.loads(read_regular(ending(server.place, server.processes.tag)))
-        return Ended(int(record["status"]), bool(record["told"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return records.read(ending(server.place, server.processes.tag), Ended)
 
 
 def write(server: Server) -> None:
     """Write the state file of a server, atomically."""
-    tree = server.processes
     record = {
         **{
             name: getattr(server, name)
             for name in ("name", "boot", "since", "grace_s", "is_ready", "shared")
         },
         **asdict(server.address),
-        "family": {
-            "supervisor_pid": tree.supervisor_pid,
-            "started": tree.started,
-            "tag": tree.tag,
-            "folder": tree.folder,
-            "log": tree.log,
-        },
+        "family": asdict(server.processes),
         "facts": dict(server.facts),
     }
-    write_atomic(state(server.place), (json.dumps(record, indent=1) + "\n").encode(), mode=0o600)
+    records.write(state(server.place), record, mode=0o600)
 
 
 def state(place: Path) -> Path:
@@ -271,8 +251,3 @@ def reap(server: Server) -> None:
     """Collect the supervisor's status if it is a child of this process and has ended."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(server.processes.supervisor_pid, os.WNOHANG)
-
-
-def boot() -> str:
-    """Return the id of the present boot of this machine."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -198,7 +198,7 @@ def record_shared(ended: str, names: Iterable[str]) -> None:
     """Record, beside the file `ended`, the files in /dev/shm that the server has mapped.
 
     If the supervisor is killed after the server, no process maps them any more, and only this
-    record names them. An error (a full disk) is dropped: the end of the server goes on.
+    record names them. An error (a full disk) is dropped: the server still ends.
     """
     with contextlib.suppress(OSError):
         with open(f"{ended}.shared.new", "w", encoding="utf-8") as file:

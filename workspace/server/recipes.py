@@ -5,13 +5,12 @@ recipes/. A file with an error is refused as a whole.
 """
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from workspace.core import settings
+from workspace.core import records, settings
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
@@ -167,12 +166,12 @@ def unnamed(model: str, *, weights_gib: float = 0.0) -> Recipe:
 def read_table(path: Path, *, place: str) -> dict[str, object]:
     """Read a TOML file, which messages call `place`. Raises SettingsError if that fails."""
     try:
-        return tomllib.loads(read_regular(path).decode())
+        return records.parse_toml(read_regular(path))
     except OSError as exc:
         raise SettingsError(
             f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}"
         ) from exc
-    except (ValueError, RecursionError) as exc:
+    except records.DecodeError as exc:
         raise SettingsError(
             f"{place} is not TOML: {exc}", hint=f"${{EDITOR:-nano}} {place}"
         ) from exc

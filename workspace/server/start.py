@@ -3,13 +3,12 @@ generate, then follow its log or leave it alone.
 """
 
 import hashlib
-import json
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import lock
+from workspace.core import lock, records
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SmokeError, WorkspaceError
 from workspace.core.files import read_regular
@@ -17,8 +16,8 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
 from workspace.machine import check, failures
-from workspace.machine.case import Case
 from workspace.machine.hardware import GIB
+from workspace.machine.machine import Case, Machine
 from workspace.server import command, fit, flags, lifecycle, models, recipes
 from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive
@@ -26,7 +25,6 @@ from workspace.server.recipes import Recipe
 
 # Environment of every server unless the user sets another value. HF_HUB_OFFLINE is added if the
 # model is on this machine.
-USUAL = {"VLLM_NO_USAGE_STATS": "1"}
 # A tokenizer can be made from any of these files.
 _TOKENIZERS = (
     "tokenizer.json",
@@ -57,8 +55,7 @@ class ServeOptions:
 class _Session:
     """One call of `inv serve`: its options, and the recipe, command line and device for them."""
 
-    layout: Layout
-    settings: Settings
+    machine: Machine
     console: Console
     options: ServeOptions
     recipe: Recipe
@@ -80,9 +77,10 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
         has_key=bool(settings.text("VLLM_API_KEY")),
         force=options.force,
     )
-    check.require(layout, settings, console=console, recipe=recipe.environment)
-    device = _device(layout, settings, console, dry_run=options.dry_run)
-    session = _Session(layout, settings, console, options, recipe, line, device)
+    machine = Machine(layout, settings)
+    check.require(machine, console=console, recipe=recipe.environment)
+    device = _device(machine, console, dry_run=options.dry_run)
+    session = _Session(machine, console, options, recipe, line, device)
     _check(session)
     folder = _find_model(session)
     is_a_folder = recipe.origin == "built-in" or recipe.model.startswith("/")
@@ -90,10 +88,10 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     if folder:
         _require_usable(folder, line)
     environment = command.built_environment(
-        layout,
-        settings,
-        recipe=USUAL | ({"HF_HUB_OFFLINE": "1"} if folder else {}) | dict(recipe.environment),
-        for_what="show" if options.dry_run else "start",
+        machine,
+        "serve",
+        recipe=({"HF_HUB_OFFLINE": "1"} if folder else {}) | dict(recipe.environment),
+        is_shown=options.dry_run,
     )
     argv = line.argv(layout, model)
     for text in command.shown(layout, settings, argv, environment):
@@ -128,15 +126,15 @@ def _check(session: _Session) -> None:
     for sentence in (*line.dropped, *line.notes):
         session.console.warn(sentence)
     for note in recipe.notes:
-        session.console.info("\n".join(session.console.wrapped(f"note: {note}")))
+        session.console.sentence(f"note: {note}")
     if not options.dry_run:
-        _require_room(session.layout, line)
-    free = fit.observe(session.settings, device=session.device)
+        _require_room(session.machine.layout, line)
+    free = fit.observe(session.machine, device=session.device)
     environment = command.built_environment(
-        session.layout,
-        session.settings,
-        recipe=USUAL | dict(recipe.environment),
-        for_what="show",
+        session.machine,
+        "serve",
+        recipe=recipe.environment,
+        is_shown=True,
     )
     _require_memory(
         fit.judge(recipe, free, device=session.device, environment=environment, args=line.args),
@@ -150,7 +148,7 @@ def _find_model(session: _Session) -> Path | None:
 
     None on a dry run with missing files.
     """
-    layout, settings, recipe = session.layout, session.settings, session.recipe
+    layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
     folder = models.found_weights(layout, settings, recipe)
     if folder is None and session.options.dry_run:
         session.console.info(
@@ -168,7 +166,7 @@ def _find_model(session: _Session) -> Path | None:
 
 
 def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> None:
-    layout, settings, console = session.layout, session.settings, session.console
+    layout, settings, console = session.machine.layout, session.machine.settings, session.console
     is_detached = session.options.detach
     if is_detached:
         # As nohup does: the terminal may close while the model loads.
@@ -184,10 +182,8 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
         console.info(f"ready: {server.address.url}/v1 serves {', '.join(ready.models)}")
         if is_detached:
             is_left = True
-            console.info(
-                "the server runs in the background: ./scripts/inv serve.status, serve.logs,"
-                " serve.stop"
-            )
+            console.info("the server runs in the background")
+            console.hint("./scripts/inv serve.status    or serve.logs, serve.stop")
         else:
             console.info("^C stops it")
             _follow(settings, server, console)
@@ -201,7 +197,7 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
 
 
 def _wait(session: _Session, server: Server, folder: Path | None) -> tuple[Server, lifecycle.Ready]:
-    settings = session.settings
+    settings = session.machine.settings
     with session.console.step("start") as view:
         try:
             server, ready = lifecycle.wait_until_ready(
@@ -275,16 +271,14 @@ def _recipe(layout: Layout, name: str) -> Recipe:
 def _require_config(folder: Path) -> None:
     path = folder / "config.json"
     try:
-        known = json.loads(read_regular(path))
-    except FileNotFoundError:
+        known = records.load(path, dict[str, object])
+    except records.DecodeError as exc:
+        raise ServeError(f"{path} cannot be read: {exc}", hint=f"less {path}") from exc
+    if known is None:
         raise ServeError(
             f"{folder} has no config.json: it is no model in Hugging Face's layout",
             hint=f"ls {folder}",
-        ) from None
-    except (OSError, ValueError, RecursionError) as exc:
-        raise ServeError(f"{path} cannot be read: {exc}", hint=f"less {path}") from exc
-    if not isinstance(known, dict):
-        raise ServeError(f"{path} is not a JSON object", hint=f"less {path}")
+        )
 
 
 def _require_usable(folder: Path, line: Command) -> None:
@@ -302,24 +296,22 @@ def _require_usable(folder: Path, line: Command) -> None:
         )
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         try:
-            json.loads(read_regular(path))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, RecursionError) as exc:
+            records.load(path, object)
+        except records.DecodeError as exc:
             raise ServeError(
                 f"{path} cannot be read: {exc}",
                 hint=f"less {path}; or -- --tokenizer NAME takes another model's",
             ) from exc
 
 
-def _device(layout: Layout, settings: Settings, console: Console, *, dry_run: bool) -> str:
+def _device(machine: Machine, console: Console, *, dry_run: bool) -> str:
     try:
-        return str(require_built(layout, settings).device)
+        return str(require_built(machine).device)
     except (SmokeError, WorkspaceError) as exc:
         if not dry_run:
             raise
-        console.warn(f"a start would fail now: {exc.message}; {exc.hint}")
-    return str(Case(layout, settings, device=None, kernels=settings.text("KERNELS")).device)
+        console.warn(f"a start would fail now: {exc.message}", hint=exc.hint)
+    return str(Case(machine).device)
 
 
 def _require_room(layout: Layout, line: Command) -> None:
@@ -339,7 +331,7 @@ def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> 
     if judged.verdict == "yes":
         console.info(judged.sentence)
     else:
-        console.warn(f"{judged.sentence}; {judged.hint}")
+        console.warn(judged.sentence, hint=judged.hint)
 
 
 def _drain_s(line: Command) -> float:
@@ -351,14 +343,16 @@ def _explained(
     session: _Session, server: Server, error: ServeError, folder: Path | None
 ) -> ServeError:
     """Return the failure without secrets; if memory was missing, its hint is the next step."""
-    settings, options = session.settings, session.options
+    settings, options = session.machine.settings, session.options
     ended = how_ended(server)
     reading = failures.read(
         server.log, status=ended.status if ended and not ended.was_requested else None
     )
     hint = error.hint
     if reading.lack:
-        free = fit.observe(settings, device=server.facts["device"])
+        # Another snapshot: the memory is not what it was before the start.
+        now = Machine(session.machine.layout, settings)
+        free = fit.observe(now, device=server.facts["device"])
         attempt = fit.Attempt(
             options.name, session.recipe, session.command, _length(folder), detach=options.detach
         )
@@ -370,8 +364,8 @@ def _explained(
 def _length(folder: Path | None) -> int | None:
     """Return the longest sequence of a model in tokens, None if its configuration has none."""
     try:
-        known = json.loads(read_regular(folder / "config.json")) if folder else {}
-        found = known.get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        known = records.load(folder / "config.json", dict[str, object]) if folder else None
+    except records.DecodeError:
         return None
+    found = known.get("max_position_embeddings") if known else None
     return found if isinstance(found, int) else None

@@ -2,8 +2,9 @@
 
 import json
 import time
+from collections.abc import Sequence
 
-from workspace.core.console import Console, State
+from workspace.core.console import Console, Row, State
 from workspace.core.errors import ServeError, SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -13,6 +14,8 @@ from workspace.server.command import tree_oid
 from workspace.server.observation import Server, find, is_alive
 
 _STOP = "./scripts/inv serve.stop"
+_LOGS = "./scripts/inv serve.logs"
+_RECIPES = "./scripts/inv serve.list    lists the recipes"
 LONGEST_TAIL = 1_000_000
 
 
@@ -20,19 +23,13 @@ def status(layout: Layout, settings: Settings, *, console: Console, as_json: boo
     """Print one row: does a server run, does it answer, was it started from the present build."""
     server = find(layout.server)
     if server is None:
-        record: dict[str, object] = {"schema": 1, "state": "none"}
-        _print(
-            console,
-            "missing",
-            "no server runs; ./scripts/inv serve.list shows the recipes",
-            record,
-            as_json=as_json,
-        )
+        row = Row(State.MISSING, "server", "no server runs", hint=_RECIPES)
+        _print(console, [row], {"schema": 1, "state": "none"}, as_json=as_json)
         return
     members = server.members()
-    condition, state, text = _judged(settings, server, members)
+    condition, row = _judged(settings, server, members)
     changed = _changed(layout, server) if members else None
-    record = {
+    record: dict[str, object] = {
         "schema": 1,
         "state": condition,
         "name": server.name,
@@ -43,14 +40,12 @@ def status(layout: Layout, settings: Settings, *, console: Console, as_json: boo
         "log": str(server.log),
         "changed": changed,
     }
-    _print(console, state, text, record, as_json=as_json)
-    if changed and not as_json:
-        console.row(
-            "stale",
-            "server",
-            f"{changed} since its start; it still runs what it loaded: {_STOP} &&"
-            f" {server.facts.get('typed', '')}",
-        )
+    rows = [row]
+    if changed:
+        text = f"{changed} since its start; it still runs what it loaded"
+        hint = f"{_STOP} && {server.facts.get('typed', '')}"
+        rows.append(Row(State.STALE, "server", text, hint=hint))
+    _print(console, rows, record, as_json=as_json)
 
 
 def logs(
@@ -71,7 +66,7 @@ def logs(
     if log is None or not log.is_file():
         raise ServeError(
             "there is no log: no server was started here",
-            hint="./scripts/inv serve.list    lists the recipes",
+            hint=_RECIPES,
         )
     written = lifecycle.follow(log)
     first = []
@@ -102,28 +97,28 @@ def stop(layout: Layout, *, console: Console) -> None:
         start.end(server, console=console)
 
 
-def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str, State, str]:
-    """Return the condition for programs, the state for people, and the sentence with the reason."""
+def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str, Row]:
+    """Return the condition for programs, and the row for people."""
     if not members:
         message = settings.masked(lifecycle.failure(server).message)
-        return "ended", "FAIL", f"{message}; ./scripts/inv serve.logs, then {_STOP}"
+        return "ended", Row(State.FAIL, "server", message, hint=f"{_LOGS}; {_STOP}")
     at = (
         f"{server.name} at {server.address.url}/v1, process {server.processes.supervisor_pid},"
         f" since {server.since}"
     )
     if not is_alive(server):
-        text = f"{at}: its supervisor was killed, {len(members)} processes are left: {_STOP}"
-        return "remains", "FAIL", text
+        text = f"{at}: its supervisor was killed, {len(members)} processes are left"
+        return "remains", Row(State.FAIL, "server", text, hint=_STOP)
     held = f"{process_tree.resident_bytes(members) / GIB:.1f} GiB in {len(members)} processes"
     if not server.is_ready:
-        text = f"{at}: it is starting, {held}; ./scripts/inv serve.logs --follow"
-        return "starting", "warn", text
+        text = f"{at}: it is starting, {held}"
+        return "starting", Row(State.WARN, "server", text, hint=f"{_LOGS} --follow")
     if not observation.is_healthy(server.address):
-        text = f"{at}: /health does not answer, {held}; ./scripts/inv serve.logs"
-        return "unhealthy", "FAIL", text
+        text = f"{at}: /health does not answer, {held}"
+        return "unhealthy", Row(State.FAIL, "server", text, hint=_LOGS)
     names = observation.served_models(server.address, key=settings.text("VLLM_API_KEY") or None)
     served = ", ".join(names) or "no model that it lists without its key"
-    return "ready", "ok", f"{at}: serves {served}; {held}"
+    return "ready", Row(State.OK, "server", f"{at}: serves {served}; {held}")
 
 
 def _changed(layout: Layout, server: Server) -> str | None:
@@ -135,9 +130,9 @@ def _changed(layout: Layout, server: Server) -> str | None:
 
 
 def _print(
-    console: Console, state: State, text: str, record: dict[str, object], *, as_json: bool
+    console: Console, rows: Sequence[Row], record: dict[str, object], *, as_json: bool
 ) -> None:
     if as_json:
         console.data(json.dumps(record, indent=1))
     else:
-        console.row(state, "server", text)
+        console.rows(rows)

@@ -14,7 +14,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import sys
 import tarfile
 import traceback
@@ -27,15 +26,17 @@ from pathlib import Path
 
 from workspace.core import process
 from workspace.core import settings as core_settings
-from workspace.core.console import Console
+from workspace.core.console import Console, State
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import PROJECTS, Layout
+from workspace.core.process import Slow, There
 from workspace.core.redaction import Redactor
 from workspace.core.settings import Settings, is_secret
 from workspace.install import status
-from workspace.machine import doctor, hardware, interpreter, toolchain
+from workspace.machine import doctor, hardware, interpreter
+from workspace.machine.machine import Machine
 from workspace.repo.git import Git
 
 KEPT_REPORTS = 5
@@ -44,7 +45,6 @@ SHOWN_CONFIGURES = 3
 SHOWN_COMMITS = 5
 SHOWN_NAMES = 100
 ANSWER_S = 8.0
-KILL_S = 1.0
 # The import of torch from a cold disk takes most of it.
 COLLECT_ENV_S = 60.0
 _MEMORY_FILES = (
@@ -64,7 +64,7 @@ _NAMES_OF_INTEREST = re.compile(
 )
 
 Files = Mapping[str, str]
-Collector = Callable[[Layout, Settings], Files]
+Collector = Callable[[Machine], Files]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def write(layout: Layout, settings: Settings, *, console: Console) -> Path:
         # Before the collection, which takes half a minute.
         write_atomic(path, b"", mode=0o600)
     try:
-        parts = _collect(layout, settings, Redactor(hardware.private(layout, settings)), console)
+        redactor = Redactor(hardware.private(layout, settings))
+        parts = _collect(Machine(layout, settings), redactor, console)
         with _writing(folder):
             write_atomic(path, _archive(parts, name), mode=0o600)
     except BaseException:
@@ -113,7 +114,9 @@ def write(layout: Layout, settings: Settings, *, console: Console) -> Path:
         size = sum(len(content) for content in part.files.values())
         files = f"{len(part.files)} {'file' if len(part.files) == 1 else 'files'}"
         console.row(
-            "warn" if part.lack else "ok", part.name, part.lack or f"{files}, {size / 1024:.1f} KiB"
+            State.WARN if part.lack else State.OK,
+            part.name,
+            part.lack or f"{files}, {size / 1024:.1f} KiB",
         )
     console.info(
         f"{path.stat().st_size / 1024:.0f} KiB; secrets, names, addresses and places are masked"
@@ -136,14 +139,10 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from exc
 
 
-def _collect(
-    layout: Layout, settings: Settings, redactor: Redactor, console: Console
-) -> tuple[Part, ...]:
+def _collect(machine: Machine, redactor: Redactor, console: Console) -> tuple[Part, ...]:
     """Collect all parts in parallel: most of the time goes into waiting for programs."""
     with console.step("collecting") as view, ThreadPoolExecutor(max_workers=len(PARTS)) as pool:
-        futures = {
-            name: pool.submit(collector, layout, settings) for name, collector in PARTS.items()
-        }
+        futures = {name: pool.submit(collector, machine) for name, collector in PARTS.items()}
         try:
             parts = tuple(_part(name, future, redactor) for name, future in futures.items())
         except BaseException:
@@ -214,34 +213,30 @@ def _output(
 ) -> str:
     """Return the output of a program, with its status if it failed.
 
-    Raises ToolchainError after the timeout: with a broken driver, nvidia-smi never ends.
+    Raises ToolchainError where the program is missing or gives no answer in time.
     """
-    limited = ["timeout", "-k", f"{KILL_S:g}", f"{timeout_s:g}", *argv]
-    done = process.capture(
-        limited,
-        env=env or settings.child_environment("build"),
-        cwd=cwd,
-        timeout_s=timeout_s + KILL_S + 1.0,
-    )
-    # timeout(1) ends with 124, or with SIGKILL where it had to kill.
-    if done.returncode in (124, -signal.SIGKILL):
-        raise ToolchainError(f"{argv[0]} gave no answer in {timeout_s:g} s")
+    environment = env or settings.child_environment("build")
+    answer = process.ask(argv, env=environment, cwd=cwd, limit_s=timeout_s)
+    if not isinstance(answer, There):
+        reason = f"gave no answer in {timeout_s:g} s" if isinstance(answer, Slow) else "is missing"
+        raise ToolchainError(f"{argv[0]} {reason}")
+    done = answer.value
     failure = f"{Path(argv[0]).name} {process.describe_status(done.returncode)}\n"
     errors = f"-- stderr\n{done.stderr}" if done.stderr.strip() else ""
     return done.stdout + errors + (failure if done.returncode else "")
 
 
-def _status(layout: Layout, settings: Settings) -> Files:
+def _status(machine: Machine) -> Files:
     out = io.StringIO()
-    status.show(layout, settings, console=Console(out=out, err=io.StringIO()), as_json=True)
+    status.show(machine, console=Console(out=out, err=io.StringIO()), as_json=True)
     return {"status.json": out.getvalue()}
 
 
-def _doctor(layout: Layout, settings: Settings) -> Files:
+def _doctor(machine: Machine) -> Files:
     out = io.StringIO()
     console = Console(out=out, err=io.StringIO())
     try:
-        doctor.show(layout, settings, console=console, as_json=True, offline=True)
+        doctor.show(machine, console=console, as_json=True, offline=True)
     except ToolchainError:
         # The doctor prints its rows before it fails.
         if not out.getvalue():
@@ -249,8 +244,9 @@ def _doctor(layout: Layout, settings: Settings) -> Files:
     return {"doctor.json": out.getvalue()}
 
 
-def _settings(layout: Layout, settings: Settings) -> Files:
+def _settings(machine: Machine) -> Files:
     """Return names of settings, and values only of known settings that are not secret."""
+    layout, settings = machine.layout, machine.settings
     assignments = hardware.assignments(layout.dotenv)
     written = {name: _shown(name, text) for name, text in assignments}
     record: dict[str, object] = {
@@ -277,7 +273,8 @@ def _shown(name: str, text: str) -> str:
     return text if text and name in KNOWN and not is_secret(name) else "set" if text else "unset"
 
 
-def _stamps(layout: Layout, _: Settings) -> Files:
+def _stamps(machine: Machine) -> Files:
+    layout = machine.layout
     folder = layout.stamp("vllm").parent
     if not folder.is_dir():
         raise ToolchainError("there is no .vllm with stamps in it", hint=status.BOOTSTRAP)
@@ -287,8 +284,9 @@ def _stamps(layout: Layout, _: Settings) -> Files:
     return {f"stamps/{path.name}": hardware.tail_of(path) for path in paths}
 
 
-def _pins(layout: Layout, _: Settings) -> Files:
+def _pins(machine: Machine) -> Files:
     """Return pins and series; of each patch only its headers and the size of its changes."""
+    layout = machine.layout
     files = {"pins.toml": hardware.tail_of(layout.pins)}
     for project in PROJECTS:
         folder = layout.patches(project)
@@ -319,29 +317,33 @@ def _described(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _logs(layout: Layout, _: Settings) -> Files:
-    logs = sorted(layout.logs.glob("*.log"))[-SHOWN_LOGS:]
+def _logs(machine: Machine) -> Files:
+    logs = sorted(machine.layout.logs.glob("*.log"))[-SHOWN_LOGS:]
     if not logs:
         raise ToolchainError("no verb has written a log yet")
     return {f"logs/{path.name}": hardware.tail_of(path) for path in logs}
 
 
-def _configures(layout: Layout, _: Settings) -> Files:
+def _configures(machine: Machine) -> Files:
     found: list[Path] = []
-    for place, folders, names in os.walk(layout.state):
+    state = machine.layout.state
+    for place, folders, names in os.walk(state):
         folders[:] = [name for name in folders if name not in _NOT_SEARCHED]
         found += [Path(place, name) for name in names if name in _CONFIGURE_LOGS]
     if not found:
         raise ToolchainError("no build folder below .workspace was configured")
     newest = sorted(found, key=lambda path: path.stat().st_mtime)[-SHOWN_CONFIGURES:]
-    return {f"cmake/{path.relative_to(layout.state)}": hardware.tail_of(path) for path in newest}
+    return {f"cmake/{path.relative_to(state)}": hardware.tail_of(path) for path in newest}
 
 
-def _versions(layout: Layout, settings: Settings) -> Files:
+def _versions(machine: Machine) -> Files:
     """Return facts of the machine, and the versions and paths of its programs and packages."""
     release = hardware.read_small(Path("/etc/os-release")).decode("utf-8", "replace")
-    memory = hardware.read_small(Path("/proc/meminfo")).decode().splitlines()
-    memory = [line for line in memory if line.startswith(("Mem", "Swap", "Cached"))]
+    memory = [
+        f"{name}: {kib} kB"
+        for name, kib in hardware.read_meminfo().items()
+        if name.startswith(("Mem", "Swap", "Cached"))
+    ]
     kernel = (
         f"kernel {platform.system()} {platform.release()} {platform.version()}"
         f" {platform.machine()}, {' '.join(platform.libc_ver())}"
@@ -349,9 +351,12 @@ def _versions(layout: Layout, settings: Settings) -> Files:
     cores = f"{os.cpu_count()} CPUs, {len(os.sched_getaffinity(0))} usable"
     python = f"python of the tools {sys.version}"
     lines = [kernel, cores, *release.splitlines()[:6], *memory, python]
-    lines += [line for argv in _programs(layout, settings) for line in _version(argv, settings)]
+    for argv in _programs(machine):
+        lines += _version(argv, machine.settings)
+    driver = machine.driver
+    lines += ["", f"{driver.gpus()}, CUDA {driver.cuda()}, its own memory: {driver.memory()}"]
     packages = "".join(
-        f"{name}=={version}\n" for name, version in sorted(interpreter.installed(layout).items())
+        f"{name}=={version}\n" for name, version in sorted(machine.packages().items())
     )
     return {
         "versions.txt": "\n".join(lines) + "\n",
@@ -359,19 +364,18 @@ def _versions(layout: Layout, settings: Settings) -> Files:
     }
 
 
-def _programs(layout: Layout, settings: Settings) -> Iterator[tuple[str, ...]]:
+def _programs(machine: Machine) -> Iterator[tuple[str, ...]]:
     """Yield the command that shows a version, for each program of a build."""
+    layout = machine.layout
     with contextlib.suppress(ToolchainError):
         yield str(interpreter.uv(layout)), "--version"
     yield "git", "version"
     own = [str(layout.environment / "bin" / name) for name in ("cmake", "ninja")]
     for name in ("gcc", "g++", "ld", "cmake", "ninja", *own, "ccache"):
         yield name, "--version"
-    if toolkit := toolchain.find_toolkit(settings):
+    if toolkit := machine.toolkit():
         yield str(toolkit.nvcc), "--version"
     yield str(layout.environment_python), "-VV"
-    query = "--query-gpu=name,driver_version,compute_cap,memory.total"
-    yield "nvidia-smi", query, "--format=csv"
 
 
 def _version(argv: Sequence[str], settings: Settings) -> Iterator[str]:
@@ -390,10 +394,10 @@ def _version(argv: Sequence[str], settings: Settings) -> Iterator[str]:
     yield from (versions or output)[:4]
 
 
-def _kernel(_: Layout, settings: Settings) -> Files:
+def _kernel(machine: Machine) -> Files:
     """Return the kernel's kills for memory, and the limits of the control group."""
     try:
-        output = _output(["dmesg"], settings)
+        output = _output(["dmesg"], machine.settings)
         kills = [line for line in output.splitlines() if _OOM.search(line)][-SHOWN_NAMES:]
         refused = output.rstrip() if "dmesg exited" in output else ""
     except ToolchainError as exc:
@@ -409,27 +413,22 @@ def _kernel(_: Layout, settings: Settings) -> Files:
 
 def _memory_limits() -> Iterator[str]:
     """Yield the files of the control groups' memory (cgroups(7), versions 1 and 2)."""
-    for entry in hardware.read_small(Path("/proc/self/cgroup")).decode().splitlines():
-        _, controllers, group = entry.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root = Path("/sys/fs/cgroup") / controllers
-        for folder in (root / group.strip("/"), *(root / group.strip("/")).parents):
-            if folder.is_relative_to(root):
-                for file in (folder / name for name in _MEMORY_FILES):
-                    if file.exists():
-                        yield f"# {file}\n{hardware.read_small(file).decode().strip()}"
+    for _, folder in hardware.control_groups():
+        for file in (folder / name for name in _MEMORY_FILES):
+            if file.exists():
+                yield f"# {file}\n{hardware.read_small(file).decode().strip()}"
 
 
-def _collect_env(layout: Layout, settings: Settings) -> Files:
+def _collect_env(machine: Machine) -> Files:
     """Run vLLM's collect_env, which its maintainers ask for, without secrets in its environment."""
+    layout, settings = machine.layout, machine.settings
     if not os.access(layout.environment_python, os.X_OK):
         raise ToolchainError("there is no .vllm to run collect_env in", hint=status.BOOTSTRAP)
-    variables = settings.child_environment("run")
-    environment = {name: text for name, text in variables.items() if not is_secret(name)}
-    path = (str(layout.tools / "bin"), str(layout.environment / "bin"), environment.get("PATH", ""))
+    inherited = settings.child_environment("run").get("PATH", "")
     # collect_env runs `uv pip list` and does not check its result.
-    environment |= {"VIRTUAL_ENV": str(layout.environment), "PATH": os.pathsep.join(path)}
+    path = os.pathsep.join([str(layout.tools / "bin"), str(layout.environment / "bin"), inherited])
+    variables = settings.child_environment("report", {"PATH": path}, layout=layout)
+    environment = {name: text for name, text in variables.items() if not is_secret(name)}
     argv = (str(layout.environment_python), "-m", "vllm.collect_env")
     output = _output(
         argv, settings, timeout_s=COLLECT_ENV_S, env=environment, cwd=layout.environment
@@ -437,13 +436,15 @@ def _collect_env(layout: Layout, settings: Settings) -> Files:
     return {"collect-env.txt": output}
 
 
-def _smoke(layout: Layout, _: Settings) -> Files:
-    if not layout.smoke_record.exists():
+def _smoke(machine: Machine) -> Files:
+    record = machine.layout.smoke_record
+    if not record.exists():
         raise ToolchainError("smoke has not run yet", hint="./scripts/nox -s smoke")
-    return {"smoke.json": hardware.tail_of(layout.smoke_record)}
+    return {"smoke.json": hardware.tail_of(record)}
 
 
-def _git(layout: Layout, _: Settings) -> Files:
+def _git(machine: Machine) -> Files:
+    layout = machine.layout
     pins = hardware.read_small(layout.pins).decode("utf-8", "replace")
     pinned = {"https://github.com/vllm-project/vllm.git"}
     pinned |= set(re.findall(r'^url = "(.*)"$', pins, re.MULTILINE))

@@ -7,7 +7,7 @@ perf_replay.py prepare them.
 import contextlib
 import datetime
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from workspace.core.errors import BuildError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine.hardware import Machine
 from workspace.support import perf_pairs, perf_replay
 from workspace.support.perf_measure import (
     Aim,
@@ -35,7 +34,7 @@ Sides = tuple[Timed, Timed]
 
 
 @dataclass(frozen=True)
-class Row:
+class PerfPair:
     """One comparison; `prepare` yields the two sides, the measured side first."""
 
     name: str
@@ -100,11 +99,11 @@ def _self_timed(
     return sides
 
 
-def _replays() -> Iterator[Row]:
+def _replays() -> Iterator[PerfPair]:
     bound = "the lower bound of any order"
     for gib in (24.0, 48.0, 96.0):
         here = f"the recorded build on {perf_replay.CORES} cores in {gib:g} GiB"
-        yield Row(
+        yield PerfPair(
             f"replay-{gib:g}",
             f"{here}, by admission",
             bound,
@@ -113,7 +112,7 @@ def _replays() -> Iterator[Row]:
             pairs=1,
             warm_ups=0,
         )
-        yield Row(
+        yield PerfPair(
             f"static-{gib:g}",
             f"{here}, safe static jobs",
             bound,
@@ -127,7 +126,7 @@ def _replays() -> Iterator[Row]:
             f"the recorded build in {gib:g} GiB, {perf_replay.SCALE:g} times as fast, through"
             " ninja and launchers"
         )
-        yield Row(
+        yield PerfPair(
             f"ninja-{gib:g}",
             here,
             bound,
@@ -139,26 +138,26 @@ def _replays() -> Iterator[Row]:
 
 
 _BARE = "a bare invoke with one empty task"
-ROWS: tuple[Row, ...] = (
-    Row("list", "inv --list", _BARE, Aim("ratio", 1.2), _list),
-    Row(
+ROWS: tuple[PerfPair, ...] = (
+    PerfPair("list", "inv --list", _BARE, Aim("ratio", 1.2), _list),
+    PerfPair(
         "wrapper-inv",
         "scripts/inv --list",
         "the same, the tool called directly",
         Aim("extra", 0.03),
         _inv_wrapper,
     ),
-    Row(
+    PerfPair(
         "wrapper-nox",
         "scripts/nox --list",
         "the same, the tool called directly",
         Aim("extra", 0.03),
         _nox_wrapper,
     ),
-    Row("status", "inv status", _BARE, None, _status),
-    Row("rebuild", "inv rebuild with nothing to do", _BARE, Aim("wall", 0.5), _rebuild),
-    Row("doctor", "inv doctor --offline", _BARE, Aim("wall", 3.0), _doctor),
-    Row(
+    PerfPair("status", "inv status", _BARE, None, _status),
+    PerfPair("rebuild", "inv rebuild with nothing to do", _BARE, Aim("wall", 0.5), _rebuild),
+    PerfPair("doctor", "inv doctor --offline", _BARE, Aim("wall", 3.0), _doctor),
+    PerfPair(
         "no-op",
         "inv bootstrap with nothing to do",
         "a repeated uv pip install --no-build-isolation --no-deps -e",
@@ -166,7 +165,7 @@ ROWS: tuple[Row, ...] = (
         perf_pairs.installed_again,
         pairs=3,
     ),
-    Row(
+    PerfPair(
         "warm",
         "inv bootstrap in a fresh clone, caches warm",
         "the same commands typed by hand (by_hand.sh)",
@@ -175,7 +174,7 @@ ROWS: tuple[Row, ...] = (
         pairs=1,
         warm_ups=0,
     ),
-    Row(
+    PerfPair(
         "apply",
         "inv patch.apply of a hundred patches, in this process",
         "git am of the same patches",
@@ -183,7 +182,7 @@ ROWS: tuple[Row, ...] = (
         perf_pairs.applied,
         pairs=5,
     ),
-    Row(
+    PerfPair(
         "export",
         "inv patch.export with its proof, in this process",
         "git format-patch, and one git apply --cached of all files",
@@ -191,7 +190,7 @@ ROWS: tuple[Row, ...] = (
         perf_pairs.exported,
         pairs=5,
     ),
-    Row(
+    PerfPair(
         "forecast",
         "inv pin.forecast of a hundred patches, in this process",
         "git apply --cached one by one",
@@ -199,14 +198,14 @@ ROWS: tuple[Row, ...] = (
         perf_pairs.forecast,
         pairs=5,
     ),
-    Row(
+    PerfPair(
         "re-apply",
         "inv patch.apply with nothing to do, in this process",
         "git status --porcelain",
         Aim("ratio", 2.0),
         perf_pairs.applied_again,
     ),
-    Row(
+    PerfPair(
         "patches",
         "inv patch, in this process",
         "git status --porcelain",
@@ -217,14 +216,14 @@ ROWS: tuple[Row, ...] = (
 )
 
 SCHEMA = 1
-_HEAD = ("", "row", "ratio", "from..to", "cpu", "measured", "against", "more", "aim")
+_HEAD = ("", "row", "ratio", "from..to", "cpu", "measured", "against", "more", "aim", "")
 
 
 @dataclass(frozen=True)
 class Result:
     """A row with its comparison, or with the error that prevented it."""
 
-    row: Row
+    row: PerfPair
     comparison: Comparison | None
     error: WorkspaceError | None = None
 
@@ -237,28 +236,22 @@ class Result:
         return "met" if self.row.aim.is_met(self.comparison) else "missed"
 
 
-def table(results: Sequence[Result]) -> list[str]:
-    """Return the lines of the table: verdict, figures (medians of the pairs), and both sides."""
-    cells = [_HEAD, *(_cells(result) for result in results)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(_HEAD))]
-    texts = ["", *(f"{result.row.measured}, against {result.row.against}" for result in results)]
-    return [_line(row, widths, text) for row, text in zip(cells, texts, strict=True)]
-
-
-def encode(results: Sequence[Result], machine: Machine) -> str:
+def encode(results: Sequence[Result], machine: Mapping[str, object]) -> str:
     """Return the JSON record: times in UTC, durations in ms, ratios and differences of pairs."""
     record = {
         "schema": SCHEMA,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": asdict(machine),
+        "machine": machine,
         "rows": [_row(result) for result in results],
     }
     return json.dumps(record, indent=1, allow_nan=False)
 
 
 def _cells(result: Result) -> tuple[str, ...]:
+    """Return the verdict, the figures (medians of the pairs), and both sides."""
+    sides = f"{result.row.measured}, against {result.row.against}"
     if (runs := result.comparison) is None:
-        return (result.verdict, result.row.name, *[""] * (len(_HEAD) - 2))
+        return (result.verdict, result.row.name, *[""] * (len(_HEAD) - 3), sides)
     ratio = runs.ratio
     return (
         result.verdict,
@@ -271,15 +264,8 @@ def _cells(result: Result) -> tuple[str, ...]:
             for seconds in (runs.measured_s.median, runs.against_s.median, runs.extra_s.median)
         ),
         str(result.row.aim or ""),
+        sides,
     )
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], text: str) -> str:
-    aligned = [
-        cell.ljust(width) if column < 2 else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return f"{'  '.join(aligned)}  {text}".rstrip()
 
 
 def _row(result: Result) -> dict[str, object]:
@@ -321,7 +307,7 @@ RECORD = "perf.json"
 def run(
     layout: Layout,
     settings: Settings,
-    rows: Sequence[Row],
+    rows: Sequence[PerfPair],
     *,
     console: Console,
     pairs: int | None = None,
@@ -333,14 +319,13 @@ def run(
     measured, after all other rows are done.
     """
     from workspace.core import files
-    from workspace.machine import hardware
+    from workspace.machine.machine import Machine
 
     with files.folder_beside(layout.state / "perf") as folder:
         context = Context(layout, settings, folder)
         results = [_measure(row, context, pairs or row.pairs, console) for row in rows]
-    for line in table(results):
-        console.info(line)
-    text = encode(results, hardware.observe(settings))
+    console.table([_HEAD, *(_cells(result) for result in results)], right=range(2, 9))
+    text = encode(results, Machine(layout, settings).record())
     for file in (layout.state / RECORD, *([json_file] if json_file else [])):
         write_atomic(file, f"{text}\n".encode())
     console.data(text)
@@ -360,7 +345,7 @@ def run(
         )
 
 
-def _measure(row: Row, context: Context, pairs: int, console: Console) -> Result:
+def _measure(row: PerfPair, context: Context, pairs: int, console: Console) -> Result:
     try:
         with console.step(row.name) as view, row.prepare(context) as (measured, against):
             view.reason = f"{pairs} {'pair' if pairs == 1 else 'pairs'}"

@@ -265,7 +265,7 @@ class Context:
             for name in KNOWN
             if self.settings.source(name) in ("shell", "flag")
         }
-        return self.settings.child_environment("plain", chosen)
+        return self.settings.child_environment("inv", chosen)
 
     @functools.cached_property
     def python(self) -> Path:
@@ -286,7 +286,7 @@ class Context:
         observed = plan.observe(self.layout, self.settings)
         due = [
             f"{stage.steps[0][0]}: {stage.reason}"
-            for stage in bootstrap.stages_of(self.layout, self.settings, observed)
+            for stage in bootstrap.stages_of(observed)
             if stage.is_due
         ]
         if due:

@@ -19,7 +19,6 @@ from workspace.core.errors import SourceError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.install import precompiled
 from workspace.install.plan import Observation
-from workspace.install.precompiled import Kernels
 from workspace.machine import interpreter, requirements, torch
 from workspace.repo import checkout, export, index, overview, patches, pins, series
 from workspace.repo.checkout import Kind
@@ -76,7 +75,7 @@ def installed_again(context: Context) -> Iterator[tuple[Command, Command]]:
     hand = Command(
         argv,
         context.folder,
-        context.settings.child_environment("build", _build_variables(context, observed)),
+        context.settings.child_environment("by-hand", _build_variables(context, observed)),
     )
     # This process holds the lock, so that a bootstrap that finds work stops instead of doing it.
     with lock.hold(layout.lock, verb="nox -s perf"):
@@ -136,7 +135,6 @@ def _by_hand(context: Context, observed: Observation, packed: Path) -> Command:
         "ARCHIVE": str(packed),
         "TAG": observed.pin.tag,
         "PROBE": str(context.layout.probes / "verify.py"),
-        "VLLM_NO_USAGE_STATS": "1",
     }
     # The tools of the built environment are not those of this environment.
     variables["PATH"] = os.pathsep.join(
@@ -147,7 +145,7 @@ def _by_hand(context: Context, observed: Observation, packed: Path) -> Command:
     return Command(
         ("/bin/sh", SCRIPT, *source.arguments, source.requirement),
         hand,
-        context.settings.child_environment("build", variables),
+        context.settings.child_environment("by-hand", variables),
         before=lambda: _make_hand(context, hand, wanted),
     )
 
@@ -157,13 +155,8 @@ def _build_variables(context: Context, observed: Observation) -> dict[str, str]:
 
     The kernels come from a wheel: to compile them takes hours.
     """
-    kernels = (
-        observed.kernels_wanted
-        if observed.kernels_wanted.kind != "native"
-        else Kernels("precompiled", "precompiled")
-    )
     wheel = precompiled.fetch_wheel(
-        kernels,
+        observed.kernels_wanted,
         observed.pin,
         observed.device,
         context.settings,
@@ -417,6 +410,6 @@ def looked_at(context: Context) -> Iterator[Sides]:
     world = _PatchStack(context)
     world.ensure_applied()
     yield (
-        Call(lambda: overview.rows(world.layout, world.pin.name, world.pin, world.observe())),
+        Call(lambda: overview.entries(world.layout, world.pin.name, world.pin, world.observe())),
         world.command("status"),
     )

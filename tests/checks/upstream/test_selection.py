@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from workspace.checks import upstream_selection
+from workspace.core.errors import SmokeError
 
 KNOWN = upstream_selection.rules()
 STEPS = """group: Misc
@@ -168,6 +169,19 @@ def test_only_what_upstream_runs_on_cpus_is_run_without_a_gpu(
     )
     assert decision.how == how
     assert decision.why
+
+
+def test_damaged_list_is_an_error_that_names_the_file_and_the_line(tree: Path) -> None:
+    make(tree, {".buildkite/test_areas/misc.yaml": "steps:\n- label: a\n  device: [cpu\n"})
+    with pytest.raises(SmokeError, match=r"^misc\.yaml of upstream's CPU tests .* line 4"):
+        upstream_selection.cpu_lists(tree)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a\n- b\n", "steps: none\n", "steps:\n- word\n", "steps:\n"]
+)
+def test_list_without_steps_names_no_test(text: str) -> None:
+    assert upstream_selection.listed(text) == ()
 
 
 def test_tree_without_lists_still_has_the_marks(tree: Path) -> None:

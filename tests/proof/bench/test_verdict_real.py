@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from tests.small.materials import git
-from workspace.bench import compare, conditions, metrics, results
+from workspace.bench import compare, conditions, results
 from workspace.bench.compare import FACTOR, MIN_STARTS, Verdict
 from workspace.bench.results import Record
 from workspace.cli import main
@@ -182,12 +182,12 @@ def test_resampled_starts_are_judged_as_they_were_seeded(
     collected: Mapping[int, Record], table: list[str], kind: int
 ) -> None:
     values = collected[kind].values(METRIC)
-    ratio = metrics.median(values) / metrics.median(collected[0].values(METRIC))
+    ratio = statistics.median(values) / statistics.median(collected[0].values(METRIC))
     varied = (
         f"CV {statistics.stdev(values) / statistics.fmean(values):.1%}" if len(values) > 1 else ""
     )
     table.append(
-        f"{kind} %: {len(values)} starts, median {metrics.median(values):.4f} s"
+        f"{kind} %: {len(values)} starts, median {statistics.median(values):.4f} s"
         f" ({compare.percent(ratio)}), {varied}"
     )
     output = {

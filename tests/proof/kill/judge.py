@@ -70,7 +70,7 @@ def fingerprint(layout: Layout, cache: Path | None = None) -> Fingerprint:
             record["outcome"].pop("seconds", None)
             found |= {
                 f"stamp {name} {key}": json.dumps(record[key], sort_keys=True)
-                for key in ("inputs", "packages", "libraries", "outcome")
+                for key in ("inputs", "kernels", "packages", "libraries", "outcome")
             }
     for name, folder in (("clone", layout.root), ("vllm", layout.vllm)):
         if (folder / ".git").exists():

@@ -200,6 +200,16 @@ DEFECTS = (
         "kernels.attention",
     ),
     Defect(
+        "the operator's attention scale off by 1 % where every request decodes",
+        OPS,
+        replaced(
+            "seq_lens,\n        scale,\n        causal,\n        alibi",
+            "seq_lens,\n        scale * (1.01 if len(query) == len(seq_lens) else 1.0),\n"
+            "        causal,\n        alibi",
+        ),
+        "kernels.attention",
+    ),
+    Defect(
         "an expert routed wrongly",
         OPS,
         replaced(

@@ -4,7 +4,6 @@ SMOKE_PROOF_CLONE as in test_defects.py. The kernels are those for CPUs, which r
 """
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from tests.proof.smoke import test_defects
 from tests.proof.smoke.defects import Defect, replaced
 from tests.proof.smoke.test_defects import seeded
 from workspace.checks import numeric
-from workspace.checks.registry import Answer, Check
-from workspace.checks.smoke_suite import ENVIRONMENT
+from workspace.checks.probe_runs import Answer
+from workspace.checks.registry import Check
 from workspace.core.paths import Layout
+from workspace.core.settings import load
 
 built = test_defects.built
 GPT_OSS = "vllm/model_executor/models/gpt_oss.py"
@@ -98,7 +98,7 @@ def ask(layout: Layout, probe: str | Path, *args: str | Path) -> dict:
     argv = [layout.environment_python, layout.probes / probe, *args]
     done = subprocess.run(
         argv,
-        env={**os.environ, **ENVIRONMENT},
+        env=load(layout).child_environment("smoke", layout=layout),
         cwd=layout.state,
         capture_output=True,
         text=True,

@@ -2,7 +2,7 @@
 
 from workspace.repo.git.am import AM_BY_HAND, Applied
 from workspace.repo.git.command import Command, OnLine, executable
-from workspace.repo.git.remotes import advertised, without_user
+from workspace.repo.git.remotes import advertised
 from workspace.repo.git.repository import Git, Gitlink, Place
 
 __all__ = [
@@ -15,5 +15,4 @@ __all__ = [
     "Place",
     "advertised",
     "executable",
-    "without_user",
 ]

@@ -7,15 +7,14 @@ git overwrites no untracked file, so a new one is git's own.
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core.files import read_regular
+from workspace.core import records
 from workspace.repo.git import command
 from workspace.repo.git.command import split
 from workspace.repo.git.repository import Git, last_move, take_in
@@ -71,7 +70,7 @@ def keep(git: Git, folder: Path) -> None:
     (folder / _OBJECTS).mkdir()
     with _content(git, but=others, objects=folder / _OBJECTS) as (_, tree):
         facts = Facts(head, symbolic, branch, git.resolve(branch) if branch else None, tree, others)
-    (folder / _FACTS).write_text(json.dumps(asdict(facts)))
+    (folder / _FACTS).write_bytes(records.encode(facts))
 
 
 def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
@@ -139,12 +138,13 @@ def _replace_index(top: Path, folder: Path) -> None:
 
 def _read(git: Git, folder: Path) -> Facts | None:
     """Return the recorded state, or None where the checkpoint is incomplete."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        known = json.loads(read_regular(folder / _FACTS))
-        facts = Facts(**{**known, "others": tuple(known["others"])})
-        if (folder / "index").is_file() and facts.head in git.present((facts.head,)):
-            return facts
-    return None
+    facts = records.read(folder / _FACTS, Facts)
+    is_complete = (
+        facts is not None
+        and (folder / "index").is_file()
+        and facts.head in git.present((facts.head,))
+    )
+    return facts if is_complete else None
 
 
 def _is_head_ours(git: Git, head: str) -> bool:

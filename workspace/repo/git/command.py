@@ -241,23 +241,23 @@ def _remove(paths: Sequence[Path], folder: Path) -> bool:
 
 
 def _is_held(path: Path, folder: Path) -> bool:
-    """Return whether a visible process (proc(5)) has the lock open, or is a git in this repository.
+    """Return whether a visible process has the lock open, or is a git in this repository.
 
     A process of another user is not visible.
     """
+    import psutil
+
     place, git_dir = os.path.realpath(folder), os.path.realpath(path.parent)
-    for pid in os.listdir("/proc"):
-        if not pid.isdigit() or int(pid) == os.getpid():
+    lock = os.path.join(git_dir, path.name)
+    for running in psutil.process_iter():
+        if running.pid == os.getpid():
             continue
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/comm").read_text().startswith("git"):
-                cwd = os.readlink(f"/proc/{pid}/cwd")
+        with contextlib.suppress(psutil.Error, OSError):
+            if running.name().startswith("git"):
+                cwd = running.cwd()
                 if any(cwd == top or cwd.startswith(f"{top}/") for top in (place, git_dir)):
                     return True
-            if any(
-                os.readlink(f"/proc/{pid}/fd/{descriptor}") == os.path.join(git_dir, path.name)
-                for descriptor in os.listdir(f"/proc/{pid}/fd")
-            ):
+            if any(file.path == lock for file in running.open_files()):
                 return True
     return False
 
@@ -399,7 +399,7 @@ class Command:
         )
         process.run(
             [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *args],
-            env=settings.child_environment("plain", git_environment(offline=False) | PATIENCE),
+            env=settings.child_environment("git", git_environment(offline=False) | PATIENCE),
             run_log=run_log,
             on_line=on_line,
             failure=SourceError,

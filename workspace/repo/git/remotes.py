@@ -12,7 +12,7 @@ from workspace.core import process
 from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError
 from workspace.core.files import write_atomic
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, without_user
 from workspace.repo.git import command, history
 from workspace.repo.git.command import OnLine, executable, first_line
 from workspace.repo.git.repository import Git
@@ -28,7 +28,7 @@ def advertised(
     its children. Raises SourceError where the remote cannot be reached.
     """
     argv = [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", "ls-remote", "--", url, *names]
-    environment = settings.child_environment("plain", command.git_environment(offline=False))
+    environment = settings.child_environment("git", command.git_environment(offline=False))
     hint = (
         "check the network, or set VLLM_MIRROR (TRITON_MIRROR for Triton) to a copy that can be"
         " reached"
@@ -51,11 +51,6 @@ def advertised(
             line.split("\t", 1) for line in answer.stdout.splitlines() if "\t" in line
         )
     }
-
-
-def without_user(url: str) -> str:
-    """Return a URL without user name and password, as it may be printed."""
-    return re.sub(r"(?<=://)[^/@]*@", "", url)
 
 
 UPSTREAM = "refs/remotes/origin/main"

@@ -1,44 +1,29 @@
-"""The case that the doctor's checks examine: a clone, its settings and its machine, and the row
-that a check returns.
-
-A case observes each fact once, whichever check needs it first: checks run in parallel.
+"""The machine of a verb, observed once, and the case that the doctor's checks examine: the machine
+and what the verb will do there, and the row that a check returns.
 """
 
-import re
+import copy
 import shutil
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 from workspace.core import process
+from workspace.core.console import State
 from workspace.core.errors import ToolchainError
 from workspace.core.paths import Layout
+from workspace.core.process import Absent, There
 from workspace.core.settings import Settings
 from workspace.machine import hardware, interpreter, toolchain, torch
+from workspace.machine.gpu import Driver, Gpu
+from workspace.machine.hardware import Once
 
-State = Literal["ok", "warn", "FAIL"]
 # For a driver that may hang. A program that must work gets more time, because the machine may be
 # loaded.
 ANSWER_S = 3.0
 PATIENCE_S = 20.0
-KILL_S = 0.5
-# Exit codes of timeout(1): it ended the program, or had to kill it.
-TIMED_OUT = (124, 137)
 WITHOUT_GPU = "./scripts/inv bootstrap --device cpu"
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A finding: state, name, what was seen, why it matters, and the command that fixes it."""
-
-    state: State
-    name: str
-    seen: str
-    why: str
-    hint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,48 +45,82 @@ class Program:
     argv: tuple[str, ...]
 
 
-class Once(Generic[Value]):
-    """A value that is computed on the first call and kept."""
+class Machine:
+    """The machine that a verb runs on, and the environment in its clone.
 
-    def __init__(self, look: Callable[[], Value]) -> None:
-        self._look = look
-        self._lock = threading.Lock()
-        self._seen: list[Value] = []
+    Each fact is observed at most once, when it is first needed, whichever thread needs it first. A
+    verb makes one and hands it down.
+    """
 
-    def __call__(self) -> Value:
-        with self._lock:
-            if not self._seen:
-                self._seen.append(self._look())
-            return self._seen[0]
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        self.layout = layout
+        self.settings = settings
+        self.driver = Driver(settings)
+        self.toolkit = Once(lambda: toolchain.find_toolkit(settings))
+        self._observe_changing()
+
+    def _observe_changing(self) -> None:
+        layout, settings = self.layout, self.settings
+        self.host = Once(hardware.observe)
+        self.programs = Once(running_programs)
+        self.python = Once(lambda: interpreter.describe(layout, settings))
+        self.torch = Once(lambda: torch.observe(layout, settings))
+        self.packages = Once(lambda: interpreter.installed(layout))
+
+    def reread(self) -> "Machine":
+        """Return the same machine after a step that changed it: its driver and toolkit stay, its
+        memory, its programs and the environment are observed anew.
+        """
+        other = copy.copy(self)
+        other._observe_changing()
+        return other
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """The GPUs; none where the driver does not answer."""
+        answer = self.driver.gpus()
+        return answer.value if isinstance(answer, There) else ()
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The capability of each GPU that reports its own, in the driver's order."""
+        return tuple(gpu.capability for gpu in self.gpus if gpu.capability)
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """The device of DEVICE; `auto` is cuda where a driver is there, even if it does not work.
+
+        A driver that fails is a fault to report, not a machine without GPU.
+        """
+        wanted = self.settings.text("DEVICE")
+        if wanted == "auto":
+            return "cpu" if isinstance(self.driver.gpus(), Absent) else "cuda"
+        return "cuda" if wanted == "cuda" else "cpu"
+
+    def record(self) -> dict[str, object]:
+        """Return processor, memory and GPUs as a record keeps them."""
+        return {**asdict(self.host()), "gpus": [asdict(gpu) for gpu in self.gpus]}
 
 
 class Case:
-    """A clone on a machine, and what a verb will do there.
+    """A machine, and what a verb will do there.
 
-    `device` None means: detect it. `kernels` is precompiled, native, or another value for a wheel;
-    `host` is the machine, where the caller has already observed it.
+    `device` None means: detect it. `kernels` is precompiled, native, or another value for a wheel.
     """
 
     def __init__(
         self,
-        layout: Layout,
-        settings: Settings,
+        machine: Machine,
         *,
-        device: str | None,
-        kernels: str,
+        device: str | None = None,
+        kernels: str | None = None,
         places: tuple[Place, ...] | None = None,
-        host: hardware.Machine | None = None,
     ) -> None:
-        self.layout = layout
-        self.settings = settings
-        self.is_native = kernels == "native"
-        self.host = Once(lambda: host or hardware.observe(settings))
-        self.toolkit = Once(lambda: toolchain.find_toolkit(settings))
-        self.python = Once(lambda: interpreter.describe(layout, settings))
-        self.torch = Once(lambda: torch.observe(layout, settings))
-        self.packages = Once(lambda: interpreter.installed(layout))
-        self.programs = Once(_programs)
-        self.driver_cuda = Once(self._driver_cuda)
+        self.machine = machine
+        self.layout, self.settings = machine.layout, machine.settings
+        self.is_native = (kernels or machine.settings.text("KERNELS")) == "native"
+        self.host, self.toolkit, self.programs = machine.host, machine.toolkit, machine.programs
+        self.python, self.torch = machine.python, machine.torch
         self._chosen_device = Once(lambda: device or self._device())
         self._places = places
 
@@ -112,7 +131,7 @@ class Case:
     @property
     def missing_state(self) -> State:
         """Return the state of a missing build tool: FAIL for native builds, else warn."""
-        return "FAIL" if self.is_native else "warn"
+        return State.FAIL if self.is_native else State.WARN
 
     @property
     def is_built(self) -> bool:
@@ -157,17 +176,8 @@ class Case:
         timeout(1) then kills the program, whatever signals it traps.
         """
         environment = self.settings.child_environment("build", extra)
-        timeout = shutil.which("timeout", path=environment.get("PATH", ""))
-        bound = [timeout, "-k", f"{KILL_S:g}", f"{timeout_s:g}"] if timeout else []
-        try:
-            return process.capture(
-                [*bound, *argv],
-                env=environment,
-                cwd=self._folder(),
-                timeout_s=timeout_s + 2 * KILL_S,
-            )
-        except ToolchainError:
-            return None
+        answer = process.ask(argv, env=environment, cwd=self._folder(), limit_s=timeout_s)
+        return answer.value if isinstance(answer, There) else None
 
     def first_line(self, argv: Sequence[process.Argument]) -> str | None:
         """Return the first line of output of a program that succeeds, else None."""
@@ -183,34 +193,9 @@ class Case:
         return self.layout.root if self.layout.root.is_dir() else None
 
     def _device(self) -> str:
-        """Decide DEVICE=auto: the build of torch in `.vllm`, else the GPUs that the driver shows.
-
-        A CUDA build whose driver no longer answers is a fault to report, not a machine without GPU.
-        """
-        wanted = self.settings.text("DEVICE")
-        if wanted != "auto":
-            return wanted
-        if build := self.torch():
-            return "cuda" if build.cuda else "cpu"
-        return "cuda" if self.host().gpus else "cpu"
-
-    def _driver_cuda(self) -> str | None:
-        """Return the newest CUDA that the driver supports, such as 13.0.
-
-        Of nvidia-smi's formats only XML has it in a stable form.
-        """
-        if not self.host().gpus:
-            return None
-        program = shutil.which(
-            "nvidia-smi", path=self.settings.child_environment("plain").get("PATH", "")
-        )
-        done = self.ask([program, "-q", "-x"]) if program else None
-        found = (
-            re.search(r"<cuda_version>\s*(\d+\.\d+)\s*</cuda_version>", done.stdout)
-            if done
-            else None
-        )
-        return found[1] if found else None
+        """Decide DEVICE=auto: the build of torch in `.vllm`, else the driver."""
+        build = self.torch() if self.settings.text("DEVICE") == "auto" else None
+        return ("cuda" if build.cuda else "cpu") if build else self.machine.device
 
 
 # GiB that a bootstrap adds to the clone, or to uv's cache where that is on another file system (on
@@ -250,12 +235,7 @@ def hub_home(case: Case) -> Path:
     return case.settings.path("HF_HOME") or case.cache_home / "huggingface"
 
 
-def without_user(url: str) -> str:
-    """Return a URL without name and password, fit to print."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", url)
-
-
-def _programs() -> tuple[Program, ...]:
+def running_programs() -> tuple[Program, ...]:
     import psutil
 
     return tuple(

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from workspace.bench import conditions
+from workspace.bench import measure
 from workspace.core import settings
 from workspace.core.console import Console
 from workspace.core.errors import WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
+from workspace.machine import gpu
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_load_and_servers_of_others_are_named_and_refused_and_may_be_allowed(
     settings_: Settings,
 ) -> None:
     with pytest.raises(WorkspaceError) as refused:
-        conditions.require_idle(
+        measure.require_idle(
             settings_,
             has_gpu=False,
             allow_busy=False,
@@ -61,7 +62,7 @@ def test_load_and_servers_of_others_are_named_and_refused_and_may_be_allowed(
     # A vLLM of another user may be named first.
     assert re.search(r"a vLLM runs, process \d+", refused.value.message)
     assert "--allow-busy" in (refused.value.hint or "")
-    conditions.require_idle(
+    measure.require_idle(
         settings_,
         has_gpu=False,
         allow_busy=True,
@@ -76,7 +77,7 @@ def test_own_children_are_not_reported(settings_: Settings, tmp_path: Path) -> N
     with subprocess.Popen([sys.executable, str(program), "serve"], stdout=subprocess.PIPE) as ours:
         assert ours.stdout
         ours.stdout.readline()
-        found = conditions.observe_others(settings_, has_gpu=False, look_s=0.05)
+        found = measure.observe_others(settings_, has_gpu=False, look_s=0.05)
         ours.kill()
     assert not any(str(ours.pid) in phrase for phrase in found)
 
@@ -95,11 +96,14 @@ def test_processes_that_the_driver_lists_on_a_gpu_are_named(
     driver = tmp_path / "nvidia-smi"
     driver.write_text(f"#!/bin/sh\nprintf '{output}'\n")
     driver.chmod(0o755)
-    loaded = settings.load(Layout(tmp_path), environ={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    # Hides the NVML of a machine with a GPU.
+    (tmp_path / gpu.LIBRARY).write_text("not a library")
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LD_LIBRARY_PATH": str(tmp_path)}
+    loaded = settings.load(Layout(tmp_path), environ=environ)
     assert (
         tuple(
             phrase
-            for phrase in conditions.observe_others(loaded, has_gpu=True, look_s=0.05)
+            for phrase in measure.observe_others(loaded, has_gpu=True, look_s=0.05)
             if "GPU" in phrase
         )
         == names

@@ -1,0 +1,328 @@
+"""Verification of an editable install: the built interpreter imports vLLM and loads every library.
+
+After an edit of compiled sources alone, the changed libraries alone are loaded.
+"""
+
+import mmap
+import re
+import struct
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from workspace.core import process, records
+from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings
+from workspace.install.plan import Observation
+from workspace.install.stamp import Library, Stamp
+from workspace.machine import interpreter
+from workspace.machine.torch import TorchBuild
+from workspace.machine.torch import observe as observe_torch
+
+# The import of vLLM takes 10 s on two cores; with a cold page cache and CUDA libraries of 800 MB it
+# took a minute.
+TIMEOUT_S = 600.0
+# Kinds of sections and of an entry of the dynamic section (elf(5)).
+_SHT_DYNAMIC, _SHT_DYNSYM, _DT_NEEDED = 6, 11, 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The facts that verify found; `undriven` libraries lack only the GPU's driver."""
+
+    version: str
+    platform: str
+    torch: TorchBuild
+    libraries: tuple[Library, ...]
+    undriven: tuple[str, ...] = ()
+    # The only libraries that changed since the last complete verification, if that is known.
+    changed: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """What was verified, in a sentence."""
+        if self.changed:
+            names = ", ".join(Path(path).name.split(".")[0] for path in self.changed)
+            verb, needs = ("load", "need") if len(self.changed) > 1 else ("loads", "needs")
+            return f"{names} {verb}, and {needs} the same symbols as before; nothing else changed"
+        count = len(self.libraries) - len(self.undriven)
+        loaded = (
+            f"{count} {'library loads' if count == 1 else 'libraries load'} with all symbols bound"
+        )
+        if not self.platform:
+            return f"{loaded}; the platform was not verified without a GPU" + (
+                f", and {len(self.undriven)} libraries need its driver" if self.undriven else ""
+            )
+        return f"on {self.platform}, {loaded}"
+
+
+@dataclass(frozen=True)
+class _Report:
+    """The report of probes/verify.py; `broken` are sentences on libraries that do not load."""
+
+    error: str | None
+    file: Path | None
+    version: str
+    platform: str
+    torch: TorchBuild
+    libraries: tuple[Library, ...]
+    broken: tuple[str, ...]
+    undriven: tuple[str, ...]
+
+
+def verify(observed: Observation) -> Verdict:
+    """Import vLLM from a neutral folder and from inside the tree, and load every library.
+
+    Libraries load with all symbols bound. Raises BuildError that lists each fault.
+    """
+    layout, settings = observed.machine.layout, observed.machine.settings
+    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
+        outside, inside = _probe(layout, settings, Path(neutral))
+    # vLLM asks the driver for its platform: built for a GPU that is elsewhere, it finds none.
+    platforms = (
+        {observed.device, ""}
+        if observed.device == "cuda" and not observed.machine.gpus
+        else {observed.device}
+    )
+    wrong = [
+        f"from a neutral folder: {sentence}"
+        for sentence in _judge(outside, layout, observed, platforms)
+    ]
+    wrong += [
+        f"from inside vendor/vllm: {sentence}"
+        for sentence in _judge(inside, layout, observed, platforms)
+    ]
+    wrong += outside.broken
+    if not outside.libraries:
+        wrong.append("the tree holds no compiled library")
+    if wrong:
+        more = f" (and {len(wrong) - 1} more, above)" if len(wrong) > 1 else ""
+        raise BuildError(
+            f"the installed vLLM failed verification: {wrong[0]}{more}",
+            hint=(
+                "./scripts/inv bootstrap installs it again; if the kernels do not fit this torch:"
+                " ./scripts/inv rebuild --kernels native"
+            ),
+            details=tuple(wrong),
+        )
+    return Verdict(
+        outside.version, outside.platform, outside.torch, outside.libraries, outside.undriven
+    )
+
+
+@dataclass(frozen=True)
+class Linked:
+    """A library in the tree: its file's identity, the symbols and libraries that it needs, and its
+    device code."""
+
+    file: tuple[int, int, int]
+    needs: frozenset[str]
+    code: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Before:
+    """The stamp of the last verification, and the libraries as they were before an install."""
+
+    recorded: Stamp
+    libraries: Mapping[str, Linked | None]
+
+
+def before_install(layout: Layout, recorded: Stamp) -> Before:
+    return Before(recorded, _linked(layout, recorded))
+
+
+def _linked(layout: Layout, recorded: Stamp) -> dict[str, Linked | None]:
+    """Return the recorded libraries by path; None for a missing file or a file in unknown form."""
+    from workspace.compile import device_code
+
+    found: dict[str, Linked | None] = {}
+    for path in (library.path for library in recorded.libraries):
+        file = layout.vllm / path
+        try:
+            state = file.stat()
+            identity = (state.st_ino, state.st_size, state.st_mtime_ns)
+            needs = frozenset(_needs(file))
+            found[path] = Linked(identity, needs, device_code.architectures(file))
+        except (OSError, ValueError, struct.error, IndexError):
+            found[path] = None
+    return found
+
+
+def _needs(library: Path) -> Iterator[str]:
+    """Yield the undefined symbols of a 64-bit library, and the libraries that it names (elf(5))."""
+    with (
+        library.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view,
+    ):
+        if view[:6] != b"\x7fELF\x02\x01":
+            return
+        (table,), (size, count) = (
+            struct.unpack_from("<Q", view, 40),
+            struct.unpack_from("<HH", view, 58),
+        )
+        headers = [
+            struct.unpack_from("<IIQQQQIIQQ", view, table + at * size) for at in range(count)
+        ]
+
+        def text(link: int, at: int) -> str:
+            start = headers[link][4] + at
+            return view[start : view.find(b"\0", start)].decode()
+
+        for _, kind, _, _, start, length, link, *_ in headers:
+            if kind == _SHT_DYNSYM:
+                for name, _, _, section, _, _ in struct.iter_unpack(
+                    "<IBBHQQ", view[start : start + length]
+                ):
+                    if name and not section:
+                        yield text(link, name)
+            elif kind == _SHT_DYNAMIC:
+                for tag, value in struct.iter_unpack("<qQ", view[start : start + length]):
+                    if tag == _DT_NEEDED:
+                        yield f"library {text(link, value)}"
+
+
+@dataclass(frozen=True)
+class _Load:
+    """One library that probes/verify.py --only has loaded."""
+
+    path: str
+    size: int
+    sha256: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class _Loads:
+    """The report of probes/verify.py --only."""
+
+    libraries: tuple[_Load, ...]
+
+
+def verify_changed(layout: Layout, settings: Settings, before: Before) -> Verdict | None:
+    """Verify only the libraries that changed since the last verification; the caller has found that
+    nothing else changed.
+
+    Return None where that proves too little, and a complete verification is needed: a library is
+    new, missing, does not load, or needs other symbols or holds other device code than before; or
+    the last verification saw no GPU.
+    """
+    recorded, known = before.recorded, before.libraries
+    now = _linked(layout, recorded)
+    changed = tuple(path for path in known if now[path] != known[path])
+    is_alike = all(
+        (was := known[path]) and (new := now[path]) and replace(new, file=was.file) == was
+        for path in changed
+    )
+    torch = next(
+        (top / "torch" for top in interpreter.site_packages(layout) if (top / "torch").is_dir()),
+        None,
+    )
+    if not changed or not is_alike or _compiled(layout) != set(known) or torch is None:
+        return None
+    if not recorded.outcome.get("platform"):
+        return None
+    argv: list[process.Argument] = [layout.environment_python, "-I", "-S"]
+    argv += [layout.probes / "verify.py", layout.vllm, "--torch", torch]
+    for path in changed:
+        argv += ["--only", path]
+    try:
+        environment = settings.child_environment("run")
+        done = process.capture(argv, env=environment, cwd=layout.root, timeout_s=TIMEOUT_S)
+        rows = records.decode(done.stdout, _Loads).libraries if done.returncode == 0 else ()
+    except (ToolchainError, records.DecodeError):
+        return None
+    fresh = {row.path: Library(row.path, row.size, row.sha256) for row in rows}
+    if set(fresh) != set(changed) or any(row.verdict != "ok" for row in rows):
+        return None
+    build = observe_torch(layout, settings)
+    if build is None:
+        return None
+    return Verdict(
+        recorded.outcome["version"],
+        recorded.outcome["platform"],
+        build,
+        tuple(fresh.get(library.path, library) for library in recorded.libraries),
+        changed=changed,
+    )
+
+
+def _compiled(layout: Layout) -> set[str]:
+    """Return every shared library below the tree's package, as probes/verify.py finds them."""
+    return {
+        str(path.relative_to(layout.vllm))
+        for path in (layout.vllm / "vllm").rglob("*.so*")
+        if re.fullmatch(r".+\.so(\.\d+)*", path.name) and path.is_file()
+    }
+
+
+def _judge(
+    report: _Report, layout: Layout, observed: Observation, platforms: Collection[str]
+) -> list[str]:
+    if report.error:
+        return [report.error]
+    wrong = []
+    if report.file is None or not report.file.is_relative_to(layout.vllm.resolve()):
+        wrong.append(f"vllm was imported from {report.file}, not from vendor/vllm")
+    if report.version != observed.version:
+        wrong.append(f"vllm has version {report.version}, expected was {observed.version}")
+    if report.platform not in platforms:
+        wrong.append(
+            f"vllm found the platform {report.platform or 'none'}, built for was {observed.device}"
+        )
+    if observed.torch and report.torch.version != observed.torch.version:
+        wrong.append(
+            f"torch has version {report.torch.version}, installed was {observed.torch.version}"
+        )
+    return wrong
+
+
+def _probe(layout: Layout, settings: Settings, folder: Path) -> tuple[_Report, _Report]:
+    """Run probes/verify.py in `folder` and inside the tree, and return both reports."""
+    argv: list[process.Argument] = [
+        layout.environment_python,
+        layout.probes / "verify.py",
+        layout.vllm,
+        "--inside",
+    ]
+    done = process.capture(
+        argv,
+        env=settings.child_environment("verify", layout=layout),
+        cwd=folder,
+        timeout_s=TIMEOUT_S,
+    )
+    try:
+        record = records.decode(done.stdout, dict[str, Any]) if done.returncode == 0 else None
+    except records.DecodeError:
+        record = None
+    if record is None:
+        raise _failed_import(done)
+    rows, torch = record["libraries"], record["torch"] or {"version": "none", "cuda": None}
+    outside, inside = (
+        _Report(
+            error=imported["error"],
+            file=Path(imported["file"]) if imported["file"] else None,
+            version=str(imported["version"]),
+            platform=str(imported["platform"] or ""),
+            torch=TorchBuild(torch["version"], torch["cuda"]),
+            libraries=tuple(Library(row["path"], row["size"], row["sha256"]) for row in rows),
+            broken=tuple(
+                f"{row['path']}: {row['error']}" for row in rows if row["verdict"] == "broken"
+            ),
+            undriven=tuple(row["path"] for row in rows if row["verdict"] == "no driver"),
+        )
+        for imported in (record, record["inside"])
+    )
+    return outside, inside
+
+
+def _failed_import(done: process.Completed) -> BuildError:
+    last = tuple(done.stderr.strip().splitlines()[-15:])
+    return BuildError(
+        f"the built interpreter {process.describe_status(done.returncode)} while it imported"
+        f" vllm: {last[-1] if last else 'no output'}",
+        details=last,
+    )
