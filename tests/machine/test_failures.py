@@ -386,6 +386,25 @@ def test_line_of_each_row_shows_the_row(symptom: Symptom) -> None:
     assert not symptom.cause.endswith(".")
 
 
+@pytest.mark.parametrize(
+    "symptom",
+    [symptom for symptom in failures.symptoms() if not symptom.is_last_resort],
+    ids=lambda symptom: symptom.name,
+)
+def test_symptom_of_an_engine_is_found_among_what_follows_from_it(symptom: Symptom) -> None:
+    lines = [
+        f"{FRONT}INFO 11-30 15:06:36 [model.py:699] Resolved architecture: LlamaForCausalLM",
+        f"{ENGINE}EngineCore failed to start.",
+        *traceback(symptom.line.strip(), prefix=ENGINE),
+        "Process EngineCore:",
+        *traceback("RuntimeError: Worker failed with error 'x'", symptom.line.strip()),
+        *traceback(FOLLOWS.removeprefix(FRONT), prefix=FRONT),
+    ]
+    reading = judge(lines, status=1)
+    assert (reading.symptom, reading.lack) == (symptom, symptom.lack)
+    assert reading.speaker in ("engine", None)
+
+
 @pytest.mark.parametrize("row", failures.harmless(), ids=lambda row: row.pattern)
 def test_harmless_line_is_no_cause(row: failures.Harmless) -> None:
     assert judge([row.line], status=1).first is None
