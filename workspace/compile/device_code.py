@@ -19,7 +19,7 @@ from workspace.core.errors import ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, toolchain
-from workspace.machine.toolchain import Entry, key, parse, runs_on
+from workspace.machine.arch import Entry, key, parse, runs_on
 
 _SECTIONS = (b".nv_fatbin", b"__nv_relfatbin")
 _MAGIC = 0xBA55ED50

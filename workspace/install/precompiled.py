@@ -20,7 +20,7 @@ from workspace.core.errors import SettingsError, SourceError
 from workspace.core.files import sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
-from workspace.machine.toolchain import parse
+from workspace.machine.arch import parse
 from workspace.repo import index, pins
 from workspace.repo.pins import Pin, PrecompiledWheel
 

@@ -19,7 +19,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp
 from workspace.install.status import is_met, origin, pairing
-from workspace.machine import dotenv, interpreter, jit_caches, toolchain, torch, venv
+from workspace.machine import arch, dotenv, interpreter, jit_caches, torch, venv
 from workspace.machine.dotenv import Verdict
 from workspace.machine.machine import Case, Machine
 from workspace.repo.git import Git, repository
@@ -273,7 +273,7 @@ def _installed(
 def _assembler(case: Case, verdict: Verdict, capability: str) -> Row:
     assembler, trial = verdict.assembler, verdict.trial
     name, variable = assembler.name, assembler.variable
-    target, _ = toolchain.target_of(capability)
+    target, _ = arch.target_of(capability)
     broken = State.FAIL if assembler.is_used else State.WARN
     if verdict.is_refused:
         seen = f"{variable}={verdict.own} is not an executable program"

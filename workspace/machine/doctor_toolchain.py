@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from workspace.core.console import Row, State
 from workspace.core.errors import WorkspaceError
 from workspace.core.process import Absent, Broken, Slow, There
-from workspace.machine import dotenv, interpreter, requirements, toolchain
+from workspace.machine import arch, dotenv, interpreter, requirements, toolchain
+from workspace.machine.arch import OLDEST_CAPABILITY, key
 from workspace.machine.machine import WITHOUT_GPU, Case
-from workspace.machine.toolchain import OLDEST_CAPABILITY, key
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -348,13 +348,13 @@ def archs(case: Case) -> Iterator[Row]:
         yield Row(State.OK, "arch list", NOT_NEEDED, "a CPU build has no architectures")
         return
     text = case.settings.text("TORCH_CUDA_ARCH_LIST")
-    capabilities = toolchain.known_capabilities(case.machine.capabilities)
+    capabilities = arch.known_capabilities(case.machine.capabilities)
     if capabilities:
         here = f"GPU {' and '.join(capabilities)}"
     else:
         here = "a GPU of unknown capability" if case.machine.gpus else "no GPU here"
     seen = f"{text or 'not set'}; {here}"
-    fault = _arch_fault(case, toolchain.parse(text), capabilities)
+    fault = _arch_fault(case, arch.parse(text), capabilities)
     if fault is None:
         yield Row(State.OK, "arch list", seen, "kernels are compiled for these architectures only")
         return
@@ -371,17 +371,15 @@ def archs(case: Case) -> Iterator[Row]:
 
 
 def _arch_fault(
-    case: Case, entries: tuple[toolchain.Entry, ...], capabilities: tuple[str, ...]
+    case: Case, entries: tuple[arch.Entry, ...], capabilities: tuple[str, ...]
 ) -> str | None:
     found = case.toolkit()
-    fault = toolchain.fault_of(
-        entries, capabilities, toolkit_version=found.version if found else None
-    )
+    fault = arch.fault_of(entries, capabilities, toolkit_version=found.version if found else None)
     if fault or found is None:
         return fault
     done = case.ask([found.nvcc, "--list-gpu-arch"])
     listing = done.stdout if done and done.returncode == 0 else ""
-    unsupported = toolchain.unsupported(entries, toolchain.archs_of_nvcc(listing))
+    unsupported = arch.unsupported(entries, arch.archs_of_nvcc(listing))
     return (
         f"nvcc {found.version} does not support {' and '.join(unsupported)}"
         if unsupported

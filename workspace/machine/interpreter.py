@@ -22,7 +22,7 @@ from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import toolchain
-from workspace.machine.toolchain import key
+from workspace.machine.arch import key
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet

@@ -24,8 +24,8 @@ from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, shortened
 from workspace.machine import interpreter, jit_caches
+from workspace.machine.arch import key
 from workspace.machine.machine import Case
-from workspace.machine.toolchain import key
 
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0
