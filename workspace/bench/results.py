@@ -313,8 +313,8 @@ class Record(records.Record, schema=1):
 
 def encode(record: Record) -> bytes:
     """Return a record as JSON. Its summary is for people; `decode` ignores it."""
-    summary = {name: summary(record.values(name)) for name in record.metrics}
-    return records.encode({"schema": record.SCHEMA, **asdict(record), "summary": summary})
+    summaries = {name: summary(record.values(name)) for name in record.metrics}
+    return records.encode({"schema": record.SCHEMA, **asdict(record), "summary": summaries})
 
 
 def write(path: Path, record: Record) -> None:
