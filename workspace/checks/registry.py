@@ -461,10 +461,10 @@ def encode(record: Mapping[str, object]) -> str:
 def write_record(
     path: Path, record: Mapping[str, object], *, console: Console, json_file: Path | None
 ) -> None:
-    """Write a record to `path`, to stdout, and to the file that the user named."""
+    """Write a record to `path`, to stdout if a program reads it, and to the file of the user."""
     text = encode(record)
     write_atomic(path, f"{text}\n".encode())
-    console.data(text)
+    console.record(text)
     if json_file:
         write_atomic(json_file, f"{text}\n".encode())
 
