@@ -25,7 +25,7 @@ from workspace.compile.launcher import REFUSAL
 from workspace.compile.progress import Meter
 from workspace.compile.project import Unit
 from workspace.compile.scheduler import Admission, Bounds, Finished
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.child_variables import with_given
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, ToolchainError
@@ -117,7 +117,6 @@ class Failures:
         self._output, self._lines = None, []
 
 
-RESUME = "./scripts/inv rebuild    resumes the build"
 # Compilers that are called by name by builders that do not ask CMake: DeepGEMM's, torch's, a nested
 # configure.
 _COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
@@ -147,7 +146,7 @@ def find(layout: Layout, settings: Settings) -> Path:
     found = shutil.which("ninja", path=settings.child_environment("build").get("PATH", ""))
     if found is None:
         raise ToolchainError(
-            "no ninja found, neither in .vllm nor on PATH", hint="./scripts/inv bootstrap"
+            "no ninja found, neither in .vllm nor on PATH", hint=hints.text("inv.bootstrap")
         )
     return Path(found)
 
@@ -204,7 +203,7 @@ def environment(
 @dataclass(frozen=True)
 class Work:
     """What to compile: the build directory, the limits, and the expected units if known. `setup`
-    identifies what costs depend on; `resume` is the hint that resumes the build.
+    identifies what costs depend on; `command` resumes the build.
     """
 
     build: Path
@@ -213,7 +212,7 @@ class Work:
     memory: Memory
     planned: tuple[CostUnit, ...] = ()
     keep_going: bool = False
-    resume: str = RESUME
+    command: str = "./scripts/inv rebuild"
 
     @classmethod
     def of_units(
@@ -301,7 +300,7 @@ def under_job_server(
                 env=program.environment,
                 run_log=run_log,
                 on_line=read_line,
-                hint=work.resume,
+                hint=hints.text("compile.resume", command=work.command),
                 cwd=program.cwd,
             )
     except (BuildError, OSError) as exc:
@@ -427,8 +426,7 @@ def _explained(
     """Return the error for a failure of ninja: memory, disk, a compiler's error, or `exc`."""
     log = (f"log: {run_log.path}",)
     if server.trouble:
-        command = work.resume.partition("    ")[0]
-        hint = f"{command} --jobs 1    resumes the build, one compiler at a time"
+        hint = hints.text("compile.one_job", command=work.command)
         return BuildError(server.trouble, hint=hint, details=log)
     has_no_space = failures.has_no_space or (
         isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -437,7 +435,7 @@ def _explained(
         left = " and ".join(
             f"{place} has {hardware.free_gib(place) * 1024:.0f} MiB left" for place in full
         )
-        hint = f"{shlex.join(['df', '-h', *map(str, full)])}    then {work.resume}"
+        hint = hints.text("compile.disk_then_resume", folders=list(full), command=work.command)
         return BuildError(f"the disk is full: {left}", hint=hint, details=log)
     if isinstance(exc, OSError) or not (failure := failures.first):
         return exc
@@ -445,7 +443,7 @@ def _explained(
     name = f"{unit.source} of {unit.target}" if unit else failure.output
     return BuildError(
         run_log.redact(f"{name} failed: {failure.error}"),
-        hint=work.resume,
+        hint=hints.text("compile.resume", command=work.command),
         details=(*(run_log.redact(line) for line in failure.shown), *log),
     )
 
