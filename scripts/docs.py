@@ -1,9 +1,9 @@
 """Write the pages of docs/ that are generated from the code, or compare them with it.
 
 Owns docs/verbs.md, docs/settings-reference.md, docs/children.md, docs/exit-codes.md, docs/hints.md,
-docs/architecture.svg and the generated part of docs/architecture.md. Runs in the tool environment;
-`--check` writes nothing and exits with 1 where a page is out of date. scripts/docs_site.py builds
-the site.
+docs/symptoms.md, docs/architecture.svg and the generated part of docs/architecture.md. Runs in the
+tool environment; `--check` writes nothing and exits with 1 where a page is out of date.
+scripts/docs_site.py builds the site.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from workspace.core import child_variables, hints  # noqa: E402
 from workspace.core.child_variables import VARIABLES, Special, Variable  # noqa: E402
 from workspace.core.errors import ERRORS, INTERRUPTED_EXIT_CODE, WorkspaceError  # noqa: E402
 from workspace.core.known_settings import SETTINGS, Phase, Setting  # noqa: E402
+from workspace.machine.failures import Harmless, Symptom, harmless, symptoms  # noqa: E402
 
 DOCS = ROOT / "docs"
 COMMAND = ".workspace/tools/bin/python scripts/docs.py"
@@ -137,6 +138,7 @@ def render() -> dict[Path, str]:
         DOCS / "children.md": children_page(VARIABLES),
         DOCS / "exit-codes.md": exit_codes_page(ERRORS),
         DOCS / "hints.md": hints_page(hints.registry()),
+        DOCS / "symptoms.md": symptoms_page(symptoms(), harmless()),
         DOCS / "architecture.svg": docs_picture.draw(rooms),
         architecture: with_part(_read(architecture), docs_picture.tables(ROOT, rooms)),
     }
@@ -294,6 +296,30 @@ def _of_hint(name: str, hint: hints.Hint, library: Mapping[str, str]) -> tuple[s
     users = ", ".join(path for path, source in library.items() if f'"{name}"' in source)
     shown = _code(command.replace("{{", "{").replace("}}", "}")) if command else ""
     return name, shown.replace("|", "\\|"), cell("; ".join(filter(None, remarks))), users
+
+
+def symptoms_page(known: Sequence[Symptom], no_causes: Sequence[Harmless]) -> str:
+    """Return the page of the known symptoms, in the order in which they are tried."""
+    lines = [
+        "# Symptoms",
+        "",
+        GENERATED.format("workspace/machine/symptoms.toml"),
+        "",
+        "Search this page for the line that you see in the log of a server or of a build.",
+        "A verb that fails with one of these lines prints the cause and the next command itself.",
+        "If a start lacked memory, `inv serve` prints the same start with a smaller share,",
+        "fewer sequences or a shorter length instead; a build prints itself with `--jobs 1`.",
+        "NAME is the recipe or the model.",
+    ]
+    for symptom in known:
+        lines += ["", f"## {symptom.name}", "", "```text", symptom.line.strip(), "```", ""]
+        command = symptom.next_command(name="NAME", typed="./scripts/inv serve NAME") or ""
+        cause = symptom.cause.format(who="a process", signal="SIGSEGV, SIGABRT or another")
+        lines += [f"{cause[:1].upper()}{cause[1:]}.", "", f"Next: {_code(command)}", ""]
+        lines += [f"Source: {cell(symptom.source)}"]
+    rows = [(_code(row.line), cell(row.why), cell(row.source)) for row in no_causes]
+    lines += ["", "## Lines that are no cause", "", *table(("line", "why", "source"), rows)]
+    return "\n".join([*lines, ""])
 
 
 def _meaning(error: type[WorkspaceError]) -> str:

@@ -23,6 +23,7 @@ from workspace.cli.program import program
 from workspace.cli.sessions import SESSIONS
 from workspace.core import hints
 from workspace.core.hints import Hint
+from workspace.machine import failures
 
 ROOT = Path(__file__).resolve().parents[1]
 REGISTRY = hints.registry()
@@ -37,6 +38,7 @@ SAMPLES: dict[str, object] = {
     "choice": "git",
     "command": "./scripts/inv rebuild",
     "count": 3,
+    "fix": "./scripts/inv bootstrap",
     "flag": "--max-num-seqs",
     "flags": "--across torch",
     "gib": 4,
@@ -56,7 +58,20 @@ SAMPLES: dict[str, object] = {
 }
 PROGRAMS = {
     *(".vllm/bin/hf", ".vllm/bin/vllm", "ccache", "cat", "cd", "chmod", "chown", "cp", "df"),
-    *("echo", "export", "findmnt", "free", "git", "grep", "kill", "less", "ls", "mount", "mv"),
+    *(
+        "echo",
+        "export",
+        "findmnt",
+        "free",
+        "git",
+        "grep",
+        "ip",
+        "kill",
+        "less",
+        "ls",
+        "mount",
+        "mv",
+    ),
     *("nvidia-smi", "ps", "python3", "reboot", "rm", "sed", "sha256sum", "ss", "systemctl"),
     *("tee", "unset", "uv", "visudo", "apt", "apt-get", "${EDITOR:-nano}"),
 }
@@ -346,8 +361,12 @@ def test_a_hint_of_a_table_gets_no_values() -> None:
 
 def test_every_hint_begins_with_a_command_that_can_be_typed() -> None:
     wrong = {}
-    for name in COMMANDS:
-        text = filled(name)
+    # The table of symptoms has the next command of each symptom.
+    symptoms = {
+        symptom.name: symptom.next_command(name="NAME", typed="./scripts/inv serve NAME") or "ls"
+        for symptom in failures.symptoms()
+    }
+    for name, text in ({name: filled(name) for name in COMMANDS} | symptoms).items():
         found = [fault for tokens in commands(text) if (fault := wrong_command(tokens))]
         if found := [*found, *wrong_remark(text)]:
             wrong[name] = found

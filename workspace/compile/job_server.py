@@ -276,7 +276,7 @@ class JobServer:
     def _end_run(self, client: Client, end: End) -> None:
         began, status = client.started or 0.0, os.waitstatus_to_exitcode(end.status)
         is_killed = not self._is_ending and (
-            launcher.is_killed(end.status) or (status > 0 and self._has_been_killed(client))
+            status == -signal.SIGKILL or (status > 0 and self._has_been_killed(client))
         )
         client.peak_gib = max(client.peak_gib, end.largest_gib)
         done = self._finish(client, status, end.seconds, is_killed=is_killed)

@@ -33,6 +33,7 @@ from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import hardware, toolchain
+from workspace.machine.failures import Symptom, find_in_build
 
 SHOWN_LINES = 15
 # The errors of a template may fill a book; the first lines matter.
@@ -55,7 +56,15 @@ class Failure:
     lines: tuple[str, ...]
 
     @property
+    def symptom(self) -> Symptom | None:
+        """The known symptom in the output."""
+        found = find_in_build(self.lines)
+        return found[1] if found else None
+
+    @property
     def _at(self) -> int:
+        if found := find_in_build(self.lines):
+            return found[0]
         return next((index for index, line in enumerate(self.lines) if _ERROR.search(line)), 0)
 
     @property
@@ -425,9 +434,9 @@ def _explained(
 ) -> Exception:
     """Return the error for a failure of ninja: memory, disk, a compiler's error, or `exc`."""
     log = (f"log: {run_log.path}",)
+    alone = hints.text("compile.one_job", command=work.command)
     if server.trouble:
-        hint = hints.text("compile.one_job", command=work.command)
-        return BuildError(server.trouble, hint=hint, details=log)
+        return BuildError(server.trouble, hint=alone, details=log)
     has_no_space = failures.has_no_space or (
         isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
     )
@@ -439,11 +448,17 @@ def _explained(
         return BuildError(f"the disk is full: {left}", hint=hint, details=log)
     if isinstance(exc, OSError) or not (failure := failures.first):
         return exc
-    unit = unit_at(failure.output)
+    unit, symptom = unit_at(failure.output), failure.symptom
     name = f"{unit.source} of {unit.target}" if unit else failure.output
+    cause = f"{symptom.cause}: " if symptom else ""
+    hint = hints.text("compile.resume", command=work.command)
+    if symptom and symptom.lack:
+        hint = alone
+    elif symptom:
+        hint = hints.text("compile.then_resume", fix=symptom.hint, command=work.command)
     return BuildError(
-        run_log.redact(f"{name} failed: {failure.error}"),
-        hint=hints.text("compile.resume", command=work.command),
+        run_log.redact(f"{name} failed: {cause}{failure.error}"),
+        hint=hint,
         details=(*(run_log.redact(line) for line in failure.shown), *log),
     )
 

@@ -16,13 +16,13 @@ from workspace.core import hints
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError
 from workspace.machine import hardware, run_environment
+from workspace.machine.failures import Lack
 from workspace.machine.gpu import Resident
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
 from workspace.repo import pins
 from workspace.server import flags, models, recipes
 from workspace.server.command import Command, replaced, typed
-from workspace.server.observation import Lack
 from workspace.server.recipes import DEFAULT_UTILIZATION, Recipe
 
 Verdict = Literal["yes", "after drop-caches", "no"]

@@ -23,8 +23,8 @@ from pathlib import Path
 from workspace.core import hints, process
 from workspace.core.child_variables import with_given
 from workspace.core.errors import ServeError
-from workspace.machine import hardware
-from workspace.server import observation, process_tree
+from workspace.machine import failures, hardware
+from workspace.server import command, observation, process_tree
 from workspace.server.observation import (
     Address,
     Server,
@@ -151,7 +151,7 @@ def _not_ready(server: Server, problem: str) -> ServeError:
     return ServeError(
         f"{server.called} {problem}",
         hint=hints.text("core.read_log", path=server.log),
-        details=observation.read_failure(server.log, status=None).tail,
+        details=failures.read(server.log, status=None).tail,
     )
 
 
@@ -194,13 +194,18 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
     shutil.rmtree(server.processes.folder, ignore_errors=True)
     _wait_for_port(server.address)
     returned = _settled(before)
+    _forget(server)
+    return Stopped(time.monotonic() - started, was_killed, returned)
+
+
+def _forget(server: Server) -> None:
+    """Close the lifeline of a stopped server, and remove its state unless another runs now."""
     if server.lifeline is not None:
         with contextlib.suppress(OSError):
             os.close(server.lifeline)
     with contextlib.suppress(FileNotFoundError):
         if (now := find(server.place)) is None or now.processes == server.processes:
             state(server.place).unlink()
-    return Stopped(time.monotonic() - started, was_killed, returned)
 
 
 @contextlib.contextmanager
@@ -231,14 +236,24 @@ def failure(server: Server) -> ServeError:
         return ServeError(
             f"{server.called} was ended by another process", hint=hints.text("inv.serve_status")
         )
-    reading = observation.read_failure(server.log, status=ended.status if ended else None)
+    reading = failures.read(server.log, status=ended.status if ended else None)
     how = process.describe_status(ended.status) if ended else "was killed with its supervisor"
-    why = f": {reading.first}" if reading.first else ""
+    why = f": {reading.sentence}" if reading.sentence else ""
     return ServeError(
         f"{server.called} {how}{why}",
-        hint=hints.text("core.read_log", path=server.log),
+        hint=_hint(server, reading),
         details=(*reading.tail, f"log: {server.log}"),
     )
+
+
+def _hint(server: Server, reading: failures.Reading) -> str:
+    """Return the next command for a failure: the symptom's, else one that shows the log."""
+    typed = server.facts.get("typed")
+    is_fetched = bool(typed) and command.folder_of(server.name) is None
+    hint = reading.symptom and reading.symptom.next_command(
+        name=server.name if is_fetched else None, typed=typed
+    )
+    return hint or hints.text("core.read_log", path=server.log)
 
 
 def follow(log: Path) -> Iterator[str | None]:

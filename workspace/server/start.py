@@ -15,10 +15,10 @@ from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
-from workspace.machine import check
+from workspace.machine import check, failures
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
-from workspace.server import command, fit, flags, lifecycle, models, observation, recipes
+from workspace.server import command, fit, flags, lifecycle, models, recipes
 from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive
 from workspace.server.recipes import Recipe
@@ -203,7 +203,7 @@ def _wait(session: _Session, server: Server, folder: Path | None) -> tuple[Serve
             server, ready = lifecycle.wait_until_ready(
                 server,
                 key=settings.text("VLLM_API_KEY") or None,
-                on_line=lambda text: view.line(settings.masked(observation.without_prefix(text))),
+                on_line=lambda text: view.line(settings.masked(failures.without_prefix(text))),
             )
         except ServeError as exc:
             raise _explained(session, server, exc, folder) from exc
@@ -348,7 +348,7 @@ def _explained(
     """Return the failure without secrets; if memory was missing, its hint is the next step."""
     settings, options = session.machine.settings, session.options
     ended = how_ended(server)
-    reading = observation.read_failure(
+    reading = failures.read(
         server.log, status=ended.status if ended and not ended.was_requested else None
     )
     hint = error.hint
