@@ -443,6 +443,10 @@ def test_a_harm_without_a_reason_is_found(text: str) -> None:
     assert not wrong_harm(Hint(text, deletes="a reason"))
 
 
+def test_a_hint_that_deletes_or_renames_names_its_situation() -> None:
+    assert [name for name, hint in REGISTRY.items() if hint.deletes and not hint.when] == []
+
+
 def test_a_reason_without_a_harm_is_found() -> None:
     assert wrong_harm(Hint("git checkout --detach a", deletes="a reason"))
 

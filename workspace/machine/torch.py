@@ -93,7 +93,7 @@ def load(layout: Layout, settings: Settings) -> TorchBuild:
         lines = done.stderr.strip().splitlines() or [process.describe_status(done.returncode)]
         raise BuildError(
             f"torch in .vllm cannot be imported: {lines[-1].strip()}",
-            hint=hints.text("machine.delete_venv"),
+            hint=hints.text("machine.set_venv_aside"),
             details=tuple(lines[-10:]),
         )
     return records.decode(done.stdout.splitlines()[-1], TorchBuild)

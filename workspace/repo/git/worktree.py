@@ -340,7 +340,7 @@ class Trial:
         if answer.status not in (0, 1):
             raise SourceError(
                 f"git merge-tree in {self._git.path}: {first_line(answer.err)}",
-                hint=hints.text("repo.delete_worktree", path=self._git.path),
+                hint=hints.text("repo.delete_store", path=self._git.path),
             )
         tree, *conflicted = split(answer.out)
         return Merged(tree.strip(), tuple(sorted(set(conflicted))) if answer.status else None)
