@@ -283,19 +283,20 @@ def hints_page(registry: Mapping[str, hints.Hint]) -> str:
         "value of the situation, a word in capitals for a value of yours. `tests/test_hints.py`",
         "checks that each command exists, and that none deletes what is yours without a reason.",
     ]
+    head = ("name", "command", "remark", "situation", "used by")
     for group, named in itertools.groupby(registry.items(), lambda item: item[0].partition(".")[0]):
         rows = [_of_hint(name, hint, library) for name, hint in named]
-        lines += ["", f"## {group}", "", *table(("name", "command", "remark", "used by"), rows)]
+        lines += ["", f"## {group}", "", *table(head, rows)]
     return "\n".join([*lines, ""])
 
 
 def _of_hint(name: str, hint: hints.Hint, library: Mapping[str, str]) -> tuple[str, ...]:
     command, *remarks = re.split(r"    |\s+# ", re.sub(r":(plain|tail)}", "}", hint.text))
     command, *remarks = ("", command, *remarks) if hint.advice else (command, *remarks)
-    remarks += [hint.when, f"Why this is safe: {hint.deletes}" if hint.deletes else ""]
+    remarks += [f"It {hint.deletes}."] if hint.deletes else []
     users = ", ".join(path for path, source in library.items() if f'"{name}"' in source)
     shown = _code(command.replace("{{", "{").replace("}}", "}")) if command else ""
-    return name, shown.replace("|", "\\|"), cell("; ".join(filter(None, remarks))), users
+    return name, shown.replace("|", "\\|"), cell("; ".join(remarks)), cell(hint.when), users
 
 
 def symptoms_page(known: Sequence[Symptom], no_causes: Sequence[Harmless]) -> str:
