@@ -19,11 +19,13 @@ from invoke.exceptions import Exit, ParseError
 from invoke.program import Program
 
 from scripts import docs
+from workspace.checks.registry import REGISTRY as CHECKS
 from workspace.cli.program import program
 from workspace.cli.sessions import SESSIONS
 from workspace.core import hints
 from workspace.core.hints import Hint
 from workspace.machine import failures
+from workspace.server import command
 
 ROOT = Path(__file__).resolve().parents[1]
 REGISTRY = hints.registry()
@@ -351,6 +353,21 @@ def test_every_hint_is_used() -> None:
     used = {name for tree in trees for name in names_in_tables(tree)}
     used |= {str(node.value) for tree in trees for node in names_in_calls(tree)}
     assert set(REGISTRY) - used == set()
+
+
+def test_tables_have_names_of_hints() -> None:
+    named = {check: entry.hint for check, entry in CHECKS.items()} | command.REFUSED
+    assert {key: name for key, name in named.items() if name not in REGISTRY} == {}
+
+
+def test_only_those_tables_give_a_name_that_is_no_literal() -> None:
+    others = [
+        (path.name, ast.unparse(call.args[0]))
+        for path, source in LIBRARY.items()
+        for call in calls(ast.parse(source))
+        if not isinstance(call.args[0], ast.Constant)
+    ]
+    assert others == [("smoke.py", "entry.hint"), ("command.py", "refused")]
 
 
 def test_a_hint_of_a_table_gets_no_values() -> None:

@@ -152,9 +152,7 @@ REGISTRY: Mapping[str, Entry] = {
         " torch and CUDA",
         _ORIGIN,
     ),
-    "provenance.tree": Entry(
-        "vendor/vllm did not change while the checks ran", "./scripts/nox -s smoke"
-    ),
+    "provenance.tree": Entry("vendor/vllm did not change while the checks ran", "nox.smoke"),
     "real.answer": Entry(
         "SmolLM2 knows the capital of France and does not repeat one token endlessly",
         _DIFFERS,

@@ -35,7 +35,7 @@ _LISTS = ("PATH", "LD_LIBRARY_PATH")
 _READ_ONLY = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS")
 LOCAL, USUAL_PORT = "127.0.0.1", 8000
 # Flags that inv serve refuses, each with the name of its hint.
-_REFUSED = {
+REFUSED = {
     "--api-key": "server.key_in_dotenv",
     "--hf-token": "server.token_in_dotenv",
     "--config": "server.flags_of_config",
@@ -170,7 +170,7 @@ def compose(
     own = [flags.judge(args, known) for args in _by_flag(recipe, users.args)]
     args = [arg for judged in own for arg in judged.args] + list(users.args)
     for arg in users.args:
-        if refused := _REFUSED.get(arg.split("=")[0]):
+        if refused := REFUSED.get(arg.split("=")[0]):
             raise SettingsError(
                 f"{arg.split('=')[0]} cannot be given to inv serve", hint=hints.text(refused)
             )
