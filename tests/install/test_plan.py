@@ -197,7 +197,7 @@ def test_status_and_doctor_name_what_the_driver_will_compile_and_its_price(tmp_p
     built = stamp.Stamp(inputs={}, outcome={status.DRIVER_WORK: work})
     layout.stamp("vllm").parent.mkdir(parents=True)
     stamp.write(layout.stamp("vllm"), built)
-    (row,) = status.doctor_rows(layout)
+    (row,) = status.first_use(layout)
     assert row.state == "ok"
     assert row.text == status.driver_sentence(built)
     assert f"the driver compiles PTX at the first use of {work}" in row.text

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.bench import compare, measure, metrics, subject
+from workspace.bench import compare, measure, results, subject
 from workspace.bench.bisect_log import Verdict
 from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Kind
@@ -129,12 +129,12 @@ def parse(text: str, *, folder: Path) -> Predicate:
 
 
 def _parse_metric(name: str) -> Predicate:
-    if name not in metrics.METRICS:
-        alike = nearest(name, metrics.METRICS)
+    if name not in results.METRICS:
+        alike = nearest(name, results.METRICS)
         hint = (
             hints.text("core.did_you_mean", alike=f"bench:{alike}")
             if alike
-            else hints.text("bench.metrics", metrics=", ".join(metrics.METRICS))
+            else hints.text("bench.metrics", metrics=", ".join(results.METRICS))
         )
         raise SettingsError(f"--run: {shortened(name)!r} is no metric of a benchmark", hint=hint)
     return Predicate("bench", name)
@@ -249,11 +249,11 @@ def _judge_values(
     name: str, values: Sequence[float], reference: Sequence[float], factor: float
 ) -> Outcome | None:
     """Return the outcome of the values so far, None where more starts may decide it."""
-    metric = metrics.known(name)
+    metric = results.known(name)
     if not reference:
         evidence = (
             f"{name} {statistics.median(values):.4g} {metric.unit} ±"
-            f" {metrics.variation(values):.1%}, {len(values)} starts"
+            f" {results.variation(values):.1%}, {len(values)} starts"
         )
         return Outcome("good", evidence, tuple(values))
     judgement = compare.judge_samples(reference, values, better=metric.better, factor=factor)

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from workspace.bench import metrics, results
-from workspace.bench.metrics import Better
-from workspace.bench.results import Record
+from workspace.bench import results
+from workspace.bench.results import Better, Record
 from workspace.core import hints
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import Regression, SettingsError
@@ -261,7 +260,7 @@ def judge_records(first: Record, second: Record, *, factor: float) -> tuple[Metr
     rows = []
     for name in shared:
         a, b = first.values(name), second.values(name)
-        judgement = judge_samples(a, b, better=metrics.known(name).better, factor=factor)
+        judgement = judge_samples(a, b, better=results.known(name).better, factor=factor)
         rows.append(MetricDifference(name, statistics.median(a), statistics.median(b), judgement))
     return tuple(rows)
 
@@ -273,7 +272,7 @@ def sentence(row: MetricDifference) -> str:
     return (
         f"{judgement.verdict}: {percent(judgement.ratio)}{interval_text(judgement)},"
         f" {chance}{row.first:.4g} → {row.second:.4g}"
-        f" {metrics.known(row.metric).unit}; {judgement.reason}"
+        f" {results.known(row.metric).unit}; {judgement.reason}"
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.bench import compare, metrics, results, subject
+from workspace.bench import compare, results, subject
 from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Clocks, Conditions, Kind, Record, Start
 from workspace.bench.subject import Benchmark, Workload, WorkloadOptions
@@ -293,7 +293,7 @@ def read_samples(
     """Read the samples of a result file. Raises WorkspaceError where it has none."""
     try:
         document = records.load(result, dict[str, object]) or {}
-        return metrics.samples(work.kind, document, at=at)
+        return results.samples(work.kind, document, at=at)
     except ValueError as exc:
         raise WorkspaceError(
             f"vllm bench {work.kind} measured nothing: {exc}",

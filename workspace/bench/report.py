@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from workspace.bench import compare, metrics, plots, results, subject
+from workspace.bench import compare, plots, results, subject
 from workspace.bench.plots import Plot, Reference
 from workspace.bench.results import Record
 from workspace.core import hints
@@ -168,8 +168,8 @@ class _Section:
         return f"<h3>{title}</h3><ul>{verdicts}{note}</ul>{self._figures('', figures)}"
 
     def _pair_figures(self, names: Sequence[str], first: Record, second: Record) -> list[Plot]:
-        top = max((metrics.concurrency(name) or 0 for name in names), default=0)
-        shown = [name for name in names if metrics.concurrency(name) in (None, top)]
+        top = max((results.concurrency(name) or 0 for name in names), default=0)
+        shown = [name for name in names if results.concurrency(name) in (None, top)]
         figures = [
             plots.distributions(f"{self.name}-ab-{metric}", metric, first, second)
             for metric in shown[:SHOWN_HISTORIES]
@@ -180,7 +180,7 @@ class _Section:
         swept = [
             (f"{number}: {record.stem}", record)
             for number, record in enumerate(self.group, 1)
-            if any(metrics.concurrency(metric) for metric in record.metrics)
+            if any(results.concurrency(metric) for metric in record.metrics)
         ]
         if not swept:
             return ""
@@ -190,8 +190,8 @@ class _Section:
 
     def _shown(self, names: Sequence[str]) -> list[str]:
         """Return the metrics to plot: of a sweep only those at the highest load."""
-        top = max((metrics.concurrency(name) or 0 for name in self.group[-1].metrics), default=0)
-        return [name for name in names if metrics.concurrency(name) in (None, top)]
+        top = max((results.concurrency(name) or 0 for name in self.group[-1].metrics), default=0)
+        return [name for name in names if results.concurrency(name) in (None, top)]
 
     def _percentiles(
         self, names: Sequence[str], records: Sequence[tuple[str, Record]]

@@ -130,11 +130,8 @@ def status(_: Context, json: bool = False) -> None:
 def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     """Check machine, toolchain, GPU, network; print hints."""
     from workspace.install import status
-    from workspace.machine import doctor as verb
 
-    machine = main.machine()
-    more = status.doctor_rows(machine.layout)
-    verb.show(machine, console=main.console(), as_json=json, offline=offline, more=more)
+    status.show_doctor(main.machine(), console=main.console(), as_json=json, offline=offline)
 
 
 @task(

@@ -322,7 +322,7 @@ def _preflight(observed: plan.Observation, console: Console) -> None:
         rows = doctor.preflight(
             machine,
             device=observed.device,
-            kernels=observed.kernels_wanted.source.kind,
+            is_native=observed.kernels_wanted.source.is_native,
             need_gib=need,
         )
         view.reason = f"{sum(row.state == 'ok' for row in rows)} of {len(rows)} checks ok"

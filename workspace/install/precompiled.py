@@ -168,6 +168,11 @@ def choose(
     )
 
 
+def is_native(settings: Settings) -> bool:
+    """Return whether KERNELS requests to compile every library."""
+    return settings.text("KERNELS") == "native"
+
+
 def repeated(settings: Settings, source: KernelSource | None) -> Settings:
     """Return settings that compile every library if `source` did and KERNELS does not decide."""
     if source is None or not source.is_native or settings.text("KERNELS") != "auto":

@@ -455,7 +455,7 @@ def _preflight(observed: plan.Observation, console: Console, *, is_compiled: boo
     rows = doctor.preflight(
         observed.machine,
         device=observed.device,
-        kernels="native" if is_compiled else "precompiled",
+        is_native=is_compiled,
         need_gib={observed.machine.layout.builds: NEEDED_GIB if is_compiled else 1.0},
     )
     stages.require_rows(rows, console, what="compile")

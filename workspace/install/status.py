@@ -10,9 +10,9 @@ from workspace.core import hints, records
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import PatchDrift, SmokeError
 from workspace.core.paths import Layout
-from workspace.install import plan, stamp
+from workspace.install import plan, precompiled, stamp
 from workspace.install.precompiled import text_of
-from workspace.machine import torch
+from workspace.machine import doctor, torch
 from workspace.machine.machine import Machine
 from workspace.machine.torch import Installed, TorchBuild
 from workspace.repo import checkout, overview, patches, pins
@@ -182,8 +182,20 @@ def driver_sentence(built: stamp.Stamp | None) -> str | None:
     return sentence
 
 
-def doctor_rows(layout: Layout) -> tuple[Row, ...]:
-    """Return the doctor's row on code that the driver compiles at its first use."""
+def show_doctor(machine: Machine, *, console: Console, as_json: bool, offline: bool) -> None:
+    """Print the doctor's rows, and one on code that the driver compiles at its first use."""
+    doctor.show(
+        machine,
+        console=console,
+        as_json=as_json,
+        offline=offline,
+        is_native=precompiled.is_native(machine.settings),
+        more=first_use(machine.layout),
+    )
+
+
+def first_use(layout: Layout) -> tuple[Row, ...]:
+    """Return the row on code that the driver compiles at its first use, none if there is none."""
     sentence = driver_sentence(stamp.read(layout.stamp("vllm")))
     why = "the first request waits for it; inv bootstrap ends with a first token, which compiles it"
     return (Row(State.OK, "first use", sentence, why),) if sentence else ()

@@ -86,7 +86,7 @@ def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
             "there is no environment in .vllm to diagnose",
             hint=hints.text("inv.bootstrap"),
         )
-    case = Case(machine, kernels="precompiled")
+    case = Case(machine)
     installed, build = torch.observe_triton(layout), machine.torch()
     is_gpu_torch = build is not None and build.cuda is not None
     paired, capability = torch.paired_triton(layout), dotenv.capability_of(case)

