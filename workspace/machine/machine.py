@@ -23,7 +23,6 @@ from workspace.machine.hardware import Once
 # loaded.
 ANSWER_S = 3.0
 PATIENCE_S = 20.0
-WITHOUT_GPU = "./scripts/inv bootstrap --device cpu"
 
 
 @dataclass(frozen=True)
