@@ -12,7 +12,7 @@ from tests.small.world import World
 from tests.support.test_perf import kept, perf, rows_of
 from tests.support.test_replay import NINJA, TRACE
 from workspace.compile.scheduler import Bounds
-from workspace.support import perf_replay
+from workspace.support import perf_measure
 
 
 def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays_as_it_is(
@@ -60,13 +60,13 @@ def test_real_ninja_and_real_launchers_keep_the_bounds_and_beat_the_static_count
     entries = [replace(entry, seconds=entry.seconds / 250) for entry in TRACE[::4]]
     bounds = Bounds(12, 24.0)
     assert NINJA is not None
-    found = perf_replay.through_ninja(
+    found = perf_measure.through_ninja(
         entries, bounds, tmp_path, environment=dict(os.environ), ninja=Path(NINJA)
     )
-    assert perf_replay.checked(found, bounds) == found.seconds
+    assert perf_measure.checked(found, bounds) == found.seconds
     assert found.most_jobs > 2
     assert (
-        perf_replay.lower_bound(entries, bounds)
+        perf_measure.lower_bound(entries, bounds)
         < found.seconds
-        < perf_replay.static(entries, bounds).seconds
+        < perf_measure.static(entries, bounds).seconds
     )

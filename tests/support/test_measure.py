@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from workspace.core.errors import BuildError, ToolchainError
-from workspace.support.perf_measure import Aim, Command, Comparison, Sample, compare, run
+from workspace.support.perf import Aim
+from workspace.support.perf_measure import Command, Comparison, Sample, compare, run
 
 NOTHING = Sample(0.0, 0.0)
 

@@ -346,9 +346,9 @@ def serve(
 @task(name="status", help={"json": JSON})
 def serve_status(_: Context, json: bool = False) -> None:
     """Show the server: ready, since when, memory."""
-    from workspace.server import status
+    from workspace.server import start as verb
 
-    status.status(*main.opened(), console=main.console(), as_json=json)
+    verb.status(*main.opened(), console=main.console(), as_json=json)
 
 
 @task(
@@ -357,17 +357,17 @@ def serve_status(_: Context, json: bool = False) -> None:
 )
 def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
     """Print the server's log; --follow prints new lines."""
-    from workspace.server import status
+    from workspace.server import start as verb
 
-    status.logs(*main.opened(), console=main.console(), lines=lines, follow=follow)
+    verb.logs(*main.opened(), console=main.console(), lines=lines, follow=follow)
 
 
 @task(name="stop")
 def serve_stop(_: Context) -> None:
     """Stop the server; wait for port and memory."""
-    from workspace.server import status
+    from workspace.server import start as verb
 
-    status.stop(paths.here(), console=main.console())
+    verb.stop(paths.here(), console=main.console())
 
 
 @task(name="list", help={"json": JSON})

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from workspace.core.files import read_regular, write_atomic
 
@@ -144,9 +144,13 @@ def _warn(sentence: str) -> None:
     print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
+def _fields(record: Any) -> dict[str, object]:
+    return asdict(record)
+
+
 def encode(record: object, *, indent: int | None = 1) -> bytes:
     """Return a record, a dataclass or a mapping, as JSON. Raises ValueError for NaN."""
-    document = dict(record) if isinstance(record, Mapping) else asdict(record)  # type: ignore[call-overload]
+    document = dict(record) if isinstance(record, Mapping) else _fields(record)
     if isinstance(record, Record) and record.SCHEMA is not None:
         document = {"schema": record.SCHEMA, **document}
     return (json.dumps(document, indent=indent, allow_nan=False) + "\n").encode()

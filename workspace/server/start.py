@@ -1,16 +1,17 @@
 """`inv serve`: check before the load all that can be wrong, start one server, watch it until it can
-generate, then follow its log or leave it alone.
+generate, then follow its log or leave it alone; and `serve.status`, `serve.logs`, `serve.stop`.
 """
 
 import hashlib
+import json
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.core import hints, lock, records
-from workspace.core.console import Console
-from workspace.core.errors import ServeError, SmokeError, WorkspaceError
+from workspace.core.console import Console, Row, State
+from workspace.core.errors import ServeError, SettingsError, SmokeError, WorkspaceError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -18,13 +19,19 @@ from workspace.install.status import require_built
 from workspace.machine import check, failures
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
-from workspace.server import command, fit, flags, lifecycle, models, recipes
-from workspace.server.command import Command
+from workspace.server import (
+    command,
+    fit,
+    flags,
+    lifecycle,
+    models,
+    observation,
+    process_tree,
+    recipes,
+)
+from workspace.server.command import Command, tree_oid
 from workspace.server.observation import Server, find, how_ended, is_alive
-from workspace.server.recipes import Recipe
 
-# Environment of every server unless the user sets another value. HF_HUB_OFFLINE is added if the
-# model is on this machine.
 # A tokenizer can be made from any of these files.
 _TOKENIZERS = (
     "tokenizer.json",
@@ -36,6 +43,7 @@ _TOKENIZERS = (
     "*.tiktoken",
 )
 FOLLOW_S = 0.3
+LONGEST_TAIL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class _Session:
     machine: Machine
     console: Console
     options: ServeOptions
-    recipe: Recipe
+    recipe: recipes.Recipe
     command: Command
     device: str
 
@@ -247,14 +255,13 @@ def _follow(settings: Settings, server: Server, console: Console) -> None:
     console.info(f"{server.called} was stopped")
 
 
-def _recipe(layout: Layout, name: str) -> Recipe:
+def _recipe(layout: Layout, name: str) -> recipes.Recipe:
     folder = command.folder_of(name)
     if folder is None:
         return models.named(layout, name)
     if not folder.is_dir():
         raise ServeError(
-            f"{folder} is no folder with a model in it",
-            hint=hints.text("server.recipes"),
+            f"{folder} is no folder with a model in it", hint=hints.text("server.recipes")
         )
     try:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
@@ -372,3 +379,120 @@ def _length(folder: Path | None) -> int | None:
         return None
     found = known.get("max_position_embeddings") if known else None
     return found if isinstance(found, int) else None
+
+
+def status(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
+    """Print one row: does a server run, does it answer, was it started from the present build."""
+    server = find(layout.server)
+    if server is None:
+        row = Row(State.MISSING, "server", "no server runs", hint=hints.text("server.recipes"))
+        _print(console, [row], {"schema": 1, "state": "none"}, as_json=as_json)
+        return
+    members = server.members()
+    condition, row = _judged(settings, server, members)
+    changed = _changed(layout, server) if members else None
+    record: dict[str, object] = {
+        "schema": 1,
+        "state": condition,
+        "name": server.name,
+        "url": f"{server.address.url}/v1",
+        "process": server.processes.supervisor_pid,
+        "since": server.since,
+        "memory_gib": round(process_tree.resident_bytes(members) / GIB, 2),
+        "log": str(server.log),
+        "changed": changed,
+    }
+    rows = [row]
+    if changed:
+        text = f"{changed} since its start; it still runs what it loaded"
+        hint = hints.text("server.stop_then", command=server.facts.get("typed"))
+        rows.append(Row(State.STALE, "server", text, hint=hint))
+    _print(console, rows, record, as_json=as_json)
+
+
+def logs(
+    layout: Layout, settings: Settings, *, console: Console, lines: str = "", follow: bool = False
+) -> None:
+    """Print the log of the present or the last server, secrets masked; with `follow` until it ends.
+
+    Raises ServeError if there is no log.
+    """
+    if lines and not (lines.isdigit() and 0 < int(lines) <= LONGEST_TAIL):
+        raise SettingsError(
+            f"--lines: {lines!r} is not a whole number from 1 to {LONGEST_TAIL}",
+            hint=hints.text("server.last_lines"),
+        )
+    server = find(layout.server)
+    kept = sorted((layout.server / "logs").glob("*.log"))
+    log = server.log if server else kept[-1] if kept else None
+    if log is None or not log.is_file():
+        raise ServeError(
+            "there is no log: no server was started here",
+            hint=hints.text("server.recipes"),
+        )
+    written = lifecycle.follow(log)
+    first = []
+    for line in written:
+        if line is None:
+            break
+        first.append(line)
+    for line in first[-int(lines) :] if lines else first:
+        console.data(settings.masked(line))
+    for line in written if follow else ():
+        if line is not None:
+            console.data(settings.masked(line))
+        elif server is None or not is_alive(server):
+            return
+        else:
+            time.sleep(FOLLOW_S)
+
+
+def stop(layout: Layout, *, console: Console) -> None:
+    """Stop all processes of the server and wait until port and memory are free.
+
+    No server is no error.
+    """
+    server = find(layout.server)
+    if server is None:
+        console.info("no server runs")
+    else:
+        end(server, console=console)
+
+
+def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str, Row]:
+    """Return the condition for programs, and the row for people."""
+    if not members:
+        message = settings.masked(lifecycle.failure(server).message)
+        return "ended", Row(State.FAIL, "server", message, hint=hints.text("server.logs_or_stop"))
+    at = (
+        f"{server.name} at {server.address.url}/v1, process {server.processes.supervisor_pid},"
+        f" since {server.since}"
+    )
+    if not is_alive(server):
+        text = f"{at}: its supervisor was killed, {len(members)} processes are left"
+        return "remains", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_stop"))
+    held = f"{process_tree.resident_bytes(members) / GIB:.1f} GiB in {len(members)} processes"
+    if not server.is_ready:
+        text = f"{at}: it is starting, {held}"
+        return "starting", Row(State.WARN, "server", text, hint=hints.text("server.follow"))
+    if not observation.is_healthy(server.address):
+        text = f"{at}: /health does not answer, {held}"
+        return "unhealthy", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_logs"))
+    names = observation.served_models(server.address, key=settings.text("VLLM_API_KEY") or None)
+    served = ", ".join(names) or "no model that it lists without its key"
+    return "ready", Row(State.OK, "server", f"{at}: serves {served}; {held}")
+
+
+def _changed(layout: Layout, server: Server) -> str | None:
+    if server.facts.get("built") != built(layout):
+        return "kernels or environment were built anew"
+    if server.facts.get("tree") != tree_oid(layout):
+        return "vendor/vllm has another tree"
+    return None
+
+
+def _print(console: Console, rows: list[Row], record: dict[str, object], *, as_json: bool) -> None:
+    if as_json:
+        console.data(json.dumps(record, indent=1))
+    else:
+        console.rows(rows)

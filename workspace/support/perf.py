@@ -1,7 +1,7 @@
 """nox -s perf: the rows, their measurement, the table and the JSON record.
 
-It runs with the Python of the tool environment. perf_measure.py times two sides; perf_pairs.py and
-perf_replay.py prepare them.
+It runs with the Python of the tool environment. perf_measure.py times two sides and
+replays builds; perf_pairs.py prepares the other sides.
 """
 
 import contextlib
@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.support import perf_pairs, perf_replay
+from workspace.support import perf_measure, perf_pairs
 from workspace.support.perf_measure import (
-    Aim,
     Command,
     Comparison,
     Context,
@@ -31,6 +31,29 @@ from workspace.support.perf_measure import (
 )
 
 Sides = tuple[Timed, Timed]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """An upper limit: a ratio, extra seconds, or seconds in all (wall)."""
+
+    kind: Literal["ratio", "extra", "wall"]
+    limit: float
+
+    def is_met(self, comparison: Comparison) -> bool:
+        found = {
+            "ratio": comparison.ratio,
+            "extra": comparison.extra_s,
+            "wall": comparison.measured_s,
+        }[self.kind]
+        return found.median <= self.limit
+
+    def __str__(self) -> str:
+        return {
+            "ratio": f"{self.limit:g}x",
+            "extra": f"+{self.limit * 1000:g} ms",
+            "wall": f"{self.limit:g} s",
+        }[self.kind]
 
 
 @dataclass(frozen=True)
@@ -89,7 +112,7 @@ def _doctor(context: Context) -> Iterator[Sides]:
 
 
 def _self_timed(
-    prepare: Callable[[Context], AbstractContextManager[perf_replay.Sides]],
+    prepare: Callable[[Context], AbstractContextManager[perf_measure.Sides]],
 ) -> Callable[[Context], AbstractContextManager[Sides]]:
     @contextlib.contextmanager
     def sides(context: Context) -> Iterator[Sides]:
@@ -102,13 +125,13 @@ def _self_timed(
 def _replays() -> Iterator[PerfPair]:
     bound = "the lower bound of any order"
     for gib in (24.0, 48.0, 96.0):
-        here = f"the recorded build on {perf_replay.CORES} cores in {gib:g} GiB"
+        here = f"the recorded build on {perf_measure.CORES} cores in {gib:g} GiB"
         yield PerfPair(
             f"replay-{gib:g}",
             f"{here}, by admission",
             bound,
             Aim("ratio", 1.1),
-            _self_timed(perf_replay.simulated(gib)),
+            _self_timed(perf_measure.simulated(gib)),
             pairs=1,
             warm_ups=0,
         )
@@ -117,13 +140,13 @@ def _replays() -> Iterator[PerfPair]:
             f"{here}, safe static jobs",
             bound,
             None,
-            _self_timed(perf_replay.simulated(gib, way=perf_replay.static)),
+            _self_timed(perf_measure.simulated(gib, way=perf_measure.static)),
             pairs=1,
             warm_ups=0,
         )
     for gib in (24.0, 48.0):
         here = (
-            f"the recorded build in {gib:g} GiB, {perf_replay.SCALE:g} times as fast, through"
+            f"the recorded build in {gib:g} GiB, {perf_measure.SCALE:g} times as fast, through"
             " ninja and launchers"
         )
         yield PerfPair(
@@ -131,7 +154,7 @@ def _replays() -> Iterator[PerfPair]:
             here,
             bound,
             Aim("ratio", 1.2),
-            _self_timed(perf_replay.time_scaled(gib)),
+            _self_timed(perf_measure.time_scaled(gib)),
             pairs=1,
             warm_ups=0,
         )
