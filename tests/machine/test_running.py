@@ -2,10 +2,21 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.machine.conftest import House
+from workspace.core import child_variables
 from workspace.machine import jit_caches, run_environment
 
 STACK = jit_caches.Stack("tree", "2.13.0", "none", "none", "none")
+ON_GPU = jit_caches.Stack("tree", "2.13.0 CUDA 13.0", "3.7.1", "0.7.0", "12.1")
+# The children of a built vLLM, which compile at run time.
+COMPILING = [
+    phase
+    for phase in child_variables.PHASES
+    if any(row.has("TRITON_CACHE_DIR") and phase in row.phases for row in child_variables.VARIABLES)
+    and phase not in ("run", "triton")
+]
 
 
 def variables(
@@ -109,3 +120,14 @@ def test_kernels_are_kept_by_stack_unless_the_user_sets_a_folder_and_ninja_is_fo
     assert found["PATH"].split(":")[0] == str(house.layout.environment / "bin")
     assert found["VIRTUAL_ENV"] == str(house.layout.environment)
     assert "PYTHONPATH" not in found
+
+
+@pytest.mark.parametrize("phase", COMPILING)
+def test_every_folder_of_a_gpu_reaches_every_child_that_compiles(
+    house, phase: child_variables.Phase
+):
+    assert {"first-token", "serve", "smoke", "bench", "shell"} <= set(COMPILING)
+    folders = jit_caches.variables(house.layout, house.settings(), ON_GPU)
+    assert "CUDA_CACHE_MAXSIZE" in folders
+    found = run_environment.built_environment(house.layout, house.settings(), phase, stack=ON_GPU)
+    assert folders.items() <= found.items()

@@ -167,7 +167,7 @@ VARIABLES: tuple[Variable, ...] = (
              "FlashInfer would start a compiler for each core (flashinfer-ai/flashinfer#3634)",
              is_default=True),
     Variable("TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR VLLM_CACHE_ROOT FLASHINFER_WORKSPACE_BASE"
-             " CUDA_CACHE_PATH", GIVEN, "machine", _BUILT,
+             " CUDA_CACHE_PATH CUDA_CACHE_MAXSIZE", GIVEN, "machine", _BUILT,
              "kernels of each stack have folders of their own (vllm-project/vllm#41871)",
              is_default=True),
     Variable("TIKTOKEN_ENCODINGS_BASE", GIVEN, "clone", _BUILT,
