@@ -17,9 +17,10 @@ from workspace.bench.results import Kind, Record, Software, Source
 from workspace.core.console import RunLog
 from workspace.core.errors import SettingsError
 from workspace.core.files import sha256
+from workspace.core.known_settings import is_secret
 from workspace.core.paths import Layout
 from workspace.core.redaction import Redactor
-from workspace.core.settings import Settings, is_secret
+from workspace.core.settings import Settings
 from workspace.install import plan
 from workspace.install.precompiled import text_of
 from workspace.machine import hardware

@@ -1,11 +1,11 @@
-"""The table of all settings: name, kind, default, phase and meaning of each; and families of other
-variables that a tool reads.
+"""The table of all settings: name, kind, default, phase and meaning of each; families of other
+variables that a tool reads; and the names and values that are secret.
 
 A new setting is one row here and one line in .env.example; core/settings.py reads its value.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -296,3 +296,66 @@ OF_LIBRARIES = re.compile(
     r"(CUDA|NCCL|OMP|TORCH|PYTORCH|TORCHDYNAMO|TORCHINDUCTOR|TRITON|FLASHINFER|HF|HUGGING_?FACE"
     r"|TRANSFORMERS|TIKTOKEN)_\w+$"
 )
+
+# Parts of a name that make its value secret. Tokens of a language model are not secret.
+SECRET_PARTS = (
+    r"(?<!TIK)TOKEN(?!IZER|S_PER)|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL"
+    r"|(?:API|ACCESS|ACCOUNT|PRIVATE|SIGNING|ENCRYPTION)[_-]?KEY"
+)
+# Words of a name that do the same: OPENAI_KEY, DB_PASS, GITLAB_PAT, MYSQL_PWD, SSHPASS.
+SECRET_NOUNS = r"(?:KEYS?|(?:SSH)?PASS|PATS?|PWD|O?AUTH|CREDS?|COOKIES?|JWT|PSK|DSN|BEARER|WEBHOOK)"
+# What follows such a word where the value is a place, a kind or a size: SSH_AUTH_SOCK.
+_LABEL = (
+    r"[_-](?:FILE|PATH|DIR|FOLDER|SOCK|SOCKET|PREFIX|NAME|ID|TYPE|METHOD|MODE|SIZE|LEN|LENGTH"
+    r"|COUNT|TIMEOUT|PROVIDER|RING|MAP|BITS|ALGORITHM)S?(?![A-Z])"
+)
+# Both as they stand in other text, where `cache_key = x` is what a report is about.
+_MODEL = r"[_-](?:ids?|ind|budget|count|len|num|log|type|limit|emb|pos|per|size|prob|mask|str)"
+SECRET_TERM = (
+    r"(?:(?:(?<!unexpected )(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!tik)"
+    rf"token(?!{_MODEL})|(?!token)(?:{SECRET_PARTS}|auth[_-]?key|secret[_-]?key))s?(?![a-z])"
+    rf"|(?<=[_-])(?!(?-i:key)){SECRET_NOUNS}(?![a-z])(?!{_LABEL}))"
+)
+_SECRET_PART = re.compile(SECRET_PARTS, re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    rf"{SECRET_PARTS}|(?<![A-Z]){SECRET_NOUNS}(?![A-Z])(?!{_LABEL})", re.IGNORECASE
+)
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+# User and password of an address, as written: https://user:password@host, https://token@host.
+_URL_LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/\"'@:]*):?([^\s/\"']*)@")
+SHORTEST_SECRET = 4
+# A user without a password that is shorter is a name, such as git.
+_SHORTEST_TOKEN = 16
+
+
+def is_secret(name: str) -> bool:
+    """Return whether the value of a variable is secret, by its name."""
+    setting = KNOWN.get(name)
+    if setting or name in ("PWD", "OLDPWD"):
+        return setting is not None and setting.secret
+    return bool(_SECRET_NAME.search(_HUMP.sub("_", name)))
+
+
+def secrets_of(named: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Return the secret values among names and values, and passwords in addresses, longest first.
+
+    A path such as MY_KEY=/home/me/key is left out: messages need it.
+    """
+    found: set[str] = set()
+    for name, text in named:
+        if is_secret(name) and (_SECRET_PART.search(name) or not text.startswith("/")):
+            found.add(text)
+        found.update(_logins(text))
+    return tuple(sorted((text for text in found if len(text) >= SHORTEST_SECRET), key=len)[::-1])
+
+
+def has_login(text: str) -> bool:
+    """Return whether a text has an address with a password or a token in it."""
+    return any(_logins(text))
+
+
+def _logins(text: str) -> Iterator[str]:
+    """Yield the password of each address in a text, or its user where that is a token."""
+    for user, password in _URL_LOGIN.findall(text):
+        if password or len(user) >= _SHORTEST_TOKEN:
+            yield password or user

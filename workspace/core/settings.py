@@ -25,6 +25,8 @@ from workspace.core.known_settings import (
     Setting,
     expands,
     expected,
+    is_secret,
+    secrets_of,
 )
 from workspace.core.paths import Layout
 
@@ -50,11 +52,6 @@ class Value:
     text: str
     source: Source
 
-
-# Tokens of a language model are not secrets.
-_SECRET_NAME = re.compile(
-    r"(?<!TIK)TOKEN(?!IZER|S_PER)|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE
-)
 
 # Variables that point a child to another interpreter, checkout or build.
 _FOREIGN = re.compile(
@@ -125,16 +122,8 @@ class Settings:
     @property
     def secrets(self) -> tuple[str, ...]:
         """Values that no log and no screen may show, longest first."""
-        named = {
-            name: value.text for name, value in (*self.values.items(), *self.passed.items())
-        } | dict(self.shell)
-        return tuple(
-            sorted(
-                {text for name, text in named.items() if is_secret(name) and len(text) >= 4},
-                key=len,
-                reverse=True,
-            )
-        )
+        own = ((name, value.text) for name, value in (*self.values.items(), *self.passed.items()))
+        return secrets_of((*own, *self.shell.items()))
 
     def masked(self, text: str) -> str:
         """Return the text without secrets, at full length."""
@@ -223,11 +212,6 @@ def is_set_by_the_workspace(name: str) -> bool:
     return bool(_FOREIGN.match(name))
 
 
-def is_secret(name: str) -> bool:
-    setting = KNOWN.get(name)
-    return setting.secret if setting else bool(_SECRET_NAME.search(name))
-
-
 def load(
     layout: Layout,
     *,
@@ -246,9 +230,7 @@ def load(
     written = _read_dotenv(layout.dotenv)
     # .env may put a secret into any other value: DEVICE=${HF_TOKEN}.
     named = [*shell.items(), *((name, text) for name, (text, _) in written.items())]
-    secrets = sorted(
-        {text for name, text in named if is_secret(name) and len(text) >= 4}, key=len, reverse=True
-    )
+    secrets = secrets_of(named)
     values = {
         setting.name: _value(setting, flags or {}, shell, written, secrets) for setting in SETTINGS
     }

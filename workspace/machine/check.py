@@ -15,13 +15,12 @@ from pathlib import Path
 from workspace.core.child_variables import fitting_jobs
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import SettingsError
-from workspace.core.known_settings import KNOWN, SETTINGS
+from workspace.core.known_settings import KNOWN, SETTINGS, is_secret
 from workspace.core.settings import (
     AGAIN,
     UNKNOWN,
     Settings,
     is_for,
-    is_secret,
     is_set_by_the_workspace,
     similar,
 )

@@ -22,8 +22,9 @@ from workspace.core import process
 from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
+from workspace.core.known_settings import secrets_of
 from workspace.core.paths import PROJECTS, Layout
-from workspace.core.settings import Settings, is_secret
+from workspace.core.settings import Settings
 
 if TYPE_CHECKING:
     from workspace.core.redaction import Private
@@ -40,8 +41,6 @@ SUDOERS = "/etc/sudoers.d/vllm-workspace"
 _ASSIGNMENT = re.compile(
     r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=[ \t]*(.*?)\s*$", re.MULTILINE
 )
-# A shell has more secrets than settings name: an access key, a cookie, a personal access token.
-_KEY_NAME = re.compile(r"(^|_)(KEY|PAT|AUTH|COOKIE|PASS|PASSPHRASE|PWD)(_|$)")
 _LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/\"'@:]*):?([^\s/\"']*)@")
 _URL_HOST = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/\"']*@)?([A-Za-z0-9_.-]+)|\b[\w.+-]+@([A-Za-z0-9.-]+):"
@@ -346,16 +345,8 @@ def _sorted(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _secrets(layout: Layout, settings: Settings) -> set[str]:
-    """Return the values of secret settings, and of the shell's variables that look like secrets."""
-    return {
-        *settings.secrets,
-        *(value for name, value in assignments(layout.dotenv) if is_secret(name)),
-        *(
-            text
-            for name, text in settings.shell.items()
-            if _KEY_NAME.search(name) and len(text) >= 8 and not text.startswith("/")
-        ),
-    }
+    """Return the values of secret settings and variables, also of a broken .env."""
+    return {*settings.secrets, *secrets_of(assignments(layout.dotenv))}
 
 
 def _places(layout: Layout, settings: Settings, homes: set[str]) -> tuple[tuple[str, str], ...]:

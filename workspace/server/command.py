@@ -16,10 +16,10 @@ from pathlib import Path
 from workspace.core import process
 from workspace.core.child_variables import Phase
 from workspace.core.console import Console
-from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
-from workspace.core.known_settings import KNOWN
+from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError, printable
+from workspace.core.known_settings import KNOWN, has_login, is_secret, secrets_of
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings, is_secret
+from workspace.core.settings import Settings
 from workspace.machine import check, jit_caches, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
@@ -34,6 +34,7 @@ _LISTS = ("PATH", "LD_LIBRARY_PATH")
 # bash refuses to set these, and then evaluates no other line either.
 _READ_ONLY = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS")
 _BOOTSTRAP = "./scripts/inv bootstrap"
+_LONG_SECRET = 8
 LOCAL, USUAL_PORT = "127.0.0.1", 8000
 # Flags that inv serve refuses, and what to write instead.
 _REFUSED = {
@@ -90,17 +91,30 @@ def export_variables(layout: Layout, settings: Settings, *, console: Console) ->
     check.require(machine, console=console)
     environment = built_environment(machine, "shell", is_shown=True)
     for line in lines(layout, environment, settings.shell):
-        console.data(line)
+        # A control character is shown escaped, which would be another value.
+        if printable(line) == line:
+            console.data(line)
     secrets = [
-        name
-        for name, text in environment.items()
-        if is_secret(name) and settings.shell.get(name) != text
+        name for name in _secret_names(environment) if settings.shell.get(name) != environment[name]
     ]
     if secrets:
         console.info(
-            f"left out, because they are secret: {', '.join(sorted(secrets))}; inv run and inv"
+            f"left out, because they are secret: {', '.join(secrets)}; inv run and inv"
             " shell set them for their programs"
         )
+
+
+def _secret_names(environment: Mapping[str, str]) -> list[str]:
+    """Return the variables that hold a secret: by name, with a password, or with another's value.
+
+    A short value, such as a password of four letters, is a part of many that are not secret.
+    """
+    secrets = [text for text in secrets_of(environment.items()) if len(text) >= _LONG_SECRET]
+    return sorted(
+        name
+        for name, text in environment.items()
+        if is_secret(name) or has_login(text) or any(secret in text for secret in secrets)
+    )
 
 
 def lines(
@@ -109,11 +123,12 @@ def lines(
     """Yield lines of sh that turn `outer` into `environment`. Secrets, names that no shell can
     export and the built interpreter's folder are left out.
     """
+    secret = _secret_names(environment)
     for name, text in sorted(environment.items()):
         if (
             name not in (*_LISTS, *_READ_ONLY, "VIRTUAL_ENV")
             and outer.get(name) != text
-            and not is_secret(name)
+            and name not in secret
             and name.isidentifier()
             and name.isascii()
         ):
@@ -243,9 +258,8 @@ def shown(
     if removed:
         yield f"unset {' '.join(removed)}"
     yield from lines(layout, environment, settings.shell)
-    for name, text in sorted(environment.items()):
-        if is_secret(name):
-            yield f"# {name} is {'set, and not shown' if text else 'empty'}"
+    for name in _secret_names(environment):
+        yield f"# {name} is {'set, and not shown' if environment[name] else 'empty'}"
     yield settings.masked(shlex.join(argv))
 
 

@@ -13,6 +13,7 @@ from typing import Literal, cast
 from workspace.core import records, settings
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
+from workspace.core.known_settings import has_login, is_secret
 from workspace.core.paths import Layout
 from workspace.server import flags as engine_flags
 
@@ -356,7 +357,7 @@ def _environment(table: _Table) -> Mapping[str, str]:
     for key, value in table.items():
         if not _VARIABLE.fullmatch(key):
             raise table.wrong(key, "the name of an environment variable")
-        if settings.is_secret(key):
+        if is_secret(key) or has_login(str(value)):
             raise table.wrong(key, "for a recipe, which is shared: put it into .env")
         if not isinstance(value, str) or not value.isprintable():
             raise table.wrong(key, "a text of one line; quote a number")

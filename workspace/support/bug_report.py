@@ -29,11 +29,11 @@ from workspace.core import settings as core_settings
 from workspace.core.console import Console, State
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
-from workspace.core.known_settings import KNOWN
+from workspace.core.known_settings import KNOWN, is_secret
 from workspace.core.paths import PROJECTS, Layout
 from workspace.core.process import Slow, There
 from workspace.core.redaction import Redactor
-from workspace.core.settings import Settings, is_secret
+from workspace.core.settings import Settings
 from workspace.install import status
 from workspace.machine import doctor, hardware, interpreter
 from workspace.machine.machine import Machine
