@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from workspace.core.errors import SourceError, ToolchainError
@@ -88,6 +88,24 @@ def read_regular(path: Path) -> bytes:
         if not stat.S_ISREG(kind):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         return file.read()
+
+
+def is_changed_only_by(path: Path, owners: Collection[int], *, by_others: int = 0o022) -> bool:
+    """Return whether nobody else can change or replace a file or folder, or a folder above it.
+
+    `owners` are user IDs; `by_others` are the bits of a mode that let others write.
+    """
+    real = path.resolve()
+    # A link of others on the way would point elsewhere later.
+    places = {path, real, *path.parents, *real.parents}
+    return all(_is_kept(os.lstat(place), owners, by_others) for place in places)
+
+
+def _is_kept(place: os.stat_result, owners: Collection[int], by_others: int) -> bool:
+    # In a sticky folder such as /tmp, only the owner of a file replaces it; a link has no mode.
+    is_sticky = stat.S_ISDIR(place.st_mode) and place.st_mode & stat.S_ISVTX
+    is_open = place.st_mode & by_others and not is_sticky and not stat.S_ISLNK(place.st_mode)
+    return place.st_uid in owners and not is_open
 
 
 def sha256(path: Path) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from workspace.core import process
 from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
-from workspace.core.files import read_regular
+from workspace.core.files import is_changed_only_by, read_regular
 from workspace.core.known_settings import secrets_of
 from workspace.core.paths import PROJECTS, Layout
 from workspace.core.settings import Settings
@@ -36,7 +36,8 @@ _PROC = Path("/proc")
 # The page cache, and the kernel's cache of names (proc_sys_vm(5)).
 ASSIGNMENT = "vm.drop_caches=3"
 PATIENCE_S = 120.0
-USUAL_SYSCTL = "/usr/sbin/sysctl"
+# Root's own PATH (sudoers(5), secure_path), without /usr/local, into which staff may write.
+ROOT_PATH = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 SUDOERS = "/etc/sudoers.d/vllm-workspace"
 _ASSIGNMENT = re.compile(
     r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=[ \t]*(.*?)\s*$", re.MULTILINE
@@ -220,14 +221,21 @@ def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[floa
         yield float(limit), max(0.0, float(used) - float(cached))
 
 
-def drop_caches(settings: Settings, *, console: Console, is_root: bool | None = None) -> None:
+def drop_caches(
+    settings: Settings, *, console: Console, is_root: bool | None = None, sysctl: str | None = None
+) -> None:
     """Write dirty pages to the disk, drop the page cache, and report how much memory that frees.
 
-    Raises ToolchainError where this user may not; nothing is changed then.
+    Raises ToolchainError where this user may not; nothing is changed then. `sysctl` is the program,
+    by default that of root.
     """
     environment = settings.child_environment("plain")
-    path = os.pathsep.join([environment.get("PATH", ""), "/usr/sbin", "/sbin"])
-    sysctl = shutil.which("sysctl", path=path) or USUAL_SYSCTL
+    sysctl = sysctl or root_program("sysctl")
+    if sysctl is None:
+        raise ToolchainError(
+            f"there is no sysctl that only root can change in {', '.join(ROOT_PATH)}",
+            hint="sudo apt install --reinstall procps",
+        )
     argv = command(sysctl, is_root=os.geteuid() == 0 if is_root is None else is_root)
     before = free_memory_gib(read_meminfo())
     if argv[0] == "sudo" and not _may(argv, environment):
@@ -242,6 +250,15 @@ def drop_caches(settings: Settings, *, console: Console, is_root: bool | None = 
     after = free_memory_gib(read_meminfo())
     freed = max(0.0, after - before)
     console.info(f"freed {freed:.1f} GiB: {after:.1f} GiB are free now, {before:.1f} before")
+
+
+def root_program(name: str, folders: Iterable[str] = ROOT_PATH) -> str | None:
+    """Return the path of a program that root alone can change, None where there is none.
+
+    Only such a program may get a right by sudo: whoever can write it would become root.
+    """
+    found = (shutil.which(name, path=folder) for folder in folders)
+    return next((path for path in found if path and is_changed_only_by(Path(path), {0})), None)
 
 
 def command(sysctl: str, *, is_root: bool) -> list[str]:
@@ -295,11 +312,8 @@ def _may(argv: list[str], environment: Mapping[str, str]) -> bool:
 
 
 def _refused(sysctl: str, why: str) -> ToolchainError:
-    try:
-        user = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        user = f"#{os.getuid()}"
-    line = sudoers_line(user, sysctl)
+    # A name could be one that sudoers(5) reads as a group, as everybody, or not at all.
+    line = sudoers_line(f"#{os.getuid()}", sysctl)
     hint = (
         f"echo {shlex.quote(line)} | sudo tee {SUDOERS} && sudo chmod 440 {SUDOERS} && sudo visudo"
         f" -cf {SUDOERS}"
