@@ -1,6 +1,6 @@
 """Files on disk and from the network: complete or absent, verified by hash.
 
-Also folders that appear with one rename, and copies that share blocks.
+Also archives of others, folders that appear with one rename, and copies that share blocks.
 """
 
 import contextlib
@@ -9,13 +9,19 @@ import fcntl
 import glob
 import hashlib
 import os
+import shlex
 import shutil
 import stat
 import tempfile
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from workspace.core.errors import SourceError, ToolchainError
+
+if TYPE_CHECKING:
+    import zipfile
 
 CHUNK_BYTES = 1 << 20
 
@@ -199,6 +205,68 @@ def _reason(exc: BaseException) -> str:
     while exc.__context__ is not None:
         exc = exc.__context__
     return str(exc) or type(exc).__name__
+
+
+def inner_path(name: str) -> PurePosixPath:
+    """Return where a member of an archive belongs below the folder that it is unpacked into.
+
+    Raises ValueError, with the fault, for a name that leads elsewhere on any file system: absolute,
+    upwards, cut by a zero byte, or into a .git, which would configure the repository around it.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+        raise ValueError("is a path outside of it")
+    if "\0" in name:
+        raise ValueError("has a zero byte in its name")
+    for part in path.parts:
+        # Case, marks without width, and blanks and dots at the end do not count everywhere, and a
+        # short name of Windows is the same folder (git's verify_path, CVE-2014-9390).
+        seen = "".join(letter for letter in part if unicodedata.category(letter) != "Cf")
+        if seen.casefold().rstrip(". ").partition(":")[0] in (".git", "git~1"):
+            raise ValueError("is a path outside of it: git's own folder")
+    return path
+
+
+def check_zip(archive: "zipfile.ZipFile") -> None:
+    """Raise ValueError where a member of a zip file or a wheel leads elsewhere or is no file."""
+    for item in archive.infolist():
+        try:
+            inner_path(item.filename)
+            if stat.S_IFMT(item.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise ValueError("is neither file nor folder")
+        except ValueError as exc:
+            raise ValueError(f"{item.filename!r} {exc}") from None
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip or tar file of others into a folder; no member leaves it, or has more rights.
+
+    Raises SourceError for an archive that is damaged or has another member.
+    """
+    import tarfile
+    import zipfile
+    import zlib
+
+    def checked(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        inner_path(member.name)
+        return tarfile.data_filter(member, path)
+
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as zipped:
+                check_zip(zipped)
+                zipped.extractall(folder)
+        else:
+            with tarfile.open(archive) as packed:
+                packed.extractall(folder, filter=checked)
+    # The last three: a member below another one that is a file.
+    except (
+        *(tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError),
+        *(FileExistsError, NotADirectoryError, IsADirectoryError),
+    ) as exc:
+        raise SourceError(
+            f"{archive.name} cannot be unpacked: {exc}", hint=shlex.join(["rm", str(archive)])
+        ) from exc
 
 
 def differences(
