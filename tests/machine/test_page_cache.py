@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.strategies import fuzz
 from tests.machine.conftest import House
-from workspace.core import files
+from workspace.core import paths
 from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
 from workspace.machine import hardware
@@ -123,7 +123,7 @@ def place(owner: int, mode: int) -> os.stat_result:
 @given(st.sampled_from((0, 1, 1000)), st.sampled_from((FILE, FOLDER)), st.integers(0, 0o7777))
 def test_only_root_can_change_what_is_roots(owner: int, kind: int, mode: int) -> None:
     others_write = bool(mode & 0o022) and not (kind == FOLDER and mode & stat.S_ISVTX)
-    found = files._is_kept(place(owner, kind | mode), {0}, 0o022)
+    found = paths._is_kept(place(owner, kind | mode), {0}, 0o022)
     assert found == (owner == 0 and not others_write)
 
 

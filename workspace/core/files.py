@@ -6,15 +6,19 @@ Also archives of others, folders that appear with one rename, and copies that sh
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
+import math
 import os
 import shlex
 import shutil
 import stat
 import tempfile
+import threading
+import time
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -23,7 +27,16 @@ from workspace.core.errors import SourceError, ToolchainError
 if TYPE_CHECKING:
     import zipfile
 
+    import requests
+
 CHUNK_BYTES = 1 << 20
+# The bound of every answer of a server: its bytes, and the time that it may take beside that of
+# the slowest line that is of use.
+LARGEST_FILE = 16 << 30
+LARGEST_PAGE = 64 << 20
+ANSWER_S = 30.0
+SLOWEST_BYTES_PER_S = 16 << 10
+MOST_REDIRECTS = 10
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
@@ -96,24 +109,6 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
-def is_changed_only_by(path: Path, owners: Collection[int], *, by_others: int = 0o022) -> bool:
-    """Return whether nobody else can change or replace a file or folder, or a folder above it.
-
-    `owners` are user IDs; `by_others` are the bits of a mode that let others write.
-    """
-    real = path.resolve()
-    # A link of others on the way would point elsewhere later.
-    places = {path, real, *path.parents, *real.parents}
-    return all(_is_kept(os.lstat(place), owners, by_others) for place in places)
-
-
-def _is_kept(place: os.stat_result, owners: Collection[int], by_others: int) -> bool:
-    # In a sticky folder such as /tmp, only the owner of a file replaces it; a link has no mode.
-    is_sticky = stat.S_ISDIR(place.st_mode) and place.st_mode & stat.S_ISVTX
-    is_open = place.st_mode & by_others and not is_sticky and not stat.S_ISLNK(place.st_mode)
-    return place.st_uid in owners and not is_open
-
-
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content as 64 lower-case hex digits."""
     with path.open("rb") as file:
@@ -144,7 +139,7 @@ def download(
         _transfer(url, part, timeout_s, on_progress)
     except requests.RequestException as exc:
         raise SourceError(
-            f"{destination.name} could not be fetched: {_reason(exc)}",
+            f"{destination.name} could not be fetched: {reason_of(exc)}",
             hint="check the network and run the same command again; it resumes the transfer",
         ) from exc
     found = sha256(part)
@@ -173,38 +168,131 @@ def _transfer(
     have = part.stat().st_size if part.exists() else 0
     # With a transfer coding the byte counts, and so the resume, would be wrong.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=timeout_s) as reply:
+    with opened(url, timeout_s=timeout_s, headers=headers) as reply:
         if have and reply.status_code == requests.codes.requested_range_not_satisfiable:
             return
         reply.raise_for_status()
         if reply.status_code != requests.codes.partial_content:
             have = 0
-        length = reply.headers.get("Content-Length")
-        total = have + int(length) if length else None
+        length = reply.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdigit() else None
         with part.open("ab" if have else "wb") as file:
-            for chunk in reply.iter_content(CHUNK_BYTES):
+            for chunk in received(reply, LARGEST_FILE):
                 file.write(chunk)
                 have += len(chunk)
                 if on_progress:
                     on_progress(have, total)
             file.flush()
             os.fsync(file.fileno())
-        if total is not None and have < total:
-            raise requests.ConnectionError(f"the transfer ended after {have} of {total} bytes")
 
 
-def _reason(exc: BaseException) -> str:
-    """Return the innermost cause: requests wraps an unresolved name four times.
+@contextlib.contextmanager
+def opened(
+    url: str,
+    *,
+    timeout_s: float,
+    headers: Mapping[str, str] | None = None,
+    session: "requests.Session | None" = None,
+    check_redirect: Callable[[str], object] | None = None,
+) -> Iterator["requests.Response"]:
+    """Request a URL and follow its redirects; `received` then reads the content.
+
+    `timeout_s` bounds a connection and each read. `check_redirect` gets the address of each
+    redirect, and raises for one that must not be requested. Raises requests.RequestException.
+    """
+    import requests
+
+    with contextlib.ExitStack() as stack:
+        client = session or stack.enter_context(requests.Session())
+        for _ in range(MOST_REDIRECTS):
+            get = functools.partial(client.get, url, headers=headers, timeout=timeout_s)
+            # The content of a redirect, which may be endless, is not read.
+            reply = _in_time(functools.partial(get, stream=True, allow_redirects=False))
+            stack.callback(reply.close)
+            target = client.get_redirect_target(reply)
+            if target is None:
+                yield reply
+                return
+            url = requests.compat.urljoin(url, target)
+            if check_redirect:
+                check_redirect(url)
+        raise requests.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects")
+
+
+def received(
+    reply: "requests.Response", largest_bytes: int, *, longest_s: float = math.inf
+) -> Iterator[bytes]:
+    """Yield the content of an answer as it arrives, within one bound on bytes and time.
+
+    Raises requests.RequestException where there are more bytes, where they come more slowly than
+    SLOWEST_BYTES_PER_S after the first ANSWER_S seconds, and where the connection breaks.
+    """
+    import requests
+    from urllib3.exceptions import HTTPError
+
+    length, began, have = reply.headers.get("Content-Length", ""), time.monotonic(), 0
+    expected = int(length) if length.isdigit() else 0
+    while have <= largest_bytes and expected <= largest_bytes:
+        try:
+            # iter_content would wait until a whole chunk is there.
+            chunk = reply.raw.read1(CHUNK_BYTES, decode_content=True)
+        except (HTTPError, OSError) as exc:
+            raise requests.ConnectionError(str(exc), request=reply.request) from exc
+        if not chunk:
+            if have < expected and "Content-Encoding" not in reply.headers:
+                raise requests.ConnectionError(f"it ended after {have} of {expected} bytes")
+            return
+        have += len(chunk)
+        spent_s = time.monotonic() - began
+        if spent_s > min(longest_s, ANSWER_S + have / SLOWEST_BYTES_PER_S):
+            raise requests.Timeout(f"only {have} bytes came in {spent_s:.0f} s")
+        yield chunk
+    raise requests.ConnectionError(f"it is larger than {largest_bytes >> 20} MiB")
+
+
+def _in_time(get: "Callable[[], requests.Response]") -> "requests.Response":
+    """Return an answer; a name that is not resolved, or headers that drip, know no limit."""
+    import requests
+
+    answers: list[requests.Response] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(get())
+        except BaseException as exc:
+            failures.append(exc)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    if failures:
+        raise failures[0]
+    if not answers:
+        raise requests.Timeout(f"no answer in {ANSWER_S:g} s")
+    return answers[0]
+
+
+def reason_of(exc: BaseException) -> str:
+    """Return why a request failed: the innermost cause, because requests wraps it four times.
 
     A status comes without the sentence of requests, which holds the address and any password in it.
+    A proxy of the environment is named: it may be the cause, and no cause names it.
     """
     import requests
 
     if isinstance(exc, requests.HTTPError) and exc.response is not None:
         return f"the server answers {exc.response.status_code} {exc.response.reason}"
+    request = exc.request if isinstance(exc, requests.RequestException) else None
     while exc.__context__ is not None:
         exc = exc.__context__
-    return str(exc) or type(exc).__name__
+    cause = str(exc) or type(exc).__name__
+    url = str(request.url) if request is not None else ""
+    proxies = requests.utils.get_environ_proxies(url) if url else {}
+    if proxy := requests.utils.select_proxy(url, proxies):
+        name = f"{url.partition(':')[0].upper()}_PROXY"
+        cause += f" (through the proxy {proxy.rpartition('@')[2]}, {name} or ALL_PROXY)"
+    return cause
 
 
 def inner_path(name: str) -> PurePosixPath:

@@ -1,5 +1,8 @@
-"""Every path of the workspace, defined here and nowhere else."""
+"""Every path of the workspace, defined here and nowhere else; and who can change a path."""
 
+import os
+import stat
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,3 +158,21 @@ class Layout:
 def here() -> Layout:
     """Return the layout of the clone that holds this package."""
     return Layout(Path(__file__).resolve().parents[2])
+
+
+def is_changed_only_by(path: Path, owners: Collection[int], *, by_others: int = 0o022) -> bool:
+    """Return whether nobody else can change or replace a file or folder, or a folder above it.
+
+    `owners` are user IDs; `by_others` are the bits of a mode that let others write.
+    """
+    real = path.resolve()
+    # A link of others on the way would point elsewhere later.
+    places = {path, real, *path.parents, *real.parents}
+    return all(_is_kept(os.lstat(place), owners, by_others) for place in places)
+
+
+def _is_kept(place: os.stat_result, owners: Collection[int], by_others: int) -> bool:
+    # In a sticky folder such as /tmp, only the owner of a file replaces it; a link has no mode.
+    is_sticky = stat.S_ISDIR(place.st_mode) and place.st_mode & stat.S_ISVTX
+    is_open = place.st_mode & by_others and not is_sticky and not stat.S_ISLNK(place.st_mode)
+    return place.st_uid in owners and not is_open

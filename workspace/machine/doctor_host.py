@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from workspace.core import records
+from workspace.core import files, records
 from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.core.console import Row, State
 from workspace.core.settings import without_user
@@ -281,12 +281,12 @@ def _index_fault(case: Case, endpoint: str) -> str | None:
         return None if folder.is_dir() else f"{folder} does not exist"
     url, timeout_s = f"{endpoint.rstrip('/')}/{SMALL_PROJECT}/", _connect_timeout_s(case)
     try:
-        with requests.get(url, timeout=timeout_s, stream=True) as reply:
+        with files.opened(url, timeout_s=timeout_s) as reply:
             return None if reply.ok else f"answers {reply.status_code} {reply.reason}"
     except requests.Timeout:
         return f"gave no answer in {timeout_s:g} s"
     except requests.RequestException as exc:
-        return _innermost(exc)
+        return files.reason_of(exc)
 
 
 def _connect_timeout_s(case: Case) -> float:
@@ -382,10 +382,3 @@ def _pinned(pins: Path, name: str) -> str | None:
         return None
     url = table.get("url") if isinstance(table, dict) else None
     return url if isinstance(url, str) else None
-
-
-def _innermost(exc: BaseException) -> str:
-    """Return the message of the innermost cause: requests wraps a failed name lookup four times."""
-    while exc.__context__ is not None:
-        exc = exc.__context__
-    return str(exc) or type(exc).__name__

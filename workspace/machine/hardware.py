@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from workspace.core import process
 from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
-from workspace.core.files import is_changed_only_by, read_regular
+from workspace.core.files import read_regular
 from workspace.core.known_settings import secrets_of
-from workspace.core.paths import PROJECTS, Layout
+from workspace.core.paths import PROJECTS, Layout, is_changed_only_by
 from workspace.core.settings import Settings
 
 if TYPE_CHECKING:

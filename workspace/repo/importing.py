@@ -5,13 +5,17 @@ cannot be a patch, is refused with nothing changed.
 """
 
 import contextlib
+import functools
+import ipaddress
 import re
 import shlex
+import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from workspace.core.errors import (
     CheckoutError,
@@ -21,7 +25,7 @@ from workspace.core.errors import (
     SourceError,
     WorkspaceError,
 )
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.files import opened, read_regular, reason_of, received, write_atomic
 from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
 from workspace.repo import export, mail, moves, patches, series
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
 
 # A patch of 5 MB is large; a larger file is a release, or a mistake.
 LARGEST_BYTES = 64 << 20
-_CHUNK_BYTES = 1 << 16
+LONGEST_S = 120.0
 _GITHUB = re.compile(
     r"(?:https?://|ssh://)?(?:[^/@]*@)?github\.com[:/]([A-Za-z0-9_.-]+)/"
     r"([A-Za-z0-9_-][A-Za-z0-9_.-]*?)(?:\.git)?/?"
@@ -263,42 +267,49 @@ def _fetched(url: str, settings: Settings) -> bytes:
 
     shown = without_user(url)
     hint = "check the address and the network; or save the mail as a file and import that"
+    timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or 5)
+    check = functools.partial(_check_redirect, url)
     try:
         with requests.Session() as session:
             # Without this, requests would send the credentials that ~/.netrc has for the host.
             session.auth = _no_credentials
-            with session.get(
-                url, stream=True, timeout=float(settings.count("CONNECT_TIMEOUT_S") or 5)
-            ) as response:
-                response.raise_for_status()
-                raw = b""
-                for chunk in response.iter_content(_CHUNK_BYTES):
-                    raw += chunk
-                    if len(raw) > LARGEST_BYTES:
-                        raise SourceError(
-                            f"{shown} is larger than {LARGEST_BYTES >> 20} MiB, too large for a"
-                            " patch",
-                            hint=hint,
-                        )
-                return raw
+            with opened(url, timeout_s=timeout_s, session=session, check_redirect=check) as reply:
+                reply.raise_for_status()
+                return b"".join(received(reply, LARGEST_BYTES, longest_s=LONGEST_S))
     except requests.HTTPError as exc:
-        raise SourceError(
-            f"{shown}: the server answers {exc.response.status_code} {exc.response.reason}",
-            hint=hint,
-        ) from exc
+        raise SourceError(f"{shown}: {reason_of(exc)}", hint=hint) from exc
     except (requests.RequestException, ValueError) as exc:
-        raise SourceError(f"{shown} could not be fetched: {_reason(exc)}", hint=hint) from exc
+        reason = without_user(reason_of(exc))
+        raise SourceError(f"{shown} could not be fetched: {reason}", hint=hint) from exc
+
+
+def _check_redirect(typed: str, target: str) -> None:
+    """Raise ValueError for a redirect to what only this machine or its network reaches.
+
+    A public page must not choose an address at which a service of this machine, or the metadata of
+    a cloud (169.254.169.254), answers. The host that the user typed may be such a host.
+    """
+    old, new = urlsplit(typed), urlsplit(target)
+    if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
+        raise ValueError(f"it redirects to {new.scheme}, which is refused")
+    is_same = new.hostname == old.hostname and (new.port or 443) in (old.port or 443, 443)
+    if not is_same and is_near(new.hostname or ""):
+        raise ValueError(f"it redirects to {new.netloc}, which is not public")
+
+
+def is_near(host: str) -> bool:
+    """Return whether a host is not on the public internet; an unknown name is nowhere."""
+    try:
+        found = socket.getaddrinfo(host.rstrip("."), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    addresses = [ipaddress.ip_address(str(place[0])) for *_, place in found]
+    plain = [getattr(each, "ipv4_mapped", None) or each for each in addresses]
+    return any(not each.is_global or each.is_multicast for each in plain)
 
 
 def _no_credentials(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
     return request
-
-
-def _reason(exc: BaseException) -> str:
-    """Return the innermost cause, whose message does not contain the URL."""
-    while exc.__context__ is not None:
-        exc = exc.__context__
-    return without_user(str(exc)) or type(exc).__name__
 
 
 def _as_mail(origin: Origin) -> bytes:
