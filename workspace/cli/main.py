@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TextIO
 from workspace.core import files, settings
 from workspace.core.console import Console
 from workspace.core.errors import INTERRUPTED_EXIT_CODE, ToolchainError, WorkspaceError
-from workspace.core.paths import Layout, here
+from workspace.core.paths import Layout, here, user_name
 from workspace.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -78,7 +78,19 @@ def load_settings(
     loaded = settings.load(layout, flags=flags, also_known=lambda: _registered(layout))
     for warning in () if is_quiet else loaded.warnings:
         _warn(warning)
+    if sentence := sudo_warning(loaded, layout.root.stat().st_uid, os.geteuid()):
+        _warn(sentence)
     return loaded
+
+
+def sudo_warning(loaded: Settings, owner: int, user: int) -> str | None:
+    """Return a sentence for `sudo inv` in the clone of a user; `owner` is the user of the clone."""
+    if "SUDO_UID" not in loaded.shell or user != 0 or owner == 0:
+        return None
+    return (
+        f"sudo was typed before inv: what it writes belongs to root, and {user_name(owner)}"
+        " cannot change it afterwards"
+    )
 
 
 def opened(flags: Mapping[str, str | None] | None = None) -> tuple[Layout, Settings]:

@@ -1,6 +1,7 @@
 """Every path of the workspace, defined here and nowhere else; and who can change a path."""
 
 import os
+import pwd
 import stat
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -160,19 +161,36 @@ def here() -> Layout:
     return Layout(Path(__file__).resolve().parents[2])
 
 
-def is_changed_only_by(path: Path, owners: Collection[int], *, by_others: int = 0o022) -> bool:
-    """Return whether nobody else can change or replace a file or folder, or a folder above it.
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number as sudo takes it where the system has no name."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
 
-    `owners` are user IDs; `by_others` are the bits of a mode that let others write.
+
+def is_changed_only_by(path: Path, owners: Collection[int]) -> bool:
+    """Return whether only these users, by ID, can change or replace a file or a folder."""
+    return open_place(path, owners=owners, by_others=0o022) is None
+
+
+def open_place(
+    path: Path, *, owners: Collection[int] | None = None, by_others: int = 0o002
+) -> Path | None:
+    """Return where others can change or replace a path: itself, its target, or a folder above.
+
+    `by_others` are the bits of a mode that let others write; `owners` None accepts every owner.
     """
     real = path.resolve()
     # A link of others on the way would point elsewhere later.
-    places = {path, real, *path.parents, *real.parents}
-    return all(_is_kept(os.lstat(place), owners, by_others) for place in places)
+    places = (path, real, *path.parents, *real.parents)
+    return next(
+        (place for place in places if not _is_kept(os.lstat(place), owners, by_others)), None
+    )
 
 
-def _is_kept(place: os.stat_result, owners: Collection[int], by_others: int) -> bool:
+def _is_kept(place: os.stat_result, owners: Collection[int] | None, by_others: int) -> bool:
     # In a sticky folder such as /tmp, only the owner of a file replaces it; a link has no mode.
     is_sticky = stat.S_ISDIR(place.st_mode) and place.st_mode & stat.S_ISVTX
     is_open = place.st_mode & by_others and not is_sticky and not stat.S_ISLNK(place.st_mode)
-    return place.st_uid in owners and not is_open
+    return (owners is None or place.st_uid in owners) and not is_open

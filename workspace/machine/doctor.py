@@ -191,6 +191,8 @@ def _check(look: Callable[[Case], Iterator[Row]], *purposes: Purpose) -> Check:
 CHECKS: tuple[Check, ...] = (
     _check(doctor_host.disk, "cpu", "cuda", "native"),
     _check(doctor_host.folders, "cpu", "cuda", "native"),
+    _check(doctor_host.owner),
+    _check(doctor_host.rights),
     _check(doctor_host.architecture),
     _check(doctor_host.cores, "native", "serve"),
     _check(doctor_host.memory, "native", "serve"),
@@ -214,6 +216,7 @@ CHECKS: tuple[Check, ...] = (
     _check(doctor_toolchain.running_programs, "native", "serve"),
     _check(doctor_host.token),
     _check(doctor_host.settings),
+    _check(doctor_host.proxy, "network"),
     _check(doctor_host.vllm, "network"),
     _check(doctor_host.triton, "network"),
     _check(doctor_host.index, "network"),

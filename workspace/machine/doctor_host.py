@@ -5,6 +5,7 @@ memory, disk, remotes and package indexes. They only read.
 import os
 import re
 import shlex
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from workspace.core import files, records
+from workspace.core import settings as settings_of
 from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.core.console import Row, State
+from workspace.core.known_settings import has_login, is_secret
+from workspace.core.paths import open_place, user_name
 from workspace.core.settings import without_user
 from workspace.machine import hardware, interpreter, torch
 from workspace.machine.machine import Case, Place, hub_home
@@ -23,6 +27,7 @@ RELEASED_FOR = ("aarch64", "x86_64")
 # Free memory with which a bootstrap and a smoke run comfortably.
 COMFORT_GIB = {"cpu": 4.0, "cuda": 16.0}
 OOM_DAEMONS = ("earlyoom", "systemd-oomd", "nohang")
+PROXIES = ("https_proxy", "http_proxy", "all_proxy")
 INITS = ("systemd", "init")
 LARGEST_PROGRAMS = "ps -eo pid,rss,args --sort=-rss | head"
 # A small page that every package index has.
@@ -149,6 +154,76 @@ def folders(case: Case) -> Iterator[Row]:
             state = State.FAIL if place.is_vital else State.WARN
             seen, why = f"{nearest} is not writable", f"{place.path} is created or changed there"
             yield Row(state, "folder", seen, why, f'sudo chown -R "$USER" {nearest}')
+
+
+def rights(case: Case) -> Iterator[Row]:
+    """Check that others cannot read files with secrets or change what is used; else no row."""
+    written = settings_of.written(case.layout).items()
+    has_secret = any(text and (is_secret(name) or has_login(text)) for name, text in written)
+    token = case.settings.child_environment("run").get("HF_TOKEN_PATH")
+    private = [Path(token) if token else hub_home(case) / "token", case.home / ".netrc"]
+    for path in [*([case.layout.dotenv] if has_secret else []), *private]:
+        mode = path.stat().st_mode & 0o777 if path.is_file() else 0
+        if mode & 0o077:
+            shown = case.layout.relative(path)
+            seen = f"{shown} has mode {mode:04o}"
+            hint = shlex.join(["chmod", "600", shown])
+            yield Row(State.WARN, "rights", seen, "others can read the secrets in it", hint)
+    places = [(place.label or "folder", place.path) for place in case.places]
+    reported: set[Path] = set()
+    for label, path in (*places, ("HOME", case.home), (".env", case.layout.dotenv)):
+        found = open_place(hardware.existing(path))
+        if found and found not in reported:
+            reported.add(found)
+            seen = f"{found} is writable by everybody, without the sticky bit ({label})"
+            quoted = shlex.quote(str(found))
+            is_own = os.geteuid() in (found.stat().st_uid, 0)
+            hint = f"{'' if is_own else 'sudo '}chmod o-w {quoted}"
+            yield Row(State.WARN, "rights", seen, "others can replace what is used there", hint)
+
+
+def owner(case: Case) -> Iterator[Row]:
+    """Check that the files of the clone belong to the user of the clone; else one row."""
+    root = case.layout.root
+    uid = root.stat().st_uid
+    name = user_name(uid)
+    if os.geteuid() == 0 and uid != 0:
+        seen = f"you are root, and the clone belongs to {name}"
+        why = f"what a verb writes now belongs to root, and {name} cannot change it"
+        yield Row(State.WARN, "owner", seen, why, f"sudo -u {name} ./scripts/inv doctor")
+        return
+    inner = (".", ".git", ".git/objects", ".workspace", ".vllm", "vendor", "vendor/vllm", "patches")
+    entries = (entry for folder in inner for entry in _entries(root / folder))
+    other = [case.layout.relative(entry) for entry in entries if entry.lstat().st_uid == 0 != uid]
+    if other:
+        why = "a verb was typed with sudo; verbs without it cannot change these files"
+        hint = f'sudo chown -R --no-dereference --from=root "$USER": {shlex.quote(str(root))}'
+        seen = f"{files.listed(other)} belong{'s' if len(other) == 1 else ''} to root"
+        yield Row(State.WARN, "owner", seen, why, hint)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() and os.access(folder, os.R_OK) else []
+
+
+def proxy(case: Case) -> Iterator[Row]:
+    """Check that something listens at each proxy of the environment; without one no row."""
+    environment = case.settings.child_environment("plain")
+    why = "downloads, git and uv go through it"
+    for name in sorted(name for name in environment if name.lower() in PROXIES):
+        text = environment.get(name, "")
+        if not text:
+            continue
+        address = urlsplit(text if "://" in text else f"http://{text}")
+        shown = f"{name}: {address.hostname}:{address.port or 80}"
+        try:
+            place = (address.hostname or "", address.port or 80)
+            socket.create_connection(place, timeout=_connect_timeout_s(case)).close()
+        except OSError as exc:
+            state = State.WARN if case.is_built else State.FAIL
+            yield Row(state, "proxy", f"{shown}: {exc.strerror or exc}", why, f"unset {name}")
+        else:
+            yield Row(State.OK, "proxy", f"{shown} answers", why)
 
 
 def _named(place: Place) -> str:

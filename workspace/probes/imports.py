@@ -136,6 +136,8 @@ def share(place: str) -> None:
 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{place}.new")
+        # A connection runs programs as this user.
+        os.chmod(f"{place}.new", 0o600)
         listener.listen(64)
         os.rename(f"{place}.new", place)
         while True:

@@ -357,12 +357,12 @@ class Command:
             )
         if found := re.search(r"dubious ownership in repository at '([^']*)'", answer.err):
             place = shlex.quote(found[1])
+            trust = f"git config --global --add safe.directory {place}"
+            taken = f"    or, to make it yours: sudo chown -R $(id -un) {place}"
             raise CheckoutError(
                 f"{found[1]} belongs to another user than you, so git refuses to read it",
-                hint=(
-                    f"sudo chown -R $(id -un) {place}    or, to trust it as it is: git config"
-                    f" --global --add safe.directory {place}"
-                ),
+                # Root needs no file to be its own, and would take the clone from its user.
+                hint=trust if os.geteuid() == 0 else trust + taken,
             )
         if answer.status < 0:
             # It may have ended anywhere, so the status answers nothing.
