@@ -134,7 +134,8 @@ def fetch_large(model: str, commit: str, name: str, blob: Path, size: int) -> No
         idle = 0
         while (have := file.seek(0, os.SEEK_END)) < size:
             try:
-                receive(hf_hub_url(model, name, revision=commit), build_hf_headers(), file, have)
+                url = hf_hub_url(model, name, revision=commit)
+                receive(url, build_hf_headers(), file, have, size)
             except httpx.TransportError:
                 idle = 0 if file.seek(0, os.SEEK_END) > have else idle + 1
                 if idle >= PATIENCE:
@@ -152,8 +153,11 @@ def fetch_large(model: str, commit: str, name: str, blob: Path, size: int) -> No
         part.rename(blob)
 
 
-def receive(url: str, headers: dict[str, str], file: BinaryIO, have: int) -> None:
-    """Append the missing bytes; start again if the server ignores the range."""
+def receive(url: str, headers: dict[str, str], file: BinaryIO, have: int, size: int) -> None:
+    """Append the missing bytes; start again if the server ignores the range.
+
+    Raises Refused where there are more bytes than `size`.
+    """
     import httpx
     from huggingface_hub.utils import hf_raise_for_status
 
@@ -170,6 +174,8 @@ def receive(url: str, headers: dict[str, str], file: BinaryIO, have: int) -> Non
             file.truncate(0)
         for chunk in response.iter_raw():
             file.write(chunk)
+            if file.tell() > size:
+                raise Refused("network", f"the server sends more than {size} bytes: not used")
 
 
 def present(blobs: Path, sizes: dict[str, int]) -> int:
