@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 # Line ends, and the surrogates by which Python represents bytes that are not text.
 _UNWRITABLE = re.compile("[\n\r\ud800-\udfff]")
+LAST_RESORT = 6
 _LOOK_FURTHER = (
     "./scripts/inv doctor    checks the machine; ./scripts/inv report collects a bug report"
 )
@@ -233,29 +234,35 @@ def _readers_are_gone() -> bool:
 
 @contextlib.contextmanager
 def _ending_signals() -> Iterator[None]:
-    """Turn the first SIGTERM or SIGHUP into an exception, so that `finally` blocks run.
+    """Turn the first ^C, SIGTERM or SIGHUP into an exception, so that `finally` blocks run.
 
-    Later signals are ignored during the cleanup.
+    Later ones would leave the cleanup half done, and are ignored until the process ends; only
+    process.py counts them while it ends a program. With the LAST_RESORT-th ^C this process ends at
+    once, and the guards end its programs.
     """
-    # An ignored SIGHUP (nohup) stays ignored.
-    numbers = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) == signal.SIG_DFL
-    ]
+    # An ignored SIGHUP (nohup) or SIGINT (a background job) stays ignored.
+    former = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    }
+    arrived: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise _Ended(signal.Signals(number))
+        arrived.append(number)
+        if arrived.count(signal.SIGINT) == LAST_RESORT:
+            os._exit(INTERRUPTED_EXIT_CODE)
+        if len(arrived) == 1:
+            raise KeyboardInterrupt if number == signal.SIGINT else _Ended(signal.Signals(number))
 
-    for number in numbers:
+    for number in former:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in former.items():
+            # At its exit Python gives up handlers of its own, but not this one.
+            signal.signal(number, signal.SIG_IGN if arrived else handler)
 
 
 WAIT = "wait for another verb instead of stopping"

@@ -381,21 +381,47 @@ def _end_group(child: "subprocess.Popen[str]", first: signal.Signals) -> None:
     ]
     for thread in drains:
         thread.start()
-    for number, grace_s in (
-        (first, INTERRUPT_GRACE_S),
-        (signal.SIGTERM, TERMINATE_GRACE_S),
-        (signal.SIGKILL, TERMINATE_GRACE_S),
-    ):
-        try:
+    with _counted_interrupts() as interrupts:
+        for number, grace_s in (
+            (first, INTERRUPT_GRACE_S),
+            (signal.SIGTERM, TERMINATE_GRACE_S),
+            (signal.SIGKILL, TERMINATE_GRACE_S),
+        ):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, number)
-            deadline = time.monotonic() + grace_s
-            while time.monotonic() < deadline:
+            deadline, before = time.monotonic() + grace_s, len(interrupts)
+            while time.monotonic() < deadline and len(interrupts) == before:
                 if child.poll() is not None and not _group_lives(child.pid):
                     return
                 time.sleep(0.02)
-        except KeyboardInterrupt:
-            continue
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let ^C raise KeyboardInterrupt in a cleanup, which otherwise ignores it (cli/main.py)."""
+    with _interrupts_to(signal.default_int_handler):
+        yield
+
+
+@contextlib.contextmanager
+def _counted_interrupts() -> Iterator[list[int]]:
+    """Record each ^C instead of raising it anywhere in a cleanup."""
+    arrived: list[int] = []
+    with _interrupts_to(lambda number, _: arrived.append(number)):
+        yield arrived
+
+
+@contextlib.contextmanager
+def _interrupts_to(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        # Python calls handlers in the main thread only.
+        yield
+        return
+    former = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def _drain(stream: object) -> None:

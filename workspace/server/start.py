@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import lock, records
+from workspace.core import lock, process, records
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SmokeError, WorkspaceError
 from workspace.core.files import read_regular
@@ -217,7 +217,8 @@ def end(server: Server, *, console: Console) -> None:
         return
     console.info(f"stopping {server.called}")
     try:
-        stopped = lifecycle.stop(server)
+        with process.interruptible():
+            stopped = lifecycle.stop(server)
     except KeyboardInterrupt:
         stopped = lifecycle.stop(server, at_once=True)
     how = "killed, because it did not end on SIGTERM" if stopped.was_killed else "ended"
