@@ -15,7 +15,7 @@ import pytest
 from workspace.checks import probe_runs
 from workspace.checks.probe_runs import Program, SharedImport
 from workspace.core.paths import here
-from workspace.machine.hardware import Machine
+from workspace.machine.hardware import Host
 from workspace.server import process_tree
 
 HANGS = """
@@ -59,7 +59,7 @@ def processes(child: "subprocess.Popen[str]") -> set[int]:
 
 
 def test_every_thread_of_every_process_is_dumped_and_no_process_is_left(tmp_path: Path) -> None:
-    environment = {"PATH": str(tmp_path), **probe_runs.FAULTS}
+    environment = {"PATH": str(tmp_path), "PYTHONFAULTHANDLER": "1"}
     with hanging(tmp_path, environment) as child:
         with probe_runs.Watch(0.05, lambda: processes(child), environment=environment) as watch:
             output = child.communicate(timeout=20)[1]
@@ -72,7 +72,7 @@ def test_every_thread_of_every_process_is_dumped_and_no_process_is_left(tmp_path
 
 
 def test_what_py_spy_sees_counts_and_a_py_spy_that_may_not_look_does_not(tmp_path: Path) -> None:
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **probe_runs.FAULTS}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONFAULTHANDLER": "1"}
     program = tmp_path / "py-spy"
     for code, expected in ((0, "Thread 7 (idle)"), (1, "Fatal Python error: Aborted")):
         program.write_text(f"#!/bin/sh\necho 'Thread 7 (idle)'; exit {code}\n")
@@ -131,7 +131,7 @@ class Built:
         self._environment = {
             "PATH": "/usr/bin:/bin",
             "PYTHONPATH": str(folder / "packages"),
-            **probe_runs.FAULTS,
+            "PYTHONFAULTHANDLER": "1",
         }
 
     @property
@@ -220,7 +220,7 @@ def test_exit_status_and_messages_of_a_forked_probe_are_its_own(tmp_path: Path) 
 
 def test_memory_and_cores_limit_how_many_probes_run_at_once() -> None:
     def lanes(cores: int, available_gib: float) -> int:
-        return probe_runs.lanes(Machine("aarch64", cores, 119.0, available_gib, ()))
+        return probe_runs.lanes(Host("aarch64", cores, 119.0, available_gib))
 
     assert [lanes(20, 100.0), lanes(2, 20.0), lanes(20, 5.0), lanes(1, 100.0)] == [4, 2, 1, 1]
     assert lanes(20, 0.5) == 1

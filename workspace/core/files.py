@@ -11,7 +11,6 @@ import glob
 import hashlib
 import math
 import os
-import shlex
 import shutil
 import stat
 import tempfile
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from workspace.core import hints
 from workspace.core.errors import SourceError, ToolchainError
 
 if TYPE_CHECKING:
@@ -140,17 +140,14 @@ def download(
     except requests.RequestException as exc:
         raise SourceError(
             f"{destination.name} could not be fetched: {reason_of(exc)}",
-            hint="check the network and run the same command again; it resumes the transfer",
+            hint=hints.text("core.network_resumes"),
         ) from exc
     found = sha256(part)
     if expected_sha256 is not None and found != expected_sha256:
         part.unlink()
         raise SourceError(
             f"{destination.name} has sha256 {found}, pinned is {expected_sha256}: it was not used",
-            hint=(
-                "run the command again; if the hash stays wrong, the index or mirror serves another"
-                " file than was pinned"
-            ),
+            hint=hints.text("core.wrong_hash"),
         )
     os.replace(part, destination)
     _sync_folder(destination.parent)
@@ -254,6 +251,7 @@ def _in_time(get: "Callable[[], requests.Response]") -> "requests.Response":
     """Return an answer; a name that is not resolved, or headers that drip, know no limit."""
     import requests
 
+    is_given_up = threading.Event()
     answers: list[requests.Response] = []
     failures: list[BaseException] = []
 
@@ -262,6 +260,9 @@ def _in_time(get: "Callable[[], requests.Response]") -> "requests.Response":
             answers.append(get())
         except BaseException as exc:
             failures.append(exc)
+        if is_given_up.is_set():
+            for late in answers:
+                late.close()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -269,6 +270,7 @@ def _in_time(get: "Callable[[], requests.Response]") -> "requests.Response":
     if failures:
         raise failures[0]
     if not answers:
+        is_given_up.set()
         raise requests.Timeout(f"no answer in {ANSWER_S:g} s")
     return answers[0]
 
@@ -353,7 +355,8 @@ def unpack(archive: Path, folder: Path) -> None:
         *(FileExistsError, NotADirectoryError, IsADirectoryError),
     ) as exc:
         raise SourceError(
-            f"{archive.name} cannot be unpacked: {exc}", hint=shlex.join(["rm", str(archive)])
+            f"{archive.name} cannot be unpacked: {exc}",
+            hint=hints.text("core.what_it_is", path=archive),
         ) from exc
 
 
@@ -448,7 +451,7 @@ def folder_beside(destination: Path) -> Iterator[Path]:
         where = exc.filename or destination.parent
         raise ToolchainError(
             f"{where} cannot be written: {exc.strerror}",
-            hint=f"df -h {destination.parent}; ls -ld {destination.parent}",
+            hint=hints.text("core.disk_and_rights", folder=destination.parent),
         ) from exc
     finally:
         if folder is not None:
@@ -478,7 +481,8 @@ def put_in_place(made: Path, destination: Path) -> None:
         os.rename(made, destination)
     except OSError as exc:
         raise ToolchainError(
-            f"{destination} cannot be put in place: {exc.strerror}", hint=f"ls -la {destination}"
+            f"{destination} cannot be put in place: {exc.strerror}",
+            hint=hints.text("core.list_all", path=destination),
         ) from exc
 
 

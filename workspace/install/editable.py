@@ -7,7 +7,6 @@ does not change. What setup.py took of a wheel (VLLM_USE_PRECOMPILED) is compare
 import filecmp
 import os
 import re
-import shlex
 import shutil
 import tempfile
 import zipfile
@@ -16,6 +15,7 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from workspace.core import hints
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import check_zip, read_regular, write_atomic
@@ -110,7 +110,7 @@ def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
     except (zipfile.BadZipFile, ValueError, OSError) as exc:
         raise SourceError(
             f"{wheel.name} cannot be used as a wheel: {exc}",
-            hint="./scripts/inv bootstrap --kernels precompiled",
+            hint=hints.text("install.precompiled"),
         ) from exc
     compiled = {
         name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES
@@ -118,7 +118,7 @@ def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
     if not compiled:
         raise SourceError(
             f"{wheel.name} holds no compiled library of vLLM",
-            hint="./scripts/inv bootstrap --kernels precompiled",
+            hint=hints.text("install.precompiled"),
         )
     return compiled
 
@@ -139,7 +139,7 @@ def complete(wheel: Path, tree: Path) -> None:
             if not folder.resolve().is_relative_to(tree.resolve()):
                 raise SourceError(
                     f"{folder} is a link to a folder outside of {tree}: {wheel.name} was not used",
-                    hint=shlex.join(["ls", "-ld", str(folder)]),
+                    hint=hints.text("core.list_folder", folder=folder),
                 )
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(tree / name, archive.read(name), mode=0o755)
@@ -158,10 +158,7 @@ def check_taken(wheel: Path, tree: Path) -> None:
     if wrong:
         raise BuildError(
             f"the tree's setup.py did not take {', '.join(wrong)} out of {wheel.name}",
-            hint=(
-                "its list of precompiled members lacks them: see patches/vllm for the patch that"
-                " fixes 0.31.0, and `./scripts/inv status`"
-            ),
+            hint=hints.text("install.members_lack"),
         )
 
 

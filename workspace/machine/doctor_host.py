@@ -4,7 +4,6 @@ memory, disk, remotes and package indexes. They only read.
 
 import os
 import re
-import shlex
 import socket
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from workspace.core import files, records
+from workspace.core import files, hints, records
 from workspace.core import settings as settings_of
 from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.core.console import Row, State
@@ -48,7 +47,7 @@ def architecture(case: Case) -> Iterator[Row]:
         "architecture",
         seen,
         why,
-        None if is_served else "./scripts/inv bootstrap --device cpu --kernels native",
+        None if is_served else hints.text("machine.cpu_native"),
     )
 
 
@@ -60,7 +59,7 @@ def cores(case: Case) -> Iterator[Row]:
     seen = f"{host.cores}, MAX_JOBS {limit}"
     if case.device == "cuda" and jobs and jobs > fitting:
         why = f"at run time {jobs} nvcc may take {jobs * LARGEST_COMPILER_GIB:.0f} GiB"
-        yield Row(State.WARN, "cores", seen, why, "sed -i '/^MAX_JOBS=/d' .env")
+        yield Row(State.WARN, "cores", seen, why, hints.text("machine.drop_max_jobs"))
     else:
         why = (
             "compilers in parallel, FlashInfer's at run time too: up to 9.5 GiB each"
@@ -123,9 +122,9 @@ def oom_daemon(case: Case) -> Iterator[Row]:
         yield Row(State.OK, "oom daemon", "the control group's limit", why)
     elif is_container:
         seen = "no earlyoom or systemd-oomd in this container"
-        yield Row(State.WARN, "oom daemon", seen, why, "sudo apt install earlyoom  # on the host")
+        yield Row(State.WARN, "oom daemon", seen, why, hints.text("machine.earlyoom_on_host"))
     else:
-        hint = "sudo apt install earlyoom && sudo systemctl enable --now earlyoom"
+        hint = hints.text("machine.earlyoom")
         yield Row(State.WARN, "oom daemon", "neither earlyoom nor systemd-oomd runs", why, hint)
 
 
@@ -142,7 +141,9 @@ def disk(case: Case) -> Iterator[Row]:
             yield Row(State.OK, "disk", seen, why)
             continue
         state = State.FAIL if any(place.is_vital for place in places) else State.WARN
-        hint = f"df -h {hardware.existing(places[0].path)}; {case.uv} cache prune"
+        hint = hints.text(
+            "core.disk_or_cache", folder=hardware.existing(places[0].path), uv=case.uv
+        )
         yield Row(state, "disk", seen, why, hint)
 
 
@@ -153,7 +154,7 @@ def folders(case: Case) -> Iterator[Row]:
         if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
             state = State.FAIL if place.is_vital else State.WARN
             seen, why = f"{nearest} is not writable", f"{place.path} is created or changed there"
-            yield Row(state, "folder", seen, why, f'sudo chown -R "$USER" {nearest}')
+            yield Row(state, "folder", seen, why, hints.text("machine.own_folder", folder=nearest))
 
 
 def rights(case: Case) -> Iterator[Row]:
@@ -167,7 +168,7 @@ def rights(case: Case) -> Iterator[Row]:
         if mode & 0o077:
             shown = case.layout.relative(path)
             seen = f"{shown} has mode {mode:04o}"
-            hint = shlex.join(["chmod", "600", shown])
+            hint = hints.text("machine.close_file", path=shown)
             yield Row(State.WARN, "rights", seen, "others can read the secrets in it", hint)
     places = [(place.label or "folder", place.path) for place in case.places]
     reported: set[Path] = set()
@@ -176,9 +177,9 @@ def rights(case: Case) -> Iterator[Row]:
         if found and found not in reported:
             reported.add(found)
             seen = f"{found} is writable by everybody, without the sticky bit ({label})"
-            quoted = shlex.quote(str(found))
             is_own = os.geteuid() in (found.stat().st_uid, 0)
-            hint = f"{'' if is_own else 'sudo '}chmod o-w {quoted}"
+            as_root = hints.text("machine.close_folder_as_root", folder=found)
+            hint = hints.text("machine.close_folder", folder=found) if is_own else as_root
             yield Row(State.WARN, "rights", seen, "others can replace what is used there", hint)
 
 
@@ -190,14 +191,14 @@ def owner(case: Case) -> Iterator[Row]:
     if os.geteuid() == 0 and uid != 0:
         seen = f"you are root, and the clone belongs to {name}"
         why = f"what a verb writes now belongs to root, and {name} cannot change it"
-        yield Row(State.WARN, "owner", seen, why, f"sudo -u {name} ./scripts/inv doctor")
+        yield Row(State.WARN, "owner", seen, why, hints.text("machine.as_owner", user=name))
         return
     inner = (".", ".git", ".git/objects", ".workspace", ".vllm", "vendor", "vendor/vllm", "patches")
     entries = (entry for folder in inner for entry in _entries(root / folder))
     other = [case.layout.relative(entry) for entry in entries if entry.lstat().st_uid == 0 != uid]
     if other:
         why = "a verb was typed with sudo; verbs without it cannot change these files"
-        hint = f'sudo chown -R --no-dereference --from=root "$USER": {shlex.quote(str(root))}'
+        hint = hints.text("machine.own_files_of_root", folder=root)
         seen = f"{files.listed(other)} belong{'s' if len(other) == 1 else ''} to root"
         yield Row(State.WARN, "owner", seen, why, hint)
 
@@ -221,7 +222,8 @@ def proxy(case: Case) -> Iterator[Row]:
             socket.create_connection(place, timeout=_connect_timeout_s(case)).close()
         except OSError as exc:
             state = State.WARN if case.is_built else State.FAIL
-            yield Row(state, "proxy", f"{shown}: {exc.strerror or exc}", why, f"unset {name}")
+            hint = hints.text("machine.unset", name=name)
+            yield Row(state, "proxy", f"{shown}: {exc.strerror or exc}", why, hint)
         else:
             yield Row(State.OK, "proxy", f"{shown} answers", why)
 
@@ -243,7 +245,7 @@ def token(case: Case) -> Iterator[Row]:
             yield Row(State.OK, "token", f"present, {name}", why)
             return
     path = Path(environment.get("HF_TOKEN_PATH") or hub_home(case) / "token")
-    login, quoted = ".vllm/bin/hf auth login", shlex.quote(str(path))
+    login = hints.text("machine.hf_login")
     try:
         is_present = path.stat().st_size > 0
         with path.open("rb"):
@@ -251,8 +253,11 @@ def token(case: Case) -> Iterator[Row]:
     except FileNotFoundError:
         yield Row(State.OK, "token", "absent", f"only {why}: {login}")
     except OSError as exc:
-        hint = f'sudo chown "$USER" {quoted} && chmod 600 {quoted}'
-        hint = hint if path.is_file() else f"ls -ld {quoted}"
+        hint = (
+            hints.text("machine.own_token", path=path)
+            if path.is_file()
+            else hints.text("core.list_folder", folder=path)
+        )
         yield Row(State.WARN, "token", f"{path} cannot be read: {exc.strerror}", why, hint)
     else:
         if is_present:
@@ -265,12 +270,12 @@ def settings(case: Case) -> Iterator[Row]:
     """Check .env for unknown names, repeated names, and lines that the shell hides."""
     for warning in case.settings.warnings:
         seen = re.sub(r"; `unset .*$", "", warning)
-        if found := re.search(r"`(unset \w+)`", warning):
+        if found := re.search(r"`unset (\w+)`", warning):
             why = "the value in .env is not the value in use"
-            yield Row(State.WARN, "settings", seen, why, found[1])
+            yield Row(State.WARN, "settings", seen, why, hints.text("machine.unset", name=found[1]))
         else:
             line = re.match(r"\.env, line (\d+)", warning)
-            hint = f"${{EDITOR:-nano}} +{line[1] if line else 1} .env"
+            hint = hints.text("machine.edit_dotenv", line=line[1] if line else 1)
             yield Row(State.WARN, "settings", seen, "such a line has no effect", hint)
     if not case.settings.warnings:
         exists = case.layout.dotenv.exists()
@@ -302,7 +307,7 @@ def _remote(case: Case, name: str, setting: str, *, why: str, failed_state: Stat
     mirror, url = case.settings.text(setting), _pinned(case.layout.pins, name)
     if url is None:
         seen = "vendor/pins.toml names no readable remote"
-        hint = "git checkout -- vendor/pins.toml"
+        hint = hints.text("core.restore_pins")
         yield Row(State.FAIL, f"{name} git", seen, "the pins name the remote", hint)
         return
     if mirror:
@@ -311,13 +316,13 @@ def _remote(case: Case, name: str, setting: str, *, why: str, failed_state: Stat
         if not fault:
             yield Row(State.OK, row, f"{shown} answers", used)
             return
-        hint = f"git ls-remote {shown} HEAD  # {setting} in .env names it"
+        hint = hints.text("machine.ls_remote", url=shown, setting=setting)
         yield Row(failed_state, row, f"{shown}: {fault}", used, hint)
     fault, shown = _git_fault(case, url), without_user(url)
     if not fault:
         yield Row(State.OK, f"{name} git", f"{shown} answers", why)
         return
-    hint = f"echo {setting}=URL >> .env  # URL: a copy that can be reached"
+    hint = hints.text("machine.set_url", setting=setting)
     # With a mirror set, git never contacts the pinned remote.
     state = State.WARN if mirror else failed_state
     yield Row(state, f"{name} git", f"{shown}: {fault}", why, hint)
@@ -336,10 +341,7 @@ def index(case: Case) -> Iterator[Row]:
     if fault is None:
         yield Row(State.OK, "index", f"{shown} answers", why)
         return
-    hint = (
-        "export UV_DEFAULT_INDEX=URL  # URL: a mirror of the index; behind a proxy: export"
-        " HTTPS_PROXY=URL"
-    )
+    hint = hints.text("machine.set_index")
     state = State.FAIL
     if case.is_built:
         # A finished workspace does not need the index; a first bootstrap does.
@@ -382,7 +384,7 @@ def torch_index(case: Case) -> Iterator[Row]:
     if any(_torch_fault(case, wanted.requirement, other) is None for other in wanted.alternatives):
         yield Row(State.OK, "torch index", seen, "another index that has torch is used")
         return
-    hint = "echo TORCH_INDEX_URL=URL >> .env  # URL: an index that has torch"
+    hint = hints.text("machine.set_torch_index")
     if there:
         why = f"{there.version} is in .vllm; no other version can be installed"
         yield Row(State.WARN, "torch index", seen, why, hint)

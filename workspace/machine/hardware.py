@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
@@ -234,7 +234,7 @@ def drop_caches(
     if sysctl is None:
         raise ToolchainError(
             f"there is no sysctl that only root can change in {', '.join(ROOT_PATH)}",
-            hint="sudo apt install --reinstall procps",
+            hint=hints.text("machine.apt_procps"),
         )
     argv = command(sysctl, is_root=os.geteuid() == 0 if is_root is None else is_root)
     before = free_memory_gib(read_meminfo())
@@ -314,10 +314,7 @@ def _may(argv: list[str], environment: Mapping[str, str]) -> bool:
 def _refused(sysctl: str, why: str) -> ToolchainError:
     # A name could be one that sudoers(5) reads as a group, as everybody, or not at all.
     line = sudoers_line(f"#{os.getuid()}", sysctl)
-    hint = (
-        f"echo {shlex.quote(line)} | sudo tee {SUDOERS} && sudo chmod 440 {SUDOERS} && sudo visudo"
-        f" -cf {SUDOERS}"
-    )
+    hint = hints.text("machine.sudoers", line=line, path=SUDOERS)
     return ToolchainError(
         f"the page cache was not dropped: {why}",
         hint=hint,

@@ -8,17 +8,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import lock, process, records
+from workspace.core import hints, lock, process, records
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SmokeError, WorkspaceError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
-from workspace.machine import check
+from workspace.machine import check, failures
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
-from workspace.server import command, fit, flags, lifecycle, models, observation, recipes
+from workspace.server import command, fit, flags, lifecycle, models, recipes
 from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive
 from workspace.server.recipes import Recipe
@@ -183,7 +183,7 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
         if is_detached:
             is_left = True
             console.info("the server runs in the background")
-            console.hint("./scripts/inv serve.status    or serve.logs, serve.stop")
+            console.hint(hints.text("server.started"))
         else:
             console.info("^C stops it")
             _follow(settings, server, console)
@@ -203,7 +203,7 @@ def _wait(session: _Session, server: Server, folder: Path | None) -> tuple[Serve
             server, ready = lifecycle.wait_until_ready(
                 server,
                 key=settings.text("VLLM_API_KEY") or None,
-                on_line=lambda text: view.line(settings.masked(observation.without_prefix(text))),
+                on_line=lambda text: view.line(settings.masked(failures.without_prefix(text))),
             )
         except ServeError as exc:
             raise _explained(session, server, exc, folder) from exc
@@ -255,17 +255,20 @@ def _recipe(layout: Layout, name: str) -> Recipe:
     if not folder.is_dir():
         raise ServeError(
             f"{folder} is no folder with a model in it",
-            hint="./scripts/inv serve.list    lists the recipes",
+            hint=hints.text("server.recipes"),
         )
     try:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
     except OSError as exc:
         raise ServeError(
-            f"{folder} cannot be read: {exc.strerror}", hint=f"ls -ld {folder}"
+            f"{folder} cannot be read: {exc.strerror}",
+            hint=hints.text("core.list_folder", folder=folder),
         ) from exc
     _require_config(folder)
     if not models.is_complete(folder):
-        raise ServeError(f"{folder} lacks a part of its weights", hint=f"ls -l {folder}")
+        raise ServeError(
+            f"{folder} lacks a part of its weights", hint=hints.text("core.list_file", path=folder)
+        )
     return recipes.unnamed(str(folder), weights_gib=size)
 
 
@@ -274,11 +277,13 @@ def _require_config(folder: Path) -> None:
     try:
         known = records.load(path, dict[str, object])
     except records.DecodeError as exc:
-        raise ServeError(f"{path} cannot be read: {exc}", hint=f"less {path}") from exc
+        raise ServeError(
+            f"{path} cannot be read: {exc}", hint=hints.text("core.read_log", path=path)
+        ) from exc
     if known is None:
         raise ServeError(
             f"{folder} has no config.json: it is no model in Hugging Face's layout",
-            hint=f"ls {folder}",
+            hint=hints.text("core.list_names", folder=folder),
         )
 
 
@@ -292,16 +297,14 @@ def _require_usable(folder: Path, line: Command) -> None:
     ):
         return
     if not any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern)):
-        raise ServeError(
-            f"{folder} has no tokenizer", hint="-- --tokenizer NAME takes another model's"
-        )
+        raise ServeError(f"{folder} has no tokenizer", hint=hints.text("server.tokenizer"))
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         try:
             records.load(path, object)
         except records.DecodeError as exc:
             raise ServeError(
                 f"{path} cannot be read: {exc}",
-                hint=f"less {path}; or -- --tokenizer NAME takes another model's",
+                hint=hints.text("server.read_or_tokenizer", path=path),
             ) from exc
 
 
@@ -321,14 +324,14 @@ def _require_room(layout: Layout, line: Command) -> None:
     if running and running.members():
         raise ServeError(
             f"{running.called} runs already",
-            hint="./scripts/inv serve.status, or ./scripts/inv serve.stop",
+            hint=hints.text("server.status_or_stop"),
         )
     lifecycle.require_free(line.address)
 
 
 def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> None:
     if judged.verdict == "no" and is_required:
-        raise ServeError(judged.sentence, hint=f"{judged.hint}; or --force")
+        raise ServeError(judged.sentence, hint=hints.text("server.or_force", command=judged.hint))
     if judged.verdict == "yes":
         console.info(judged.sentence)
     else:
@@ -346,7 +349,7 @@ def _explained(
     """Return the failure without secrets; if memory was missing, its hint is the next step."""
     settings, options = session.machine.settings, session.options
     ended = how_ended(server)
-    reading = observation.read_failure(
+    reading = failures.read(
         server.log, status=ended.status if ended and not ended.was_requested else None
     )
     hint = error.hint
