@@ -21,6 +21,19 @@ from workspace.core.paths import Layout
 from workspace.core.records import DecodeError, NewerSchema
 
 LIST = "./scripts/inv bench"
+_MEASURE = "./scripts/nox -s bench    measures, and writes a record"
+# Keys by which the result files of other programs are known: vllm/benchmarks/{serve,latency,
+# throughput,startup}.py and lib/utils.py, guidellm, llama-benchy, lm-eval, pytest-benchmark.
+_ORIGINS: Mapping[str, set[str]] = {
+    "`vllm bench serve`": {"completed", "request_throughput", "output_throughput"},
+    "`vllm bench latency`": {"avg_latency", "latencies", "percentiles"},
+    "`vllm bench throughput`": {"elapsed_time", "num_requests", "tokens_per_second"},
+    "`vllm bench startup`": {"avg_cold_startup_time", "avg_warm_startup_time"},
+    "vLLM in PyTorch's benchmark format": {"benchmark", "model", "metric"},
+    "lm-eval": {"results", "versions", "n-shot"},
+    "pytest-benchmark": {"machine_info", "commit_info", "benchmarks"},
+    "guidellm or llama-benchy": {"benchmarks"},
+}
 Kind = Literal["latency", "throughput", "serve", "startup"]
 
 
@@ -189,10 +202,43 @@ def read(path: Path, *, place: str) -> Record:
     except NewerSchema as exc:
         raise SettingsError(f"{place} {exc}", hint="git pull") from exc
     except DecodeError as exc:
+        if origin := _foreign(path):
+            raise SettingsError(
+                f"{path.name} is {origin}: it names neither machine nor tree, so it is no record here",
+                hint=_MEASURE,
+            ) from exc
         raise SettingsError(
-            f"{place} is no complete record of a benchmark: {exc}",
-            hint=f"mv {place} {place}.damaged    measure again",
+            f"{place} is no complete record of a benchmark: {exc}", hint=_MEASURE
         ) from exc
+
+
+def _foreign(path: Path) -> str | None:
+    """Return which other program wrote a result file, None if no known one did.
+
+    The file may hold one result, a list of results, or one result a line (--append-result).
+    """
+    content = read_regular(path)
+    try:
+        documents = [records.parse(content)]
+    except DecodeError:
+        try:
+            documents = [records.parse(line) for line in content.splitlines() if line.strip()]
+        except DecodeError:
+            return None
+    found = [each for part in documents for each in (part if isinstance(part, list) else [part])]
+    origins = {_origin(each) for each in found}
+    origin = origins.pop() if len(origins) == 1 else None
+    return (
+        f"{len(found)} results of {origin}"
+        if origin and len(found) > 1
+        else (f"a result of {origin}" if origin else None)
+    )
+
+
+def _origin(document: object) -> str | None:
+    """Return the program that wrote a document with these keys."""
+    keys = document.keys() if isinstance(document, dict) else set()
+    return next((origin for origin, known in _ORIGINS.items() if known <= keys), None)
 
 
 def decode(content: bytes) -> Record:
