@@ -15,7 +15,8 @@ import pytest
 from workspace.checks import probe_runs
 from workspace.checks.probe_runs import Program, SharedImport
 from workspace.core.paths import here
-from workspace.machine.hardware import Machine
+from workspace.machine.gpu import Memory
+from workspace.machine.hardware import Host
 from workspace.server import process_tree
 
 HANGS = """
@@ -220,10 +221,14 @@ def test_exit_status_and_messages_of_a_forked_probe_are_its_own(tmp_path: Path) 
 
 def test_memory_and_cores_limit_how_many_probes_run_at_once() -> None:
     def lanes(cores: int, available_gib: float) -> int:
-        return probe_runs.lanes(Machine("aarch64", cores, 119.0, available_gib, ()))
+        return probe_runs.lanes(Host("aarch64", cores, 119.0, available_gib))
 
     assert [lanes(20, 100.0), lanes(2, 20.0), lanes(20, 5.0), lanes(1, 100.0)] == [4, 2, 1, 1]
     assert lanes(20, 0.5) == 1
+    # A discrete GPU has less than the machine.
+    host = Host("x86_64", 20, 119.0, 100.0)
+    assert [probe_runs.lanes(host, Memory(24.0, free)) for free in (23.0, 9.0, 1.0)] == [4, 2, 1]
+    assert probe_runs.lanes(host, None) == 4
 
 
 COMPILERS = {

@@ -204,7 +204,8 @@ def read(path: Path, *, place: str) -> Record:
     except DecodeError as exc:
         if origin := _foreign(path):
             raise SettingsError(
-                f"{path.name} is {origin}: it names neither machine nor tree, so it is no record here",
+                f"{path.name} is {origin}: it names neither machine nor tree, so it is no"
+                " record here",
                 hint=_MEASURE,
             ) from exc
         raise SettingsError(

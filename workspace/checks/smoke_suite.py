@@ -132,7 +132,8 @@ class _Suite:
             frozenset({"gpu", "architectures"}) if expected.device == "cpu" else frozenset()
         )
         self._device = ("--device", expected.device)
-        self._lanes = probe_runs.lanes(machine.host())
+        own = machine.driver.memories()[:1] if expected.device == "cuda" else ()
+        self._lanes = probe_runs.lanes(machine.host(), *own)
         self._pool = ThreadPoolExecutor(self._lanes)
         self._begun: list[Future[_Found] | Future[Answer]] = []
         self._shared = SharedImport(

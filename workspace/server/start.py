@@ -129,15 +129,15 @@ def _check(session: _Session) -> None:
         session.console.sentence(f"note: {note}")
     if not options.dry_run:
         _require_room(session.machine.layout, line)
-    free = fit.observe(session.machine, device=session.device)
     environment = command.built_environment(
         session.machine,
         "serve",
         recipe=recipe.environment,
         is_shown=True,
     )
+    frees = fit.observe(session.machine, device=session.device, environment=environment)
     _require_memory(
-        fit.judge(recipe, free, device=session.device, environment=environment, args=line.args),
+        fit.judge(recipe, frees, device=session.device, environment=environment, args=line.args),
         session.console,
         is_required=not (options.dry_run or options.force),
     )
@@ -352,7 +352,7 @@ def _explained(
     if reading.lack:
         # Another snapshot: the memory is not what it was before the start.
         now = Machine(session.machine.layout, settings)
-        free = fit.observe(now, device=server.facts["device"])
+        free = fit.observe(now, device=server.facts["device"])[0]
         attempt = fit.Attempt(
             options.name, session.recipe, session.command, _length(folder), detach=options.detach
         )
