@@ -17,7 +17,7 @@ from workspace.core import records, settings
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 from workspace.core.records import DecodeError, NewerSchema
 
 LIST = "./scripts/inv bench"
@@ -285,7 +285,7 @@ def find(layout: Layout, name: str) -> Entry:
 
     Raises SettingsError where no record or several have the name, and for an unreadable record.
     """
-    place = Path(name)
+    place = typed(name)
     if name.endswith(".json") and place.is_file():
         return Entry(place, read(place, place=name))
     paths = sorted(layout.results.glob("*/*.json"))

@@ -17,7 +17,7 @@ from workspace.bench.results import Kind, Record, Software, Source
 from workspace.core.console import RunLog
 from workspace.core.errors import SettingsError
 from workspace.core.files import sha256
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 from workspace.core.redaction import Redactor
 from workspace.core.settings import Settings, is_secret
 from workspace.install import plan
@@ -191,8 +191,8 @@ def _workload(
     elif model == "smollm2":
         place = str(models.smollm2(layout, settings, run_log=run_log))
         recipe = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
-    elif Path(model).is_dir():
-        place, model = str(Path(model).resolve()), _called(Path(model).resolve())
+    elif (folder := typed(model)).is_dir():
+        place, model = str(folder.resolve()), _called(folder.resolve())
     work = (_TINY_WORK if model == TINY else _WORK)[kind]
     loads = SWEEP if options.has_sweep else (CONCURRENCY,)
     return Workload(

@@ -1,5 +1,6 @@
 """Every path of the workspace, defined here and nowhere else."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,6 +151,16 @@ class Layout:
     def relative(self, path: Path) -> str:
         """Return the path as typed in the root of the clone."""
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
+
+def typed(text: str, folder: Path | None = None) -> Path:
+    """Return the absolute path that a user means: `~` is the home folder, and a relative path
+    counts from `folder`, by default the folder in which the command was typed.
+
+    That is the working folder: scripts/inv leaves it alone, and noxfile.py starts the sessions
+    there. Links and `..` stay as they are.
+    """
+    return (folder or Path.cwd()) / os.path.expanduser(text)
 
 
 def here() -> Layout:

@@ -8,7 +8,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from workspace.core.known_settings import (
     expands,
     expected,
 )
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 
 Source = Literal["flag", "shell", ".env", "default"]
 
@@ -41,6 +41,8 @@ _EXAMPLES = {
     "url": "https://host/simple",
 }
 _SHOWN = 120
+# A URL, or host:path.
+_ADDRESS = re.compile(r"[a-z+]+://|[^/]+:")
 # Parts of warnings, by which the doctor and env.check find the row that one is about.
 UNKNOWN, AGAIN = "is not a known setting", "is set again in line"
 
@@ -96,7 +98,8 @@ class Settings:
         return int(self.text(name)) if self.text(name) else None
 
     def path(self, name: str) -> Path | None:
-        return Path(self.text(name)).expanduser() if self.text(name) else None
+        """Return a path, which is absolute: see `load`."""
+        return typed(self.text(name)) if self.text(name) else None
 
     @property
     def cache(self) -> Path:
@@ -239,8 +242,9 @@ def load(
 
     `flags` maps names of settings to values of the command line, None where the flag is absent.
     `also_known` returns further names that need no warning, such as the registry of the pinned
-    tree; it is called only where .env has an unknown name. Raises SettingsError for an unreadable
-    .env and for a bad value, and names the line or the flag.
+    tree; it is called only where .env has an unknown name. A relative path in .env counts from the
+    folder of .env, another from the folder in which the command was typed. Raises SettingsError for
+    an unreadable .env and for a bad value, and names the line or the flag.
     """
     shell = dict(os.environ if environ is None else environ)
     written = _read_dotenv(layout.dotenv)
@@ -250,11 +254,16 @@ def load(
         {text for name, text in named if is_secret(name) and len(text) >= 4}, key=len, reverse=True
     )
     values = {
-        setting.name: _value(setting, flags or {}, shell, written, secrets) for setting in SETTINGS
+        setting.name: _absolute(
+            setting, _value(setting, flags or {}, shell, written, secrets), layout.root
+        )
+        for setting in SETTINGS
     }
     unknown = {name: text for name, (text, _) in written.items() if name not in KNOWN}
     passed = {
-        name: Value(shell.get(name, text), "shell" if name in shell else ".env")
+        name: Value(shell[name], "shell")
+        if name in shell
+        else Value(str(typed(text, layout.root)) if is_relative(text) else text, ".env")
         for name, text in unknown.items()
     }
     known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
@@ -311,6 +320,23 @@ def _value(
             f"{place}: {shown} is not {wanted}", hint=_example(setting, is_flag=flag is not None)
         )
     return value
+
+
+def is_relative(text: str) -> bool:
+    """Return whether a text is a path whatever it stands for: it begins with ./ or ../ or ~/."""
+    return text.startswith(("./", "../", "~/")) or text in (".", "..", "~")
+
+
+def _absolute(setting: Setting, value: Value, root: Path) -> Value:
+    """Return the value with an absolute path, where it is a path on this machine."""
+    is_path = (
+        setting.kind == "path"
+        or (setting.kind == "mirror" and not _ADDRESS.match(value.text))
+        or (setting.name == "KERNELS" and value.text.endswith(".whl"))
+    )
+    if not value.text or not is_path:
+        return value
+    return replace(value, text=str(typed(value.text, root if value.source == ".env" else None)))
 
 
 def _example(setting: Setting, *, is_flag: bool) -> str:

@@ -10,16 +10,16 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import process
+from workspace.core import paths, process
 from workspace.core.child_variables import Phase
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings, is_secret
+from workspace.core.settings import Settings, is_relative, is_secret
 from workspace.machine import check, jit_caches, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
@@ -166,7 +166,8 @@ def compose(
     Raises SettingsError for a flag that is unknown or refused here, a value that is not valid, and
     a server open to others without a key.
     """
-    users = flags.judge(extra, known)
+    judged = flags.judge(extra, known)
+    users = replace(judged, args=flags.typed_paths(judged.args))
     own = [flags.judge(args, known) for args in _by_flag(recipe, users.args)]
     args = [arg for judged in own for arg in judged.args] + list(users.args)
     for arg in users.args:
@@ -251,14 +252,9 @@ def shown(
 
 def folder_of(name: str) -> Path | None:
     """Return the folder that a path on the command line means, None if it is no path."""
-    path = Path(os.path.expanduser(name))
-    return (
-        path.absolute()
-        if name.startswith(("/", "./", "../", "~"))
-        or name in (".", "..")
-        or ("/" in name and path.is_dir())
-        else None
-    )
+    path = paths.typed(name)
+    is_path = name.startswith(("/", "~")) or is_relative(name) or name.endswith(".gguf")
+    return path if is_path or ("/" in name and path.exists()) else None
 
 
 def _by_flag(recipe: Recipe, users: Sequence[str]) -> Iterator[list[str]]:

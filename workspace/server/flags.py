@@ -7,15 +7,17 @@ names. vLLM's parser checks the values.
 import ast
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from workspace.core import records
 from workspace.core.errors import SettingsError, ToolchainError
 from workspace.core.files import read_regular
-from workspace.core.paths import Layout
-from workspace.core.settings import similar
+from workspace.core.paths import Layout, typed
+from workspace.core.settings import is_relative, similar
 from workspace.machine import run_environment
 
 # Classes whose fields become flags (vllm/entrypoints/**/cli_args.py, vllm/engine/arg_utils.py).
@@ -25,6 +27,17 @@ _NUMBER = re.compile(r"-?\.?\d")
 # Defined by argparse, and by vLLM's own parser, which runs before argparse
 # (vllm/utils/argparse_utils.py).
 _ALWAYS, _ALWAYS_SHORT = ("--help", "--config"), ("-h", "-O")
+# Settings whose value is a path, and others that name something on the hub, in the tree or in the
+# environment where no file has that name; flags and keys of their JSON (vllm/config, cli_args.py).
+_PATHS = re.compile(r"\w+_(path|dir|file|keyfile|certfile|ca_certs|json)|cache_dir")
+_NAMES = re.compile(
+    r"(\w+_)?model|path|(\w+_)?tokenizer|hf_config_path|(\w+_)?lora_path|chat_template"
+    r"|generation_config|default_mm_loras|\w+_plugin"
+)
+# A path of a URL, a module, and what clients call the model.
+_TEXTS = ("root_path", "kv_connector_module_path", "ec_connector_module_path", "served_model_name")
+# The keys of these are names of the user's.
+_MAPS = ("default_mm_loras",)
 SPOILED = "no command line can be read from vendor/vllm"
 
 
@@ -155,6 +168,69 @@ def last(args: Sequence[str], name: str) -> str | None:
         elif arg.startswith(f"{name}="):
             found = arg.partition("=")[2]
     return found
+
+
+def typed_paths(args: Sequence[str], folder: Path | None = None) -> tuple[str, ...]:
+    """Return arguments with absolute paths; a relative path counts from `folder`, by default the
+    folder in which the command was typed. The server runs in another one.
+    """
+    made: list[str] = []
+    flag = ""
+    for arg in args:
+        head, equals, value = arg.partition("=")
+        if not arg.startswith("-") or _NUMBER.match(arg):
+            made.append(str(typed_value(flag, arg, folder)))
+        else:
+            flag = head
+            made.append(f"{head}={typed_value(flag, value, folder)}" if equals else arg)
+    return tuple(made)
+
+
+def typed_value(name: str, value: object, folder: Path | None = None) -> object:
+    """Return the value of a flag, or of a key in its JSON, with absolute paths."""
+    key = key_of(name)
+    if isinstance(value, dict):
+        return {
+            inner: typed_value(name if key in _MAPS else inner, part, folder)
+            for inner, part in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(typed_value(name, part, folder) for part in value)
+    if not isinstance(value, str):
+        return value
+    document = json_of(value)
+    if document is not None:
+        changed = typed_value(name, document, folder)
+        return value if changed == document else json.dumps(changed)
+    if key == "lora_modules" and "=" in value:
+        adapter, _, path = value.partition("=")
+        return f"{adapter}={typed_value('model', path, folder)}"
+    return str(typed(value, folder)) if _is_path(key, value, folder) else value
+
+
+def key_of(name: str) -> str:
+    """Return the name of a setting from its flag or its key: --a-b.some-dir is some_dir."""
+    return name.rpartition(".")[2].lstrip("-").replace("-", "_")
+
+
+def json_of(text: str) -> object | None:
+    """Return the object or list of a JSON text, None for any other text."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return records.parse(text)
+    except records.DecodeError:
+        return None
+
+
+def _is_path(key: str, text: str, folder: Path | None) -> bool:
+    if not text or "://" in text or "\n" in text or key in _TEXTS:
+        return False
+    if is_relative(text):
+        return True
+    if _NAMES.fullmatch(key):
+        return os.path.exists(typed(text, folder))
+    return bool(_PATHS.fullmatch(key))
 
 
 def args_of(name: str, value: object) -> list[str]:

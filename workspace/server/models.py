@@ -25,7 +25,7 @@ from workspace.core.errors import (
     WorkspaceError,
 )
 from workspace.core.files import download, read_regular, sha256
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings
 from workspace.machine import check, hardware, interpreter, run_environment
 from workspace.machine.machine import Machine
@@ -178,7 +178,7 @@ def found_weights(layout: Layout, settings: Settings, recipe: Recipe) -> Path | 
     """Return the folder from which vLLM can load the model offline, None if files are missing."""
     if recipe.origin == "built-in":
         return found_built_in(layout, recipe.model)
-    own = Path(recipe.model).expanduser()
+    own = typed(recipe.model)
     if recipe.model.startswith(("/", "./", "../", "~")):
         return own if is_complete(own) else None
     return snapshot(hub_cache(settings), recipe.model)
