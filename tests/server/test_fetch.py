@@ -27,7 +27,7 @@ from workspace.core.paths import Layout, here
 from workspace.core.settings import load
 from workspace.machine import run_environment
 from workspace.machine.machine import Machine
-from workspace.server import fit, models
+from workspace.server import models, status
 
 FETCHED = """import json, os, pathlib, sys
 assert sys.argv[1] == "openai/gpt-oss-20b", sys.argv
@@ -108,7 +108,7 @@ def test_model_is_fetched_once_and_then_needs_no_hub(clone: Clone) -> None:
     clone.fetch()
     assert [line.split()[0] for line in clone.output.splitlines()[:2]] == ["skipped", "skipped"]
     out = io.StringIO()
-    fit.show_recipes(
+    status.show_recipes(
         Machine(clone.layout, load(clone.layout, environ=clone.shell)),
         console=Console(out=out, err=out),
         as_json=True,

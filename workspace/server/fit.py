@@ -4,7 +4,6 @@ On a Spark GPU and processor share one memory: vLLM counts what the kernel calls
 (vllm/utils/mem_utils.py, psutil), droppable page cache included, while CUDA needs free memory.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from workspace.core.console import Console, Row, State
-from workspace.core.errors import SettingsError
-from workspace.machine import hardware, run_environment
+from workspace.machine import hardware
 from workspace.machine.gpu import Driver, Resident
 from workspace.machine.hardware import GIB
-from workspace.machine.machine import Case, Machine
-from workspace.repo import pins
-from workspace.server import flags, models, recipes
+from workspace.machine.machine import Machine
+from workspace.server import flags
 from workspace.server.command import Command, replaced, typed
 from workspace.server.observation import Lack
 from workspace.server.recipes import DEFAULT_UTILIZATION, Recipe
@@ -46,10 +42,9 @@ _SHORT = {
     "data-parallel-size": "-dp",
     "data-parallel-size-local": "-dpl",
     "data-parallel-rank": "-dpr",
+    "prefill-context-parallel-size": "-pcp",
     "nnodes": "-n",
 }
-_STATES: dict[Verdict, State] = {"yes": State.OK, "after drop-caches": State.WARN, "no": State.WARN}
-_DEVICES = {"cuda": "on the GPU", "cpu": "on the processor"}
 
 
 @dataclass(frozen=True)
@@ -206,7 +201,7 @@ class _Split:
 def _split(recipe: Recipe, args: Sequence[str]) -> _Split:
     sizes = {
         name: max(1, int(_number(recipe, args, f"{name}-parallel-size", 1.0)))
-        for name in ("tensor", "pipeline", "data")
+        for name in ("tensor", "pipeline", "data", "prefill-context")
     }
     parts = sizes["tensor"] * sizes["pipeline"]
     nodes = max(1, int(_number(recipe, args, "nnodes", 1.0)))
@@ -215,7 +210,7 @@ def _split(recipe: Recipe, args: Sequence[str]) -> _Split:
     if _text(recipe, args, "data-parallel-rank"):
         ranks = 1
     is_elsewhere = _text(recipe, args, "distributed-executor-backend") == "ray"
-    local = 1 if is_elsewhere else max(1, parts * ranks // nodes)
+    local = 1 if is_elsewhere else max(1, parts * sizes["prefill-context"] * ranks // nodes)
     factors = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     return _Split(parts, local, factors)
 
@@ -443,70 +438,3 @@ def _number_or(value: object, otherwise: float) -> float:
         return float(str(value))
     except ValueError:
         return otherwise
-
-
-def _row(recipe: Recipe, fit: Fit, folder: Path | None, *, device: str) -> Row:
-    """Return the row of a recipe; `folder` holds its weights, None if they are not on disk."""
-    if folder:
-        place = f"on disk: {folder}"
-    elif recipe.fetch_gib:
-        place = f"{recipe.fetch_gib:.1f} GiB to fetch"
-    else:
-        place = "made at its first start"
-    if recipe.asks_for_remote_code:
-        place += "; runs code of the model's authors (trust-remote-code)"
-    return Row(
-        _STATES[fit.verdict],
-        recipe.name,
-        f"fits {_DEVICES[device]}: {fit.verdict}; needs {fit.needs_gib:.1f} GiB,"
-        f" {fit.free.available_gib:.1f} GiB are free; {place}",
-        hint=fit.hint if fit.hint and "serve.list" not in fit.hint else None,
-    )
-
-
-def _record(recipe: Recipe, fit: Fit, folder: Path | None) -> dict[str, object]:
-    return {
-        "name": recipe.name,
-        "model": recipe.model,
-        "summary": recipe.summary,
-        "fits": fit.verdict,
-        "needs_gib": round(fit.needs_gib, 2),
-        "takes_gib": round(fit.takes_gib, 2),
-        "on_disk": str(folder) if folder else None,
-        "fetch_gib": recipe.fetch_gib,
-        "hint": fit.hint,
-    }
-
-
-def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -> None:
-    """Print the recipes, or their records as JSON. A damaged recipe is a row with its error."""
-    layout, settings, device = machine.layout, machine.settings, Case(machine).device
-    version = pins.load(layout.pins).vllm.version
-    records: list[dict[str, object]] = []
-    rows: list[Row] = []
-    for name in recipes.names(layout):
-        try:
-            recipe = recipes.load(layout, name, version=version)
-        except SettingsError as exc:
-            records.append({"name": name, "error": exc.message})
-            rows.append(Row(State.FAIL, name, exc.message))
-            continue
-        environment = run_environment.built_environment(
-            layout, settings, "serve", stack=None, recipe=recipe.environment
-        )
-        frees = observe(machine, device=device, environment=environment)
-        judged = judge(recipe, frees, device=device, environment=environment)
-        folder = models.found_weights(layout, settings, recipe)
-        rows.append(_row(recipe, judged, folder, device=device))
-        records.append(_record(recipe, judged, folder))
-    if as_json:
-        free = observe(machine, device=device)[0]
-        memory = {
-            "total_gib": round(free.total_gib, 2),
-            "available_gib": round(free.available_gib, 2),
-            "droppable_gib": round(free.droppable_gib, 2),
-        }
-        document = {"schema": 1, "device": device, "memory": memory, "rows": records}
-        console.data(json.dumps(document, indent=1))
-    else:
-        console.rows(rows)
