@@ -36,6 +36,19 @@ _NAMES = re.compile(
 )
 # A path of a URL, a module, and what clients call the model.
 _TEXTS = ("root_path", "kv_connector_module_path", "ec_connector_module_path", "served_model_name")
+_DRAFTER = ("--speculative-config", "-sc")
+# Files that vLLM reads in a folder; a tokenizer can be made from any of these.
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model*",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "*.tiktoken",
+)
+CONFIGURATIONS = ("config.json", "params.json")
+GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
 # The keys of these are names of the user's.
 _MAPS = ("default_mm_loras",)
 SPOILED = "no command line can be read from vendor/vllm"
@@ -204,8 +217,76 @@ def typed_value(name: str, value: object, folder: Path | None = None) -> object:
         return value if changed == document else json.dumps(changed)
     if key == "lora_modules" and "=" in value:
         adapter, _, path = value.partition("=")
-        return f"{adapter}={typed_value('model', path, folder)}"
+        return f"{adapter}={typed_value('lora_path', path, folder)}"
     return str(typed(value, folder)) if _is_path(key, value, folder) else value
+
+
+def leaves(args: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield each text in the values of flags, those in their JSON included: flag, key and text."""
+    flag = ""
+    for arg in args:
+        head, equals, value = arg.partition("=")
+        is_flag = arg.startswith("-") and not _NUMBER.match(arg)
+        if is_flag:
+            flag = head
+        if equals or not is_flag:
+            yield from ((flag, *leaf) for leaf in _leaves(flag, value if is_flag else arg))
+
+
+def _leaves(name: str, value: object) -> Iterator[tuple[str, str]]:
+    key = key_of(name)
+    if isinstance(value, dict):
+        for inner, part in value.items():
+            yield from _leaves(name if key in _MAPS else inner, part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _leaves(name, part)
+    elif isinstance(value, str):
+        document = json_of(value)
+        if document is not None:
+            yield from _leaves(name, document)
+        elif key == "lora_modules" and "=" in value:
+            yield "lora_path", value.partition("=")[2]
+        else:
+            yield key, value
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model, a tokenizer or the like that a flag names besides the model: a folder, or a name on
+    the hub. One file of the patterns in `needs` has to be there, without patterns a whole model.
+    """
+
+    flag: str
+    name: str
+    revision: str | None
+    needs: tuple[str, ...] = ()
+
+
+def references(args: Sequence[str], model: str) -> tuple[Reference, ...]:
+    """Return what arguments name besides the model (vllm/config/model.py, speculative.py)."""
+    found: list[Reference] = []
+    revision, code = last(args, "--revision"), last(args, "--code-revision")
+    of_tokenizer = last(args, "--tokenizer-revision")
+    if name := last(args, "--tokenizer"):
+        found.append(Reference("--tokenizer", name, of_tokenizer, TOKENIZERS))
+    elif of_tokenizer:
+        found.append(Reference("--tokenizer-revision", model, of_tokenizer, TOKENIZERS))
+    if code:
+        found.append(Reference("--code-revision", model, code, ("*.py",)))
+    if name := last(args, "--hf-config-path"):
+        found.append(Reference("--hf-config-path", name, revision, CONFIGURATIONS))
+    if (name := last(args, "--generation-config")) and name not in ("auto", "vllm"):
+        found.append(Reference("--generation-config", name, revision, (GENERATION,)))
+    for flag, key, text in leaves(args):
+        is_adapter = flag == "--lora-modules" and key in ("lora_path", "path")
+        if is_adapter or key == "default_mm_loras":
+            found.append(Reference(flag, text, None, (ADAPTER,)))
+    drafter = {key: text for flag, key, text in leaves(args) if flag.split(".")[0] in _DRAFTER}
+    # Other names are methods, such as ngram, and classes.
+    if "/" in (name := drafter.get("model", "")):
+        found.append(Reference("--speculative-config", name, drafter.get("revision")))
+    return tuple(found)
 
 
 def key_of(name: str) -> str:

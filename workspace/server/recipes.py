@@ -71,6 +71,7 @@ class Alternative:
 class Recipe:
     """One model and how it is served. `flags` have names without dashes in front; `fetch_gib` is
     the size of the files that `serve.fetch` fetches, `ignored` are patterns of files it skips.
+    `revision` is that of the user's flags, None for the newest.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Recipe:
     notes: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
+    revision: str | None = None
 
     @property
     def args(self) -> tuple[str, ...]:

@@ -3,9 +3,10 @@ generate, then follow its log or leave it alone.
 """
 
 import hashlib
+import shlex
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.core import lock, records
@@ -15,7 +16,7 @@ from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
-from workspace.machine import check
+from workspace.machine import check, interpreter
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
 from workspace.server import command, fit, flags, lifecycle, models, observation, recipes
@@ -23,19 +24,8 @@ from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive
 from workspace.server.recipes import Recipe
 
-# Environment of every server unless the user sets another value. HF_HUB_OFFLINE is added if the
-# model is on this machine.
-# A tokenizer can be made from any of these files.
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "*.tiktoken",
-)
 FOLLOW_S = 0.3
+_GGUF = "vllm-gguf-plugin"
 
 
 @dataclass(frozen=True)
@@ -77,6 +67,8 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
         has_key=bool(settings.text("VLLM_API_KEY")),
         force=options.force,
     )
+    recipe = replace(recipe, revision=flags.last(line.args, "--revision"))
+    command.require_files(layout, settings, line.args)
     machine = Machine(layout, settings)
     check.require(machine, console=console, recipe=recipe.environment)
     device = _device(machine, console, dry_run=options.dry_run)
@@ -87,10 +79,12 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     model = str(folder) if folder and is_a_folder else recipe.model
     if folder:
         _require_usable(folder, line)
+    # Only a start that needs nothing of the hub is kept from asking it.
+    is_offline = folder is not None and not _missing(session)
     environment = command.built_environment(
         machine,
         "serve",
-        recipe=({"HF_HUB_OFFLINE": "1"} if folder else {}) | dict(recipe.environment),
+        recipe=({"HF_HUB_OFFLINE": "1"} if is_offline else {}) | dict(recipe.environment),
         is_shown=options.dry_run,
     )
     argv = line.argv(layout, model)
@@ -143,6 +137,36 @@ def _check(session: _Session) -> None:
     )
 
 
+def _missing(session: _Session) -> bool:
+    """Return whether a flag names something that is not on this machine, and name each.
+
+    Raises SettingsError if HF_HUB_OFFLINE is set, under which vLLM cannot fetch it.
+    """
+    settings = session.machine.settings
+    missing = [
+        reference
+        for reference in flags.references(session.command.args, session.recipe.model)
+        if "://" not in reference.name and not _is_here(settings, reference)
+    ]
+    for reference in missing:
+        at = f" at {reference.revision}" if reference.revision else ""
+        name = f"{reference.name}{at}, which {reference.flag} names,"
+        if settings.switch("HF_HUB_OFFLINE"):
+            raise models.offline(settings, name)
+        session.console.info(f"{name} is not on this machine: vLLM fetches it during the start")
+    return bool(missing)
+
+
+def _is_here(settings: Settings, reference: flags.Reference) -> bool:
+    path, cache = Path(reference.name), models.hub_cache(settings)
+    folder = (
+        path if path.is_absolute() else models.cached(cache, reference.name, reference.revision)
+    )
+    if folder is None:
+        return False
+    return models.holds(folder, reference.needs) if reference.needs else models.is_complete(folder)
+
+
 def _find_model(session: _Session) -> Path | None:
     """Return the folder of the model's files, which are fetched if they are missing.
 
@@ -151,8 +175,9 @@ def _find_model(session: _Session) -> Path | None:
     layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
     folder = models.found_weights(layout, settings, recipe)
     if folder is None and session.options.dry_run:
+        at = f" at {recipe.revision}" if recipe.revision else ""
         session.console.info(
-            f"{recipe.model} is not on this machine; "
+            f"{recipe.model}{at} is not on this machine; "
             + (
                 "its folder is made at the first start"
                 if recipe.origin == "built-in"
@@ -251,38 +276,76 @@ def _recipe(layout: Layout, name: str) -> Recipe:
     folder = command.folder_of(name)
     if folder is None:
         return models.named(layout, name)
+    if folder.suffix == ".gguf" and folder.is_file():
+        _require_gguf(layout, folder)
+        return recipes.unnamed(str(folder), weights_gib=folder.stat().st_size / GIB)
     if not folder.is_dir():
+        what = "a file: name its folder" if folder.is_file() else "no folder with a model in it"
         raise ServeError(
-            f"{folder} is no folder with a model in it",
-            hint="./scripts/inv serve.list    lists the recipes",
+            f"{folder} is {what}", hint="./scripts/inv serve.list    lists the recipes"
         )
     try:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
     except OSError as exc:
         raise ServeError(
-            f"{folder} cannot be read: {exc.strerror}", hint=f"ls -ld {folder}"
+            f"{folder} cannot be read: {exc.strerror}", hint=f"ls -ld {shlex.quote(str(folder))}"
         ) from exc
+    _require_no_adapter(folder)
     _require_config(folder)
-    if not models.is_complete(folder):
-        raise ServeError(f"{folder} lacks a part of its weights", hint=f"ls -l {folder}")
+    if lack := models.lack_of(folder):
+        raise ServeError(f"{folder} lacks {lack}", hint=f"ls -l {shlex.quote(str(folder))}")
     return recipes.unnamed(str(folder), weights_gib=size)
 
 
+def _require_gguf(layout: Layout, file: Path) -> None:
+    """Raise ServeError if this vLLM cannot read GGUF: since 0.31 a plugin does."""
+    loader = layout.vllm / "vllm" / "model_executor" / "model_loader" / "gguf_loader.py"
+    if not loader.is_file() and _GGUF not in interpreter.installed(layout):
+        raise ServeError(
+            f"{file.name} is in GGUF, which this vLLM reads with a plugin that .vllm lacks",
+            hint=f".workspace/tools/bin/uv pip install --python .vllm/bin/python {_GGUF}",
+        )
+
+
+def _require_no_adapter(folder: Path) -> None:
+    """Raise ServeError for a LoRA adapter, which is served with its base model."""
+    if (folder / flags.CONFIGURATIONS[0]).is_file() or not (folder / flags.ADAPTER).is_file():
+        return
+    try:
+        known = records.load(folder / flags.ADAPTER, dict[str, object]) or {}
+    except records.DecodeError:
+        known = {}
+    base = known.get("base_model_name_or_path")
+    args = ("--enable-lora", "--lora-modules", f"{folder.name}={folder}")
+    raise ServeError(
+        f"{folder} is a LoRA adapter: it is served with {base or 'its base model'}",
+        hint=command.typed(base, args)
+        if isinstance(base, str) and base
+        else f"less {shlex.quote(str(folder / flags.ADAPTER))}",
+    )
+
+
 def _require_config(folder: Path) -> None:
-    path = folder / "config.json"
+    path = next(
+        (folder / name for name in flags.CONFIGURATIONS if (folder / name).is_file()),
+        folder / flags.CONFIGURATIONS[0],
+    )
     try:
         known = records.load(path, dict[str, object])
     except records.DecodeError as exc:
         raise ServeError(f"{path} cannot be read: {exc}", hint=f"less {path}") from exc
     if known is None:
         raise ServeError(
-            f"{folder} has no config.json: it is no model in Hugging Face's layout",
-            hint=f"ls {folder}",
+            f"{folder} has no config.json: it is no model in Hugging Face's layout, nor, with"
+            " params.json, in Mistral's",
+            hint=f"ls {shlex.quote(str(folder))}",
         )
 
 
 def _require_usable(folder: Path, line: Command) -> None:
     """Check the configuration and the tokenizer, which vLLM reads late. Raises ServeError."""
+    if folder.is_file():
+        return
     _require_config(folder)
     if any(
         arg.split("=")[0]
@@ -290,7 +353,7 @@ def _require_usable(folder: Path, line: Command) -> None:
         for arg in line.args
     ):
         return
-    if not any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+    if not models.holds(folder, flags.TOKENIZERS):
         raise ServeError(
             f"{folder} has no tokenizer", hint="-- --tokenizer NAME takes another model's"
         )
@@ -364,7 +427,8 @@ def _explained(
 def _length(folder: Path | None) -> int | None:
     """Return the longest sequence of a model in tokens, None if its configuration has none."""
     try:
-        known = records.load(folder / "config.json", dict[str, object]) if folder else None
+        path = folder / "config.json" if folder and folder.is_dir() else None
+        known = records.load(path, dict[str, object]) if path else None
     except records.DecodeError:
         return None
     found = known.get("max_position_embeddings") if known else None
