@@ -32,7 +32,7 @@ _ALWAYS, _ALWAYS_SHORT = ("--help", "--config"), ("-h", "-O")
 _PATHS = re.compile(r"\w+_(path|dir|file|keyfile|certfile|ca_certs|json)|cache_dir")
 _NAMES = re.compile(
     r"(\w+_)?model|path|(\w+_)?tokenizer|hf_config_path|(\w+_)?lora_path|chat_template"
-    r"|generation_config|default_mm_loras|\w+_plugin"
+    r"|generation_config|default_mm_loras|\w+_parser_plugin"
 )
 # A path of a URL, a module, and what clients call the model.
 _TEXTS = ("root_path", "kv_connector_module_path", "ec_connector_module_path", "served_model_name")
@@ -50,7 +50,7 @@ TOKENIZERS = (
 CONFIGURATIONS = ("config.json", "params.json")
 GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
 # The keys of these are names of the user's.
-_MAPS = ("default_mm_loras",)
+_MAPS = ("default_mm_loras", "model_class_overrides")
 SPOILED = "no command line can be read from vendor/vllm"
 
 
