@@ -199,8 +199,14 @@ def test_relative_path_counts_from_the_folder_in_which_it_is_written(
 
 
 def test_path_of_a_name_that_is_passed_on_is_absolute_for_the_child(tmp_path: Path) -> None:
-    found = load(tmp_path, 'HF_HUB_CACHE=./hub\nTMPDIR="~/tmp"\nNCCL_SOCKET_IFNAME=.eth\n')
+    written = 'HF_HUB_CACHE=./hub\nTMPDIR="~/tmp"\nNCCL_SOCKET_IFNAME=.eth\n'
+    written += "VLLM_LOGGING_CONFIG_PATH=conf/log.json\nMY_LIBRARY_PATH=a/b:c\n"
+    found = load(tmp_path, written, shell={"VLLM_CACHE_ROOT": "./cache", "MY_WORD": "a/b"})
     child = found.child_environment("run")
+    assert child["VLLM_LOGGING_CONFIG_PATH"] == str(tmp_path / "conf/log.json")
+    assert child["MY_LIBRARY_PATH"] == "a/b:c"
+    assert child["VLLM_CACHE_ROOT"] == str(Path.cwd() / "cache")
+    assert child["MY_WORD"] == "a/b"
     assert child["HF_HUB_CACHE"] == str(tmp_path / "hub")
     assert child["TMPDIR"] == str(Path.home() / "tmp")
     assert child["NCCL_SOCKET_IFNAME"] == ".eth"

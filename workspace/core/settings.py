@@ -23,8 +23,11 @@ from workspace.core.known_settings import (
     SETTINGS,
     TRUE,
     Setting,
+    absolute,
     expands,
     expected,
+    is_relative,
+    passed_on,
 )
 from workspace.core.paths import Layout, typed
 
@@ -41,8 +44,6 @@ _EXAMPLES = {
     "url": "https://host/simple",
 }
 _SHOWN = 120
-# A URL, or host:path.
-_ADDRESS = re.compile(r"[a-z+]+://|[^/]+:")
 # Parts of warnings, by which the doctor and env.check find the row that one is about.
 UNKNOWN, AGAIN = "is not a known setting", "is set again in line"
 
@@ -182,7 +183,8 @@ class Settings:
     def _inherited(self, base: Base) -> dict[str, str]:
         """Return the variables of the shell that a child may see."""
         environment = {
-            name: text
+            # A child may run in another folder.
+            name: str(typed(text)) if base != "plain" and is_relative(text) else text
             for name, text in self.shell.items()
             if not _FOREIGN.match(name)
             and not _GIT_LOCAL.match(name)
@@ -263,7 +265,7 @@ def load(
     passed = {
         name: Value(shell[name], "shell")
         if name in shell
-        else Value(str(typed(text, layout.root)) if is_relative(text) else text, ".env")
+        else Value(passed_on(name, text, layout.root), ".env")
         for name, text in unknown.items()
     }
     known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
@@ -322,21 +324,10 @@ def _value(
     return value
 
 
-def is_relative(text: str) -> bool:
-    """Return whether a text is a path whatever it stands for: it begins with ./ or ../ or ~/."""
-    return text.startswith(("./", "../", "~/")) or text in (".", "..", "~")
-
-
 def _absolute(setting: Setting, value: Value, root: Path) -> Value:
     """Return the value with an absolute path, where it is a path on this machine."""
-    is_path = (
-        setting.kind == "path"
-        or (setting.kind == "mirror" and not _ADDRESS.match(value.text))
-        or (setting.name == "KERNELS" and value.text.endswith(".whl"))
-    )
-    if not value.text or not is_path:
-        return value
-    return replace(value, text=str(typed(value.text, root if value.source == ".env" else None)))
+    folder = root if value.source == ".env" else None
+    return replace(value, text=absolute(setting, value.text, folder))
 
 
 def _example(setting: Setting, *, is_flag: bool) -> str:

@@ -18,10 +18,10 @@ from workspace.core.child_variables import Phase
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular
-from workspace.core.known_settings import KNOWN
+from workspace.core.known_settings import KNOWN, is_relative
 from workspace.core.paths import Layout
 from workspace.core.process import There
-from workspace.core.settings import Settings, is_relative, is_secret
+from workspace.core.settings import Settings, is_secret
 from workspace.machine import check, hardware, jit_caches, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git

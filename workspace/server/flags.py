@@ -16,8 +16,9 @@ from pathlib import Path
 from workspace.core import records
 from workspace.core.errors import SettingsError, ToolchainError
 from workspace.core.files import read_regular
+from workspace.core.known_settings import is_relative
 from workspace.core.paths import Layout, typed
-from workspace.core.settings import is_relative, similar
+from workspace.core.settings import similar
 from workspace.machine import run_environment
 
 # Classes whose fields become flags (vllm/entrypoints/**/cli_args.py, vllm/engine/arg_utils.py).

@@ -249,7 +249,7 @@ def lack_of(folder: Path) -> str | None:
             if weights := {path.name for path in folder.glob(pattern)}:
                 wanted = weights | _listed(folder / index) | _all_parts(weights)
                 missing = sorted(name for name in wanted if not (folder / name).is_file())
-                return _in_words(missing) if missing else None
+                return _enumerated(missing) if missing else None
         below = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
     except OSError as exc:
         return f"a folder that can be read: {exc.strerror}"
@@ -276,7 +276,7 @@ def _listed(index: Path) -> set[str]:
     return {str(name) for name in named.values()} if isinstance(named, Mapping) else set()
 
 
-def _in_words(missing: Sequence[str]) -> str:
+def _enumerated(missing: Sequence[str]) -> str:
     more = len(missing) - 2
     return ", ".join(missing[:2]) + (f" and {more} more of its weights" if more > 0 else "")
 

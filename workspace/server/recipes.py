@@ -13,6 +13,7 @@ from typing import Literal, cast
 from workspace.core import records, settings
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
+from workspace.core.known_settings import is_relative
 from workspace.core.paths import Layout, typed
 from workspace.server import flags as engine_flags
 
@@ -142,7 +143,7 @@ def _with_paths(recipe: Recipe, root: Path) -> Recipe:
 
     def environment(given: Mapping[str, str]) -> Mapping[str, str]:
         return {
-            name: str(typed(text, root)) if settings.is_relative(text) else text
+            name: str(typed(text, root)) if is_relative(text) else text
             for name, text in given.items()
         }
 

@@ -79,14 +79,7 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     model = str(folder) if folder and is_a_folder else recipe.model
     if folder:
         _require_usable(folder, line)
-    # Only a start that needs nothing of the hub is kept from asking it.
-    is_offline = folder is not None and not _missing(session)
-    environment = command.built_environment(
-        machine,
-        "serve",
-        recipe=({"HF_HUB_OFFLINE": "1"} if is_offline else {}) | dict(recipe.environment),
-        is_shown=options.dry_run,
-    )
+    environment = _environment(session, folder)
     argv = line.argv(layout, model)
     for text in command.shown(layout, settings, argv, environment):
         (console.data if options.dry_run else console.info)(text)
@@ -134,6 +127,19 @@ def _check(session: _Session) -> None:
         fit.judge(recipe, frees, device=session.device, environment=environment, args=line.args),
         session.console,
         is_required=not (options.dry_run or options.force),
+    )
+
+
+def _environment(session: _Session, folder: Path | None) -> dict[str, str]:
+    """Return the server's environment. Only a start that needs nothing of the hub is kept from
+    asking it.
+    """
+    is_offline = not _missing(session) and folder is not None
+    return command.built_environment(
+        session.machine,
+        "serve",
+        recipe=({"HF_HUB_OFFLINE": "1"} if is_offline else {}) | dict(session.recipe.environment),
+        is_shown=session.options.dry_run,
     )
 
 
