@@ -83,6 +83,16 @@ nox.options.default_venv_backend = "none"
 nox.options.sessions = ["tests", "lint", "typecheck"]
 
 
+def typed(args):
+    """Return arguments with the paths that exist in the folder in which nox was typed."""
+    return [
+        os.path.join(TYPED_IN, arg)
+        if TYPED_IN != ROOT and os.path.exists(os.path.join(TYPED_IN, arg.split("::")[0]))
+        else arg
+        for arg in args
+    ]
+
+
 def run(session, *argv):
     """Run a module of the tool environment in the root of the clone; exit as it exits."""
     start(session, "-m", *argv)
@@ -144,20 +154,20 @@ def tests(session):
     """Run the workspace's own tests; arguments after -- go to pytest."""
     # The floor of the coverage is for the whole suite.
     coverage = [] if session.posargs else ["--cov", "--cov-report="]
-    run(session, "pytest", *coverage, *session.posargs)
+    run(session, "pytest", *coverage, *typed(session.posargs))
 
 
 @nox.session
 def lint(session):
     """Run ruff: rules, then format; arguments after -- go to both."""
-    run(session, "ruff", "check", *session.posargs)
-    run(session, "ruff", "format", "--check", *session.posargs)
+    run(session, "ruff", "check", *typed(session.posargs))
+    run(session, "ruff", "format", "--check", *typed(session.posargs))
 
 
 @nox.session
 def typecheck(session):
     """Run mypy, strict, on the library and its scripts."""
-    run(session, "mypy", *session.posargs)
+    run(session, "mypy", *typed(session.posargs))
 
 
 @nox.session

@@ -315,3 +315,32 @@ def test_what_a_flag_points_to_is_accepted_where_it_is_right(request_: Request) 
         ("--profiler-config.torch_profiler_dir", "gs://bucket/traces"),
     ):
         assert is_offline(request_.dry_run("acme/tiny", *args)), args
+
+
+def test_weights_of_the_model_its_drafter_and_its_adapters_count(request_: Request) -> None:
+    large = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": ""}
+    adapter = {"adapter_config.json": RANK, "adapter_model.safetensors": ""}
+    for folder in (
+        request_.cache("acme/tiny", large),
+        fill(request_.folder / "draft", large),
+        fill(request_.folder / "lora", adapter),
+    ):
+        for weights in folder.glob("*.safetensors"):
+            with weights.open("wb") as file:
+                file.truncate(2 << 30)
+
+    def needed(*extra: str) -> float:
+        return float(request_.dry_run("acme/tiny", *extra).partition("needs ")[2].split()[0])
+
+    drafter, adapters = ("--speculative-config", '{"model": "./draft"}'), "--lora-modules"
+    assert needed() == 2.0
+    assert needed(*drafter) == 4.0
+    assert needed(*drafter, adapters, "a=lora", "--max-lora-rank", "64") == 6.0
+
+
+def test_command_of_a_hint_names_the_folder_from_the_root_of_the_clone(request_: Request) -> None:
+    folder = fill(request_.folder / "model", MODEL)
+    output = request_.dry_run("./model", "--tokenizer", "model")
+    assert output.splitlines()[-1].startswith(
+        f"{request_.clone.layout.environment}/bin/vllm serve {folder} --tokenizer {folder}"
+    )

@@ -15,7 +15,7 @@ from workspace.machine import hardware
 from workspace.machine.gpu import Driver, Resident
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import Machine
-from workspace.server import flags
+from workspace.server import flags, models
 from workspace.server.command import Command, replaced, typed
 from workspace.server.observation import Lack
 from workspace.server.recipes import DEFAULT_UTILIZATION, Recipe
@@ -140,6 +140,13 @@ def _visible(driver: Driver, text: str | None) -> Sequence[int]:
 
 def _shortened(resident: Resident) -> Resident:
     return replace(resident, name=Path(resident.name).name)
+
+
+def weights_gib(folder: Path) -> float:
+    """Return the size of the weights that vLLM loads from a folder, or of one file."""
+    found = ([*folder.glob(pattern)] for pattern in models.WEIGHTS)
+    files = [folder] if folder.is_file() else next((files for files in found if files), [])
+    return sum(path.stat().st_size for path in files if path.is_file()) / GIB
 
 
 def needs_gib(recipe: Recipe, args: Sequence[str] = ()) -> float:

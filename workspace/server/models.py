@@ -40,7 +40,7 @@ TIMEOUT_S = 300.0
 _PART = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)\.(?P<kind>safetensors|bin)")
 MOST_PARTS = 10_000
 # Weights and their index, in the order in which vLLM looks for them.
-_WEIGHTS = {
+WEIGHTS = {
     "consolidated*.safetensors": "consolidated.safetensors.index.json",
     "*.safetensors": "model.safetensors.index.json",
     "*.bin": "pytorch_model.bin.index.json",
@@ -245,7 +245,7 @@ def lack_of(folder: Path) -> str | None:
     try:
         if not holds(folder, CONFIGURATIONS):
             return "config.json, or params.json in Mistral's own layout"
-        for pattern, index in _WEIGHTS.items():
+        for pattern, index in WEIGHTS.items():
             if weights := {path.name for path in folder.glob(pattern)}:
                 wanted = weights | _listed(folder / index) | _all_parts(weights)
                 missing = sorted(name for name in wanted if not (folder / name).is_file())

@@ -3,6 +3,7 @@ generate, then follow its log or leave it alone.
 """
 
 import hashlib
+import os
 import shlex
 import signal
 import time
@@ -17,7 +18,6 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
 from workspace.machine import check, interpreter
-from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
 from workspace.server import command, fit, flags, lifecycle, models, observation, recipes
 from workspace.server.command import Command
@@ -60,6 +60,9 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     served, SmokeError if the build is missing or stale, and the errors of `models.fetch_weights`.
     """
     recipe = _recipe(layout, options.name)
+    if command.folder_of(options.name):
+        # Hints are typed in the root of the clone, wherever this command was typed.
+        options = replace(options, name=recipe.model)
     line = command.compose(
         recipe,
         options.extra,
@@ -124,7 +127,9 @@ def _check(session: _Session) -> None:
     )
     frees = fit.observe(session.machine, device=session.device, environment=environment)
     _require_memory(
-        fit.judge(recipe, frees, device=session.device, environment=environment, args=line.args),
+        fit.judge(
+            _sized(session), frees, device=session.device, environment=environment, args=line.args
+        ),
         session.console,
         is_required=not (options.dry_run or options.force),
     )
@@ -163,14 +168,33 @@ def _missing(session: _Session) -> bool:
     return bool(missing)
 
 
-def _is_here(settings: Settings, reference: flags.Reference) -> bool:
+def _folder(settings: Settings, reference: flags.Reference) -> Path | None:
     path, cache = Path(reference.name), models.hub_cache(settings)
-    folder = (
-        path if path.is_absolute() else models.cached(cache, reference.name, reference.revision)
-    )
+    return path if path.is_absolute() else models.cached(cache, reference.name, reference.revision)
+
+
+def _is_here(settings: Settings, reference: flags.Reference) -> bool:
+    folder = _folder(settings, reference)
     if folder is None:
         return False
     return models.holds(folder, reference.needs) if reference.needs else models.is_complete(folder)
+
+
+def _sized(session: _Session) -> Recipe:
+    """Return the recipe with the weights of what is on this machine: the model's, if the recipe has
+    none, and those of drafters and adapters.
+    """
+    layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
+    folders = [
+        _folder(settings, reference)
+        for reference in flags.references(session.command.args, recipe.model)
+        if reference.needs in ((), (flags.ADAPTER,))
+    ]
+    if not recipe.memory.weights_gib:
+        folders.append(models.found_weights(layout, settings, recipe))
+    weights = sum(fit.weights_gib(folder) for folder in folders if folder)
+    memory = replace(recipe.memory, weights_gib=recipe.memory.weights_gib + weights)
+    return replace(recipe, memory=memory)
 
 
 def _find_model(session: _Session) -> Path | None:
@@ -284,23 +308,22 @@ def _recipe(layout: Layout, name: str) -> Recipe:
         return models.named(layout, name)
     if folder.suffix == ".gguf" and folder.is_file():
         _require_gguf(layout, folder)
-        return recipes.unnamed(str(folder), weights_gib=folder.stat().st_size / GIB)
+        return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
     if not folder.is_dir():
         what = "a file: name its folder" if folder.is_file() else "no folder with a model in it"
         raise ServeError(
             f"{folder} is {what}", hint="./scripts/inv serve.list    lists the recipes"
         )
-    try:
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
-    except OSError as exc:
+    if not os.access(folder, os.R_OK | os.X_OK):
         raise ServeError(
-            f"{folder} cannot be read: {exc.strerror}", hint=f"ls -ld {shlex.quote(str(folder))}"
-        ) from exc
+            f"{folder} cannot be read: Permission denied",
+            hint=f"ls -ld {shlex.quote(str(folder))}",
+        )
     _require_no_adapter(folder)
     _require_config(folder)
     if lack := models.lack_of(folder):
         raise ServeError(f"{folder} lacks {lack}", hint=f"ls -l {shlex.quote(str(folder))}")
-    return recipes.unnamed(str(folder), weights_gib=size)
+    return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
 
 
 def _require_gguf(layout: Layout, file: Path) -> None:
