@@ -64,6 +64,7 @@ def test_share_below_the_models_need_is_found_before_the_load() -> None:
     )
     assert "is given too little: 59.9 GiB with these flags; needs 67.9 GiB" in found.sentence
     assert judged(SPARK, "--gpu-memory-utilization", "0.58").verdict == "yes"
+    assert judged(SPARK, "--device-memory-utilization", "0.5") == found
 
 
 def test_no_value_is_suggested_if_only_ending_other_processes_helps() -> None:
@@ -137,10 +138,10 @@ TWO = """case "$*" in
 esac"""
 
 
-def seen(house: House, visible: str | None = None) -> list[tuple[str, bool]]:
+def seen(house: House, visible: str | None = None, *args: str) -> list[tuple[str, bool]]:
     house.program("nvidia-smi", TWO)
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    frees = fit.observe(house.machine(), device="cuda", environment=environment)
+    frees = fit.observe(house.machine(), device="cuda", environment=environment, args=args)
     return [(free.gpu, free.is_unified) for free in frees]
 
 
@@ -153,6 +154,11 @@ def test_gpus_are_those_that_the_environment_shows_in_its_order(house: House) ->
     # CUDA stops at the first entry that it does not know.
     assert seen(house, "1,7,0") == [card]
     assert seen(house, "") == []
+    # Places among the visible GPUs, or UUIDs.
+    assert seen(house, "1,0", "--device-ids", "0") == [card]
+    assert seen(house, None, "--device-ids=1,0") == [card, spark]
+    assert seen(house, None, "--device-ids", "GPU-bbbb") == [card]
+    assert seen(house, "1", "--device-ids", "7") == []
 
 
 CARD = Free(24.0, 23.0, 0.0, is_unified=False, gpu="GPU 0, L4", host_gib=50.0)

@@ -211,7 +211,10 @@ def test_gguf_file_needs_the_plugin_that_reads_it(request_: Request) -> None:
     fill(request_.folder, {"m.gguf": "x", "m.safetensors": "x"})
     error = request_.refused("m.gguf")
     assert "reads with a plugin that .vllm lacks" in error.message
+    hub = "acme/tiny-GGUF:Q4_K_M"
+    assert "reads with a plugin" in request_.refused(hub).message
     request_.clone.package("vllm-gguf-plugin", "0.0.2")
+    assert "fetches it during the start" in request_.dry_run(hub)
     line = request_.dry_run("./m.gguf", "--tokenizer", "acme/other").splitlines()[-1]
     assert f"serve {request_.folder / 'm.gguf'}" in line
     assert "is a file: name its folder" in request_.refused("./m.safetensors").message

@@ -86,10 +86,14 @@ class Fit:
 
 
 def observe(
-    machine: Machine, *, device: str, environment: Mapping[str, str] | None = None
+    machine: Machine,
+    *,
+    device: str,
+    environment: Mapping[str, str] | None = None,
+    args: Sequence[str] = (),
 ) -> tuple[Free, ...]:
-    """Return the memory of each GPU that the environment shows to vLLM, in its order; without a GPU
-    the machine's. A driver that does not answer counts as no GPU.
+    """Return the memory of each GPU that environment and flags show to vLLM, in its order; without
+    a GPU the machine's. A driver that does not answer counts as no GPU.
 
     CUDA_VISIBLE_DEVICES numbers the GPUs as the driver does where CUDA_DEVICE_ORDER is PCI_BUS_ID,
     and vLLM asks for that where the GPUs differ (vllm/platforms/cuda.py).
@@ -104,7 +108,8 @@ def observe(
     driver = machine.driver
     residents = tuple(map(_shortened, driver.residents()))
     frees = []
-    for number in _visible(driver, (environment or {}).get("CUDA_VISIBLE_DEVICES")):
+    shown = _visible(driver, (environment or {}).get("CUDA_VISIBLE_DEVICES"))
+    for number in _chosen(driver, shown, flags.last(args, "--device-ids")):
         own = driver.memories()[number]
         name = f"GPU {number}, {machine.gpus[number].name}" if len(machine.gpus) > 1 else ""
         free = (
@@ -136,6 +141,16 @@ def _visible(driver: Driver, text: str | None) -> Sequence[int]:
             break
         numbers += named
     return numbers
+
+
+def _chosen(driver: Driver, shown: Sequence[int], text: str | None) -> Sequence[int]:
+    """Return the GPUs of --device-ids: places in the visible ones, or UUIDs (arg_utils.py)."""
+    if not text:
+        return shown
+    entries = [entry.strip() for entry in text.split(",")]
+    if not all(entry.isdigit() for entry in entries):
+        return _visible(driver, text)
+    return [shown[int(entry)] for entry in entries if int(entry) < len(shown)]
 
 
 def _shortened(resident: Resident) -> Resident:
@@ -343,6 +358,8 @@ def _text(recipe: Recipe, args: Sequence[str], flag: str) -> str:
     """Return a flag's value, by its long or its short name, else the recipe's, else nothing."""
     short = _SHORT.get(flag)
     given = flags.last(args, f"--{flag}") or (flags.last(args, short) if short else None)
+    if flag == SHARE[2:]:
+        given = given or flags.last(args, "--device-memory-utilization")
     return given or str(recipe.flags.get(flag, ""))
 
 

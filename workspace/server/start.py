@@ -125,11 +125,10 @@ def _check(session: _Session) -> None:
         recipe=recipe.environment,
         is_shown=True,
     )
-    frees = fit.observe(session.machine, device=session.device, environment=environment)
+    device, args = session.device, line.args
+    frees = fit.observe(session.machine, device=device, environment=environment, args=args)
     _require_memory(
-        fit.judge(
-            _sized(session), frees, device=session.device, environment=environment, args=line.args
-        ),
+        fit.judge(_sized(session), frees, device=device, environment=environment, args=args),
         session.console,
         is_required=not (options.dry_run or options.force),
     )
@@ -203,6 +202,9 @@ def _find_model(session: _Session) -> Path | None:
     None on a dry run with missing files.
     """
     layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
+    if ":" in recipe.model and not recipe.model.startswith("/"):
+        session.console.info(f"{recipe.model}: the plugin for GGUF fetches it during the start")
+        return None
     folder = models.found_weights(layout, settings, recipe)
     if folder is None and session.options.dry_run:
         at = f" at {recipe.revision}" if recipe.revision else ""
@@ -305,9 +307,11 @@ def _follow(settings: Settings, server: Server, console: Console) -> None:
 def _recipe(layout: Layout, name: str) -> Recipe:
     folder = command.folder_of(name)
     if folder is None:
+        if ":" in name:
+            _require_gguf(layout, name)
         return models.named(layout, name)
     if folder.suffix == ".gguf" and folder.is_file():
-        _require_gguf(layout, folder)
+        _require_gguf(layout, folder.name)
         return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
     if not folder.is_dir():
         what = "a file: name its folder" if folder.is_file() else "no folder with a model in it"
@@ -326,12 +330,12 @@ def _recipe(layout: Layout, name: str) -> Recipe:
     return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
 
 
-def _require_gguf(layout: Layout, file: Path) -> None:
+def _require_gguf(layout: Layout, name: str) -> None:
     """Raise ServeError if this vLLM cannot read GGUF: since 0.31 a plugin does."""
     loader = layout.vllm / "vllm" / "model_executor" / "model_loader" / "gguf_loader.py"
     if not loader.is_file() and _GGUF not in interpreter.installed(layout):
         raise ServeError(
-            f"{file.name} is in GGUF, which this vLLM reads with a plugin that .vllm lacks",
+            f"{name} is in GGUF, which this vLLM reads with a plugin that .vllm lacks",
             hint=f".workspace/tools/bin/uv pip install --python .vllm/bin/python {_GGUF}",
         )
 
@@ -444,11 +448,16 @@ def _explained(
     if reading.lack:
         # Another snapshot: the memory is not what it was before the start.
         now = Machine(session.machine.layout, settings)
-        free = fit.observe(now, device=server.facts["device"])[0]
+        frees = fit.observe(
+            now,
+            device=server.facts["device"],
+            environment=settings.child_environment("run"),
+            args=session.command.args,
+        )
         attempt = fit.Attempt(
             options.name, session.recipe, session.command, _length(folder), detach=options.detach
         )
-        hint = fit.next_step(attempt, free, lack=reading.lack) or hint
+        hint = (fit.next_step(attempt, frees[0], lack=reading.lack) if frees else None) or hint
     details = tuple(settings.masked(text) for text in error.details)
     return ServeError(settings.masked(error.message), hint=hint, details=details)
 

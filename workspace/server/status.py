@@ -200,7 +200,7 @@ def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -
         environment = run_environment.built_environment(
             layout, settings, "serve", stack=None, recipe=recipe.environment
         )
-        frees = fit.observe(machine, device=device, environment=environment)
+        frees = fit.observe(machine, device=device, environment=environment, args=recipe.args)
         judged = fit.judge(recipe, frees, device=device, environment=environment)
         folder = models.found_weights(layout, settings, recipe)
         rows.append(_row(recipe, judged, folder, device=device))
