@@ -341,6 +341,20 @@ def test_weights_of_the_model_its_drafter_and_its_adapters_count(request_: Reque
     assert needed(*drafter, adapters, "a=lora", "--max-lora-rank", "64") == 6.0
 
 
+def test_gpus_that_differ_need_an_order_that_does_not_depend_on_their_speed(
+    request_: Request, tmp_path: Path
+) -> None:
+    request_.cache("acme/tiny", MODEL)
+    rows = 'echo "NVIDIA GB10, 12.1, 580"; echo "NVIDIA RTX A2000, 8.6, 580"'
+    program = fill(tmp_path / "bin", {"nvidia-smi": f"#!/bin/sh\n{rows}\n"}) / "nvidia-smi"
+    program.chmod(0o755)
+    (tmp_path / "libnvidia-ml.so.1").write_text("not a library")
+    shell = {"PATH": f"{program.parent}:/usr/bin:/bin", "DEVICE": "cuda"}
+    shell["LD_LIBRARY_PATH"] = str(tmp_path)
+    assert "CUDA numbers the fastest first" in request_.dry_run("acme/tiny", **shell)
+    assert "fastest" not in request_.dry_run("acme/tiny", CUDA_DEVICE_ORDER="PCI_BUS_ID", **shell)
+
+
 def test_command_of_a_hint_names_the_folder_from_the_root_of_the_clone(request_: Request) -> None:
     folder = fill(request_.folder / "model", MODEL)
     output = request_.dry_run("./model", "--tokenizer", "model")

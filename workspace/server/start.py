@@ -126,6 +126,13 @@ def _check(session: _Session) -> None:
         is_shown=True,
     )
     device, args = session.device, line.args
+    names = {gpu.name for gpu in session.machine.gpus} if device == "cuda" else set()
+    if len(names) > 1 and environment.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        session.console.warn(
+            f"{' and '.join(sorted(names))} differ, and CUDA numbers the fastest first; the fit is"
+            " judged in the driver's order",
+            hint="echo CUDA_DEVICE_ORDER=PCI_BUS_ID >> .env",
+        )
     frees = fit.observe(session.machine, device=device, environment=environment, args=args)
     _require_memory(
         fit.judge(_sized(session), frees, device=device, environment=environment, args=args),
