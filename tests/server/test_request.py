@@ -7,11 +7,13 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from tests.server.test_fetch import Clone
-from workspace.core.console import Console
+from workspace.bench import subject
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.settings import load
 from workspace.server import models, start
@@ -361,3 +363,27 @@ def test_command_of_a_hint_names_the_folder_from_the_root_of_the_clone(request_:
     assert output.splitlines()[-1].startswith(
         f"{request_.clone.layout.environment}/bin/vllm serve {folder} --tokenizer {folder}"
     )
+
+
+@pytest.mark.parametrize("kind", ["latency", "serve"])
+def test_benchmark_with_a_drafter_that_is_not_here_may_ask_the_hub(
+    request_: Request, kind: Literal["latency", "serve"]
+) -> None:
+    layout, settings = (
+        request_.clone.layout,
+        load(request_.clone.layout, environ=request_.clone.shell),
+    )
+    console = Console(out=io.StringIO(), err=io.StringIO())
+    models._smollm2_folder(layout).mkdir(parents=True)
+
+    def is_offline(*args: str) -> bool:
+        options = subject.WorkloadOptions(kind, "smollm2", args)
+        with RunLog(console, layout.logs, verb="test") as run_log:
+            return (
+                "HF_HUB_OFFLINE"
+                in subject._workload(layout, settings, options, run_log=run_log).recipe
+            )
+
+    assert is_offline()
+    assert not is_offline("--speculative-config", DRAFTER)
+    assert not is_offline("--tokenizer=acme/other")

@@ -25,7 +25,7 @@ from workspace.install.precompiled import text_of
 from workspace.machine import hardware
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
-from workspace.server import models
+from workspace.server import flags, models, start
 from workspace.server.command import built_environment
 
 KINDS: tuple[Kind, ...] = ("latency", "throughput", "serve", "startup")
@@ -193,6 +193,10 @@ def _workload(
         recipe = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
     elif (folder := typed(model)).is_dir():
         place, model = str(folder.resolve()), _called(folder.resolve())
+    named = flags.references(engine, place)
+    if not all(start.is_here(settings, reference) for reference in named):
+        given.pop("HF_HUB_OFFLINE", None)
+        recipe = {name: text for name, text in recipe.items() if name != "HF_HUB_OFFLINE"}
     work = (_TINY_WORK if model == TINY else _WORK)[kind]
     loads = SWEEP if options.has_sweep else (CONCURRENCY,)
     return Workload(

@@ -163,7 +163,7 @@ def _missing(session: _Session) -> bool:
     missing = [
         reference
         for reference in flags.references(session.command.args, session.recipe.model)
-        if "://" not in reference.name and not _is_here(settings, reference)
+        if "://" not in reference.name and not is_here(settings, reference)
     ]
     for reference in missing:
         at = f" at {reference.revision}" if reference.revision else ""
@@ -179,7 +179,8 @@ def _folder(settings: Settings, reference: flags.Reference) -> Path | None:
     return path if path.is_absolute() else models.cached(cache, reference.name, reference.revision)
 
 
-def _is_here(settings: Settings, reference: flags.Reference) -> bool:
+def is_here(settings: Settings, reference: flags.Reference) -> bool:
+    """Return whether what a flag names is on this machine, so that vLLM needs no hub for it."""
     folder = _folder(settings, reference)
     if folder is None:
         return False
