@@ -158,6 +158,7 @@ def test_probe_of_the_smoke_gets_what_a_run_gets_and_the_rows_of_the_smoke(world
     found = json.loads(seen.read_text())
     assert differing(found, run) == {
         "HF_HUB_OFFLINE",
+        "OMP_WAIT_POLICY",
         "PYTHONFAULTHANDLER",
         "TORCHDYNAMO_DISABLE",
         "VLLM_CPU_KVCACHE_SPACE",

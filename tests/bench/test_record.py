@@ -13,7 +13,7 @@ from hypothesis import given
 
 from tests.bench.materials import record, served
 from tests.fuzz.strategies import DEEP, damaged_document, fuzz
-from workspace.bench import metrics, results
+from workspace.bench import results, subject
 from workspace.bench.results import NewerSchema, Record, decode, encode, read, write
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
@@ -179,7 +179,7 @@ def test_label_of_several_trees_is_refused_with_their_paths(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("befor", "did you mean before?"),
+        ("befor", "./scripts/inv bench    did you mean before?"),
         ("", "./scripts/inv bench"),
         ("../../etc", "./scripts/inv bench"),
         ("x" * 5000, ""),
@@ -238,7 +238,7 @@ def test_list_shows_newest_first_with_damaged_and_interrupted_records(tmp_path: 
 )
 def test_result_without_samples_is_refused(kind: str, result: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        metrics.samples(kind, result)
+        subject.samples(kind, result)
 
 
 def test_samples_of_a_server_are_milliseconds_by_request_and_gap() -> None:
@@ -250,7 +250,7 @@ def test_samples_of_a_server_are_milliseconds_by_request_and_gap() -> None:
         "ttfts": [0.1, 0.2],
         "itls": [[0.01, 0.03], []],
     }
-    found = metrics.samples("serve", result, at=8)
+    found = subject.samples("serve", result, at=8)
     assert found["ttft@8"] == (100.0, 200.0)
     assert found["itl@8"] == (10.0, 30.0)
     assert found["tpot@8"] == (20.0,)
@@ -259,7 +259,7 @@ def test_samples_of_a_server_are_milliseconds_by_request_and_gap() -> None:
 
 
 def test_startup_without_compilation_has_no_compilation_metric() -> None:
-    found = metrics.samples(
+    found = subject.samples(
         "startup",
         {"cold_startup_times": [3.5], "cold_compilation_times": [0.0], "warm_startup_times": [2.5]},
     )

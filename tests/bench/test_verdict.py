@@ -12,7 +12,7 @@ from scipy.stats import mannwhitneyu
 from tests.bench.materials import arm
 from workspace.bench import compare
 from workspace.bench.compare import MIN_STARTS, judge_samples
-from workspace.bench.metrics import Better
+from workspace.bench.results import Better
 
 STARTS = 30
 values = st.floats(1e-6, 1e6)

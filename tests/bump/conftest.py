@@ -54,7 +54,7 @@ def judge_at_once(probes: Path) -> None:
     """Install probes that start no engine."""
     for name, text in (
         ("parity", PARITY),
-        ("tiny_model", TINY),
+        ("small_model", TINY),
         ("reference", REFERENCE),
         ("kernels", KERNELS),
     ):

@@ -60,7 +60,7 @@ def processes(child: "subprocess.Popen[str]") -> set[int]:
 
 
 def test_every_thread_of_every_process_is_dumped_and_no_process_is_left(tmp_path: Path) -> None:
-    environment = {"PATH": str(tmp_path), **probe_runs.FAULTS}
+    environment = {"PATH": str(tmp_path), "PYTHONFAULTHANDLER": "1"}
     with hanging(tmp_path, environment) as child:
         with probe_runs.Watch(0.05, lambda: processes(child), environment=environment) as watch:
             output = child.communicate(timeout=20)[1]
@@ -73,7 +73,7 @@ def test_every_thread_of_every_process_is_dumped_and_no_process_is_left(tmp_path
 
 
 def test_what_py_spy_sees_counts_and_a_py_spy_that_may_not_look_does_not(tmp_path: Path) -> None:
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **probe_runs.FAULTS}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONFAULTHANDLER": "1"}
     program = tmp_path / "py-spy"
     for code, expected in ((0, "Thread 7 (idle)"), (1, "Fatal Python error: Aborted")):
         program.write_text(f"#!/bin/sh\necho 'Thread 7 (idle)'; exit {code}\n")
@@ -132,7 +132,7 @@ class Built:
         self._environment = {
             "PATH": "/usr/bin:/bin",
             "PYTHONPATH": str(folder / "packages"),
-            **probe_runs.FAULTS,
+            "PYTHONFAULTHANDLER": "1",
         }
 
     @property

@@ -39,8 +39,7 @@ class Clone:
         self.layout.environment_python.symlink_to(sys.executable)
         self.layout.probes.mkdir(parents=True)
         self.err = io.StringIO()
-        self.probe("tiny_model", TINY)
-        self.probe("smollm2_model", TINY)
+        self.probe("small_model", TINY)
         self.says(
             "verify",
             {
@@ -328,7 +327,7 @@ def test_output_of_a_failed_probe_is_kept_in_the_log_without_secrets(clone: Clon
 def test_model_that_cannot_be_made_fails_parity_and_the_libraries_are_still_judged(
     clone: Clone,
 ) -> None:
-    clone.probe("tiny_model", "raise ImportError('no transformers')")
+    clone.probe("small_model", "raise ImportError('no transformers')")
     found = clone.run()
     assert found["binary.load"].verdict == "pass"
     assert "the tiny model could not be made" in found["parity.llama"].evidence

@@ -109,3 +109,23 @@ def test_very_long_template_errors_are_cut() -> None:
     failures = read(*REAL, *(f"a.cu({number}): error: no" for number in range(100_000)))
     assert failures.first is not None
     assert (len(failures.first.lines), len(failures.first.shown)) == (2000, 15)
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("g++: fatal error: Killed signal terminated program cc1plus", "compiler-killed"),
+        ("g++: fatal error: Terminated signal terminated program cc1plus", "compiler-terminated"),
+        ("nvcc error   : 'cicc' died due to signal 15 (Terminated)", "compiler-terminated"),
+        ("cc1plus: out of memory allocating 65536 bytes", "compiler-out-of-memory"),
+        ("nvcc fatal   : Unsupported gpu architecture 'compute_121a'", "nvcc-too-old"),
+        # Of a server, not of a build: a message in the compiled source.
+        ('a.cu(3): error: static assertion failed with "CUDA out of memory"', None),
+    ],
+)
+def test_symptom_of_a_build_is_found_below_other_lines(line: str, name: str | None) -> None:
+    failures = read(*REAL, "a.cu(3): warning #177-D: an error: of another kind", line)
+    assert failures.first is not None
+    symptom = failures.first.symptom
+    assert (symptom.name if symptom else None) == name
+    assert not name or failures.first.error == line

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.compile.launching import ROOT, Site, command_of, start_job_server, until
-from workspace.compile import job_server, jobs
+from workspace.compile import job_server, jobs, launcher
 from workspace.compile.costs import Costs, History
 from workspace.compile.scheduler import Admission, Bounds, MemoryStatus
+from workspace.machine import failures
 
 
 def watch(kills: Callable[[], int]) -> job_server.MemoryWatch:
@@ -92,6 +93,62 @@ def test_compiler_killed_for_memory_runs_again_with_half_the_budget(
     assert [(done.status, done.is_killed) for done in server.finished] == [(-9, True), (0, False)]
     assert admission.bounds.budget_gib == 32.0
     assert server.trouble is None
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        # earlyoom sends SIGTERM below 10 % of memory, and SIGKILL only below 5 %.
+        "kill -TERM $$",
+        "exit 143",
+        "echo 'g++: fatal error: Terminated signal terminated program cc1plus' >&2; exit 1",
+        "echo 'g++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1",
+        "echo \"nvcc error   : 'cicc' died due to signal 15 (Terminated)\" >&2; exit 15",
+        "echo 'clang: error: unable to execute command: Killed' >&2; exit 254",
+    ],
+)
+def test_compiler_ended_by_another_than_the_build_lacked_memory(site: Site, script: str) -> None:
+    site.compiler(f"test -e again || {{ touch again; {script}; }}")
+    admission = Admission(Bounds(4, 64.0))
+    with job_server.JobServer(site.server_folder, admission, Costs([]), units=1) as server:
+        child = site.launch("a")
+        output, _ = child.communicate(timeout=10)
+    assert child.returncode == 0
+    assert "when memory runs out" in output
+    assert [done.is_killed for done in server.finished] == [True, False]
+    assert admission.bounds.budget_gib == 32.0
+
+
+def test_compiler_that_always_lacks_memory_fails_and_is_no_interruption(site: Site) -> None:
+    site.compiler("kill -TERM $$")
+    with start_job_server(site, budget_gib=64.0) as server:
+        child = site.launch("a")
+        child.communicate(timeout=10)
+    # ninja takes the signal itself for ^C of the user.
+    assert child.returncode == 128 + signal.SIGTERM
+    assert server.trouble
+
+
+def test_signal_to_the_whole_command_is_no_shortage(site: Site) -> None:
+    site.compiler("gate")
+    admission = Admission(Bounds(4, 64.0))
+    with job_server.JobServer(site.server_folder, admission, Costs([]), units=1) as server:
+        child = site.launch("a")
+        until(site.running)
+        # As ninja does when it is ended.
+        os.killpg(child.pid, signal.SIGTERM)
+        child.communicate(timeout=10)
+    assert child.returncode == -signal.SIGTERM
+    assert [(done.status, done.is_killed) for done in server.finished] == [(-15, False)]
+    assert admission.bounds.budget_gib == 64.0
+
+
+def test_reports_of_ended_programs_are_known_symptoms() -> None:
+    names = {signal.SIGKILL: "compiler-killed", signal.SIGTERM: "compiler-terminated"}
+    for number, report in launcher.REPORTS:
+        symptom = failures.match(failures.parse(f"cc: error: {report.decode()}x"))
+        assert symptom
+        assert symptom.name == names[number]
 
 
 def test_third_out_of_memory_kill_is_reported_with_all_budgets(

@@ -49,6 +49,14 @@ def test_closed_pipe_ends_a_compiler_as_usual(site: Site) -> None:
     assert output == "y\n"
 
 
+def test_long_errors_pass_whole(site: Site) -> None:
+    site.compiler("yes error | head -n 100000 >&2; exit 2")
+    with start_job_server(site):
+        child = site.launch("a")
+        output, _ = child.communicate(timeout=10)
+    assert (child.returncode, output) == (2, "error\n" * 100_000)
+
+
 def test_query_for_the_version_needs_no_token(site: Site) -> None:
     site.compiler("gate")
     with start_job_server(site, jobs=1):

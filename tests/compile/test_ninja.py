@@ -127,6 +127,32 @@ def test_second_build_of_a_unit_is_compared_with_the_first(clone: Clone) -> None
     assert "as in the last build" in clone.compile(["a"]).summary[0][-1]
 
 
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        (
+            "nvcc fatal   : Unsupported gpu architecture 'compute_121a'",
+            "this CUDA toolkit does not know the architecture",
+            "./scripts/inv doctor    then ",
+        ),
+        (
+            "cc1plus: out of memory allocating 65536 bytes",
+            "a compiler had too little memory",
+            "./scripts/inv rebuild --jobs 1    ",
+        ),
+    ],
+)
+def test_known_symptom_in_the_output_has_its_cause_and_hint(
+    clone: Clone, line: str, message: str, hint: str
+) -> None:
+    clone.site.compiler(f'echo "{line}" >&2; exit 2')
+    clone.site.write_build(["a"])
+    error = clone.fails(["a"])
+    assert error.message.startswith(f"a.cu of t failed: {message}")
+    assert error.message.endswith(line)
+    assert (error.hint or "").startswith(hint)
+
+
 def test_first_real_error_is_reported_and_not_the_refused_units(clone: Clone) -> None:
     clone.site.compiler(
         'case "$5" in *u3*) echo "note: before"; echo "u3.cu:1: error: expected ;"; exit 2;; esac'

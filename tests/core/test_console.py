@@ -87,6 +87,13 @@ def test_sentence_is_cut_at_blanks_and_hint_stays_one_line(narrow: Terminal) -> 
     ]
 
 
+def test_record_goes_to_a_program_and_not_to_a_terminal() -> None:
+    terminal, pipe = Terminal(), io.StringIO()
+    for out in (terminal, pipe):
+        Console(out=out, err=io.StringIO()).record('{"schema": 1}')
+    assert (terminal.getvalue(), pipe.getvalue()) == ("", '{"schema": 1}\n')
+
+
 def test_state_orders_rows_by_gravity_and_only_the_last_fails_a_verb() -> None:
     assert [state.value for state in sorted(State, key=lambda state: state.gravity)][-2:] == [
         "warn",

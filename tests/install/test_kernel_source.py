@@ -110,7 +110,7 @@ def test_the_rule_sees_what_breaks_it(source: str) -> None:
         "if observed.kernels_wanted.source.is_native: pass",
         'current.kind == "git"',
         'package.package_type == "wheel"',
-        'preflight(kernels="native" if is_compiled else "precompiled")',
+        'preflight(is_native=True if is_compiled else "precompiled")',
         'Case(kernels=settings.text("KERNELS"))',
         'f"the precompiled wheel {name} is damaged"',
         'line["origin"]',

@@ -197,12 +197,12 @@ def test_status_and_doctor_name_what_the_driver_will_compile_and_its_price(tmp_p
     built = stamp.Stamp(inputs={}, outcome={status.DRIVER_WORK: work})
     layout.stamp("vllm").parent.mkdir(parents=True)
     stamp.write(layout.stamp("vllm"), built)
-    (row,) = status.doctor_rows(layout)
+    (row,) = status.first_use(layout)
     assert row.state == "ok"
-    assert row.seen == status.driver_sentence(built)
-    assert f"the driver compiles PTX at the first use of {work}" in row.seen
-    assert "203 s" in row.seen
-    assert "55 units, 173 compiler-minutes, and does not help" in row.seen
+    assert row.text == status.driver_sentence(built)
+    assert f"the driver compiles PTX at the first use of {work}" in row.text
+    assert "203 s" in row.text
+    assert "55 units, 173 compiler-minutes, and does not help" in row.text
 
 
 @pytest.mark.parametrize("outcome", [{}, {status.DRIVER_WORK: ""}])

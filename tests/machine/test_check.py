@@ -50,7 +50,7 @@ def judged(
     return {
         row.name: row
         for row in check.judge(
-            Case(Machine(house.layout, settings), device=device, kernels="precompiled"),
+            Case(Machine(house.layout, settings), device=device, is_native=False),
             recipe=recipe,
         )
     }
@@ -149,7 +149,7 @@ def test_row_of_a_librarys_variable_names_its_phase_and_a_typing_error_is_a_warn
 
 def test_without_a_tree_no_name_is_judged(house: House) -> None:
     house.layout.dotenv.write_text("VLLM_LOGING_LEVEL=DEBUG\n")
-    rows = check.judge(Case(house.machine(), device="cpu", kernels="precompiled"))
+    rows = check.judge(Case(house.machine(), device="cpu", is_native=False))
     assert {row.state for row in rows if row.name == "VLLM_LOGING_LEVEL"} == {"warn"}
 
 

@@ -27,12 +27,12 @@ def ccache(house, *, size_kib="1048576", origin="default", **config) -> None:
     )
 
 
-def row(house, *, device="cuda", kernels="precompiled", **shell) -> Row:
+def row(house, *, device="cuda", is_native=False, **shell) -> Row:
     (found,) = doctor.ccache(
         Case(
             house.machine(PATH=f"{house.bin}:/bin", **shell),
             device=device,
-            kernels=kernels,
+            is_native=is_native,
         )
     )
     return found
@@ -123,7 +123,7 @@ def test_ccache_goes_before_sccache(house):
 
 def test_no_cache_is_a_warning_only_where_kernels_are_compiled(house):
     assert row(house).state == "ok"
-    assert row(house, kernels="native").state == "warn"
+    assert row(house, is_native=True).state == "warn"
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def nvcc(house, version="13.0", archs="75 90 100 120 121"):
     return str(home)
 
 
-def case(house, *, device="cuda", kernels="native", **shell) -> Case:
-    return Case(house.machine(**shell), device=device, kernels=kernels)
+def case(house, *, device="cuda", is_native=True, **shell) -> Case:
+    return Case(house.machine(**shell), device=device, is_native=is_native)
 
 
 def rows(check, *args, **options) -> dict[str, Row]:
@@ -120,9 +120,7 @@ def test_toolkit_newer_than_the_driver_by_a_major_version_only_warns_beside_a_pr
     home = nvcc(house)
     assert rows(doctor_toolchain.agreement, house, CUDA_HOME=home)["cuda fit"].state == "FAIL"
     assert (
-        rows(doctor_toolchain.agreement, house, kernels="precompiled", CUDA_HOME=home)[
-            "cuda fit"
-        ].state
+        rows(doctor_toolchain.agreement, house, is_native=False, CUDA_HOME=home)["cuda fit"].state
         == "warn"
     )
 

@@ -11,11 +11,11 @@ from workspace.machine import doctor_host, hardware
 from workspace.machine.machine import Case, Place, grown
 
 
-def case(house, *, device="cpu", kernels="precompiled", places=None, host=None, **shell) -> Case:
+def case(house, *, device="cpu", is_native=False, places=None, host=None, **shell) -> Case:
     machine = house.machine(**shell)
     if host:
         machine.host = lambda: host
-    return Case(machine, device=device, kernels=kernels, places=places)
+    return Case(machine, device=device, is_native=is_native, places=places)
 
 
 @pytest.mark.parametrize("broken", ["missing", "folder", "garbage"])
@@ -106,12 +106,12 @@ def test_service_that_stops_programs_in_time_is_found_among_those_that_run(house
 
 
 @pytest.mark.parametrize(
-    ("available_gib", "kernels", "state"),
-    [(100.0, "native", "ok"), (9.0, "native", "FAIL"), (9.0, "precompiled", "warn")],
+    ("available_gib", "is_native", "state"),
+    [(100.0, True, "ok"), (9.0, True, "FAIL"), (9.0, False, "warn")],
 )
-def test_memory_for_less_than_one_nvcc_stops_a_native_build(house, available_gib, kernels, state):
+def test_memory_for_less_than_one_nvcc_stops_a_native_build(house, available_gib, is_native, state):
     host = hardware.Host("aarch64", 20, 120.0, available_gib)
-    (row,) = doctor_host.memory(case(house, device="cuda", kernels=kernels, host=host))
+    (row,) = doctor_host.memory(case(house, device="cuda", is_native=is_native, host=host))
     assert row.state == state
 
 

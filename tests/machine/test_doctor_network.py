@@ -17,7 +17,7 @@ def rows(check, house, *, built=False, **shell) -> dict[str, Row]:
     if built:
         house.layout.stamp("vllm").parent.mkdir(parents=True, exist_ok=True)
         house.layout.stamp("vllm").touch()
-    found = tuple(check(Case(house.machine(**shell), device="cpu", kernels="precompiled")))
+    found = tuple(check(Case(house.machine(**shell), device="cpu", is_native=False)))
     assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its hint"
     return {row.name: row for row in found}
 
@@ -32,7 +32,7 @@ def pinned(house, tmp_path):
 
 def repository(house, path):
     assert (
-        Case(house.machine(), device="cpu", kernels="precompiled")
+        Case(house.machine(), device="cpu", is_native=False)
         .ask(["git", "init", "-q", "--bare", path])
         .returncode
         == 0

@@ -31,7 +31,7 @@ def triton(house, version, *, first=OLD, second=None) -> None:
 
 
 def rows(house, *, device="cuda", **shell) -> dict[str, Row]:
-    found = tuple(dotenv.ptxas(Case(house.machine(**shell), device=device, kernels="precompiled")))
+    found = tuple(dotenv.ptxas(Case(house.machine(**shell), device=device, is_native=False)))
     assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its hint"
     return {row.name: row for row in found}
 

@@ -10,7 +10,7 @@ from workspace.machine.machine import Case
 
 
 def row(check, house, *, device="cpu", **shell) -> Row:
-    (found,) = check(Case(house.machine(**shell), device=device, kernels="precompiled"))
+    (found,) = check(Case(house.machine(**shell), device=device, is_native=False))
     return found
 
 
@@ -128,7 +128,7 @@ def test_variable_of_the_shell_that_hides_a_line_is_reported_with_its_unset(hous
 def test_repeated_setting_is_reported_with_the_line_without_effect(house):
     house.layout.dotenv.write_text("# a remark\nMAX_JOBS=4\nMAX_JOBS=8\n")
     found = row(doctor_host.settings, house)
-    assert (found.state, found.seen) == (
+    assert (found.state, found.text) == (
         "warn",
         ".env, line 2: MAX_JOBS is set again in line 3, which counts",
     )

@@ -196,7 +196,7 @@ def test_doctor_asks_the_driver_each_thing_once(house: House) -> None:
     machine = house.machine(DEVICE="cuda")
     checks = [check for check in doctor.CHECKS if "network" not in check.purposes]
     doctor.examine(doctor.Case(machine), checks)
-    doctor.examine(doctor.Case(machine, kernels="native"), checks)
+    doctor.examine(doctor.Case(machine, is_native=True), checks)
     calls = log.read_text().splitlines()
     assert sorted(calls) == sorted(set(calls))
     assert len([call for call in calls if "--query-gpu" in call]) == 1

@@ -23,6 +23,15 @@ CRASH = f"""{CORE} EngineCore failed to start.
 (APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above. Failed \
 core proc(s): {{}}
 """
+FOLLOWS = CRASH.splitlines()[-1]
+KILLED = FOLLOWS.replace("{}", "{'EngineCore': -9}")
+OLD_PTXAS = f"""{CORE} triton.runtime.errors.PTXASError: PTXAS error: Internal codegen error
+{CORE} `ptxas` stderr:
+{CORE} ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'
+{FOLLOWS}
+"""
+REMOTE_CODE = "ValueError: The repository x contains custom code which must be executed to load it."
+ENDS = {"crash": CRASH, "killed": KILLED, "old ptxas": OLD_PTXAS, "remote code": REMOTE_CODE}
 
 
 class Front(http.server.BaseHTTPRequestHandler):
@@ -84,8 +93,8 @@ def engine() -> None:
 MANNER = sys.argv[2] if len(sys.argv) > 2 else ""
 if MANNER == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if MANNER == "crash":
-    sys.exit(CRASH)
+if MANNER in ENDS:
+    sys.exit(ENDS[MANNER])
 held = signal.signal(signal.SIGTERM, signal.SIG_IGN)
 fork(engine)
 print("engine started", flush=True)

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from workspace.core.errors import SettingsError
+from workspace.machine.failures import Lack
 from workspace.server import command, fit
 from workspace.server.fit import Free
 from workspace.server.flags import Flags
-from workspace.server.observation import Lack
 from workspace.server.recipes import Memory, Recipe
 
 NAMES = (

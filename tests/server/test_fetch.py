@@ -139,7 +139,7 @@ def test_revision_is_fetched_and_then_found_by_its_name(clone: Clone) -> None:
 @pytest.mark.parametrize(
     ("kind", "error", "message", "hint"),
     [
-        ("gated", ServeError, "is gated, and there is no token", "HF_TOKEN into .env"),
+        ("gated", ServeError, "is gated, and there is no token", "echo HF_TOKEN=TOKEN >> .env"),
         ("absent", SourceError, "the hub has no model openai/gpt-oss-20b", "serve.list"),
         ("disk", ToolchainError, "cannot be stored", "df -h"),
         ("network", SourceError, "could not be fetched", "resumes the fetch"),

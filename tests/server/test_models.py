@@ -24,7 +24,7 @@ def layout(tmp_path: Path) -> Layout:
     made.environment_python.parent.mkdir(parents=True)
     made.environment_python.symlink_to(sys.executable)
     made.probes.mkdir(parents=True)
-    (made.probes / "tiny_model.py").write_text(PROBE)
+    (made.probes / "small_model.py").write_text(PROBE)
     install(made, "transformers", "5.17.0")
     return made
 
@@ -55,7 +55,7 @@ def test_model_is_made_once_and_the_second_call_runs_no_probe(layout: Layout) ->
 
 def test_other_recipe_is_another_model(layout: Layout) -> None:
     folders = {tiny(layout), tiny(layout, "qwen3")}
-    (layout.probes / "tiny_model.py").write_text(PROBE + "# other weights\n")
+    (layout.probes / "small_model.py").write_text(PROBE + "# other weights\n")
     folders.add(tiny(layout))
     install(layout, "transformers", "5.18.0")
     folders.add(tiny(layout))
@@ -63,7 +63,7 @@ def test_other_recipe_is_another_model(layout: Layout) -> None:
 
 
 def test_failing_probe_is_an_error_with_a_hint(layout: Layout) -> None:
-    (layout.probes / "tiny_model.py").write_text("raise ImportError('libtorch.so is missing')")
+    (layout.probes / "small_model.py").write_text("raise ImportError('libtorch.so is missing')")
     with pytest.raises(BuildError, match="libtorch.so is missing") as caught:
         tiny(layout)
     assert caught.value.hint == "./scripts/inv bootstrap"

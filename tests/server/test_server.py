@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,10 +228,52 @@ def test_taken_port_is_an_error_and_no_server_is_started(place: Path) -> None:
 def test_crash_in_the_start_up_is_reported_with_its_cause(place: Path) -> None:
     there = lifecycle.start(place, launch("crash"))
     with pytest.raises(
-        ServeError, match=r"exited with 1: torch.OutOfMemoryError: CUDA out of memory\. Tried"
+        ServeError, match=r"exited with 1: the GPU had too little memory: torch\.OutOfMemoryError: "
     ) as caught:
         lifecycle.wait_until_ready(there, timeout_s=20)
     assert caught.value.details[-1] == f"log: {there.log}"
+    lifecycle.stop(there)
+
+
+@pytest.mark.parametrize(
+    ("manner", "message", "hint"),
+    [
+        (
+            "killed",
+            "exited with 1: the engine was killed (SIGKILL): memory ran out",
+            "./scripts/inv drop-caches",
+        ),
+        (
+            "old ptxas",
+            "ptxas fatal : Value 'sm_121a' is not defined for option 'gpu-name'",
+            "./scripts/inv fix-triton",
+        ),
+        (
+            "remote code",
+            "contains custom code which must be executed to load it.",
+            "./scripts/inv serve x -- --port 1 --trust-remote-code",
+        ),
+    ],
+)
+def test_known_symptom_ends_in_its_cause_and_the_command_that_fixes_it(
+    place: Path, manner: str, message: str, hint: str
+) -> None:
+    order = replace(launch(manner), facts={"typed": "./scripts/inv serve x -- --port 1"})
+    there = lifecycle.start(place, order)
+    with pytest.raises(ServeError) as caught:
+        lifecycle.wait_until_ready(there, timeout_s=20)
+    assert caught.value.message.endswith(message)
+    assert caught.value.hint == hint
+    lifecycle.stop(there)
+
+
+def test_symptom_whose_hint_needs_the_command_shows_the_log_where_it_is_not_known(
+    place: Path,
+) -> None:
+    there = lifecycle.start(place, launch("remote code"))
+    with pytest.raises(ServeError) as caught:
+        lifecycle.wait_until_ready(there, timeout_s=20)
+    assert caught.value.hint == f"less {there.log}"
     lifecycle.stop(there)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from workspace.bench import metrics
+from workspace.bench import results
 from workspace.bench.results import Record
 from workspace.core.paths import Layout
 from workspace.server import recipes
@@ -147,7 +147,7 @@ def history(name: str, metric: str, records: Sequence[Record]) -> Plot:
 
     The records have numbers, which the table of the page explains.
     """
-    known = metrics.known(metric)
+    known = results.known(metric)
 
     def draw(axes: "Axes") -> None:
         numbers = range(1, len(records) + 1)
@@ -185,7 +185,7 @@ def distributions(name: str, metric: str, first: Record, second: Record) -> Plot
             _draw_medians(axes, row, record.values(metric))
         axes.set_yticks([1, 0], ["A", "B"])
         axes.set_ylim(-0.5, 1.5)
-        axes.set_xlabel(f"{metric}, {metrics.known(metric).unit}")
+        axes.set_xlabel(f"{metric}, {results.known(metric).unit}")
 
     return _drawn(
         name,
@@ -230,12 +230,12 @@ def _draw_medians(axes: "Axes", row: int, values: Sequence[float]) -> None:
 
 def percentiles(name: str, metric: str, records: Sequence[tuple[str, Record]]) -> Plot:
     """Plot percentiles of all samples of a metric, a line for each record."""
-    known = metrics.known(metric)
+    known = results.known(metric)
 
     def draw(axes: "Axes") -> None:
         for index, (label, record) in enumerate(records):
             samples = _all_samples(record, metric)
-            curve = [metrics.percentile(samples, percent) for percent in PERCENTILES]
+            curve = [results.percentile(samples, percent) for percent in PERCENTILES]
             axes.plot(
                 range(len(PERCENTILES)),
                 curve,
@@ -282,7 +282,7 @@ def _draw_sweep(axes: "Axes", index: int, label: str, record: Record) -> set[int
     curve = sorted(
         (at, statistics.median(record.values(metric)))
         for metric in record.metrics
-        if (at := metrics.concurrency(metric)) and metric.startswith("output_")
+        if (at := results.concurrency(metric)) and metric.startswith("output_")
     )
     axes.plot(
         *zip(*curve, strict=True),

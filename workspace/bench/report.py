@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from workspace.bench import compare, metrics, plots, results, subject
+from workspace.bench import compare, plots, results, subject
 from workspace.bench.plots import Plot, Reference
 from workspace.bench.results import Record
+from workspace.core import hints
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.core.files import write_atomic
@@ -167,8 +168,8 @@ class _Section:
         return f"<h3>{title}</h3><ul>{verdicts}{note}</ul>{self._figures('', figures)}"
 
     def _pair_figures(self, names: Sequence[str], first: Record, second: Record) -> list[Plot]:
-        top = max((metrics.concurrency(name) or 0 for name in names), default=0)
-        shown = [name for name in names if metrics.concurrency(name) in (None, top)]
+        top = max((results.concurrency(name) or 0 for name in names), default=0)
+        shown = [name for name in names if results.concurrency(name) in (None, top)]
         figures = [
             plots.distributions(f"{self.name}-ab-{metric}", metric, first, second)
             for metric in shown[:SHOWN_HISTORIES]
@@ -179,7 +180,7 @@ class _Section:
         swept = [
             (f"{number}: {record.stem}", record)
             for number, record in enumerate(self.group, 1)
-            if any(metrics.concurrency(metric) for metric in record.metrics)
+            if any(results.concurrency(metric) for metric in record.metrics)
         ]
         if not swept:
             return ""
@@ -189,8 +190,8 @@ class _Section:
 
     def _shown(self, names: Sequence[str]) -> list[str]:
         """Return the metrics to plot: of a sweep only those at the highest load."""
-        top = max((metrics.concurrency(name) or 0 for name in self.group[-1].metrics), default=0)
-        return [name for name in names if metrics.concurrency(name) in (None, top)]
+        top = max((results.concurrency(name) or 0 for name in self.group[-1].metrics), default=0)
+        return [name for name in names if results.concurrency(name) in (None, top)]
 
     def _percentiles(
         self, names: Sequence[str], records: Sequence[tuple[str, Record]]
@@ -306,7 +307,7 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
     if bool(first) != bool(second):
         raise SettingsError(
             "a comparison needs two records",
-            hint="./scripts/inv bench.report --first A --second B",
+            hint=hints.text("bench.report_of_two"),
         )
     pair = (_found(layout, first), _found(layout, second)) if first else None
     entries = results.entries(layout)
@@ -318,7 +319,7 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
     if not records and not published:
         raise SettingsError(
             "there is nothing to show: no record, and no recipe with published figures",
-            hint="./scripts/nox -s bench",
+            hint=hints.text("nox.bench"),
         )
     page = compose(records, published, pair=pair, problems=problems, written=subject.utc_now())
     path, folder = layout.results / "report.html", layout.results / "report"

@@ -1,27 +1,26 @@
-"""Records of benchmarks: their format, their files below results/, and their list.
+"""Records of benchmarks: their metrics and format, their files below results/, and their list.
 
+Only a finite number above zero is a sample: a rate of zero means that no request was completed.
 A record is one JSON document with the samples of each start of the process. A record that is
 damaged, or that a newer workspace wrote, is refused.
 """
 
 import datetime
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.bench import metrics
-from workspace.core import records, settings
+from workspace.core import hints, records, settings
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout, typed
 from workspace.core.records import DecodeError, NewerSchema
 
-LIST = "./scripts/inv bench"
-_MEASURE = "./scripts/nox -s bench    measures, and writes a record"
 # Keys by which the result files of other programs are known: vllm/benchmarks/{serve,latency,
 # throughput,startup}.py and lib/utils.py, guidellm, llama-benchy, lm-eval, pytest-benchmark.
 _ORIGINS: Mapping[str, set[str]] = {
@@ -35,6 +34,79 @@ _ORIGINS: Mapping[str, set[str]] = {
     "guidellm or llama-benchy": {"benchmarks"},
 }
 Kind = Literal["latency", "throughput", "serve", "startup"]
+Better = Literal["lower", "higher"]
+# A label is part of a file name and of a command line.
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+PERCENTILES = (10, 25, 50, 75, 90, 99)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of vLLM's benchmarks; `unit` is the unit of its samples."""
+
+    name: str
+    unit: str
+    better: Better
+    meaning: str
+
+
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("latency", "s", "lower", "time for one batch of requests"),
+        Metric("requests_per_second", "requests/s", "higher", "requests completed offline"),
+        Metric("tokens_per_second", "tok/s", "higher", "tokens read and written offline"),
+        Metric("cold_startup", "s", "lower", "start of the engine with empty caches"),
+        Metric("cold_compilation", "s", "lower", "compilation with empty caches"),
+        Metric("warm_startup", "s", "lower", "start of the engine with full caches"),
+        Metric("warm_compilation", "s", "lower", "compilation with full caches"),
+        Metric("request_throughput", "requests/s", "higher", "requests completed by the server"),
+        Metric("output_throughput", "tok/s", "higher", "tokens written by the server"),
+        Metric("ttft", "ms", "lower", "time to the first token of a request"),
+        Metric("itl", "ms", "lower", "time between two tokens of a request"),
+        Metric("tpot", "ms", "lower", "mean time for a token of a request after its first"),
+        Metric("e2el", "ms", "lower", "time for a whole request"),
+    )
+}
+
+
+def find_metric(name: str) -> Metric | None:
+    """Return the metric of a name such as `ttft`, or `ttft@8` (8 requests at once); else None."""
+    base, at, concurrency = name.partition("@")
+    if at and not re.fullmatch(r"[1-9][0-9]{0,5}", concurrency):
+        return None
+    return METRICS.get(base)
+
+
+def known(name: str) -> Metric:
+    """Return the metric of a name in a record. Records have known names only."""
+    found = find_metric(name)
+    assert found is not None
+    return found
+
+
+def concurrency(name: str) -> int | None:
+    """Return the requests at once of a sweep's metric, None for other metrics."""
+    at = name.partition("@")[2]
+    return int(at) if at else None
+
+
+def percentile(numbers: Sequence[float], percent: int) -> float:
+    """Interpolate between the two nearest numbers, as numpy does by default."""
+    if len(numbers) == 1:
+        return numbers[0]
+    return statistics.quantiles(numbers, n=100, method="inclusive")[percent - 1]
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Return median and extremes and, of two values or more, the coefficient of variation."""
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return found | ({"cv": variation(values)} if len(values) > 1 else {})
+
+
+def variation(values: Sequence[float]) -> float:
+    """Return the standard deviation over the mean, of two values or more."""
+    return statistics.stdev(values) / statistics.fmean(values)
 
 
 @dataclass(frozen=True)
@@ -142,11 +214,11 @@ class Record(records.Record, schema=1):
     starts: tuple[Start, ...]
 
     def validate(self) -> None:
-        if self.repeat < 1 or not metrics.LABEL.fullmatch(self.label) or not self.source.tree:
+        if self.repeat < 1 or not LABEL.fullmatch(self.label) or not self.source.tree:
             raise DecodeError("repeat, label or source.tree is not what a benchmark writes")
         for index, start in enumerate(self.starts):
             for name, samples in start.samples.items():
-                if metrics.find(name) is None or not all(sample > 0 for sample in samples):
+                if find_metric(name) is None or not all(sample > 0 for sample in samples):
                     raise DecodeError(
                         f"starts[{index}].samples.{name} is no metric with positive samples"
                     )
@@ -179,8 +251,8 @@ class Record(records.Record, schema=1):
 
 def encode(record: Record) -> bytes:
     """Return a record as JSON. Its summary is for people; `decode` ignores it."""
-    summary = {name: metrics.summary(record.values(name)) for name in record.metrics}
-    return records.encode({"schema": record.SCHEMA, **asdict(record), "summary": summary})
+    summaries = {name: summary(record.values(name)) for name in record.metrics}
+    return records.encode({"schema": record.SCHEMA, **asdict(record), "summary": summaries})
 
 
 def write(path: Path, record: Record) -> None:
@@ -197,19 +269,20 @@ def read(path: Path, *, place: str) -> Record:
         return decode(read_regular(path))
     except OSError as exc:
         raise SettingsError(
-            f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}"
+            f"{place} cannot be read: {exc.strerror}", hint=hints.text("core.list_file", path=place)
         ) from exc
     except NewerSchema as exc:
-        raise SettingsError(f"{place} {exc}", hint="git pull") from exc
+        raise SettingsError(f"{place} {exc}", hint=hints.text("bench.git_pull")) from exc
     except DecodeError as exc:
         if origin := _foreign(path):
             raise SettingsError(
                 f"{path.name} is {origin}: it names neither machine nor tree, so it is no"
                 " record here",
-                hint=_MEASURE,
+                hint=hints.text("bench.measure_again"),
             ) from exc
         raise SettingsError(
-            f"{place} is no complete record of a benchmark: {exc}", hint=_MEASURE
+            f"{place} is no complete record of a benchmark: {exc}",
+            hint=hints.text("bench.measure_again"),
         ) from exc
 
 
@@ -301,7 +374,7 @@ def find(layout: Layout, name: str) -> Entry:
     if len(matching) > 1:
         raise SettingsError(
             f"{name} matches {len(matching)} records",
-            hint="give the path of one record",
+            hint=hints.text("bench.path_of_record"),
             details=tuple(layout.relative(path) for path in matching),
         )
     return Entry(matching[0], read(matching[0], place=layout.relative(matching[0])))
@@ -310,8 +383,8 @@ def find(layout: Layout, name: str) -> Entry:
 def _hint_for(name: str, paths: Sequence[Path]) -> str:
     known = [known for path in paths for known in (path.stem, path.stem.partition("-")[2])]
     if alike := settings.nearest(name, known):
-        return f"did you mean {alike}? {LIST}"
-    return LIST if paths else "./scripts/nox -s bench    measures; there are no records yet"
+        return hints.text("bench.list_alike", alike=alike)
+    return hints.text("inv.bench") if paths else hints.text("bench.nothing_measured")
 
 
 def _entry(layout: Layout, path: Path) -> Entry:
@@ -332,7 +405,7 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
     if not found:
         console.info("there are no records of benchmarks yet")
     is_pair = sum(entry.record is not None for entry in found) > 1
-    console.hint("./scripts/inv bench.compare A B" if is_pair else "./scripts/nox -s bench")
+    console.hint(hints.text("bench.compare_two") if is_pair else hints.text("nox.bench"))
 
 
 def counted_starts(count: int) -> str:
@@ -370,8 +443,8 @@ def _line(record: Record) -> str:
 def measured_text(record: Record, name: str) -> str:
     """Return the median of a metric over the starts, with its unit and its variation."""
     values = record.values(name)
-    spread = f" ± {metrics.variation(values):.1%}" if len(values) > 1 else ""
-    return f"{name} {statistics.median(values):.4g} {metrics.known(name).unit}{spread}"
+    spread = f" ± {variation(values):.1%}" if len(values) > 1 else ""
+    return f"{name} {statistics.median(values):.4g} {known(name).unit}{spread}"
 
 
 def _document(layout: Layout, entry: Entry) -> dict[str, object]:

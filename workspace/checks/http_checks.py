@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from workspace.checks.registry import rows, section
 from workspace.core import records
 
-# The tiny model's tokens after the letters are named by their ids (probes/tiny_model.py), so a text
-# names the tokens that it was made from.
+# The tiny model's tokens after the letters are named by their ids (probes/small_model.py), so a
+# text names the tokens that it was made from.
 FIRST_NAMED = 259
 _NAME = re.compile(r"<(\d{1,9})>")
 # The fields that the model fills in, each with few choices: the model is untrained and would never

@@ -112,7 +112,7 @@ def _upstream_parser(timeout_s: float) -> argparse.ArgumentParser:
 
 def bench_session(argv: Sequence[str]) -> int:
     """Measure the built vLLM with its own benchmarks."""
-    from workspace.bench import measure, metrics, subject
+    from workspace.bench import measure, results, subject
     from workspace.bench.compare import MIN_STARTS
     from workspace.server import flags
 
@@ -133,7 +133,7 @@ def bench_session(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(own)
     if not 1 <= arguments.repeat <= MOST_REPEATS:
         parser.error(f"--repeat must be a number from 1 to {MOST_REPEATS}")
-    if arguments.label is not None and not metrics.LABEL.fullmatch(arguments.label):
+    if arguments.label is not None and not results.LABEL.fullmatch(arguments.label):
         parser.error("--label takes at most 64 letters, digits and . - + _")
     if arguments.sweep and arguments.kind != "serve":
         parser.error("--sweep needs the kind serve")

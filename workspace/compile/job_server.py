@@ -30,6 +30,7 @@ from workspace.compile.scheduler import (
     Running,
     State,
 )
+from workspace.core import hints
 from workspace.core.errors import BuildError
 from workspace.core.files import write_atomic
 
@@ -160,7 +161,7 @@ class JobServer:
         os.close(self._waker)
         self._thread.join()
         if self._failure is not None:
-            hint = "this is a defect of the workspace: run the same command again"
+            hint = hints.text("compile.defect")
             raise BuildError(
                 f"the job server failed: {self._failure!r}", hint=hint
             ) from self._failure
@@ -275,7 +276,7 @@ class JobServer:
     def _end_run(self, client: Client, end: End) -> None:
         began, status = client.started or 0.0, os.waitstatus_to_exitcode(end.status)
         is_killed = not self._is_ending and (
-            launcher.is_killed(end.status) or (status > 0 and self._has_been_killed(client))
+            status == -signal.SIGKILL or (status > 0 and self._has_been_killed(client))
         )
         client.peak_gib = max(client.peak_gib, end.largest_gib)
         done = self._finish(client, status, end.seconds, is_killed=is_killed)

@@ -18,11 +18,25 @@ NICE = 10
 # Let the kernel kill a compiler first when memory runs out, before a shell or a server
 # (proc_pid_oom_score_adj(5)).
 OOM_SCORE_ADJ = b"1000"
-REFUSED, KILLED, NOT_STARTED = 1, 128 + 9, 127
+REFUSED, NOT_STARTED = 1, 127
 REFUSAL, HAS_ENDED = "not compiled: ", "the build of this unit has ended"
 # The answer that lets a compiler start.
 GO = "go"
 INTERRUPTING = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
+# The signals that end a compiler when memory runs out, and why.
+SHORTAGE = {
+    int(_signal.SIGKILL): b"killed by SIGKILL: the kernel does so when memory runs out\n",
+    int(_signal.SIGTERM): b"ended by SIGTERM: earlyoom does so when memory runs out\n",
+}
+# What gcc, nvcc and clang write when one of them ended a program that they had started.
+REPORTS = (
+    (_signal.SIGKILL, b"Killed signal terminated program"),
+    (_signal.SIGKILL, b"died due to signal 9 "),
+    (_signal.SIGKILL, b"unable to execute command: Killed"),
+    (_signal.SIGTERM, b"Terminated signal terminated program"),
+    (_signal.SIGTERM, b"died due to signal 15 "),
+    (_signal.SIGTERM, b"unable to execute command: Terminated"),
+)
 # Without one of these arguments a compiler only answers a query, such as for its version.
 WORKING = ("-c", "-E", "-o", "--out-dir")
 
@@ -30,8 +44,9 @@ WORKING = ("-c", "-E", "-o", "--out-dir")
 def main(folder: str, argv: "list[str]") -> int:
     """Return the wait status of the compiler, or end this program if the compiler may not start.
 
-    A compiler that fails may have been killed because memory ran out, which only the job server can
-    detect: if the server answers so, run the compiler again once there is room.
+    A compiler that fails may have been killed because memory ran out: report SIGKILL if it or a
+    child of it was; the job server also knows the kernel's own count. If the server answers so, run
+    the compiler again once there is room.
     """
     # On ^C, do not print hundreds of tracebacks.
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
@@ -47,19 +62,23 @@ def main(folder: str, argv: "list[str]") -> int:
         refuse(answer or HAS_ENDED)
     while True:
         started = monotonic()
-        status, largest_kib = run(argv, token.fileno())
-        end = b"%d %.3f %d\n" % (status, monotonic() - started, largest_kib)
+        status, largest_kib, shortage = run(argv, token.fileno())
+        reported = _signal.SIGKILL if shortage else status
+        end = b"%d %.3f %d\n" % (reported, monotonic() - started, largest_kib)
         if status == 0:
             # The server may be gone, but the object file exists.
             send(token, end, is_last=True)
             return status
-        if is_killed(status):
-            os.write(2, b"killed by SIGKILL: the kernel does so when memory runs out\n")
         answer = send(token, end)
-        if answer != GO:
-            if answer:
-                os.write(2, f"{REFUSAL}{answer}\n".encode())
+        if not answer:
+            # An ordinary failure, or the build has ended, which may have sent the signal itself.
             return status
+        if shortage:
+            os.write(2, SHORTAGE[shortage])
+        if answer != GO:
+            os.write(2, f"{REFUSAL}{answer}\n".encode())
+            # ninja would take the signal for an interruption by the user.
+            return (128 + shortage) << 8 if shortage else status
 
 
 def connect(folder: str) -> "_socket.socket | None":
@@ -107,35 +126,62 @@ def wait_for_turn(folder: str) -> int:
     return descriptor
 
 
-def run(argv: "list[str]", token: int) -> "tuple[int, int]":
-    """Run the compiler, which inherits the token. Return its wait status, and the KiB of the
-    largest process among it and its children.
+def run(argv: "list[str]", token: int) -> "tuple[int, int, int]":
+    """Run the compiler, which inherits the token. Return its wait status, the KiB of the largest
+    process among it and its children, and the signal that ended it or a child for want of memory,
+    else 0.
+
+    Its errors appear when it has ended: g++ exits with 1 and only writes that cc1plus was killed.
     """
     os.set_inheritable(token, True)
+    errors = os.memfd_create("errors")
     child = os.fork()
     if child == 0:
+        os.dup2(errors, 2)
         step_back()
         become(argv)
     # ^C reaches the compiler too; ninja must not consider the unit ended before the compiler ends.
+    received: list[int] = []
     former = [
-        (signal_number, _signal.signal(signal_number, _signal.SIG_IGN))
+        (signal_number, _signal.signal(signal_number, lambda number, _: received.append(number)))
         for signal_number in INTERRUPTING
     ]
     _, status, used = os.wait4(child, 0)
     for signal_number, action in former:
         _signal.signal(signal_number, action)
-    return status, used.ru_maxrss
+    text = pass_on(errors)
+    # A signal that the build or the user sends reaches the launcher too: they mean its whole group.
+    return status, used.ru_maxrss, 0 if received else find_shortage(status, text)
 
 
-def is_killed(status: int) -> bool:
-    """Return whether the status is that of a process killed because memory ran out; nvcc exits with
-    137 when one of its children was killed so.
+def pass_on(errors: int) -> bytes:
+    """Write the compiler's errors to this program's, and return their end."""
+    text = b""
+    os.lseek(errors, 0, os.SEEK_SET)
+    while True:
+        piece = os.read(errors, 1 << 16)
+        if not piece:
+            os.close(errors)
+            return text
+        text = (text + piece)[-4096 - len(piece) :]
+        try:
+            while piece:
+                piece = piece[os.write(2, piece) :]
+        except OSError:
+            # Nobody reads any more; the job server is to learn of the end nevertheless.
+            continue
+
+
+def find_shortage(status: int, errors: bytes) -> int:
+    """Return the signal that ended the compiler, or a child that it reports, for want of memory;
+    else 0. nvcc exits with 128 plus the number of the signal.
     """
-    return (
-        os.WTERMSIG(status) == _signal.SIGKILL
-        if os.WIFSIGNALED(status)
-        else os.WEXITSTATUS(status) == KILLED
-    )
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) - 128
+    if number in SHORTAGE:
+        return number
+    if status == 0:
+        return 0
+    return next((int(number) for number, report in REPORTS if report in errors), 0)
 
 
 def step_back() -> None:

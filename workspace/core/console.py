@@ -138,6 +138,11 @@ class Console:
         """Print data that a program may read."""
         print(text, file=self._out, flush=True)
 
+    def record(self, text: str) -> None:
+        """Print a record for a program; a terminal already shows its rows, and a file has it."""
+        if not self._out.isatty():
+            self.data(text)
+
     def info(self, text: str, *, style: str | None = None) -> None:
         """Print a message line as it is, without markup."""
         if self._rich is not None:

@@ -7,12 +7,12 @@ A preflight selects from the one table of checks. Checks only read, and run in p
 import json
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.core import hints
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import ToolchainError, WorkspaceError
 from workspace.core.settings import without_user
@@ -58,7 +58,7 @@ def ccache(case: Case) -> Iterator[Row]:
     if cache is None:
         state = State.WARN if case.is_native else State.OK
         why = "without it every build from an empty folder compiles everything again"
-        yield Row(state, "ccache", "none", why, "sudo apt install ccache")
+        yield Row(state, "ccache", "none", why, hints.text("machine.apt_ccache"))
     elif cache.kind == "sccache":
         yield _sccache(case, str(cache.program))
     else:
@@ -73,15 +73,17 @@ def _ccache(case: Case, program: str) -> Row:
     why = "a build takes objects of former builds from it"
     if not config or listed is None or listed.returncode != 0:
         seen = f"{program} does not print its configuration"
-        return Row(State.WARN, "ccache", seen, why, f"{program} --show-config")
+        return Row(
+            State.WARN, "ccache", seen, why, hints.text("machine.ccache_config", program=program)
+        )
     limit_gib = size_gib(config.get("max_size", ("", ""))[0])
     facts = ", ".join(_ccache_facts(case, program, config, limit_gib))
     seen = f"{case.layout.relative(Path(program))}: {facts}"
     faults = tuple(_ccache_faults(case, config, limit_gib))
     if not faults:
         return Row(State.OK, "ccache", seen, why)
-    harms, hints = zip(*faults, strict=True)
-    return Row(State.WARN, "ccache", seen, "; ".join(harms), " && ".join(hints))
+    harms, commands = zip(*faults, strict=True)
+    return Row(State.WARN, "ccache", seen, "; ".join(harms), " && ".join(commands))
 
 
 def _ccache_facts(
@@ -113,7 +115,7 @@ def _ccache_faults(
     yield from _ccache_switches(config)
     folder = Path(value.get("cache_dir", ""))
     if value.get("cache_dir") and folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        hint = f'sudo chown -R "$USER" {shlex.quote(str(folder))}'
+        hint = hints.text("machine.own_folder", folder=folder)
         yield f"{folder} is not writable, so it keeps nothing", hint
     need = CACHE_GIB[case.device]
     if limit_gib is not None and 0 < limit_gib < need * 0.9:
@@ -136,7 +138,11 @@ def _ccache_switches(config: Mapping[str, tuple[str, str]]) -> Iterator[tuple[st
         text, origin = config.get(name, ("", ""))
         if toolchain.is_cache_on(text):
             in_shell = origin == "environment"
-            hint = f"unset {variable}" if in_shell else f"ccache --set-config {name}=false"
+            hint = (
+                hints.text("machine.unset", name=variable)
+                if in_shell
+                else hints.text("machine.ccache_switch", name=name)
+            )
             yield f"{harm} ({name})", hint
 
 
@@ -157,7 +163,7 @@ def _sccache(case: Case, program: str) -> Row:
     )
     if version is None:
         seen = f"{program} does not run, and vLLM would compile through it"
-        return Row(State.WARN, "ccache", seen, why, "echo VLLM_DISABLE_SCCACHE=1 >> .env")
+        return Row(State.WARN, "ccache", seen, why, hints.text("machine.no_sccache"))
     limit = environment.get("SCCACHE_CACHE_SIZE") or "10G"
     remotes = sorted(name for name in environment if _SCCACHE_REMOTES.match(name))
     folder = environment.get("SCCACHE_DIR") or case.cache_home / "sccache"
@@ -165,7 +171,7 @@ def _sccache(case: Case, program: str) -> Row:
     seen += f", remote by {', '.join(remotes)}" if remotes else ""
     limit_gib, need = size_gib(limit), CACHE_GIB[case.device]
     if not remotes and limit_gib is not None and limit_gib < need * 0.9:
-        hint = f"export SCCACHE_CACHE_SIZE={2 * need:.0f}G"
+        hint = hints.text("machine.sccache_size", gib=2 * need)
         return Row(State.WARN, "ccache", seen, _too_small(need), hint)
     return Row(State.OK, "ccache", seen, why)
 
@@ -225,21 +231,21 @@ def preflight(
     machine: Machine,
     *,
     device: str,
-    kernels: str,
+    is_native: bool,
     need_gib: Mapping[Path, float],
     for_serving: bool = False,
 ) -> tuple[Row, ...]:
     """Check what a verb needs, disk first: for a bootstrap or, with `for_serving`, for a server.
 
-    `kernels` is precompiled, native, or another value for a wheel; `need_gib` maps folders to GiB.
+    With `is_native` the verb compiles; `need_gib` maps folders to GiB.
     """
     wanted: set[Purpose] = {"serve"} if for_serving else {"cuda" if device == "cuda" else "cpu"}
-    if kernels == "native" and not for_serving:
+    if is_native and not for_serving:
         wanted.add("native")
     case = Case(
         machine,
         device=device,
-        kernels=kernels,
+        is_native=is_native,
         places=doctor_host.preflight_places(need_gib),
     )
     return examine(case, [check for check in CHECKS if check.purposes & wanted])
@@ -273,13 +279,16 @@ def show(
     console: Console,
     as_json: bool = False,
     offline: bool = False,
+    is_native: bool = False,
     more: Sequence[Row] = (),
 ) -> None:
     """Print every row, `more` of the built tree last, or one JSON document.
 
+    With `is_native` the settings request compiled kernels, and a missing build tool is a failure.
+
     Raises ToolchainError where a row is FAIL.
     """
-    case = Case(machine)
+    case = Case(machine, is_native=is_native)
     checks = [check for check in CHECKS if not (offline and "network" in check.purposes)]
     rows = (*examine(case, checks), *more)
     if as_json:

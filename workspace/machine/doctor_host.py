@@ -4,14 +4,13 @@ memory, disk, remotes and package indexes. They only read.
 
 import os
 import re
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.core.console import Row, State
 from workspace.core.settings import without_user
@@ -43,7 +42,7 @@ def architecture(case: Case) -> Iterator[Row]:
         "architecture",
         seen,
         why,
-        None if is_served else "./scripts/inv bootstrap --device cpu --kernels native",
+        None if is_served else hints.text("machine.cpu_native"),
     )
 
 
@@ -55,7 +54,7 @@ def cores(case: Case) -> Iterator[Row]:
     seen = f"{host.cores}, MAX_JOBS {limit}"
     if case.device == "cuda" and jobs and jobs > fitting:
         why = f"at run time {jobs} nvcc may take {jobs * LARGEST_COMPILER_GIB:.0f} GiB"
-        yield Row(State.WARN, "cores", seen, why, "sed -i '/^MAX_JOBS=/d' .env")
+        yield Row(State.WARN, "cores", seen, why, hints.text("machine.drop_max_jobs"))
     else:
         why = (
             "compilers in parallel, FlashInfer's at run time too: up to 9.5 GiB each"
@@ -118,9 +117,9 @@ def oom_daemon(case: Case) -> Iterator[Row]:
         yield Row(State.OK, "oom daemon", "the control group's limit", why)
     elif is_container:
         seen = "no earlyoom or systemd-oomd in this container"
-        yield Row(State.WARN, "oom daemon", seen, why, "sudo apt install earlyoom  # on the host")
+        yield Row(State.WARN, "oom daemon", seen, why, hints.text("machine.earlyoom_on_host"))
     else:
-        hint = "sudo apt install earlyoom && sudo systemctl enable --now earlyoom"
+        hint = hints.text("machine.earlyoom")
         yield Row(State.WARN, "oom daemon", "neither earlyoom nor systemd-oomd runs", why, hint)
 
 
@@ -137,7 +136,9 @@ def disk(case: Case) -> Iterator[Row]:
             yield Row(State.OK, "disk", seen, why)
             continue
         state = State.FAIL if any(place.is_vital for place in places) else State.WARN
-        hint = f"df -h {hardware.existing(places[0].path)}; {case.uv} cache prune"
+        hint = hints.text(
+            "core.disk_or_cache", folder=hardware.existing(places[0].path), uv=case.uv
+        )
         yield Row(state, "disk", seen, why, hint)
 
 
@@ -148,7 +149,7 @@ def folders(case: Case) -> Iterator[Row]:
         if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
             state = State.FAIL if place.is_vital else State.WARN
             seen, why = f"{nearest} is not writable", f"{place.path} is created or changed there"
-            yield Row(state, "folder", seen, why, f'sudo chown -R "$USER" {nearest}')
+            yield Row(state, "folder", seen, why, hints.text("machine.own_folder", folder=nearest))
 
 
 def _named(place: Place) -> str:
@@ -168,7 +169,7 @@ def token(case: Case) -> Iterator[Row]:
             yield Row(State.OK, "token", f"present, {name}", why)
             return
     path = Path(environment.get("HF_TOKEN_PATH") or hub_home(case) / "token")
-    login, quoted = ".vllm/bin/hf auth login", shlex.quote(str(path))
+    login = hints.text("machine.hf_login")
     try:
         is_present = path.stat().st_size > 0
         with path.open("rb"):
@@ -176,8 +177,11 @@ def token(case: Case) -> Iterator[Row]:
     except FileNotFoundError:
         yield Row(State.OK, "token", "absent", f"only {why}: {login}")
     except OSError as exc:
-        hint = f'sudo chown "$USER" {quoted} && chmod 600 {quoted}'
-        hint = hint if path.is_file() else f"ls -ld {quoted}"
+        hint = (
+            hints.text("machine.own_token", path=path)
+            if path.is_file()
+            else hints.text("core.list_folder", folder=path)
+        )
         yield Row(State.WARN, "token", f"{path} cannot be read: {exc.strerror}", why, hint)
     else:
         if is_present:
@@ -190,12 +194,12 @@ def settings(case: Case) -> Iterator[Row]:
     """Check .env for unknown names, repeated names, and lines that the shell hides."""
     for warning in case.settings.warnings:
         seen = re.sub(r"; `unset .*$", "", warning)
-        if found := re.search(r"`(unset \w+)`", warning):
+        if found := re.search(r"`unset (\w+)`", warning):
             why = "the value in .env is not the value in use"
-            yield Row(State.WARN, "settings", seen, why, found[1])
+            yield Row(State.WARN, "settings", seen, why, hints.text("machine.unset", name=found[1]))
         else:
             line = re.match(r"\.env, line (\d+)", warning)
-            hint = f"${{EDITOR:-nano}} +{line[1] if line else 1} .env"
+            hint = hints.text("machine.edit_dotenv", line=line[1] if line else 1)
             yield Row(State.WARN, "settings", seen, "such a line has no effect", hint)
     if not case.settings.warnings:
         exists = case.layout.dotenv.exists()
@@ -227,7 +231,7 @@ def _remote(case: Case, name: str, setting: str, *, why: str, failed_state: Stat
     mirror, url = case.settings.text(setting), _pinned(case.layout.pins, name)
     if url is None:
         seen = "vendor/pins.toml names no readable remote"
-        hint = "git checkout -- vendor/pins.toml"
+        hint = hints.text("core.restore_pins")
         yield Row(State.FAIL, f"{name} git", seen, "the pins name the remote", hint)
         return
     if mirror:
@@ -236,13 +240,13 @@ def _remote(case: Case, name: str, setting: str, *, why: str, failed_state: Stat
         if not fault:
             yield Row(State.OK, row, f"{shown} answers", used)
             return
-        hint = f"git ls-remote {shown} HEAD  # {setting} in .env names it"
+        hint = hints.text("machine.ls_remote", url=shown, setting=setting)
         yield Row(failed_state, row, f"{shown}: {fault}", used, hint)
     fault, shown = _git_fault(case, url), without_user(url)
     if not fault:
         yield Row(State.OK, f"{name} git", f"{shown} answers", why)
         return
-    hint = f"echo {setting}=URL >> .env  # URL: a copy that can be reached"
+    hint = hints.text("machine.set_url", setting=setting)
     # With a mirror set, git never contacts the pinned remote.
     state = State.WARN if mirror else failed_state
     yield Row(state, f"{name} git", f"{shown}: {fault}", why, hint)
@@ -261,10 +265,7 @@ def index(case: Case) -> Iterator[Row]:
     if fault is None:
         yield Row(State.OK, "index", f"{shown} answers", why)
         return
-    hint = (
-        "export UV_DEFAULT_INDEX=URL  # URL: a mirror of the index; behind a proxy: export"
-        " HTTPS_PROXY=URL"
-    )
+    hint = hints.text("machine.set_index")
     state = State.FAIL
     if case.is_built:
         # A finished workspace does not need the index; a first bootstrap does.
@@ -307,7 +308,7 @@ def torch_index(case: Case) -> Iterator[Row]:
     if any(_torch_fault(case, wanted.requirement, other) is None for other in wanted.alternatives):
         yield Row(State.OK, "torch index", seen, "another index that has torch is used")
         return
-    hint = "echo TORCH_INDEX_URL=URL >> .env  # URL: an index that has torch"
+    hint = hints.text("machine.set_torch_index")
     if there:
         why = f"{there.version} is in .vllm; no other version can be installed"
         yield Row(State.WARN, "torch index", seen, why, hint)

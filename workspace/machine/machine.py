@@ -23,7 +23,6 @@ from workspace.machine.hardware import Once
 # loaded.
 ANSWER_S = 3.0
 PATIENCE_S = 20.0
-WITHOUT_GPU = "./scripts/inv bootstrap --device cpu"
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class Machine:
 class Case:
     """A machine, and what a verb will do there.
 
-    `device` None means: detect it. `kernels` is precompiled, native, or another value for a wheel.
+    `device` None means: detect it. With `is_native` the verb compiles.
     """
 
     def __init__(
@@ -113,12 +112,12 @@ class Case:
         machine: Machine,
         *,
         device: str | None = None,
-        kernels: str | None = None,
+        is_native: bool = False,
         places: tuple[Place, ...] | None = None,
     ) -> None:
         self.machine = machine
         self.layout, self.settings = machine.layout, machine.settings
-        self.is_native = (kernels or machine.settings.text("KERNELS")) == "native"
+        self.is_native = is_native
         self.host, self.toolkit, self.programs = machine.host, machine.toolkit, machine.programs
         self.python, self.torch = machine.python, machine.torch
         self._chosen_device = Once(lambda: device or self._device())

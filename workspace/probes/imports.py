@@ -9,6 +9,7 @@ a forked child for each connection, until this process is ended.
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import json
 import multiprocessing
@@ -22,6 +23,7 @@ import traceback
 from importlib.util import find_spec
 from typing import Any
 
+NOT_INITIALIZED = 3
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -123,6 +125,16 @@ class Compilers:
         return {name: round(seconds, 2) for name, seconds in pairs if seconds >= 0.1}
 
 
+def is_driver_started() -> bool:
+    """Return whether this process has started the CUDA driver, which does not work after a fork."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    # cuDeviceGetCount fails only before cuInit (CUDA Driver API, CUDA_ERROR_NOT_INITIALIZED).
+    return bool(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != NOT_INITIALIZED)
+
+
 def share(place: str) -> None:
     """Serve at a Unix socket. A connection brings one line with the probe's `argv` and the files
     `out` and `err`; it gets a line with the probe's pid, then one with its exit status and the
@@ -134,6 +146,9 @@ def share(place: str) -> None:
     sys.path.pop(0)
     import vllm.entrypoints.llm  # noqa: F401 - for all children
 
+    if is_driver_started():
+        # Without a socket each probe imports for itself.
+        sys.exit("the import of vLLM has started the CUDA driver: no child could use the GPU")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{place}.new")
         listener.listen(64)

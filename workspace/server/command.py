@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import paths, process, records
+from workspace.core import hints, paths, process, records
 from workspace.core.child_variables import Phase
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
@@ -35,19 +35,18 @@ UNKNOWN_TREE = "none"
 _LISTS = ("PATH", "LD_LIBRARY_PATH")
 # bash refuses to set these, and then evaluates no other line either.
 _READ_ONLY = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS")
-_BOOTSTRAP = "./scripts/inv bootstrap"
 LOCAL, USUAL_PORT = "127.0.0.1", 8000
-# Flags that inv serve refuses, and what to write instead.
-_REFUSED = {
-    "--api-key": "all users of the machine see it in ps: put VLLM_API_KEY into .env",
-    "--hf-token": "all users of the machine see it in ps: put HF_TOKEN into .env",
-    "--config": "inv serve does not check that file: write its flags after --",
-    "--model": "write the model right after inv serve",
-    "--model-tag": "write the model right after inv serve",
-    "--uds": "inv serve needs a port to ask whether the server is ready",
-    "--headless": "it has no port to ask whether it is ready: ./scripts/inv run -- vllm serve ...",
-    "--help": "./scripts/inv run -- vllm serve --help=all",
-    "-h": "./scripts/inv run -- vllm serve --help=all",
+# Flags that inv serve refuses, each with the name of its hint.
+REFUSED = {
+    "--api-key": "server.key_in_dotenv",
+    "--hf-token": "server.token_in_dotenv",
+    "--config": "server.flags_of_config",
+    "--model": "server.model_first",
+    "--model-tag": "server.model_first",
+    "--uds": "server.needs_port",
+    "--headless": "server.run_headless",
+    "--help": "server.vllm_help",
+    "-h": "server.vllm_help",
 }
 _COUNTS = (
     "--max-num-seqs",
@@ -82,7 +81,7 @@ def run_command(
     if not argv:
         raise SettingsError(
             "there is no command to run",
-            hint="./scripts/inv run -- python -c 'import vllm'    has the command after --",
+            hint=hints.text("server.run_command"),
         )
     process.become(argv, env=_ready(layout, settings, console))
 
@@ -150,7 +149,8 @@ def lines(
 def _ready(layout: Layout, settings: Settings, console: Console) -> dict[str, str]:
     if not os.access(layout.environment_python, os.X_OK):
         raise ToolchainError(
-            "there is no built environment: .vllm/bin/python is missing", hint=_BOOTSTRAP
+            "there is no built environment: .vllm/bin/python is missing",
+            hint=hints.text("inv.bootstrap"),
         )
     machine = Machine(layout, settings)
     check.require(machine, console=console)
@@ -187,8 +187,10 @@ def compose(
     own = [flags.judge(args, known) for args in _by_flag(recipe, users.args)]
     args = [arg for judged in own for arg in judged.args] + list(users.args)
     for arg in users.args:
-        if reason := _REFUSED.get(arg.split("=")[0]):
-            raise SettingsError(f"{arg.split('=')[0]} cannot be given to inv serve", hint=reason)
+        if refused := REFUSED.get(arg.split("=")[0]):
+            raise SettingsError(
+                f"{arg.split('=')[0]} cannot be given to inv serve", hint=hints.text(refused)
+            )
     if recipe.origin == "built-in" and not _has(args, "--served-model-name"):
         args += ["--served-model-name", recipe.model]
     if not _has(args, "--host"):
@@ -288,28 +290,33 @@ def _has(args: Sequence[str], flag: str) -> bool:
 def _check_values(args: Sequence[str]) -> None:
     port = flags.last(args, "--port") or ""
     if not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536):
-        raise SettingsError(f"--port: {port!r} is no port from 1 to 65535", hint="-- --port 8000")
+        raise SettingsError(
+            f"--port: {port!r} is no port from 1 to 65535", hint=hints.text("server.port")
+        )
     if not flags.last(args, "--host"):
-        raise SettingsError("--host: the address is missing", hint=f"-- --host {LOCAL}")
+        raise SettingsError(
+            "--host: the address is missing", hint=hints.text("server.host", host=LOCAL)
+        )
     share = flags.last(args, "--gpu-memory-utilization")
     if share is not None and not (
         re.fullmatch(r"\d*\.?\d+|\d+\.", share) and 0 < float(share) <= 1
     ):
         raise SettingsError(
             f"--gpu-memory-utilization: {share!r} is no share above 0 and at most 1",
-            hint="-- --gpu-memory-utilization 0.7",
+            hint=hints.text("server.utilization"),
         )
     for name in _COUNTS:
         count = flags.last(args, name)
         if count is not None and not re.fullmatch(r"[1-9]\d{0,8}|\d+(\.\d+)?[kKmM]", count):
             raise SettingsError(
-                f"{name}: {count!r} is no whole number of at least 1", hint=f"-- {name} 8"
+                f"{name}: {count!r} is no whole number of at least 1",
+                hint=hints.text("server.positive", flag=name),
             )
     length = flags.last(args, "--max-model-len")
     if length is not None and not _LENGTH.fullmatch(length):
         raise SettingsError(
             f"--max-model-len: {length!r} is no number of tokens",
-            hint="-- --max-model-len 32000, or 32k, or auto",
+            hint=hints.text("server.max_model_len"),
         )
 
 
@@ -330,7 +337,7 @@ def require_files(layout: Layout, settings: Settings, args: Sequence[str]) -> No
         elif problem := _problem(layout, args, key, path):
             raise SettingsError(
                 f"{flag}: {text} {problem}",
-                hint=shlex.join(["ls", "-ld", str(hardware.existing(path))]),
+                hint=hints.text("core.list_folder", folder=hardware.existing(path)),
             )
     _require_certificates(args)
     _require_modules(layout, settings, modules)
@@ -423,7 +430,7 @@ def _require_certificates(args: Sequence[str]) -> None:
         names = [name for name in (certificate, key) if name]
         raise SettingsError(
             f"{' and '.join(names) or authorities}: no certificate with its key: {exc}",
-            hint=shlex.join(["ls", "-l", *names, *([authorities] if authorities else [])]),
+            hint=hints.text("core.list_files", paths=names or [authorities]),
         ) from exc
 
 
@@ -438,7 +445,7 @@ def _require_modules(layout: Layout, settings: Settings, modules: Mapping[str, s
     for name in answer.value.split() if isinstance(answer, There) else ():
         raise SettingsError(
             f"{modules[name]}: there is no module {name} in .vllm",
-            hint=".workspace/tools/bin/uv pip list --python .vllm/bin/python",
+            hint=hints.text("server.installed"),
         )
 
 
@@ -453,10 +460,7 @@ def _exposed(address: Address, *, has_key: bool, force: bool) -> str:
             " and nothing is encrypted"
         )
     if not force:
-        hint = (
-            "put VLLM_API_KEY into .env; or from another machine: ssh -L"
-            f" {address.port}:{LOCAL}:{address.port} THIS-MACHINE; or add --force"
-        )
+        hint = hints.text("server.api_key", port=address.port, host=LOCAL)
         raise SettingsError(f"{reach} without a key", hint=hint)
     return f"{reach} without a key (--force)"
 

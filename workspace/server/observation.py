@@ -1,4 +1,4 @@
-"""State of a started server: its record on disk, its HTTP answers, and how it ended.
+"""State of a started server: its record on disk, its HTTP answers, and its exit status.
 
 A pid counts only together with the tick at which its process was started and with the boot of the
 machine, so that no other program is ever ended.
@@ -8,15 +8,12 @@ import contextlib
 import http.client
 import json
 import os
-import re
-import signal
 import ssl
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.errors import ServeError
 from workspace.core.records import Document
 from workspace.machine import hardware
@@ -26,42 +23,6 @@ from workspace.server import process_tree
 COMPLETION_TIMEOUT_S = 600.0
 ASK_TIMEOUT_S = 5.0
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
-Lack = Literal["memory", "cache"]
-READ_BYTES = 2 << 20
-SHOWN_TAIL_LINES = 15
-# "(EngineCore pid=12) ERROR 11-23 20:01:02 [core.py:1] " without colours (vllm/logger.py,
-# vllm/utils/system_utils.py).
-_PREFIX = re.compile(
-    r"^(\([A-Za-z_ ]+\S* pid=\d+\)\s?|(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d"
-    r" \d\d:\d\d:\d\d\s|\[[^\]]+:\d+\]\s?)+"
-)
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_RAISED = re.compile(
-    r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b(?::\s*\S.*)?$"
-)
-_OTHER = re.compile(
-    r"\S*\s?(?:serve: )?error: .+|Fatal Python error: .+|(?:Segmentation fault|Illegal"
-    r" instruction|Bus error|Aborted)\b.*|terminate called .+"
-    r"|.*: (?:No such file|not found|Permission denied).*"
-)
-# Errors that only follow from an error in another process.
-_SECONDARY = re.compile(
-    r"Engine core initialization failed|EngineDeadError|EngineCore"
-    r" encountered|cancelled|CancelledError|BrokenPipeError|EOFError"
-    r"|ConnectionResetError|KeyboardInterrupt|Worker(Proc)? initialization failed|SystemExit"
-)
-_CACHE = re.compile(
-    r"tokens that can be stored in (?:the )?KV cache|KV cache is needed|max seq len .* is larger"
-    r" than|maximum model length",
-    re.IGNORECASE,
-)
-_MEMORY = re.compile(
-    r"out of memory|OutOfMemoryError|MemoryError|NV_ERR_NO_MEMORY|cannot allocate memory|can't"
-    r" allocate memory|std::bad_alloc|no available memory for the cache"
-    r"|less than desired (?:GPU|CPU) memory utilization|memory utilization or reduce|not enough"
-    r" memory|CUBLAS_STATUS_ALLOC_FAILED|CUDA error: memory",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -240,7 +201,7 @@ def find(place: Path) -> Server | None:
     try:
         server = records.load(path, Server)
     except records.DecodeError as exc:
-        hint = f"ps -eo pid,sid,args | grep -i vllm    shows what runs; then rm {path}"
+        hint = hints.text("server.damaged_state", path=path)
         raise ServeError(f"{path} is damaged: the running server is not known", hint=hint) from exc
     return replace(server, place=place) if server else None
 
@@ -290,61 +251,3 @@ def reap(server: Server) -> None:
     """Collect the supervisor's status if it is a child of this process and has ended."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(server.processes.supervisor_pid, os.WNOHANG)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Failure as read from a log: its first error, the missing resource, the last lines.
-
-    `lack` is `cache` if the model fitted and too little memory was left for one request of full
-    length.
-    """
-
-    first: str | None
-    lack: Lack | None
-    tail: tuple[str, ...]
-
-
-def read_failure(log: Path, *, status: int | None) -> Reading:
-    """Read the end of a log. `status` is the front's exit status as subprocess counts it: the
-    kernel sends SIGKILL when memory runs out.
-    """
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - READ_BYTES))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    return judge(lines, status=status)
-
-
-def judge(lines: list[str], *, status: int | None) -> Reading:
-    """Find the cause: the first error in the log that does not only follow from another one."""
-    plain = [without_prefix(line) for line in lines]
-    found = [index for index, line in enumerate(plain) if _RAISED.match(line) or _OTHER.match(line)]
-    causes = [index for index in found if not _SECONDARY.search(plain[index])] or found
-    first = _error_at(plain, causes[0]) if causes else None
-    text = "\n".join(plain[index] for index in found) + (f"\n{first}" if first else "")
-    lack: Lack | None = (
-        "cache" if _CACHE.search(text) else "memory" if _MEMORY.search(text) else None
-    )
-    if lack is None and first is None and status in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        lack = "memory"
-    return Reading(first, lack, tuple(line for line in plain if line.strip())[-SHOWN_TAIL_LINES:])
-
-
-def without_prefix(line: str) -> str:
-    """Return a line of vLLM's log without its process, level, time, source and colours."""
-    return _PREFIX.sub("", _COLOUR.sub("", line)).rstrip()
-
-
-def _error_at(plain: list[str], index: int) -> str:
-    """Return the error at a line; pydantic's first line only counts errors, so add its detail."""
-    error = plain[index].strip()
-    following = next((line.strip() for line in plain[index + 1 : index + 4] if line.strip()), "")
-    if re.search(r"ValidationError: \d+ validation error", error) and following:
-        detail = next(
-            (line.strip() for line in plain[index + 1 : index + 6] if "error, " in line), following
-        )
-        error = re.sub(r"\s*\[type=\w+, input.*$", "", f"{error.rpartition('.')[2]}: {detail}")
-    return error

@@ -4,22 +4,21 @@ generate, then follow its log or leave it alone.
 
 import hashlib
 import os
-import shlex
 import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import lock, records
+from workspace.core import hints, lock, records
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SmokeError, WorkspaceError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
-from workspace.machine import check, interpreter
+from workspace.machine import check, failures, interpreter
 from workspace.machine.machine import Case, Machine
-from workspace.server import command, fit, flags, lifecycle, models, observation, recipes
+from workspace.server import command, fit, flags, lifecycle, models, recipes
 from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive
 from workspace.server.recipes import Recipe
@@ -131,7 +130,7 @@ def _check(session: _Session) -> None:
         session.console.warn(
             f"{' and '.join(sorted(names))} differ, and CUDA numbers the fastest first; the fit is"
             " judged in the driver's order",
-            hint="echo CUDA_DEVICE_ORDER=PCI_BUS_ID >> .env",
+            hint=hints.text("server.gpu_order"),
         )
     frees = fit.observe(session.machine, device=device, environment=environment, args=args)
     _require_memory(
@@ -248,7 +247,7 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
         if is_detached:
             is_left = True
             console.info("the server runs in the background")
-            console.hint("./scripts/inv serve.status    or serve.logs, serve.stop")
+            console.hint(hints.text("server.started"))
         else:
             console.info("^C stops it")
             _follow(settings, server, console)
@@ -268,7 +267,7 @@ def _wait(session: _Session, server: Server, folder: Path | None) -> tuple[Serve
             server, ready = lifecycle.wait_until_ready(
                 server,
                 key=settings.text("VLLM_API_KEY") or None,
-                on_line=lambda text: view.line(settings.masked(observation.without_prefix(text))),
+                on_line=lambda text: view.line(settings.masked(failures.without_prefix(text))),
             )
         except ServeError as exc:
             raise _explained(session, server, exc, folder) from exc
@@ -324,17 +323,18 @@ def _recipe(layout: Layout, name: str) -> Recipe:
     if not folder.is_dir():
         what = "a file: name its folder" if folder.is_file() else "no folder with a model in it"
         raise ServeError(
-            f"{folder} is {what}", hint="./scripts/inv serve.list    lists the recipes"
+            f"{folder} is {what}",
+            hint=hints.text("server.recipes"),
         )
     if not os.access(folder, os.R_OK | os.X_OK):
         raise ServeError(
             f"{folder} cannot be read: Permission denied",
-            hint=f"ls -ld {shlex.quote(str(folder))}",
+            hint=hints.text("core.list_folder", folder=folder),
         )
     _require_no_adapter(folder)
     _require_config(folder)
     if lack := models.lack_of(folder):
-        raise ServeError(f"{folder} lacks {lack}", hint=f"ls -l {shlex.quote(str(folder))}")
+        raise ServeError(f"{folder} lacks {lack}", hint=hints.text("core.list_file", path=folder))
     return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
 
 
@@ -344,7 +344,7 @@ def _require_gguf(layout: Layout, name: str) -> None:
     if not loader.is_file() and _GGUF not in interpreter.installed(layout):
         raise ServeError(
             f"{name} is in GGUF, which this vLLM reads with a plugin that .vllm lacks",
-            hint=f".workspace/tools/bin/uv pip install --python .vllm/bin/python {_GGUF}",
+            hint=hints.text("server.install_plugin", name=_GGUF),
         )
 
 
@@ -357,12 +357,9 @@ def _require_no_adapter(folder: Path) -> None:
     except records.DecodeError:
         known = {}
     base = known.get("base_model_name_or_path")
-    args = ("--enable-lora", "--lora-modules", f"{folder.name}={folder}")
     raise ServeError(
         f"{folder} is a LoRA adapter: it is served with {base or 'its base model'}",
-        hint=command.typed(base, args)
-        if isinstance(base, str) and base
-        else f"less {shlex.quote(str(folder / flags.ADAPTER))}",
+        hint=hints.text("server.adapter", model=base, adapter=f"{folder.name}={folder}"),
     )
 
 
@@ -374,12 +371,14 @@ def _require_config(folder: Path) -> None:
     try:
         known = records.load(path, dict[str, object])
     except records.DecodeError as exc:
-        raise ServeError(f"{path} cannot be read: {exc}", hint=f"less {path}") from exc
+        raise ServeError(
+            f"{path} cannot be read: {exc}", hint=hints.text("core.read_log", path=path)
+        ) from exc
     if known is None:
         raise ServeError(
             f"{folder} has no config.json: it is no model in Hugging Face's layout, nor, with"
             " params.json, in Mistral's",
-            hint=f"ls {shlex.quote(str(folder))}",
+            hint=hints.text("core.list_names", folder=folder),
         )
 
 
@@ -395,16 +394,14 @@ def _require_usable(folder: Path, line: Command) -> None:
     ):
         return
     if not models.holds(folder, flags.TOKENIZERS):
-        raise ServeError(
-            f"{folder} has no tokenizer", hint="-- --tokenizer NAME takes another model's"
-        )
+        raise ServeError(f"{folder} has no tokenizer", hint=hints.text("server.tokenizer"))
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         try:
             records.load(path, object)
         except records.DecodeError as exc:
             raise ServeError(
                 f"{path} cannot be read: {exc}",
-                hint=f"less {path}; or -- --tokenizer NAME takes another model's",
+                hint=hints.text("server.read_or_tokenizer", path=path),
             ) from exc
 
 
@@ -424,14 +421,14 @@ def _require_room(layout: Layout, line: Command) -> None:
     if running and running.members():
         raise ServeError(
             f"{running.called} runs already",
-            hint="./scripts/inv serve.status, or ./scripts/inv serve.stop",
+            hint=hints.text("server.status_or_stop"),
         )
     lifecycle.require_free(line.address)
 
 
 def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> None:
     if judged.verdict == "no" and is_required:
-        raise ServeError(judged.sentence, hint=f"{judged.hint}; or --force")
+        raise ServeError(judged.sentence, hint=hints.text("server.or_force", command=judged.hint))
     if judged.verdict == "yes":
         console.info(judged.sentence)
     else:
@@ -449,7 +446,7 @@ def _explained(
     """Return the failure without secrets; if memory was missing, its hint is the next step."""
     settings, options = session.machine.settings, session.options
     ended = how_ended(server)
-    reading = observation.read_failure(
+    reading = failures.read(
         server.log, status=ended.status if ended and not ended.was_requested else None
     )
     hint = error.hint

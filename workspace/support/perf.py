@@ -328,7 +328,7 @@ def run(
     text = encode(results, Machine(layout, settings).record())
     for file in (layout.state / RECORD, *([json_file] if json_file else [])):
         write_atomic(file, f"{text}\n".encode())
-    console.data(text)
+    console.record(text)
     failed = [result for result in results if result.error]
     if failed and (first := failed[0].error):
         details = tuple(

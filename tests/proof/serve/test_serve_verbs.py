@@ -123,7 +123,8 @@ def test_crash_for_memory_has_the_next_step_as_hint(clone: World) -> None:
     error, hint = ended.err.splitlines()[-2:]
     assert ended.code == 10
     assert error.endswith(
-        "exited with 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+        "exited with 1: the GPU had too little memory: torch.OutOfMemoryError: CUDA out of memory."
+        " Tried to allocate 2.00 GiB."
     )
     assert hint.startswith(f"hint: ./scripts/inv serve {clone.folder / 'crash'} -- --port ")
 

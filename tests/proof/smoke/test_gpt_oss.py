@@ -28,7 +28,7 @@ import torch, transformers
 from safetensors.torch import load_file
 folder, probes = sys.argv[1:]
 sys.path.insert(0, probes)
-import reference, tiny_model
+import reference, small_model
 
 def meant(blocks, scales):
     codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).int()
@@ -40,12 +40,12 @@ torch.manual_seed(7)
 blocks = torch.randint(0, 256, (64, 4, 16), dtype=torch.uint8)
 scales = torch.randint(100, 140, (64, 4), dtype=torch.uint8)
 blocks[..., 0] = 0x7F
-again = tiny_model.mxfp4(meant(blocks, scales))
+again = small_model.mxfp4(meant(blocks, scales))
 weights = torch.randn(64, 128) * 3
-found = meant(*tiny_model.mxfp4(weights))
+found = meant(*small_model.mxfp4(weights))
 groups = weights.unflatten(-1, (-1, 32))
-scale = 2.0 ** (tiny_model.mxfp4(weights)[1].int() - 127).unsqueeze(-1)
-every = torch.tensor([sign * value for value in tiny_model.E2M1 for sign in (1, -1)])
+scale = 2.0 ** (small_model.mxfp4(weights)[1].int() - 127).unsqueeze(-1)
+every = torch.tensor([sign * value for value in small_model.E2M1 for sign in (1, -1)])
 nearest = (groups.unsqueeze(-1) - every * scale.unsqueeze(-1)).abs().amin(-1)
 middles = torch.zeros(32)
 middles[:9] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0, 7.9])
@@ -66,7 +66,7 @@ for name, value in model.state_dict().items():
 print(json.dumps({
     "exact": torch.equal(again[0], blocks) and torch.equal(again[1], scales),
     "nearest": bool(torch.equal((found - weights).abs().unflatten(-1, (-1, 32)), nearest)),
-    "middles": meant(*tiny_model.mxfp4(middles))[:9].tolist(),
+    "middles": meant(*small_model.mxfp4(middles))[:9].tolist(),
     "differ": differ, "quantized": quantized, "codes": len(codes),
     "types": sorted({str(value.dtype) for value in tensors.values()}),
 }))
@@ -112,7 +112,7 @@ def ask(layout: Layout, probe: str | Path, *args: str | Path) -> dict:
 @pytest.fixture(scope="module")
 def model(built: Layout, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "first"
-    ask(built, "tiny_model.py", folder, "--architecture", "gpt-oss")
+    ask(built, "small_model.py", folder, "--architecture", "gpt-oss")
     return folder
 
 
@@ -151,7 +151,7 @@ def test_hugging_face_reads_the_values_that_were_meant(
 
 
 def test_recipe_gives_the_same_bytes_again(built: Layout, model: Path, tmp_path: Path) -> None:
-    ask(built, "tiny_model.py", tmp_path / "second", "--architecture", "gpt-oss")
+    ask(built, "small_model.py", tmp_path / "second", "--architecture", "gpt-oss")
     first, second = (
         {path.name: path.read_bytes() for path in folder.iterdir()}
         for folder in (model, tmp_path / "second")

@@ -1,4 +1,4 @@
-"""probes/tiny_model.py without torch: its refusals, and the folder after a failure."""
+"""probes/small_model.py without torch: its refusals, and the folder after a failure."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from workspace.core.paths import here
 
-PROBE = here().probes / "tiny_model.py"
+PROBE = here().probes / "small_model.py"
 
 
 def run(*args: str | Path) -> "subprocess.CompletedProcess[str]":
