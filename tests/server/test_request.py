@@ -209,6 +209,13 @@ def test_adapter_is_served_by_the_command_of_the_hint(request_: Request) -> None
     )
 
 
+def test_adapter_of_the_hub_gets_the_same_sentence(request_: Request) -> None:
+    request_.cache("acme/lora", {"adapter_config.json": '{"base_model_name_or_path": "acme/t"}'})
+    error = request_.refused("acme/lora")
+    assert "acme/lora is a LoRA adapter: it is served with acme/t" in error.message
+    assert (error.hint or "").endswith("--enable-lora --lora-modules lora=acme/lora")
+
+
 def test_gguf_file_needs_the_plugin_that_reads_it(request_: Request) -> None:
     fill(request_.folder, {"m.gguf": "x", "m.safetensors": "x"})
     error = request_.refused("m.gguf")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from workspace.core import hints, lock, records
 from workspace.core.console import Console
-from workspace.core.errors import ServeError, SmokeError, WorkspaceError
+from workspace.core.errors import ServeError, SmokeError, SourceError, WorkspaceError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -213,6 +213,8 @@ def _find_model(session: _Session) -> Path | None:
         session.console.info(f"{recipe.model}: the plugin for GGUF fetches it during the start")
         return None
     folder = models.found_weights(layout, settings, recipe)
+    if folder is None:
+        _require_no_adapter_of_hub(settings, recipe)
     if folder is None and session.options.dry_run:
         at = f" at {recipe.revision}" if recipe.revision else ""
         session.console.info(
@@ -224,7 +226,11 @@ def _find_model(session: _Session) -> Path | None:
             )
         )
     elif folder is None:
-        models.fetch_weights(layout, settings, recipe, console=session.console)
+        try:
+            models.fetch_weights(layout, settings, recipe, console=session.console)
+        except SourceError:
+            _require_no_adapter_of_hub(settings, recipe)
+            raise
         folder = models.found_weights(layout, settings, recipe)
     return folder
 
@@ -331,7 +337,7 @@ def _recipe(layout: Layout, name: str) -> Recipe:
             f"{folder} cannot be read: Permission denied",
             hint=hints.text("core.list_folder", folder=folder),
         )
-    _require_no_adapter(folder)
+    _require_no_adapter(folder, str(folder))
     _require_config(folder)
     if lack := models.lack_of(folder):
         raise ServeError(f"{folder} lacks {lack}", hint=hints.text("core.list_file", path=folder))
@@ -348,7 +354,13 @@ def _require_gguf(layout: Layout, name: str) -> None:
         )
 
 
-def _require_no_adapter(folder: Path) -> None:
+def _require_no_adapter_of_hub(settings: Settings, recipe: Recipe) -> None:
+    folder = models.cached(models.hub_cache(settings), recipe.model, recipe.revision)
+    if folder:
+        _require_no_adapter(folder, recipe.model)
+
+
+def _require_no_adapter(folder: Path, name: str) -> None:
     """Raise ServeError for a LoRA adapter, which is served with its base model."""
     if (folder / flags.CONFIGURATIONS[0]).is_file() or not (folder / flags.ADAPTER).is_file():
         return
@@ -358,8 +370,8 @@ def _require_no_adapter(folder: Path) -> None:
         known = {}
     base = known.get("base_model_name_or_path")
     raise ServeError(
-        f"{folder} is a LoRA adapter: it is served with {base or 'its base model'}",
-        hint=hints.text("server.adapter", model=base, adapter=f"{folder.name}={folder}"),
+        f"{name} is a LoRA adapter: it is served with {base or 'its base model'}",
+        hint=hints.text("server.adapter", model=base, adapter=f"{Path(name).name}={name}"),
     )
 
 
