@@ -5,6 +5,8 @@ the real parser.
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from workspace.core.errors import SettingsError, ToolchainError
 from workspace.core.paths import Layout
@@ -318,3 +320,23 @@ def test_tree_without_a_command_line_is_an_error(tmp_path: Path) -> None:
     (package / "engine" / "arg_utils.py").mkdir(parents=True)
     with pytest.raises(ToolchainError):
         flags.known(Layout(tmp_path))
+
+
+VALUES = st.text(max_size=12) | st.sampled_from(
+    ("./a", "../a", "~/a", ".", "a=./b", '{"model": "./a"}', '["./a"]', "[", "-1", "--", "a/b", "=")
+)
+FLAGS = st.sampled_from(
+    ("--lora-modules", "--tokenizer", "--ssl-certfile", "-tp", "--speculative-config.model", "--x")
+)
+
+
+@given(st.lists(FLAGS | VALUES | st.tuples(FLAGS, VALUES).map("=".join)))
+def test_typed_paths_keep_every_argument_and_are_the_same_when_typed_again(
+    args: list[str],
+) -> None:
+    once = flags.typed_paths(args, Path("/folder"))
+    assert flags.typed_paths(once, Path("/other")) == once
+    assert [arg.split("=")[0] for arg in once if arg.startswith("-")] == [
+        arg.split("=")[0] for arg in args if arg.startswith("-")
+    ]
+    assert len(once) == len(args)
