@@ -373,9 +373,9 @@ def serve_stop(_: Context) -> None:
 @task(name="list", help={"json": JSON})
 def serve_list(_: Context, json: bool = False) -> None:
     """List recipes: does it fit, is it on disk."""
-    from workspace.server import fit
+    from workspace.server import status
 
-    fit.show_recipes(main.machine(), console=main.console(), as_json=json)
+    status.show_recipes(main.machine(), console=main.console(), as_json=json)
 
 
 @task(
