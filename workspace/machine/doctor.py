@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.core import process
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import ToolchainError, WorkspaceError
+from workspace.core.process import There
 from workspace.core.settings import without_user
 from workspace.machine import (
     doctor_host,
@@ -24,7 +26,7 @@ from workspace.machine import (
     toolchain,
 )
 from workspace.machine.doctor_toolchain import required_compiler
-from workspace.machine.machine import Case, Machine
+from workspace.machine.machine import Case, Machine, unanswered
 
 __all__ = ["CHECKS", "examine", "preflight", "required_compiler", "show"]
 
@@ -67,13 +69,14 @@ def ccache(case: Case) -> Iterator[Row]:
 
 def _ccache(case: Case, program: str) -> Row:
     environment = toolchain.cache_configuration(case.layout, case.settings)
-    listed = case.ask([program, "--show-config"], extra=environment)
-    lines = _CONFIG_LINE.finditer(listed.stdout) if listed else ()
+    listed = process.output_of(case.ask([program, "--show-config"], extra=environment))
+    lines = _CONFIG_LINE.finditer(listed.value) if isinstance(listed, There) else ()
     config = {line["key"]: (line["value"].strip(), line["origin"]) for line in lines}
     why = "a build takes objects of former builds from it"
-    if not config or listed is None or listed.returncode != 0:
-        seen = f"{program} does not print its configuration"
-        return Row(State.WARN, "ccache", seen, why, f"{program} --show-config")
+    if not config:
+        seen, look = f"{program} does not print its configuration", f"{program} --show-config"
+        row = Row(State.WARN, "ccache", seen, why, look)
+        return row if isinstance(listed, There) else unanswered(row, listed, look=look)
     limit_gib = size_gib(config.get("max_size", ("", ""))[0])
     facts = ", ".join(_ccache_facts(case, program, config, limit_gib))
     seen = f"{case.layout.relative(Path(program))}: {facts}"
@@ -89,7 +92,8 @@ def _ccache_facts(
 ) -> Iterator[str]:
     """Yield the facts that decide about hits: size, limit, and the settings of the hash."""
     done = case.ask([program, "--print-stats"])
-    stats = dict(re.findall(r"^(\w+)\t(\d+)$", done.stdout if done else "", re.MULTILINE))
+    printed = done.value.stdout if isinstance(done, There) else ""
+    stats = dict(re.findall(r"^(\w+)\t(\d+)$", printed, re.MULTILINE))
     value = {name: text for name, (text, _) in config.items()}
     used_gib = int(stats.get("cache_size_kibibyte", "0")) / 1024**2
     if "cache_size_kibibyte" not in stats:
@@ -155,13 +159,14 @@ def _sccache(case: Case, program: str) -> Row:
         "a build takes objects of former builds from it; with ccache instead, the workspace"
         " measures compilers and lowers their priority"
     )
-    if version is None:
+    if not isinstance(version, There):
         seen = f"{program} does not run, and vLLM would compile through it"
-        return Row(State.WARN, "ccache", seen, why, "echo VLLM_DISABLE_SCCACHE=1 >> .env")
+        look = "echo VLLM_DISABLE_SCCACHE=1 >> .env"
+        return unanswered(Row(State.WARN, "ccache", seen, why, look), version, look=look)
     limit = environment.get("SCCACHE_CACHE_SIZE") or "10G"
     remotes = sorted(name for name in environment if _SCCACHE_REMOTES.match(name))
     folder = environment.get("SCCACHE_DIR") or case.cache_home / "sccache"
-    seen = f"{version}: limit {limit}, {folder}"
+    seen = f"{version.value}: limit {limit}, {folder}"
     seen += f", remote by {', '.join(remotes)}" if remotes else ""
     limit_gib, need = size_gib(limit), CACHE_GIB[case.device]
     if not remotes and limit_gib is not None and limit_gib < need * 0.9:

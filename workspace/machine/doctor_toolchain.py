@@ -4,18 +4,20 @@ CMake, ninja, driver, toolkit, architectures, and the programs that hold the GPU
 
 import os
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workspace.core import process
 from workspace.core.console import Row, State
 from workspace.core.errors import WorkspaceError
-from workspace.core.process import Absent, Broken, Slow, There
+from workspace.core.process import Absent, Broken, NoAnswer, Slow, There
 from workspace.machine import arch, dotenv, interpreter, requirements, toolchain
 from workspace.machine.arch import OLDEST_CAPABILITY, key
-from workspace.machine.machine import WITHOUT_GPU, Case
+from workspace.machine.machine import WITHOUT_GPU, Case, unanswered
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -49,30 +51,30 @@ def python(case: Case) -> Iterator[Row]:
 
 def git(case: Case) -> Iterator[Row]:
     """Check that git runs."""
-    program = case.which("git")
-    version = case.first_line([program, "version"]) if program else None
-    yield Row(
-        State.OK if version else State.FAIL,
-        "git",
-        version or "missing",
-        "the tree and its patches are a git repository",
-        None if version else "sudo apt install git",
+    answer, why = case.first_line(["git", "version"]), "the tree and its patches are git's"
+    missing = Row(State.FAIL, "git", "missing", why, "sudo apt install git")
+    yield (
+        Row(State.OK, "git", answer.value, why)
+        if isinstance(answer, There)
+        else unanswered(missing, answer, look="git version")
     )
 
 
 def uv(case: Case) -> Iterator[Row]:
     """Check that uv runs."""
+    why, again = "it makes .vllm and installs the packages in it", "rm -rf .workspace/tools"
+    hint = f"{again} && ./scripts/inv bootstrap"
+    missing = Row(State.FAIL, "uv", "missing", why, hint)
     try:
-        version = case.first_line([str(interpreter.uv(case.layout)), "--version"])
+        program = interpreter.uv(case.layout)
     except WorkspaceError:
-        version = None
-    hint = None if version else "rm -rf .workspace/tools && ./scripts/inv bootstrap"
-    yield Row(
-        State.OK if version else State.FAIL,
-        "uv",
-        version or "missing, or does not run",
-        "it makes .vllm and installs the packages in it",
-        hint,
+        yield missing
+        return
+    answer = case.first_line([program, "--version"])
+    yield (
+        Row(State.OK, "uv", answer.value, why)
+        if isinstance(answer, There)
+        else unanswered(missing, answer, look=hint)
     )
 
 
@@ -86,6 +88,8 @@ def headers(case: Case) -> Iterator[Row]:
         return
     try:
         choice = interpreter.foresee(case.layout, case.settings, supported=_supported(case))
+    except NoAnswer:
+        raise
     except WorkspaceError as exc:
         why = "the Python of .vllm is unknown without it"
         yield Row(State.FAIL, "headers", exc.message, why, exc.hint)
@@ -125,12 +129,17 @@ def _headers_row(
 
 def compiler(case: Case) -> Iterator[Row]:
     """Check g++, or the compiler in CXX, against the version that the pinned tree requires."""
-    found = toolchain.compiler_version(case.settings)
+    argv, answer = toolchain.ask_compiler(case.settings)
     required = required_compiler(case.layout.vllm, device=case.device)
     why = f"the tree needs {required} or newer" if required else "it compiles the kernels"
-    if found is None:
-        yield Row(case.missing_state, "compiler", "no g++ runs", why, "sudo apt install g++")
-    elif required and key(found) < key(required):
+    if not isinstance(answer, There):
+        missing = Row(
+            case.missing_state, "compiler", f"no {argv[0]} runs", why, "sudo apt install g++"
+        )
+        yield unanswered(missing, answer, look=shlex.join(argv))
+        return
+    found = answer.value
+    if required and key(found) < key(required):
         major = key(required)[0] + (1 if "." in required else 0)
         hint = f"sudo apt install g++-{major} && export CC=gcc-{major} CXX=g++-{major}"
         yield Row(case.missing_state, "compiler", f"g++ {found}", why, hint)
@@ -144,14 +153,15 @@ def cmake(case: Case) -> Iterator[Row]:
         yield Row(State.OK, "cmake", "not in .vllm yet", "bootstrap installs a suitable one there")
         return
     found = _built_or_on_path(case, "cmake")
-    line = case.first_line([found, "--version"]) if found else None
-    version = re.search(r"version (\d+(?:\.\d+)+)", line or "")
+    line = case.first_line([found or "cmake", "--version"])
+    version = re.search(r"version (\d+(?:\.\d+)+)", line.value if isinstance(line, There) else "")
     why = f"vLLM needs {CMAKE_FROM} or newer, Triton in the same environment below {CMAKE_BELOW}"
     hint = f"{case.uv} pip install --python .vllm/bin/python 'cmake>={CMAKE_FROM},<{CMAKE_BELOW}'"
     own = case.layout.relative(Path(found)) if found else ""
     if version is None:
-        seen = f"{own} does not run" if found else "missing"
-        yield Row(case.missing_state, "cmake", seen, why, hint)
+        seen = f"{own} prints no version" if found else "missing"
+        row = Row(case.missing_state, "cmake", seen, why, hint)
+        yield row if isinstance(line, There) else unanswered(row, line, look=hint)
     elif key(version[1]) < key(CMAKE_FROM):
         yield Row(case.missing_state, "cmake", f"{version[1]}, {own}", why, hint)
     elif key(version[1]) < key(CMAKE_BELOW):
@@ -166,13 +176,14 @@ def ninja(case: Case) -> Iterator[Row]:
         yield Row(State.OK, "ninja", "not in .vllm yet", "bootstrap installs one there")
         return
     found = _built_or_on_path(case, "ninja")
-    version = case.first_line([found, "--version"]) if found else None
+    answer = case.first_line([found or "ninja", "--version"])
     why = "it runs the compilers, FlashInfer's at run time too"
-    if found and version:
-        yield Row(State.OK, "ninja", f"{version}, {case.layout.relative(Path(found))}", why)
-    else:
+    if found and isinstance(answer, There):
+        yield Row(State.OK, "ninja", f"{answer.value}, {case.layout.relative(Path(found))}", why)
+    elif not isinstance(answer, There):
         hint = f"{case.uv} pip install --python .vllm/bin/python --reinstall ninja"
-        yield Row(case.missing_state, "ninja", "missing, or does not run", why, hint)
+        missing = Row(case.missing_state, "ninja", "missing", why, hint)
+        yield unanswered(missing, answer, look=hint)
 
 
 def patch(case: Case) -> Iterator[Row]:
@@ -301,7 +312,9 @@ def toolkit(case: Case) -> Iterator[Row]:
             else "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
         )
         hint = f"sudo apt install {package} && export CUDA_HOME={wanted}"
-        yield Row(case.missing_state, "toolkit", seen, why, hint)
+        missing = Row(case.missing_state, "toolkit", seen, why, hint)
+        answer = toolchain.ask_toolkit(case.settings)
+        yield missing if isinstance(answer, There) else unanswered(missing, answer, look=hint)
     elif found.version.split(".")[0] != CUDA_MAJOR:
         hint = f"export CUDA_HOME={wanted}  # after: sudo apt install {package}"
         why = f"torch is built for CUDA {CUDA_MAJOR}"
@@ -377,9 +390,10 @@ def _arch_fault(
     fault = arch.fault_of(entries, capabilities, toolkit_version=found.version if found else None)
     if fault or found is None:
         return fault
-    done = case.ask([found.nvcc, "--list-gpu-arch"])
-    listing = done.stdout if done and done.returncode == 0 else ""
-    unsupported = arch.unsupported(entries, arch.archs_of_nvcc(listing))
+    listing = process.certain(
+        process.output_of(case.ask([found.nvcc, "--list-gpu-arch"])), found.nvcc
+    )
+    unsupported = arch.unsupported(entries, arch.archs_of_nvcc(listing or ""))
     return (
         f"nvcc {found.version} does not support {' and '.join(unsupported)}"
         if unsupported

@@ -23,6 +23,7 @@ from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import PROJECTS, Layout
+from workspace.core.process import Absent, Broken
 from workspace.core.settings import Settings, is_secret
 
 if TYPE_CHECKING:
@@ -231,8 +232,8 @@ def drop_caches(settings: Settings, *, console: Console, is_root: bool | None = 
     sysctl = shutil.which("sysctl", path=path) or USUAL_SYSCTL
     argv = command(sysctl, is_root=os.geteuid() == 0 if is_root is None else is_root)
     before = free_memory_gib(read_meminfo())
-    if argv[0] == "sudo" and not _may(argv, environment):
-        raise _refused(sysctl, "sudo does not allow it without a password")
+    if argv[0] == "sudo" and (why := _sudo_fault(argv, environment)):
+        raise _refused(sysctl, why)
     # A dirty page cannot be dropped.
     os.sync()
     console.command(shlex.join(argv))
@@ -285,14 +286,19 @@ def droppable_gib(meminfo: Mapping[str, int]) -> float:
     return max(0, held + meminfo.get("SReclaimable", 0)) * 1024 / GIB
 
 
-def _may(argv: list[str], environment: Mapping[str, str]) -> bool:
-    """Return whether sudo runs the command without a password; `-l` only lists the right."""
-    query = ["sudo", "-n", "-l", *argv[2:]]
-    try:
-        done = process.capture(query, env=environment, timeout_s=PATIENCE_S)
-    except ToolchainError:
-        return False
-    return done.returncode == 0
+def _sudo_fault(argv: list[str], environment: Mapping[str, str]) -> str | None:
+    """Return why sudo does not run the command without a password; `-l` only lists the right.
+
+    Raises NoAnswer where sudo is slow.
+    """
+    answer = process.ask(["sudo", "-n", "-l", *argv[2:]], env=environment, limit_s=PATIENCE_S)
+    if isinstance(answer, Absent):
+        return "there is no sudo"
+    allowed = process.output_of(answer)
+    process.certain(allowed, "sudo -n -l")
+    if not isinstance(allowed, Broken):
+        return None
+    return f"sudo does not allow it without a password: {allowed.message}"
 
 
 def _refused(sysctl: str, why: str) -> ToolchainError:

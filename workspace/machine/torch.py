@@ -25,7 +25,7 @@ from workspace.machine.requirements import COMPANIONS
 # Linux as well.
 CUDA_BACKEND = "cu130"
 IMPORT_S = 300.0
-PIP_ANSWER_S = 20.0
+PIP_ANSWER_S = 60.0
 _VERSION = re.compile(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 _CUDA = re.compile(r"^cuda(?:\s*:[^=]+)?\s*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 
@@ -85,10 +85,13 @@ def load(layout: Layout, settings: Settings) -> TorchBuild:
             env=settings.child_environment("run"),
             timeout_s=IMPORT_S,
         )
+    except process.NoAnswer:
+        raise
     except ToolchainError as exc:
         raise BuildError(
             f"torch in .vllm cannot be imported: {exc.message}", hint="./scripts/inv bootstrap"
         ) from exc
+    process.require_not_killed(done, "the import of torch")
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [process.describe_status(done.returncode)]
         raise BuildError(
@@ -302,14 +305,12 @@ def _wheel_folders(settings: Settings) -> list[Path]:
 
 
 def _pip_places(environment: Mapping[str, str]) -> list[str]:
-    try:
-        done = process.capture(
-            ["python3", "-m", "pip", "config", "list"], env=environment, timeout_s=PIP_ANSWER_S
-        )
-    except ToolchainError:
-        return []
+    # A machine without pip has no such places; a pip that is only slow may have them.
+    argv = ["python3", "-m", "pip", "config", "list"]
+    answer = process.ask(argv, env=environment, limit_s=PIP_ANSWER_S)
+    printed = process.certain(process.output_of(answer), "pip config list") or ""
     places: list[str] = []
-    for value in re.findall(r"^(?:global|install)\.find-links=(.+)$", done.stdout, re.MULTILINE):
+    for value in re.findall(r"^(?:global|install)\.find-links=(.+)$", printed, re.MULTILINE):
         with contextlib.suppress(ValueError, SyntaxError):
             # pip prints the value as Python would; line ends or blanks separate several places.
             places += str(ast.literal_eval(value)).split()
