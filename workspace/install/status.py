@@ -10,9 +10,10 @@ from workspace.core import records
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import PatchDrift, SmokeError
 from workspace.core.paths import Layout
+from workspace.core.process import There
 from workspace.install import plan, precompiled, stamp
 from workspace.install.precompiled import text_of
-from workspace.machine import doctor, torch
+from workspace.machine import doctor, gpu, torch
 from workspace.machine.machine import Machine
 from workspace.machine.torch import Installed, TorchBuild
 from workspace.repo import checkout, overview, patches, pins
@@ -157,6 +158,7 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
                 layer.why if layer.state != "ok" else texts[layer.name],
             )
         )
+    rows.extend(device_rows(observed.machine))
     if sentence := driver_sentence(built):
         rows.append(Row(State.OK, "first use", sentence))
     if found := triton_row(layout, observed.torch):
@@ -187,14 +189,14 @@ def driver_sentence(built: stamp.Stamp | None) -> str | None:
 
 
 def show_doctor(machine: Machine, *, console: Console, as_json: bool, offline: bool) -> None:
-    """Print the doctor's rows, and one on code that the driver compiles at its first use."""
+    """Print the doctor's rows, and those on a driver that came back and on its first use."""
     doctor.show(
         machine,
         console=console,
         as_json=as_json,
         offline=offline,
         is_native=precompiled.is_native(machine.settings),
-        more=first_use(machine.layout),
+        more=(*device_rows(machine, is_asked=True), *first_use(machine.layout)),
     )
 
 
@@ -203,6 +205,30 @@ def first_use(layout: Layout) -> tuple[Row, ...]:
     sentence = driver_sentence(stamp.read(layout.stamp("vllm")))
     why = "the first request waits for it; inv bootstrap ends with a first token, which compiles it"
     return (Row(State.OK, "first use", sentence, why),) if sentence else ()
+
+
+def device_rows(machine: Machine, *, is_asked: bool = False) -> tuple[Row, ...]:
+    """Return the row of a CPU build that was made while no driver answered, once one is here again.
+
+    Status only looks for the driver's files; with `is_asked` the driver is asked. DEVICE=cpu says
+    that the CPU is meant.
+    """
+    recorded = stamp.read(machine.layout.stamp("environment"))
+    is_away = recorded is not None and recorded.outcome.get(stamp.DRIVER) == stamp.AWAY
+    environment = machine.settings.child_environment("plain")
+    if not is_away or machine.settings.text("DEVICE") == "cpu" or not gpu.is_installed(environment):
+        return ()
+    here, again = "an NVIDIA driver is installed", f"{BOOTSTRAP} --device cuda"
+    if is_asked:
+        answer = machine.driver.gpus()
+        if not isinstance(answer, There):
+            return ()
+        here = f"{answer.value[0].name} answers"
+    text = (
+        f"built for the CPU when no driver answered; now {here}. DEVICE=cpu in .env keeps the CPU"
+    )
+    why = "vLLM uses a GPU only where it was built for one"
+    return (Row(State.WARN, "device", text, why if is_asked else "", again),)
 
 
 def _pin(layout: Layout, observed: plan.Observation) -> Row:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -234,6 +235,12 @@ class Driver:
 
 def _value_of(answer: Answer[_Value], otherwise: _Value) -> _Value:
     return answer.value if isinstance(answer, There) else otherwise
+
+
+def is_installed(environment: Mapping[str, str]) -> bool:
+    """Return whether a driver is installed: its library or its program. This does not start it."""
+    program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
+    return program is not None or is_library_there(environment)
 
 
 def is_library_there(environment: Mapping[str, str]) -> bool:
