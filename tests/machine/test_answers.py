@@ -7,6 +7,7 @@ from workspace.core import process
 from workspace.core.process import Absent, Broken, Completed, NoAnswer, Slow, There
 from workspace.machine import (
     doctor,
+    doctor_host,
     doctor_toolchain,
     dotenv,
     hardware,
@@ -186,3 +187,23 @@ def test_limits_leave_a_loaded_machine_its_time(monkeypatch):
     monkeypatch.undo()
     assert machine.PATIENCE_S >= 20
     assert min(toolchain.ANSWER_S, interpreter.ANSWER_S, torch.PIP_ANSWER_S) >= 60
+
+
+def test_limit_that_cannot_be_read_is_not_a_missing_one(house, monkeypatch, tmp_path):
+    group = tmp_path / "cgroup" / "job"
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/job\n")
+    group.mkdir(parents=True)
+    monkeypatch.setattr(hardware, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroup")
+    assert (list(hardware.memory_limits()), hardware.limit_fault()) == ([], None)
+    # A limit counts, whatever else is unreadable.
+    (group / "memory.max").write_text("1000\n")
+    (group / "memory.current").mkdir()
+    assert list(hardware.memory_limits()) == [(1000.0, 0.0)]
+    # Root may read every file: a folder in its place cannot be read by anybody.
+    (group / "memory.max").unlink()
+    (group / "memory.max").mkdir()
+    assert "memory.max cannot be read: Is a directory" in (hardware.limit_fault() or "")
+    found = {row.name: row.state for row in doctor_host.memory(Case(house.machine()))}
+    assert found["memory limit"] == "warn"

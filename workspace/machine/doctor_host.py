@@ -73,6 +73,9 @@ def memory(case: Case) -> Iterator[Row]:
     seen = f"{host.memory_gib:.1f} GiB, {host.available_gib:.1f} GiB available"
     if host.memory_gib < whole_gib - 0.1:
         seen += f"; the control group's limit, the machine has {whole_gib:.1f} GiB"
+    if fault := hardware.limit_fault():
+        why = "a build may use more memory than the control group allows"
+        yield Row(State.WARN, "memory limit", fault, why, "cat /proc/self/cgroup")
     if case.is_native and case.device == "cuda" and host.available_gib < LARGEST_COMPILER_GIB:
         why = f"one nvcc of this tree takes up to {LARGEST_COMPILER_GIB} GiB"
         yield Row(State.FAIL, "memory", seen, why, LARGEST_PROGRAMS)

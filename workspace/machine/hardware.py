@@ -201,14 +201,25 @@ def memory_limits() -> Iterator[tuple[float, float]]:
         yield from _limit(folder, *names[version])
 
 
+def limit_fault() -> str | None:
+    """Return why a limit of a control group cannot be read, though its file is there, else None."""
+    names = {1: "memory.limit_in_bytes", 2: "memory.max"}
+    for version, folder in control_groups():
+        try:
+            (folder / names[version]).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            return f"{exc.filename} cannot be read: {exc.strerror}"
+    return None
+
+
 def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[float, float]]:
-    try:
-        limit, used, stat = (
-            (folder / name).read_text(encoding="ascii").strip()
-            for name in (limit_name, used_name, "memory.stat")
-        )
-    except OSError:
-        return
+    """Yield limit and use of a group. A limit counts although its use cannot be read."""
+    limit, used, stat = (
+        _found(folder / name, r"(?s)\A\s*(.*?)\s*\Z") or ""
+        for name in (limit_name, used_name, "memory.stat")
+    )
     if limit.isdigit():
         # The kernel frees the page cache of unused files when a program requests memory.
         cached = next(
@@ -219,7 +230,8 @@ def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[floa
             ),
             "0",
         )
-        yield float(limit), max(0.0, float(used) - float(cached))
+        in_use = float(used) if used.isdigit() else 0.0
+        yield float(limit), max(0.0, in_use - float(cached))
 
 
 def drop_caches(settings: Settings, *, console: Console, is_root: bool | None = None) -> None:
