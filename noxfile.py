@@ -88,6 +88,9 @@ def run(session, *argv):
             child.send_signal(number)
         raise KeyboardInterrupt
 
+    # scripts/nox starts without a handler, so that ^C during the imports leaves no traceback.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     former = signal.signal(signal.SIGTERM, end)
     try:
         session.run(

@@ -5,13 +5,18 @@ be imported: standard library only, syntax of Python 3.6. Of the user's pip and 
 that say where packages come from are kept, the others dropped.
 """
 
+# Until main catches it, ^C ends the process as the system does it: without a traceback.
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import configparser
 import fcntl
 import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -61,6 +66,8 @@ def main():
     """Make the environment unless it is complete, and return the exit code."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             prepare()
         except OSError as exc:

@@ -121,6 +121,9 @@ def run(work: Callable[[], object]) -> int:
     settings.forget_odd_terminal()
     _make_streams_usable()
     try:
+        # The entrances start without a handler: ^C during their imports leaves no traceback.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with _ending_signals():
             work()
         sys.stdout.flush()
