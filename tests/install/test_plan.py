@@ -234,7 +234,7 @@ def driver_rows(world: World, tmp_path: Path, script: str, **env: str) -> tuple[
         (smi.parent / gpu.LIBRARY).write_text("not a library")
         environ["LD_LIBRARY_PATH"] = str(smi.parent)
     machine = Machine(world.layout, settings.load(world.layout, environ=environ))
-    found = (status.device_rows(machine), status.device_rows(machine, is_asked=True))
+    found = (status.device_rows(machine), status.device_rows(machine, queries_driver=True))
     return tuple([row.text for row in rows] for rows in found)
 
 

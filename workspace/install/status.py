@@ -196,7 +196,7 @@ def show_doctor(machine: Machine, *, console: Console, as_json: bool, offline: b
         as_json=as_json,
         offline=offline,
         is_native=precompiled.is_native(machine.settings),
-        more=(*device_rows(machine, is_asked=True), *first_use(machine.layout)),
+        more=(*device_rows(machine, queries_driver=True), *first_use(machine.layout)),
     )
 
 
@@ -207,11 +207,10 @@ def first_use(layout: Layout) -> tuple[Row, ...]:
     return (Row(State.OK, "first use", sentence, why),) if sentence else ()
 
 
-def device_rows(machine: Machine, *, is_asked: bool = False) -> tuple[Row, ...]:
+def device_rows(machine: Machine, *, queries_driver: bool = False) -> tuple[Row, ...]:
     """Return the row of a CPU build that was made while no driver answered, once one is here again.
 
-    Status only looks for the driver's files; with `is_asked` the driver is asked. DEVICE=cpu says
-    that the CPU is meant.
+    Status only looks for the driver's files; the doctor queries the driver. DEVICE=cpu is a choice.
     """
     recorded = stamp.read(machine.layout.stamp("environment"))
     is_away = recorded is not None and recorded.outcome.get(stamp.DRIVER) == stamp.AWAY
@@ -219,7 +218,7 @@ def device_rows(machine: Machine, *, is_asked: bool = False) -> tuple[Row, ...]:
     if not is_away or machine.settings.text("DEVICE") == "cpu" or not gpu.is_installed(environment):
         return ()
     here, again = "an NVIDIA driver is installed", f"{BOOTSTRAP} --device cuda"
-    if is_asked:
+    if queries_driver:
         answer = machine.driver.gpus()
         if not isinstance(answer, There):
             return ()
@@ -228,7 +227,7 @@ def device_rows(machine: Machine, *, is_asked: bool = False) -> tuple[Row, ...]:
         f"built for the CPU when no driver answered; now {here}. DEVICE=cpu in .env keeps the CPU"
     )
     why = "vLLM uses a GPU only where it was built for one"
-    return (Row(State.WARN, "device", text, why if is_asked else "", again),)
+    return (Row(State.WARN, "device", text, why if queries_driver else "", again),)
 
 
 def _pin(layout: Layout, observed: plan.Observation) -> Row:
