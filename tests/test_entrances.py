@@ -261,3 +261,26 @@ def test_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
     script = "trap '' INT; exec \"$0\" --version"
     done = clone.run("/bin/sh", "-c", script, clone.root / "scripts" / "inv")
     assert (done.returncode, done.stdout[:6]) == (0, "Invoke")
+
+
+def test_verbs_that_start_nothing_do_not_repeat_the_warnings_of_env(ready: Clone) -> None:
+    dotenv = ready.root / ".env"
+    dotenv.write_text("NCCL_SOCKET_IFNMAE=eth0\nMAX_JOBS=2\n")
+    try:
+        for verb in (["patch"], ["pin", "--offline"], ["status"], ["serve.list"], ["bench"]):
+            assert "IFNMAE" not in ready.inv(*verb).stderr
+        shown = ready.inv("env")
+        assert "did you mean NCCL_SOCKET_IFNAME?" in shown.stdout + shown.stderr
+    finally:
+        dotenv.unlink()
+
+
+def test_verb_that_starts_something_warns_of_each_line_once(ready: Clone) -> None:
+    dotenv = ready.root / ".env"
+    dotenv.write_text("NCCL_SOCKET_IFNMAE=eth0\n")
+    try:
+        warned = ready.inv("env.export").stderr
+        assert warned.count("IFNMAE is not a known setting") == 1
+        assert "sed -i" not in warned
+    finally:
+        dotenv.unlink()

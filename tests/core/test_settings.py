@@ -80,7 +80,13 @@ def test_unknown_name_is_passed_on_with_the_nearest_known_one(tmp_path: Path) ->
         *("FLASHINFER_CUDA_ARCH_LIST", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE"),
         *("CUDA_VISIBLE_DEVICES", "CUDA_CACHE_PATH", "CUDA_PATH", "NCCL_DEBUG", "TORCH_HOME"),
         *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_ALLOC_CONF", "TRANSFORMERS_OFFLINE"),
-        *("OMP_NUM_THREADS", "TIKTOKEN_ENCODINGS_BASE"),
+        *("OMP_NUM_THREADS", "TIKTOKEN_ENCODINGS_BASE", "NCCL_IB_HCA", "GLOO_SOCKET_IFNAME"),
+        *("UCX_NET_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HUGGING_FACE_HUB_TOKEN", "MKL_CBWR"),
+        *("HF_XET_HIGH_PERFORMANCE", "RAY_memory_monitor_refresh_ms", "KMP_AFFINITY", "KMP_AVX"),
+        *("TORCH_NCCL_TRACE_BUFFER_SIZE", "CUTE_DSL_ARCH", "TVM_FFI_CUDA_ARCH_LIST", "LD_PRELOAD"),
+        *("SAFETENSORS_FAST_GPU", "http_proxy", "HTTPS_PROXY", "no_proxy", "DG_JIT_CACHE_DIR"),
+        *("CUBLASLT_LOG_LEVEL", "NCCL_LL128_BUFFSIZE", "NCCL_IB_ADDR_RANGE", "OTEL_SDK_DISABLED"),
+        *("MLX5_SINGLE_THREADED", "UCX_IB_SL", "TZ", "LC_ALL", "TMPDIR", "MASTER_ADDR"),
     ],
 )
 def test_variable_of_a_library_is_passed_on_without_a_warning(tmp_path: Path, name: str) -> None:
@@ -99,6 +105,13 @@ def test_variable_of_a_library_is_passed_on_without_a_warning(tmp_path: Path, na
         ("TRITON_PTXAS", "TRITON_PTXAS_PATH"),
         ("TRITON_BLACKWELL_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"),
         ("CUDA_VISBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+        ("NCCL_SOCKET_IFNMAE", "NCCL_SOCKET_IFNAME"),
+        ("PYTORCH_CUDA_ALOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("OMP_NUM_THREAD", "OMP_NUM_THREADS"),
+        ("RAY_memory_monitor_refesh_ms", "RAY_memory_monitor_refresh_ms"),
+        ("GLO_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),
+        ("htps_proxy", "https_proxy"),
+        ("LD_PRELOADS", "LD_PRELOAD"),
     ],
 )
 def test_typing_error_in_a_name_of_a_library_is_reported(

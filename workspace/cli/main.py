@@ -61,13 +61,12 @@ def console() -> Console:
     return Console()
 
 
-def load_settings(
-    layout: Layout, *, flags: Mapping[str, str | None] | None = None, is_quiet: bool = False
-) -> Settings:
-    """Read the settings of a verb and print each of their warnings once in a process.
+def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = None) -> Settings:
+    """Read the settings of a verb. A verb that starts something prints their warnings
+    (machine/check.py); the others, such as `inv patch`, do not repeat them.
 
-    With `is_quiet` the verb shows the warnings itself. Raises SettingsError, and WorkspaceError for
-    a clone in a folder whose name fits neither into a log nor into pyvenv.cfg.
+    Raises SettingsError, and WorkspaceError for a clone in a folder whose name fits neither into a
+    log nor into pyvenv.cfg.
     """
     if _UNWRITABLE.search(str(layout.root)):
         raise WorkspaceError(
@@ -75,10 +74,7 @@ def load_settings(
             hint="move the clone into a folder with a plain name",
         )
     settings.forget_outer_git()
-    loaded = settings.load(layout, flags=flags, also_known=lambda: _registered(layout))
-    for warning in () if is_quiet else loaded.warnings:
-        _warn(warning)
-    return loaded
+    return settings.load(layout, flags=flags, also_known=lambda: _registered(layout))
 
 
 def opened(flags: Mapping[str, str | None] | None = None) -> tuple[Layout, Settings]:
@@ -104,11 +100,6 @@ def _registered(layout: Layout) -> list[str]:
         )
     except (OSError, UnicodeDecodeError):
         return []
-
-
-@functools.cache
-def _warn(text: str) -> None:
-    console().warn(text)
 
 
 def run(work: Callable[[], object]) -> int:

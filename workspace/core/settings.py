@@ -4,6 +4,7 @@ The only reader of os.environ and of .env. Precedence: flag, shell, .env, defaul
 """
 
 import difflib
+import functools
 import io
 import os
 import re
@@ -41,6 +42,7 @@ _EXAMPLES = {
     "url": "https://host/simple",
 }
 _SHOWN = 120
+_USUAL_NAMES = Path(__file__).with_name("library_names.txt")
 # Parts of warnings, by which the doctor and env.check find the row that one is about.
 UNKNOWN, AGAIN = "is not a known setting", "is set again in line"
 
@@ -280,9 +282,38 @@ def _warnings(
 
 
 def _is_of_library(name: str, known: Iterable[str]) -> bool:
-    """Return whether CUDA, torch or a library may read the variable, and no known name is near."""
+    """Return whether CUDA, torch or a library may read the variable, and it is no typing error."""
+    usual = _usual_names()
+    if not OF_LIBRARIES.match(name) or name in usual:
+        return name in usual
     others = (each for each in known if not each.startswith("VLLM_"))
-    return bool(OF_LIBRARIES.match(name)) and not nearest(name, others, cutoff=_TYPING_ERROR)
+    is_near = nearest(name, others, cutoff=_TYPING_ERROR) is not None
+    return not is_near and not any(_is_typing_error(name, each) for each in usual)
+
+
+@functools.cache
+def _usual_names() -> frozenset[str]:
+    """Return the variables of libraries that people set most: few typing errors lead elsewhere."""
+    return frozenset(_USUAL_NAMES.read_text(encoding="ascii").split())
+
+
+def _is_typing_error(typed: str, meant: str) -> bool:
+    """Return whether one letter is missing, added, wrong, or has changed its place with the next.
+
+    A digit counts as right: names of a series differ in it.
+    """
+    start = _alike(typed, meant)
+    end = _alike(typed[start:][::-1], meant[start:][::-1])
+    one, other = typed[start : len(typed) - end], meant[start : len(meant) - end]
+    is_swapped = len(one) == 2 and one == other[::-1]
+    is_one = max(len(one), len(other)) == 1 and not (one + other).isdigit()
+    return typed != meant and (is_swapped or is_one)
+
+
+def _alike(one: str, other: str) -> int:
+    """Return how many letters two names have in common at their beginnings."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _value(
@@ -448,7 +479,7 @@ def _hidden(name: str, shell_text: str, text: str) -> str:
 
 
 def _unknown(name: str, line: int, known: Iterable[str]) -> str:
-    like = nearest(name, known)
+    like = nearest(name, {*known, *_usual_names()})
     follows = (
         "./scripts/inv env shows how it is used."
         if name.startswith("VLLM_")
