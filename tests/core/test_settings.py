@@ -317,3 +317,53 @@ def test_run_time_always_has_a_bound_on_compilers_and_a_build_has_its_own(tmp_pa
     assert int(found.child_environment("run")["MAX_JOBS"]) >= 1
     assert "MAX_JOBS" not in found.child_environment("build")
     assert load(tmp_path, "MAX_JOBS=3\n").child_environment("run")["MAX_JOBS"] == "3"
+
+
+def test_variables_in_dotenv_are_resolved_as_in_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    found = load(
+        tmp_path,
+        'BASE=/data\nHF_HOME=$HOME/models\nWORKSPACE_CACHE_DIR="${HOME}/dl"\n'
+        "CUDA_HOME=$BASE/cuda\nHF_HUB_CACHE=$BASE/hub\nLITERAL='$HOME/x'\nRPATH=$ORIGIN/lib\n"
+        "VLLM_API_KEY=pa$HOME\n",
+    )
+    assert found.text("HF_HOME") == "/home/ada/models"
+    assert found.text("WORKSPACE_CACHE_DIR") == "/home/ada/dl"
+    assert found.text("CUDA_HOME") == "/data/cuda"
+    passed = {name: value.text for name, value in found.passed.items()}
+    assert passed["HF_HUB_CACHE"] == "/data/hub"
+    assert (passed["LITERAL"], passed["RPATH"]) == ("$HOME/x", "$ORIGIN/lib")
+    # A password may have a $ in it.
+    assert found.text("VLLM_API_KEY") == "pa$HOME"
+
+
+@pytest.mark.parametrize("text", ["$HOEM/models", "${HOEM}/models", '"$HOEM/models"'])
+def test_path_with_a_variable_that_is_not_set_stops_with_its_line(
+    tmp_path: Path, text: str
+) -> None:
+    with pytest.raises(SettingsError, match=r"line 2: HF_HOME needs the variable HOEM") as caught:
+        load(tmp_path, f"# mine\nHF_HOME={text}\n")
+    assert "+2 .env" in (caught.value.hint or "")
+
+
+def test_home_sign_in_a_path_is_resolved_for_programs_that_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    found = load(tmp_path, "HF_HOME=~/models\nTRITON_PTXAS_PATH=~/ptxas\n")
+    environment = found.child_environment("run")
+    assert environment["HF_HOME"] == "/home/ada/models"
+    assert environment["TRITON_PTXAS_PATH"] == "/home/ada/ptxas"
+
+
+@pytest.mark.parametrize("name", ["HF_HOME", "CUDA_HOME", "WORKSPACE_CACHE_DIR"])
+@pytest.mark.parametrize("text", ["$HOME/models", "$(pwd)/models", "`pwd`/models", "${HOME}/x"])
+def test_path_of_the_shell_or_in_quotes_with_a_variable_in_it_is_refused(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"{name} in the shell: .* is not a path in which"):
+        load(tmp_path, "", shell={name: text})
+    with pytest.raises(SettingsError, match=rf"\.env, line 1: {name}: "):
+        load(tmp_path, f"{name}='{text.replace('${HOME}', '$HOME')}'\n")

@@ -4,7 +4,6 @@ The only reader of os.environ and of .env. Precedence: flag, shell, .env, defaul
 """
 
 import difflib
-import functools
 import io
 import os
 import re
@@ -19,13 +18,14 @@ from workspace.core.files import read_regular
 from workspace.core.known_settings import (
     BUILD_ONLY,
     KNOWN,
-    OF_LIBRARIES,
     RUN_ONLY,
     SETTINGS,
     TRUE,
     Setting,
     expands,
     expected,
+    is_of_library,
+    usual_names,
 )
 from workspace.core.paths import Layout
 
@@ -42,7 +42,6 @@ _EXAMPLES = {
     "url": "https://host/simple",
 }
 _SHOWN = 120
-_USUAL_NAMES = Path(__file__).with_name("library_names.txt")
 # Parts of warnings, by which the doctor and env.check find the row that one is about.
 UNKNOWN, AGAIN = "is not a known setting", "is set again in line"
 
@@ -66,9 +65,7 @@ _FOREIGN = re.compile(
     r"|VLLM_USE_PRECOMPILED.*|VLLM_PRECOMPILED_.*|VLLM_TARGET_DEVICE|VLLM_VERSION_OVERRIDE"
     r"|SETUPTOOLS_SCM_.*)$"
 )
-# A name of such a family that is nearer to a known name than this is a typing error. Measured on 40
-# real names: TRITON_HOME is at 0.76 to TRITON_REF.
-_TYPING_ERROR = 0.77
+_VARIABLE = re.compile(r"\$(?:\{(?P<braced>\w+)\}|(?P<plain>[A-Za-z_]\w*))")
 _GIT_LOCAL = re.compile(
     r"GIT_(DIR|WORK_TREE|INDEX_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR"
     r"|NAMESPACE|PREFIX|QUARANTINE_PATH"
@@ -204,8 +201,9 @@ class Settings:
             and not _FOREIGN.match(name)
             and (base == "run" or not is_secret(name))
         }
+        # A shell would resolve ~ in a path; most programs do not.
         return passed | {
-            name: value.text
+            name: str(self.path(name)) if KNOWN[name].kind == "path" else value.text
             for name, value in self.values.items()
             if value.text and KNOWN[name].phase in (base, "both")
         }
@@ -277,43 +275,8 @@ def _warnings(
         for line in lines[:-1]:
             yield f".env, line {line}: {name} {AGAIN} {lines[-1]}, which counts"
     for name, (_, lines) in written.items():
-        if name not in known and not BUILD_ONLY.match(name) and not _is_of_library(name, known):
+        if name not in known and not BUILD_ONLY.match(name) and not is_of_library(name, known):
             yield _unknown(name, lines[-1], known)
-
-
-def _is_of_library(name: str, known: Iterable[str]) -> bool:
-    """Return whether CUDA, torch or a library may read the variable, and it is no typing error."""
-    usual = _usual_names()
-    if not OF_LIBRARIES.match(name) or name in usual:
-        return name in usual
-    others = (each for each in known if not each.startswith("VLLM_"))
-    is_near = nearest(name, others, cutoff=_TYPING_ERROR) is not None
-    return not is_near and not any(_is_typing_error(name, each) for each in usual)
-
-
-@functools.cache
-def _usual_names() -> frozenset[str]:
-    """Return the variables of libraries that people set most: few typing errors lead elsewhere."""
-    return frozenset(_USUAL_NAMES.read_text(encoding="ascii").split())
-
-
-def _is_typing_error(typed: str, meant: str) -> bool:
-    """Return whether one letter is missing, added, wrong, or has changed its place with the next.
-
-    A digit counts as right: names of a series differ in it.
-    """
-    start = _alike(typed, meant)
-    end = _alike(typed[start:][::-1], meant[start:][::-1])
-    one, other = typed[start : len(typed) - end], meant[start : len(meant) - end]
-    is_swapped = len(one) == 2 and one == other[::-1]
-    is_one = max(len(one), len(other)) == 1 and not (one + other).isdigit()
-    return typed != meant and (is_swapped or is_one)
-
-
-def _alike(one: str, other: str) -> int:
-    """Return how many letters two names have in common at their beginnings."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _value(
@@ -386,7 +349,7 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | N
 def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
     """Return name, value and lines of each setting; the last line counts.
 
-    python-dotenv resolves ${HOME}.
+    Variables are resolved as in a shell: $HOME and ${HOME}.
     """
     from dotenv.main import DotEnv
     from dotenv.parser import parse_stream
@@ -403,6 +366,7 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
         raise SettingsError(f".env cannot be read: {exc.strerror}", hint="ls -l .env") from exc
     text = _dotenv_text(raw)
     lines: dict[str, list[int]] = {}
+    resolvable = ""
     for binding in parse_stream(io.StringIO(text)):
         line = (
             binding.original.line
@@ -419,10 +383,33 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
             )
         if binding.key is not None:
             lines.setdefault(binding.key, []).append(line)
-    resolved = DotEnv(
-        dotenv_path=None, stream=io.StringIO(text), interpolate=True, override=False
-    ).dict()
+        resolvable += _with_braces(binding.original.string, binding.key or "", line, {*lines})
+    stream = io.StringIO(resolvable)
+    resolved = DotEnv(dotenv_path=None, stream=stream, interpolate=True, override=False).dict()
     return {name: (value, lines[name]) for name, value in resolved.items() if value is not None}
+
+
+def _with_braces(string: str, name: str, line: int, earlier: Collection[str]) -> str:
+    """Return an assignment of .env with ${NAME} for $NAME: python-dotenv resolves only that form.
+
+    Single quotes and secrets keep a $ as it is, and so does the name of no variable. Raises
+    SettingsError for a path with such a name: a folder called $HOME would be made.
+    """
+    if is_secret(name) or string.partition("=")[2].lstrip().startswith("'"):
+        return string
+
+    def braced(found: re.Match[str]) -> str:
+        variable = found["braced"] or found["plain"]
+        if variable in os.environ or variable in earlier:
+            return f"${{{variable}}}"
+        if name in KNOWN and KNOWN[name].kind in ("path", "mirror", "url"):
+            raise SettingsError(
+                f".env, line {line}: {name} needs the variable {variable}, which is not set",
+                hint=f"${{EDITOR:-nano}} +{line} .env",
+            )
+        return found[0]
+
+    return _VARIABLE.sub(braced, string)
 
 
 def _dotenv_text(raw: bytes) -> str:
@@ -479,7 +466,7 @@ def _hidden(name: str, shell_text: str, text: str) -> str:
 
 
 def _unknown(name: str, line: int, known: Iterable[str]) -> str:
-    like = nearest(name, {*known, *_usual_names()})
+    like = nearest(name, {*known, *usual_names()})
     follows = (
         "./scripts/inv env shows how it is used."
         if name.startswith("VLLM_")
