@@ -277,3 +277,11 @@ def test_cpu_build_beside_a_driver_that_answered_is_meant(built: World, tmp_path
     assert recorded is not None
     stamp.write(path, replace(recorded, outcome={}))
     assert driver_rows(built, tmp_path, ANSWERS) == ([], [])
+
+
+def test_second_bootstrap_needs_less_disk_by_what_the_first_has_installed(tmp_path: Path) -> None:
+    assert bootstrap._used_gib(tmp_path / "none") == 0
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "lib").write_bytes(os.urandom(3 << 20))
+    (tmp_path / "link").symlink_to(tmp_path / "torch" / "lib")
+    assert bootstrap._used_gib(tmp_path) == pytest.approx(3 / 1024, rel=0.1)

@@ -61,8 +61,10 @@ CHECKS = {
 
 
 def row_of(house, look):
+    house.layout.stamp("environment").parent.mkdir(parents=True, exist_ok=True)
+    house.layout.stamp("environment").write_text("{}")
     settings = house.settings(CUDA_HOME=str(house.layout.root.parent / "cuda"))
-    case = Case(machine.Machine(house.layout, settings), device="cuda", kernels="native")
+    case = Case(machine.Machine(house.layout, settings), device="cuda", is_native=True)
     (row,) = doctor._rows(doctor._check(look), case)
     return row
 
@@ -196,7 +198,7 @@ def test_limit_that_cannot_be_read_is_not_a_missing_one(house, monkeypatch, tmp_
     group.mkdir(parents=True)
     monkeypatch.setattr(hardware, "_PROC", tmp_path / "proc")
     monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroup")
-    assert (list(hardware.memory_limits()), hardware.limit_fault()) == ([], None)
+    assert (list(hardware.memory_limits()), doctor_host._limit_fault()) == ([], None)
     # A limit counts, whatever else is unreadable.
     (group / "memory.max").write_text("1000\n")
     (group / "memory.current").mkdir()
@@ -204,6 +206,6 @@ def test_limit_that_cannot_be_read_is_not_a_missing_one(house, monkeypatch, tmp_
     # Root may read every file: a folder in its place cannot be read by anybody.
     (group / "memory.max").unlink()
     (group / "memory.max").mkdir()
-    assert "memory.max cannot be read: Is a directory" in (hardware.limit_fault() or "")
+    assert "memory.max cannot be read: Is a directory" in (doctor_host._limit_fault() or "")
     found = {row.name: row.state for row in doctor_host.memory(Case(house.machine()))}
     assert found["memory limit"] == "warn"

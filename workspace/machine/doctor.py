@@ -233,10 +233,12 @@ def preflight(
     is_native: bool,
     need_gib: Mapping[Path, float],
     for_serving: bool = False,
+    is_environment_due: bool = False,
 ) -> tuple[Row, ...]:
     """Check what a verb needs, disk first: for a bootstrap or, with `for_serving`, for a server.
 
-    With `is_native` the verb compiles; `need_gib` maps folders to GiB.
+    With `is_native` the verb compiles; with `is_environment_due` it installs what `.vllm` lacks.
+    `need_gib` maps folders to GiB.
     """
     wanted: set[Purpose] = {"serve"} if for_serving else {"cuda" if device == "cuda" else "cpu"}
     if is_native and not for_serving:
@@ -246,6 +248,7 @@ def preflight(
         device=device,
         is_native=is_native,
         places=doctor_host.preflight_places(need_gib),
+        is_environment_due=is_environment_due,
     )
     return examine(case, [check for check in CHECKS if check.purposes & wanted])
 

@@ -73,7 +73,7 @@ def memory(case: Case) -> Iterator[Row]:
     seen = f"{host.memory_gib:.1f} GiB, {host.available_gib:.1f} GiB available"
     if host.memory_gib < whole_gib - 0.1:
         seen += f"; the control group's limit, the machine has {whole_gib:.1f} GiB"
-    if fault := hardware.limit_fault():
+    if fault := _limit_fault():
         why = "a build may use more memory than the control group allows"
         yield Row(State.WARN, "memory limit", fault, why, "cat /proc/self/cgroup")
     if case.is_native and case.device == "cuda" and host.available_gib < LARGEST_COMPILER_GIB:
@@ -85,6 +85,19 @@ def memory(case: Case) -> Iterator[Row]:
     else:
         why = "torch, compilers and models share it; on a Spark the GPU too"
         yield Row(State.OK, "memory", seen, why)
+
+
+def _limit_fault() -> str | None:
+    """Return why a limit of a control group cannot be read, though its file is there, else None."""
+    names = {1: "memory.limit_in_bytes", 2: "memory.max"}
+    for version, folder in hardware.control_groups():
+        try:
+            (folder / names[version]).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            return f"{exc.filename} cannot be read: {exc.strerror}"
+    return None
 
 
 def swap(case: Case) -> Iterator[Row]:

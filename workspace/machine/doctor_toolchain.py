@@ -83,7 +83,7 @@ def headers(case: Case) -> Iterator[Row]:
 
     Before `.vllm` exists, check the interpreter that bootstrap will choose; this fetches nothing.
     """
-    if facts := case.python():
+    if interpreter.is_finished(case.layout) and (facts := case.python()):
         yield _headers_row(case, facts.version, facts.headers, base=facts.base, is_certain=True)
         return
     try:
@@ -149,7 +149,7 @@ def compiler(case: Case) -> Iterator[Row]:
 
 def cmake(case: Case) -> Iterator[Row]:
     """Check the CMake that a build uses: the one in `.vllm`, else the one on PATH."""
-    if not case.layout.environment_python.exists():
+    if case.is_environment_due:
         yield Row(State.OK, "cmake", "not in .vllm yet", "bootstrap installs a suitable one there")
         return
     found = _built_or_on_path(case, "cmake")
@@ -172,7 +172,7 @@ def cmake(case: Case) -> Iterator[Row]:
 
 def ninja(case: Case) -> Iterator[Row]:
     """Check the ninja that a build uses: the one in `.vllm`, else the one on PATH."""
-    if not case.layout.environment_python.exists():
+    if case.is_environment_due:
         yield Row(State.OK, "ninja", "not in .vllm yet", "bootstrap installs one there")
         return
     found = _built_or_on_path(case, "ninja")
@@ -345,7 +345,9 @@ def agreement(case: Case) -> Iterator[Row]:
     newer = [name for name, cuda in wanted.items() if key(cuda)[0] > key(supported)[0]]
     ahead = [name for name, cuda in wanted.items() if key(cuda)[:2] > key(supported)[:2]]
     if newer:
-        state = State.FAIL if "torch" in newer else case.missing_state
+        # A bootstrap that has torch still to install replaces the present one.
+        is_kept = not case.is_environment_due or case.settings.switch("USE_EXISTING_TORCH")
+        state = State.FAIL if "torch" in newer and is_kept else case.missing_state
         why = f"code of {' and '.join(newer)} does not start on a driver of an older major version"
         yield Row(state, "cuda fit", seen, why, UPGRADE_DRIVER)
     elif ahead:

@@ -201,19 +201,6 @@ def memory_limits() -> Iterator[tuple[float, float]]:
         yield from _limit(folder, *names[version])
 
 
-def limit_fault() -> str | None:
-    """Return why a limit of a control group cannot be read, though its file is there, else None."""
-    names = {1: "memory.limit_in_bytes", 2: "memory.max"}
-    for version, folder in control_groups():
-        try:
-            (folder / names[version]).read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as exc:
-            return f"{exc.filename} cannot be read: {exc.strerror}"
-    return None
-
-
 def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[float, float]]:
     """Yield limit and use of a group. A limit counts although its use cannot be read."""
     limit, used, stat = (

@@ -121,7 +121,8 @@ class Machine:
 class Case:
     """A machine, and what a verb will do there.
 
-    `device` None means: detect it. With `is_native` the verb compiles.
+    `device` None means: detect it. With `is_native` the verb compiles. With `is_environment_due` it
+    completes `.vllm` first: what is missing there comes then.
     """
 
     def __init__(
@@ -131,8 +132,12 @@ class Case:
         device: str | None = None,
         is_native: bool = False,
         places: tuple[Place, ...] | None = None,
+        is_environment_due: bool = False,
     ) -> None:
         self.machine = machine
+        self.is_environment_due = (
+            is_environment_due or not machine.layout.stamp("environment").is_file()
+        )
         self.layout, self.settings = machine.layout, machine.settings
         self.is_native = is_native
         self.host, self.toolkit, self.programs = machine.host, machine.toolkit, machine.programs
