@@ -242,7 +242,7 @@ def requirements_of(layout: Layout, name: str, there: Mapping[str, str]) -> dict
 
 def _editable(described: Path) -> Iterator[Path]:
     """Yield the package folder of a torch that is installed editable (PEP 610)."""
-    origin, place = _origin(described)
+    origin, place = origin_of(described)
     if origin == "editable":
         yield Path(place) / "torch"
 
@@ -355,7 +355,7 @@ def observe_triton(layout: Layout) -> Installed | None:
     for folder in interpreter.site_packages(layout):
         described = folder / f"triton-{version}.dist-info"
         if described.is_dir():
-            origin, place = _origin(described)
+            origin, place = origin_of(described)
             # Triton's layouts: the package is below python/, or at the root of the tree.
             roots = (Path(place) / "python", Path(place)) if origin == "editable" else (folder,)
             package = next(
@@ -392,7 +392,7 @@ class _DirectUrl:
     dir_info: Mapping[str, object] = field(default_factory=dict)
 
 
-def _origin(described: Path) -> tuple[Origin, str]:
+def origin_of(described: Path) -> tuple[Origin, str]:
     """Return the origin of a package from an installer's notes (PEP 610)."""
     with contextlib.suppress(ValueError):
         if noted := records.load(described / "direct_url.json", _DirectUrl):
