@@ -270,6 +270,11 @@ def package_sources():
     for name, text in os.environ.items():
         if _UV_KEPT.match(name) or _PIP_KEPT.match(name) or not _DROPPED.match(name):
             environment[name] = text
+    if not environment.get("UV_CACHE_DIR") and not can_write(
+        environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    ):
+        # As core/paths.py decides it for every later uv.
+        environment["UV_CACHE_DIR"] = os.path.join(STATE, "cache", "uv")
     pip = pip_settings(environment)
     for name, key in (
         ("SSL_CERT_FILE", "cert"),
@@ -293,6 +298,13 @@ def package_sources():
         options += ["--find-links=" + place for place in pip.get("find-links", "").split()]
     options += ["--allow-insecure-host=" + host for host in pip.get("trusted-host", "").split()]
     return environment, options
+
+
+def can_write(folder):
+    """Return whether a folder, or the nearest one above it that exists, can be written."""
+    while folder and not os.path.lexists(folder) and os.path.dirname(folder) != folder:
+        folder = os.path.dirname(folder)
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def pip_settings(environment):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from workspace.core import settings
 from workspace.core.child_variables import fitting_jobs
 from workspace.core.errors import SettingsError
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, here
 
 BARE = {"PATH": "/usr/bin:/bin", "HOME": "/home/someone"}
 
@@ -367,3 +367,19 @@ def test_path_of_the_shell_or_in_quotes_with_a_variable_in_it_is_refused(
         load(tmp_path, "", shell={name: text})
     with pytest.raises(SettingsError, match=rf"\.env, line 1: {name}: "):
         load(tmp_path, f"{name}='{text.replace('${HOME}', '$HOME')}'\n")
+
+
+def test_home_that_cannot_be_written_gives_caches_in_the_clone(tmp_path: Path) -> None:
+    (tmp_path / "closed").touch()
+    for shell in ({"HOME": str(tmp_path / "closed")}, {"XDG_CACHE_HOME": f"{tmp_path}/closed/x"}):
+        found = load(tmp_path, "", shell=shell)
+        assert found.cache == here().state / "cache" / "vllm-workspace"
+        environment = found.child_environment("plain")
+        assert environment["UV_CACHE_DIR"] == str(here().state / "cache" / "uv")
+        # Models that are there already can still be read.
+        assert "HF_HOME" not in found.child_environment("run")
+    fine = load(tmp_path, "", shell={"HOME": str(tmp_path)})
+    assert fine.cache == tmp_path / ".cache" / "vllm-workspace"
+    assert "UV_CACHE_DIR" not in fine.child_environment("plain")
+    own = load(tmp_path, "", shell={"HOME": str(tmp_path / "closed"), "UV_CACHE_DIR": "/mine"})
+    assert own.child_environment("plain")["UV_CACHE_DIR"] == "/mine"

@@ -1,5 +1,7 @@
 """Every path of the workspace, defined here and nowhere else."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,3 +157,15 @@ class Layout:
 def here() -> Layout:
     """Return the layout of the clone that holds this package."""
     return Layout(Path(__file__).resolve().parents[2])
+
+
+def cache_home(environment: Mapping[str, str]) -> Path:
+    """Return the user's cache folder (XDG Base Directory Specification), or one of this clone where
+    that cannot be written, as in a home folder that is read-only.
+
+    Raises RuntimeError where there is no home folder.
+    """
+    base, home = environment.get("XDG_CACHE_HOME"), environment.get("HOME")
+    usual = Path(base) if base else (Path(home) if home else Path.home()) / ".cache"
+    existing = next(place for place in (usual, *usual.parents) if os.path.lexists(place))
+    return usual if os.access(existing, os.W_OK | os.X_OK) else here().state / "cache"

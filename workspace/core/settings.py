@@ -27,7 +27,7 @@ from workspace.core.known_settings import (
     is_of_library,
     usual_names,
 )
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, cache_home
 
 Source = Literal["flag", "shell", ".env", "default"]
 
@@ -99,7 +99,7 @@ class Settings:
 
     @property
     def cache(self) -> Path:
-        """Downloads shared by all clones of this user (XDG Base Directory Specification)."""
+        """Downloads shared by all clones of this user, see paths.cache_home."""
         own = self.path("WORKSPACE_CACHE_DIR")
         base = self.shell.get("XDG_CACHE_HOME")
         if not own and not base and not expands("~"):
@@ -107,7 +107,7 @@ class Settings:
                 "there is no home folder to keep downloads in: HOME is not set",
                 hint="export WORKSPACE_CACHE_DIR=/a/folder/of/yours",
             )
-        return own or (Path(base) if base else Path("~/.cache").expanduser()) / "vllm-workspace"
+        return own or cache_home(self.shell) / "vllm-workspace"
 
     @property
     def index_url(self) -> str | None:

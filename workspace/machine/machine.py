@@ -232,7 +232,8 @@ def grown(case: Case) -> tuple[Place, ...]:
     growth = (1.0 if case.is_built else GROWTH_GIB[case.device]) + (
         NATIVE_GIB[case.device] if case.is_native else 0.0
     )
-    uv_cache = Path(environment.get("UV_CACHE_DIR") or case.cache_home / "uv")
+    of_uv = case.settings.child_environment("plain").get("UV_CACHE_DIR")
+    uv_cache = Path(of_uv or case.cache_home / "uv")
     is_linked = (
         hardware.existing(uv_cache).stat().st_dev
         == hardware.existing(case.layout.root).stat().st_dev
