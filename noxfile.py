@@ -74,6 +74,12 @@ nox.options.default_venv_backend = "none"
 nox.options.sessions = ["tests", "lint", "typecheck"]
 
 
+def catch_interrupts():
+    """Raise on ^C. scripts/nox starts without a handler: ^C during imports leaves no traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(session, *argv):
     """Run a module of the tool environment in the root of the clone; exit as it exits."""
     ended_by = []
@@ -88,9 +94,7 @@ def run(session, *argv):
             child.send_signal(number)
         raise KeyboardInterrupt
 
-    # scripts/nox starts without a handler, so that ^C during the imports leaves no traceback.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    catch_interrupts()
     former = signal.signal(signal.SIGTERM, end)
     try:
         session.run(
