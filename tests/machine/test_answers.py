@@ -19,21 +19,26 @@ from workspace.machine import (
 from workspace.machine.machine import Case
 
 __all__ = ["tree"]
+LIMITS = (
+    (machine, "PATIENCE_S"),
+    (toolchain, "ANSWER_S"),
+    (toolchain, "LIST_S"),
+    (interpreter, "ANSWER_S"),
+    (torch, "PIP_ANSWER_S"),
+    (hardware, "PATIENCE_S"),
+)
 SLOW, BROKEN, KILLED = "exec sleep 60", "echo 'it is broken' >&2; exit 3", "kill -KILL $$"
 
 
-@pytest.fixture(autouse=True)
-def short_limits(monkeypatch):
-    """Limits that a test can wait for; a program on a busy machine gets the real ones."""
-    for room, name in (
-        (machine, "PATIENCE_S"),
-        (toolchain, "ANSWER_S"),
-        (toolchain, "LIST_S"),
-        (interpreter, "ANSWER_S"),
-        (torch, "PIP_ANSWER_S"),
-        (hardware, "PATIENCE_S"),
-    ):
-        monkeypatch.setattr(room, name, 0.3)
+@pytest.fixture
+def impatient(monkeypatch):
+    """Shorten the limits of a program that never answers, to what a test can wait for."""
+
+    def shorten(script=SLOW):
+        for room, name in LIMITS if script == SLOW else ():
+            monkeypatch.setattr(room, name, 0.3)
+
+    return shorten
 
 
 def fake(house, program: str, script: str) -> None:
@@ -72,9 +77,10 @@ def row_of(house, look):
 @pytest.mark.parametrize("program", CHECKS)
 @pytest.mark.parametrize("script", [SLOW, KILLED], ids=["slow", "killed"])
 def test_slow_program_is_a_warning_without_a_hint_that_changes_anything(
-    house, built, tree, program, script
+    house, built, tree, impatient, program, script
 ):
     built()
+    impatient(script)
     fake(house, program, script)
     row = row_of(house, CHECKS[program][0])
     assert (row.state, row.hint) == ("warn", None)
@@ -118,7 +124,8 @@ def test_answer_that_decides_is_never_taken_from_a_slow_or_a_killed_program():
 
 
 @pytest.mark.parametrize("script", [SLOW, KILLED], ids=["slow", "killed"])
-def test_slow_compiler_or_toolkit_makes_no_kernels_stale(house, script):
+def test_slow_compiler_or_toolkit_makes_no_kernels_stale(house, impatient, script):
+    impatient(script)
     fake(house, "g++", script)
     fake(house, "nvcc", script)
     settings = house.settings(CUDA_HOME=str(house.layout.root.parent / "cuda"))
@@ -129,8 +136,9 @@ def test_slow_compiler_or_toolkit_makes_no_kernels_stale(house, script):
 
 
 @pytest.mark.parametrize("script", [SLOW, KILLED], ids=["slow", "killed"])
-def test_environment_whose_python_is_slow_is_not_made_again(house, built, script):
+def test_environment_whose_python_is_slow_is_not_made_again(house, built, impatient, script):
     settings = built()
+    impatient(script)
     mine = house.layout.environment / "mine"
     mine.touch()
     python = house.layout.environment_python
@@ -143,7 +151,8 @@ def test_environment_whose_python_is_slow_is_not_made_again(house, built, script
     assert mine.exists()
 
 
-def test_slow_python_does_not_make_way_for_another_version(house, tree, tmp_path):
+def test_slow_python_does_not_make_way_for_another_version(house, tree, tmp_path, impatient):
+    impatient()
     listed = tmp_path / "python3.12"
     house.program("python3.12", SLOW, folder=tmp_path)
     entry = f'{{"version": "3.12.3", "path": "{listed}", "implementation": "cpython"}}'
@@ -156,37 +165,44 @@ def test_slow_python_does_not_make_way_for_another_version(house, tree, tmp_path
         )
 
 
-def test_list_of_pythons_that_takes_long_is_a_warning_of_the_headers(house, tree):
+def test_list_of_pythons_that_takes_long_is_a_warning_of_the_headers(house, tree, impatient):
+    impatient()
     fake(house, "uv", SLOW)
     row = row_of(house, doctor_toolchain.headers)
     assert (row.state, row.hint) == ("warn", None)
 
 
-def test_slow_assembler_is_not_replaced_by_an_older_one(house, tmp_path):
+def test_slow_assembler_is_not_replaced_by_an_older_one(house, tmp_path, impatient):
+    impatient()
     program = house.program("ptxas", SLOW, folder=tmp_path)
     case = Case(house.machine(), device="cuda")
     with pytest.raises(NoAnswer, match="ptxas gave no answer"):
         dotenv.try_ptxas(program, "12.1", case.ask)
 
 
-def test_slow_pip_does_not_change_the_source_of_torch(house):
+def test_slow_pip_does_not_change_the_source_of_torch(house, impatient):
+    impatient()
     house.program("python3", SLOW)
     settings = house.settings(PIP_FIND_LINKS="", UV_FIND_LINKS="")
     with pytest.raises(NoAnswer, match="pip config list"):
         torch.plan("torch==2.13.0", device="cpu", settings=settings)
 
 
-def test_slow_sudo_is_not_a_refusal(house):
+def test_slow_sudo_is_not_a_refusal(house, impatient):
+    impatient()
     house.program("sudo", SLOW)
     environment = house.settings().child_environment("plain")
     with pytest.raises(NoAnswer, match="sudo -n -l"):
         hardware._sudo_fault(["sudo", "-n", "sysctl"], environment)
+
+
+def test_refusal_of_sudo_is_in_its_own_words(house):
+    environment = house.settings().child_environment("plain")
     house.program("sudo", "echo 'sorry, no' >&2; exit 1")
-    assert "sorry, no" in hardware._sudo_fault(["sudo", "-n", "sysctl"], environment)
+    assert "sorry, no" in (hardware._sudo_fault(["sudo", "-n", "sysctl"], environment) or "")
 
 
-def test_limits_leave_a_loaded_machine_its_time(monkeypatch):
-    monkeypatch.undo()
+def test_limits_leave_a_loaded_machine_its_time():
     assert machine.PATIENCE_S >= 20
     assert min(toolchain.ANSWER_S, interpreter.ANSWER_S, torch.PIP_ANSWER_S) >= 60
 
