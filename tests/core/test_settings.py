@@ -383,3 +383,33 @@ def test_home_that_cannot_be_written_gives_caches_in_the_clone(tmp_path: Path) -
     assert "UV_CACHE_DIR" not in fine.child_environment("plain")
     own = load(tmp_path, "", shell={"HOME": str(tmp_path / "closed"), "UV_CACHE_DIR": "/mine"})
     assert own.child_environment("plain")["UV_CACHE_DIR"] == "/mine"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("UV_CONSTRAINT", "UV_BUILD_CONSTRAINT", "UV_OVERRIDE", "PIP_CONSTRAINT", "UV_NO_BUILD"),
+        *("UV_REQUIRE_HASHES", "UV_PRERELEASE", "UV_RESOLUTION", "UV_TARGET", "PIP_NO_BINARY"),
+        *("UV_NO_INSTALLER_METADATA", "UV_NO_BUILD_ISOLATION", "UV_NO_BINARY_PACKAGE"),
+    ],
+)
+def test_setting_of_uv_or_pip_that_changes_what_is_installed_is_kept_from_children(
+    tmp_path: Path, name: str
+) -> None:
+    found = load(tmp_path, f"{name}=/mine\n", shell={name: "/mine"})
+    assert all(name not in found.child_environment(phase) for phase in ("plain", "build"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("UV_DEFAULT_INDEX", "UV_FIND_LINKS", "UV_OFFLINE", "UV_EXCLUDE_NEWER", "UV_NO_CONFIG"),
+        *("UV_PYTHON_DOWNLOADS", "UV_PYTHON_PREFERENCE", "UV_NATIVE_TLS", "PIP_CONFIG_FILE"),
+        *("UV_INDEX_STRATEGY", "UV_CONCURRENT_DOWNLOADS", "UV_LINK_MODE"),
+    ],
+)
+def test_setting_of_uv_that_says_where_packages_come_from_is_passed_on(
+    tmp_path: Path, name: str
+) -> None:
+    found = load(tmp_path, "", shell={name: "mine"})
+    assert found.child_environment("plain")[name] == "mine"

@@ -33,7 +33,7 @@ from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
 # Variables of the shell that concern vLLM although no setting has their name.
 _OF_INTEREST = re.compile(
     r"VLLM_\w+|HF_\w+|HUGGING_FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+|TRITON_\w+|FLASHINFER_\w+"
-    r"|TORCHINDUCTOR_\w+|PYTORCH_\w+|VERBOSE"
+    r"|TORCHINDUCTOR_\w+|PYTORCH_\w+|VERBOSE|(UV|PIP)_(CONSTRAINT|OVERRIDE|REQUIRE_HASHES)"
 )
 _HIDES = re.compile(r"(?P<name>\w+)(=.*)? in the shell hides ", re.DOTALL)
 _UNKNOWN = re.compile(rf"\.env, line (?P<line>\d+): (?P<name>\w+) {UNKNOWN}")
