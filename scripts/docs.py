@@ -1,6 +1,6 @@
 """Write the pages of docs/ that are generated from the code, or compare them with it.
 
-Owns docs/verbs.md, docs/settings-reference.md, docs/children.md, docs/exit-codes.md,
+Owns docs/verbs.md, docs/settings-reference.md, docs/children.md, docs/exit-codes.md, docs/hints.md,
 docs/symptoms.md, docs/architecture.svg and the generated part of docs/architecture.md. Runs in the
 tool environment; `--check` writes nothing and exits with 1 where a page is out of date.
 scripts/docs_site.py builds the site.
@@ -10,9 +10,11 @@ import argparse
 import ast
 import contextlib
 import inspect
+import itertools
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -28,7 +30,7 @@ from scripts import docs_picture  # noqa: E402
 from scripts.docs_picture import cell, table  # noqa: E402
 from workspace.cli.program import program  # noqa: E402
 from workspace.cli.sessions import SESSIONS  # noqa: E402
-from workspace.core import child_variables  # noqa: E402
+from workspace.core import child_variables, hints  # noqa: E402
 from workspace.core.child_variables import VARIABLES, Special, Variable  # noqa: E402
 from workspace.core.errors import ERRORS, INTERRUPTED_EXIT_CODE, WorkspaceError  # noqa: E402
 from workspace.core.known_settings import SETTINGS, Phase, Setting  # noqa: E402
@@ -135,6 +137,7 @@ def render() -> dict[Path, str]:
         DOCS / "settings-reference.md": settings_page(SETTINGS),
         DOCS / "children.md": children_page(VARIABLES),
         DOCS / "exit-codes.md": exit_codes_page(ERRORS),
+        DOCS / "hints.md": hints_page(hints.registry()),
         DOCS / "symptoms.md": symptoms_page(symptoms(), harmless()),
         DOCS / "architecture.svg": docs_picture.draw(rooms),
         architecture: with_part(_read(architecture), docs_picture.tables(ROOT, rooms)),
@@ -263,6 +266,37 @@ def exit_codes_page(errors: Sequence[type[WorkspaceError]]) -> str:
         "Of several sessions `nox` runs all, and exits with 1 if any failed.",
     ]
     return "\n".join([*lines, ""])
+
+
+def hints_page(registry: Mapping[str, hints.Hint]) -> str:
+    """Return the page of the hints: one table a group."""
+    library = {
+        path.relative_to(ROOT / "workspace").as_posix(): _read(path)
+        for path in sorted((ROOT / "workspace").rglob("*.py"))
+    }
+    lines = [
+        "# Hints",
+        "",
+        GENERATED.format("workspace/core/hints.ini"),
+        "",
+        "What to type next, as errors and status screens print it. A word in braces stands for a",
+        "value of the situation, a word in capitals for a value of yours. `tests/test_hints.py`",
+        "checks that each command exists, and that none deletes what is yours without a reason.",
+    ]
+    head = ("name", "command", "remark", "situation", "used by")
+    for group, named in itertools.groupby(registry.items(), lambda item: item[0].partition(".")[0]):
+        rows = [_of_hint(name, hint, library) for name, hint in named]
+        lines += ["", f"## {group}", "", *table(head, rows)]
+    return "\n".join([*lines, ""])
+
+
+def _of_hint(name: str, hint: hints.Hint, library: Mapping[str, str]) -> tuple[str, ...]:
+    command, *remarks = re.split(r"    |\s+# ", re.sub(r":(plain|tail)}", "}", hint.text))
+    command, *remarks = ("", command, *remarks) if hint.advice else (command, *remarks)
+    remarks += [f"It {hint.deletes}."] if hint.deletes else []
+    users = ", ".join(path for path, source in library.items() if f'"{name}"' in source)
+    shown = _code(command.replace("{{", "{").replace("}}", "}")) if command else ""
+    return name, shown.replace("|", "\\|"), cell("; ".join(remarks)), cell(hint.when), users
 
 
 def symptoms_page(known: Sequence[Symptom], no_causes: Sequence[Harmless]) -> str:

@@ -65,7 +65,7 @@ def test_a_verb_that_needs_no_yaml_and_reads_no_record_does_not_pay_for_them(rea
             ["bootstarp"],
             (
                 "error: there is no verb bootstarp\n"
-                "hint: did you mean bootstrap? ./scripts/inv --list\n"
+                "hint: ./scripts/inv --list    did you mean bootstrap?\n"
             ),
         ),
         (
@@ -76,7 +76,7 @@ def test_a_verb_that_needs_no_yaml_and_reads_no_record_does_not_pay_for_them(rea
             ["bootstrap", "--devise=cpu"],
             (
                 "error: inv bootstrap has no flag --devise\n"
-                "hint: did you mean --device? ./scripts/inv --help bootstrap\n"
+                "hint: ./scripts/inv --help bootstrap    did you mean --device?\n"
             ),
         ),
         (
@@ -88,7 +88,7 @@ def test_a_verb_that_needs_no_yaml_and_reads_no_record_does_not_pay_for_them(rea
             ["--help", "bootstarp"],
             (
                 "error: there is no verb bootstarp\n"
-                "hint: did you mean bootstrap? ./scripts/inv --list\n"
+                "hint: ./scripts/inv --list    did you mean bootstrap?\n"
             ),
         ),
         (

@@ -124,7 +124,7 @@ def test_label_of_several_trees_is_refused_with_their_paths(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("befor", "did you mean before?"),
+        ("befor", "./scripts/inv bench    did you mean before?"),
         ("", "./scripts/inv bench"),
         ("../../etc", "./scripts/inv bench"),
         ("x" * 5000, ""),

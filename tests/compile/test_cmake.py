@@ -301,7 +301,7 @@ def test_incomplete_project_in_the_cache_is_named_with_the_command_that_fetches_
     (external,) = externals.declared(own.tree, "cpu")
     with pytest.raises(BuildError, match="with flashy from .*CUDA.cmake") as caught:
         own.configure(sources={external.variable: str(place)})
-    assert caught.value.hint == f"rm -rf {place}    the same command fetches it again"
+    assert caught.value.hint == f"rm -rf {place}    and the same command fetches it again"
 
 
 def test_users_cmake_arguments_come_last(own: Site) -> None:

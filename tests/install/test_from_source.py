@@ -34,19 +34,23 @@ def test_edits_of_the_users_in_vendor_are_kept_and_refused_with_the_next_command
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "sentence", "flags"),
     [
-        (FixOptions(check=True, from_source=True), "--check builds nothing"),
-        (FixOptions(ref="main"), "work only with --from-source"),
-        (FixOptions(jobs="2"), "work only with --from-source"),
-        (FixOptions(from_source=True, jobs="many"), "--jobs: 'many' is neither auto nor"),
+        (FixOptions(check=True, from_source=True), "--check builds nothing", "--check"),
+        (FixOptions(ref="main"), "work only with --from-source", "--from-source"),
+        (FixOptions(jobs="2"), "work only with --from-source", "--from-source"),
+        (
+            FixOptions(from_source=True, jobs="many"),
+            "--jobs: 'many' is neither auto nor",
+            "--from-source --jobs auto",
+        ),
     ],
 )
 def test_contradictory_flags_are_refused_before_the_diagnosis(
-    tmp_path: Path, options: FixOptions, sentence: str
+    tmp_path: Path, options: FixOptions, sentence: str, flags: str
 ) -> None:
     layout = Layout(tmp_path / "nowhere")
-    with pytest.raises(SettingsError, match=sentence):
+    with pytest.raises(SettingsError, match=sentence) as failure:
         run(
             layout,
             load(layout, environ={"PATH": ""}),
@@ -54,6 +58,7 @@ def test_contradictory_flags_are_refused_before_the_diagnosis(
             console=Console(out=io.StringIO(), err=io.StringIO()),
             provide=lambda: None,
         )
+    assert (failure.value.hint or "").startswith(f"./scripts/inv fix-triton {flags}")
 
 
 def test_without_an_environment_the_diagnosis_is_refused(world: World) -> None:

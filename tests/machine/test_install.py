@@ -80,7 +80,7 @@ def test_no_network_is_a_source_error_with_a_hint(house, built):
     ):
         with pytest.raises(SourceError, match="could not be reached") as caught:
             install(house, settings, "not-here")
-        assert "check the network" in caught.value.hint
+        assert "checks the network" in caught.value.hint
 
 
 def test_contradiction_is_a_build_error_and_not_blamed_on_the_index(house, built):

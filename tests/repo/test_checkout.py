@@ -259,7 +259,7 @@ def test_repository_without_the_pin_is_foreign_and_the_hint_gives_it_the_pin(
     with pytest.raises(CheckoutError, match=r"a repository without v1\.0\.0") as failure:
         workspace.ensure("auto")
     assert failure.value.hint
-    command = failure.value.hint.split("to fetch the pin: ")[1].split("    ")[0]
+    command = failure.value.hint.split("    ")[0]
     subprocess.run(command, shell=True, cwd=workspace.layout.root, check=True, capture_output=True)
     assert workspace.observe().kind is Kind.GIT
     assert workspace.observe().head == mine

@@ -123,7 +123,7 @@ def test_model_is_fetched_once_and_then_needs_no_hub(clone: Clone) -> None:
 @pytest.mark.parametrize(
     ("kind", "error", "message", "hint"),
     [
-        ("gated", ServeError, "is gated, and there is no token", "HF_TOKEN into .env"),
+        ("gated", ServeError, "is gated, and there is no token", "echo HF_TOKEN=TOKEN >> .env"),
         ("absent", SourceError, "the hub has no model openai/gpt-oss-20b", "serve.list"),
         ("disk", ToolchainError, "cannot be stored", "df -h"),
         ("network", SourceError, "could not be fetched", "resumes the fetch"),

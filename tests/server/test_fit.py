@@ -47,8 +47,8 @@ def test_too_large_share_suggests_values_that_fit_into_the_free_memory() -> None
     assert "the GPU is held by 4711 (python)" in found.sentence
     assert (
         found.hint
-        == "--gpu-memory-utilization 0.65, or --kv-cache-memory-bytes 12025908428, leaves room"
-        " for it"
+        == "./scripts/inv serve gpt-oss-120b -- --gpu-memory-utilization 0.65    leaves room for"
+        " it, as does --kv-cache-memory-bytes 12025908428"
     )
     assert judged(loaded, "--gpu-memory-utilization", "0.65").verdict == "yes"
     assert judged(loaded, "--kv-cache-memory-bytes=11G").verdict == "yes"
@@ -59,7 +59,7 @@ def test_share_below_the_models_need_is_found_before_the_load() -> None:
     found = judged(SPARK, "--gpu-memory-utilization", "0.5")
     assert (found.verdict, found.hint, found.utilization) == (
         "no",
-        "--gpu-memory-utilization 0.58",
+        "./scripts/inv serve gpt-oss-120b -- --gpu-memory-utilization 0.58",
         0.58,
     )
     assert "is given too little: 59.9 GiB with these flags; needs 67.9 GiB" in found.sentence
@@ -71,7 +71,7 @@ def test_no_value_is_suggested_if_only_ending_other_processes_helps() -> None:
     assert (found.utilization, found.kv_gib, found.hint) == (
         None,
         None,
-        "end the processes that hold the GPU first: ps -fp '7'",
+        "ps -fp '7'    end the processes that hold the GPU first",
     )
 
 
@@ -96,7 +96,7 @@ def test_without_a_gpu_the_environment_or_the_share_sets_the_size_of_the_cache()
     )
     assert (full.verdict, full.hint) == (
         "no",
-        "VLLM_CPU_KVCACHE_SPACE=4 in .env leaves room for it",
+        "echo VLLM_CPU_KVCACHE_SPACE=4 >> .env    leaves room for it",
     )
 
 

@@ -16,7 +16,7 @@ from workspace.bench.ab_trees import Hashes, Tree
 from workspace.bench.compare import FACTOR, MIN_STARTS, Judgement, MetricDifference
 from workspace.bench.results import Kind, Record
 from workspace.bench.subject import Benchmark, WorkloadOptions
-from workspace.core import lock
+from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import BuildError, PatchConflict, PatchDrift, Regression, SettingsError
 from workspace.core.paths import Layout
@@ -180,7 +180,7 @@ def _require_comparable(session: Session, a: Arm, b: Arm) -> None:
     if differing:
         raise SettingsError(
             f"the arms are not comparable; they differ in {', '.join(differing)}",
-            hint="--base a commit with the same torch and device",
+            hint=hints.text("bench.same_torch"),
             details=tuple(f"{name}: {text}" for name, text in differing.items()),
         )
     first, second = (interpreter.installed(arm.sandbox.layout) for arm in (a, b))
@@ -268,7 +268,7 @@ def _measure(session: Session, arms: list[Arm], records: list[Record], paths: li
         if libraries != warm_ups[index]:
             raise BuildError(
                 f"{arm.sandbox.shown} has loaded other libraries than in its start before",
-                hint="the same command again inspects both arms first",
+                hint=hints.text("bench.inspect_both"),
             )
         took.append(single.starts[0].seconds)
         records[index] = replace(
@@ -317,10 +317,7 @@ def _compare_with_base(session: Session, base: Tree, ours: Tree) -> None:
     if names := compare.worse(verdicts.rows):
         raise Regression(
             f"{ours.description} is slower than {base.description}: {names}",
-            hint=(
-                "./scripts/nox -s ab -- --each-patch    measures the cost of each patch; factor"
-                f" {session.options.factor:.3g}"
-            ),
+            hint=hints.text("bench.each_patch", factor=session.options.factor),
         )
     _print_next(session, verdicts)
 
@@ -371,7 +368,7 @@ def _print_effects(
 def _print_next(session: Session, verdicts: Verdicts) -> None:
     if needed := compare.most_needed(verdicts.rows):
         session.console.hint(
-            f"{command(session.options, repeat=needed)}    keeps the measured starts"
+            hints.text("bench.ab_again", command=command(session.options, repeat=needed))
         )
 
 
@@ -402,10 +399,7 @@ def _compare_each_patch(session: Session, observed: plan.Observation) -> None:
         raise PatchDrift(
             "--each-patch leaves patches out of the series, but vendor/vllm differs from the tree"
             " that the series makes",
-            hint=(
-                "git -C vendor/vllm commit, then ./scripts/inv patch.export; ./scripts/inv patch"
-                " shows the difference"
-            ),
+            hint=hints.text("bench.commit_then_export"),
         )
     if not stack.names:
         console.info("the series is empty: there is no patch to leave out")
@@ -438,5 +432,5 @@ def _conclude(session: Session, names: Sequence[str], found: Mapping[str, Verdic
         if not verdicts.is_noise and (worse := compare.worse(verdicts.rows))
     ]
     if slow:
-        hint = f"--factor {session.options.factor * 100:.3g}    is the limit, in percent"
+        hint = hints.text("bench.factor_limit", percent=session.options.factor * 100)
         raise Regression("; ".join(slow), hint=hint)

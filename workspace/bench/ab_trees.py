@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from workspace.bench import results
 from workspace.bench.results import Record
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, CheckoutError, PatchConflict, SettingsError
 from workspace.core.files import read_regular, sha256
@@ -33,7 +33,6 @@ PIN = "pin"
 LOOK_EVERY_S = 0.5
 _PROBE_TIMEOUT_S = 60.0
 _PINS, _SERIES = "vendor/pins.toml", "patches/vllm"
-_HINT = "--base pin, a commit of the workspace, or a record of ./scripts/inv bench"
 _PREFIX = "vllm-workspace-"
 
 # The SHA-256 of a file by its path, inode, size and modification time.
@@ -63,12 +62,12 @@ def working_tree(layout: Layout, observed: plan.Observation, *, sandbox_name: st
     if stack is None or stack.head is None:
         raise CheckoutError(
             f"there is nothing to compare: {shown} is {observed.checkout.detail}",
-            hint="./scripts/inv bootstrap",
+            hint=hints.text("inv.bootstrap"),
         )
     if stack.state is State.IN_PROGRESS:
         raise CheckoutError(
             f"git has an operation in progress in {shown}",
-            hint="./scripts/inv patch.continue    or --abort",
+            hint=hints.text("inv.patch_continue_or_abort"),
         )
     tip = worktree.snapshot(git, "The working tree, as nox -s ab measures it")
     existing = sandboxes.find(layout, sandbox_name)
@@ -91,7 +90,7 @@ def base_tree(layout: Layout, observed: plan.Observation, name: str) -> Iterator
         if observed.checkout.base is None:
             raise CheckoutError(
                 f"there is no pin to compare with: vendor/vllm is {observed.checkout.detail}",
-                hint="./scripts/inv bootstrap",
+                hint=hints.text("inv.bootstrap"),
             )
         yield Tree(
             f"{observed.pin.tag} without patches", observed.pin, None, observed.checkout.base
@@ -104,7 +103,8 @@ def base_tree(layout: Layout, observed: plan.Observation, name: str) -> Iterator
         commit = _commit_of(record, outer)
     if outer is None or commit is None:
         raise SettingsError(
-            f"--base: {name[:60]!r} is no commit of the workspace and no record", hint=_HINT
+            f"--base: {name[:60]!r} is no commit of the workspace and no record",
+            hint=hints.text("bench.base"),
         )
     with TemporaryDirectory(prefix=_PREFIX) as folder:
         tree = _tree_of_commit(layout, outer, commit, name, Path(folder) / "vllm")
@@ -128,10 +128,7 @@ def _commit_of(record: Record, outer: Git | None) -> str:
 
     Raises SettingsError where that commit is not known, or does not define the whole tree.
     """
-    hint = (
-        f"measure again from a commit: git commit, ./scripts/nox -s bench -- {record.kind} --label"
-        " another"
-    )
+    hint = hints.text("bench.measure_from_commit", kind=record.kind)
     if record.source.dirty:
         raise SettingsError(
             f"{record.stem} was measured with uncommitted edits in vendor/vllm, which cannot be"
@@ -147,7 +144,7 @@ def _commit_of(record: Record, outer: Git | None) -> str:
         raise SettingsError(
             f"{record.stem} was measured at commit {record.workspace[:12]}, which this clone does"
             " not have",
-            hint="git fetch",
+            hint=hints.text("bench.git_fetch"),
         )
     return record.workspace
 
@@ -158,10 +155,7 @@ def _require_same_tree(layout: Layout, record: Record, made: Tree, commit: str) 
         raise SettingsError(
             f"the record {record.stem} is of tree {record.source.tree[:12]}; pins and patches"
             f" of its commit {commit[:12]} make {tree[:12]}",
-            hint=(
-                "it was measured with commits that are in no patch: export and commit them, and"
-                " measure again"
-            ),
+            hint=hints.text("bench.measure_exported"),
         )
 
 
@@ -170,7 +164,8 @@ def _tree_of_commit(layout: Layout, outer: Git, commit: str, name: str, folder: 
     entries = outer.entries((_PINS, _SERIES), commit)
     if _PINS not in entries or f"{_SERIES}/{series.SERIES_FILE}" not in entries:
         raise SettingsError(
-            f"{commit[:12]} has no {_PINS if _PINS not in entries else _SERIES}", hint=_HINT
+            f"{commit[:12]} has no {_PINS if _PINS not in entries else _SERIES}",
+            hint=hints.text("bench.base"),
         )
     pin = pins.parse(outer.blob(entries[_PINS].split()[1])).vllm
     folder.mkdir(parents=True)
@@ -197,7 +192,7 @@ def _base_of(layout: Layout, pin: Pin) -> str:
     if found is None:
         raise SettingsError(
             f"vendor/vllm does not have {pin.tag} ({pin.commit[:12]}), which that commit pins",
-            hint=f"git -C vendor/vllm fetch {pin.url} {pin.commit}    or compare within one pin",
+            hint=hints.text("bench.fetch_pin", url=pin.url, commit=pin.commit),
         )
     return found
 
@@ -234,7 +229,7 @@ def apply_series(layout: Layout, start: str, files: Sequence[Path], *, descripti
         raise PatchConflict(
             f"{description}: {files[done.position - 1].name} does not apply:"
             f" {', '.join(done.conflicted)}",
-            hint="./scripts/inv patch",
+            hint=hints.text("inv.patch"),
         )
     return done.tip
 
@@ -280,7 +275,7 @@ class LibraryWatch:
         library differs from the build's stamp, and where a library of another tree was mapped.
         """
         name = self._sandbox.shown
-        hint = f"rm -rf {name}    and the same command again builds it anew"
+        hint = hints.text("bench.delete_tree", folder=name)
         if self._foreign:
             raise BuildError(
                 f"a process of {name} has loaded {sorted(self._foreign)[0]}, which belongs to"
@@ -347,9 +342,7 @@ def require_different_libraries(
         " not compile or does not use the changed code"
     )
     if not others:
-        raise BuildError(
-            sentence, hint="compare on a machine and with a model that use the changed code"
-        )
+        raise BuildError(sentence, hint=hints.text("bench.same_code"))
     console.warn(f"{sentence}; only the other changes are compared")
 
 
@@ -372,6 +365,6 @@ def require_own_vllm(sandbox: Sandbox, environment: Mapping[str, str]) -> Path:
     if origin is None or not Path(origin).resolve().is_relative_to(sandbox.layout.vllm.resolve()):
         raise BuildError(
             f"{sandbox.shown} imports vllm from {origin or 'nowhere'}, not from its own tree",
-            hint=f"rm -rf {sandbox.shown}    and the same command again",
+            hint=hints.text("install.delete_sandbox", folder=sandbox.shown),
         )
     return Path(origin)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from workspace.bench import bisect_log, bisect_predicate, compare
 from workspace.bench.bisect_log import (
-    ABORT,
     BisectLog,
     BisectOptions,
     Context,
@@ -24,7 +23,7 @@ from workspace.bench.bisect_log import (
     Verdict,
 )
 from workspace.bench.bisect_predicate import Bounds, Outcome, Predicate, Trial
-from workspace.core import lock
+from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import BuildError, SettingsError, WorkspaceError
 from workspace.core.files import write_atomic
@@ -123,7 +122,7 @@ def begin(
         if former.context != digest:
             raise SettingsError(
                 "the pin or its patches have changed since this bisect began",
-                hint=f"bring them back, or {ABORT}",
+                hint=hints.text("bench.bring_back"),
             )
         console.info(f"resuming after {_tries(former)}")
         return former
@@ -131,7 +130,7 @@ def begin(
         raise SettingsError(
             f"another bisect is in progress, {_tries(former)}: {former.options.command}; this"
             f" command is {options.command}",
-            hint=f"the other command resumes it; {ABORT}    aborts it",
+            hint=hints.text("bench.resume_other"),
         )
     good, bad = bisect_log.range_ends(layout, context, options)
     fresh = BisectLog(options, good, bad, digest)
@@ -184,9 +183,9 @@ def _untried_end(
     searched: Range, log: BisectLog, state: SearchState, outcome: Outcome
 ) -> WorkspaceError:
     hint = (
-        "--patches starts from the bare pin: fix that first"
+        hints.text("bench.fix_patches_first")
         if log.options.is_patches
-        else f"--{state.role} another commit; {ABORT}    first"
+        else hints.text("bench.other_commit", role=state.role)
     )
     title = searched.title(state.following or "")
     return WorkspaceError(
@@ -200,7 +199,7 @@ def _too_many_skips(searched: Range, log: BisectLog, outcome: Outcome) -> Worksp
     return WorkspaceError(
         f"inconclusive so far: {MOST_SKIPS} commits in a row cannot be tried, the last because"
         f" {outcome.evidence}",
-        hint=f"the same command tries {MOST_SKIPS} more; {ABORT}    aborts the bisect",
+        hint=hints.text("bench.bisect_more", count=MOST_SKIPS),
         details=tuple(searched.title(commit) for commit in shown),
     )
 
@@ -286,7 +285,7 @@ def conclude(
         raise WorkspaceError(
             f"inconclusive after {_tries(log)}: the culprit is one of {len(state.left)} commits,"
             " of which the last is bad and the others cannot be tried",
-            hint=f"git -C vendor/vllm log --oneline {first[:12]}^..{last[:12]}",
+            hint=hints.text("bench.log_range", first=first[:12], last=last[:12]),
             details=(*untried, searched.title(last)),
         )
     found = log.of(state.culprit)
@@ -343,27 +342,21 @@ def _contradiction(searched: Range, log: BisectLog, state: SearchState) -> Setti
     assert found is not None
     title = searched.title(found.commit)
     if state.role == "good":
-        hint = (
-            "./scripts/nox -s bisect -- --run …    searches upstream's commits"
-            if log.options.is_patches
-            else "an older --good"
-        )
         return SettingsError(
             f"the good end, {title}, is bad: {found.evidence}",
-            hint=f"{hint}; {ABORT}    removes the sandbox",
+            hint=hints.text("bench.search_upstream")
+            if log.options.is_patches
+            else hints.text("bench.older_good"),
         )
     if state.role == "fork":
         return SettingsError(
             f"{title}, the merge base of {searched.title(log.good)} and the bad end, is bad:"
             f" {found.evidence}; a commit between it and the good end fixes the fault",
-            hint=(
-                f"git -C vendor/vllm log --oneline {found.commit[:12]}..{log.good[:12]}    lists"
-                f" the commits with the fix; {ABORT}"
-            ),
+            hint=hints.text("bench.log_fix", commit=found.commit[:12], good=log.good[:12]),
         )
     return SettingsError(
         f"the bad end, {title}, is good: {found.evidence}",
-        hint=f"a --bad, or a --run, that shows the fault; {ABORT}    removes the sandbox",
+        hint=hints.text("bench.other_bad"),
     )
 
 

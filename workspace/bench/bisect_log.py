@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
@@ -26,7 +26,6 @@ from workspace.core.settings import nearest, shortened
 from workspace.install import plan
 from workspace.repo.git import Git, am, history, worktree
 
-ABORT = "./scripts/nox -s bisect -- --abort"
 GOOD_REFS = "refs/good"
 
 Verdict = Literal["good", "bad", "skip"]
@@ -276,7 +275,8 @@ def read_log(layout: Layout) -> BisectLog | None:
         return records.load(path, BisectLog)
     except records.DecodeError as exc:
         raise WorkspaceError(
-            f"cannot resume the bisect in {layout.relative(path)}: {exc}", hint=ABORT
+            f"cannot resume the bisect in {layout.relative(path)}: {exc}",
+            hint=hints.text("bench.bisect_abort"),
         ) from exc
 
 
@@ -318,7 +318,7 @@ def bisect_context(layout: Layout, observed: plan.Observation) -> Context:
         raise CheckoutError(
             f"there is nothing to search: {layout.relative(layout.vllm)} is"
             f" {observed.checkout.detail}",
-            hint="./scripts/inv bootstrap",
+            hint=hints.text("inv.bootstrap"),
         )
     return Context(
         observed.checkout.base, tuple(layout.patches("vllm") / name for name in stack.names)
@@ -342,15 +342,12 @@ def range_ends(layout: Layout, context: Context, options: BisectOptions) -> tupl
     if not forks:
         raise CheckoutError(
             f"{good_name} and {bad_name} have no common history",
-            hint=(
-                "./scripts/inv status    shows what the checkout was made from: a release archive"
-                " has no history"
-            ),
+            hint=hints.text("bench.no_history"),
         )
     if bad in forks:
         raise SettingsError(
             f"{bad_name} is no later than {good_name}: there is no commit between them",
-            hint="--good OLDER --bad NEWER",
+            hint=hints.text("bench.good_and_bad"),
         )
     return good, bad
 
@@ -362,7 +359,7 @@ def _last_good(git: Git, bad: str) -> str:
     if found is None:
         raise SettingsError(
             f"there is no known-good state before {bad[:12]} from which to search",
-            hint="--good v0.30.0    for example",
+            hint=hints.text("bench.good_example"),
         )
     return found
 
@@ -372,7 +369,8 @@ def open_range(layout: Layout, context: Context, good: str, bad: str, *, is_patc
     git = Git(layout.vllm)
     if missing := {good, bad} - git.present((good, bad)):
         raise CheckoutError(
-            f"vendor/vllm no longer has {missing.pop()[:12]}, an end of the bisect", hint=ABORT
+            f"vendor/vllm no longer has {missing.pop()[:12]}, an end of the bisect",
+            hint=hints.text("bench.bisect_abort"),
         )
     commits = history.commits_between(git, good, bad)
     forks = tuple(fork for fork in history.forks(git, good, bad) if fork != good)
@@ -397,9 +395,9 @@ def _resolved(git: Git, flag: str, ref: str) -> str:
             return found
     alike = nearest(ref, history.tags(git))
     hint = (
-        f"did you mean {alike}?"
+        hints.text("core.did_you_mean", alike=alike)
         if alike
-        else f"git -C vendor/vllm fetch origin tag {ref if ref.startswith('v') else 'v0.30.0'}"
+        else hints.text("bench.fetch_tag", tag=ref if ref.startswith("v") else "v0.30.0")
     )
     raise SettingsError(f"{flag}: vendor/vllm has no {shortened(ref)!r}", hint=hint)
 
@@ -409,20 +407,20 @@ def _tip(layout: Layout, git: Git, context: Context) -> str:
     if not context.patches:
         raise SettingsError(
             "patches/vllm/series lists no patch, so there is nothing to search",
-            hint="./scripts/nox -s bisect -- --good v0.30.0 --run smoke",
+            hint=hints.text("bench.bisect_smoke"),
         )
     made = am.applied(git, context.base, context.patches, place=layout.state / "am")
     if made.tip is None:
         name = context.patches[made.position - 1].name
         raise PatchConflict(
             f"patches/vllm/{name} does not apply: {', '.join(made.conflicted)}",
-            hint="./scripts/inv patch.apply",
+            hint=hints.text("inv.patch_apply"),
         )
     slugs = git.slugs(context.base, made.tip)
     if len(slugs) != len(context.patches):
         lost = [patch.name for patch in context.patches if patch.stem not in slugs]
         raise PatchDrift(
             f"{', '.join(lost) or 'a patch'} changes nothing on the pin",
-            hint="remove its line from patches/vllm/series",
+            hint=hints.text("bench.drop_series_line"),
         )
     return made.tip

@@ -21,7 +21,7 @@ from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Kind
 from workspace.bench.subject import Benchmark, WorkloadOptions
 from workspace.checks.registry import REGISTRY, last_record
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import SettingsError, SmokeError, ToolchainError, WorkspaceError
 from workspace.core.settings import Settings, nearest, shortened
@@ -107,14 +107,14 @@ def parse(text: str, *, folder: Path) -> Predicate:
     except ValueError as exc:
         raise SettingsError(
             f"--run: {shortened(text)!r} is no command line: {exc}",
-            hint="quote the whole command, and inside it each argument with blanks",
+            hint=hints.text("bench.quote_command"),
         ) from exc
     alike = nearest(text, [SMOKE, *checks])
     if not argv or alike or (len(argv) == 1 and _is_check_like(text)):
         hint = (
-            f"did you mean {alike}?"
+            hints.text("core.did_you_mean", alike=alike)
             if alike
-            else f"smoke, bench:METRIC, a command line, or one of {', '.join(checks)}"
+            else hints.text("bench.predicates", checks=", ".join(checks))
         )
         raise SettingsError(f"--run: {shortened(text)!r} is no check of the smoke", hint=hint)
     # The command runs in an empty folder for each tree, so its files need absolute paths.
@@ -132,9 +132,9 @@ def _parse_metric(name: str) -> Predicate:
     if name not in results.METRICS:
         alike = nearest(name, results.METRICS)
         hint = (
-            f"did you mean bench:{alike}?"
+            hints.text("core.did_you_mean", alike=f"bench:{alike}")
             if alike
-            else f"the metrics are {', '.join(results.METRICS)}"
+            else hints.text("bench.metrics", metrics=", ".join(results.METRICS))
         )
         raise SettingsError(f"--run: {shortened(name)!r} is no metric of a benchmark", hint=hint)
     return Predicate("bench", name)
@@ -302,7 +302,7 @@ def _run(predicate: Predicate, trial: Trial) -> Outcome:
         return Outcome("bad", evidence)
     raise WorkspaceError(
         f"{shortened(predicate.name)} {evidence}; the bisect stops: this is neither good nor bad",
-        hint="the same command resumes; to count it as bad: --run \"sh -c '… || exit 1'\"",
+        hint=hints.text("bench.count_as_bad"),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from workspace.bench import results
 from workspace.bench.results import Better, Record
+from workspace.core import hints
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import Regression, SettingsError
 from workspace.core.paths import Layout
@@ -195,13 +196,10 @@ def show(
     if names := worse(rows):
         raise Regression(
             f"{b.stem} is slower than {a.stem}: {names}",
-            hint=f"./scripts/inv bench.report    plots both; the factor is {allowed * 100:.3g}%",
+            hint=hints.text("bench.report_plots", percent=allowed * 100),
         )
     if needed := most_needed(rows):
-        console.hint(
-            f"./scripts/nox -s bench -- {b.kind} --label {b.label} --repeat {needed}    on both"
-            " trees; keeps the measured starts"
-        )
+        console.hint(hints.text("bench.repeat_both", kind=b.kind, label=b.label, needed=needed))
 
 
 def print_rows(
@@ -242,7 +240,7 @@ def parsed_factor(text: str) -> float:
         raise SettingsError(
             f"--factor: {text[:40]!r} is not a percentage from {LEAST_FACTOR:.2%} to"
             f" {MOST_FACTOR:.0%}",
-            hint=f"--factor {FACTOR * 100:g}    is the default",
+            hint=hints.text("bench.factor_default", percent=FACTOR * 100),
         )
     return factor
 
@@ -253,9 +251,10 @@ def judge_records(first: Record, second: Record, *, factor: float) -> tuple[Metr
     if not shared:
         raise SettingsError(
             f"{first.stem} and {second.stem} have no metric in common",
-            hint=(
-                f"they have {', '.join(first.metrics) or 'none'} and"
-                f" {', '.join(second.metrics) or 'none'}"
+            hint=hints.text(
+                "bench.metrics_of",
+                first=", ".join(first.metrics) or "none",
+                second=", ".join(second.metrics) or "none",
             ),
         )
     rows = []
@@ -296,7 +295,7 @@ def require_comparable(first: Record, second: Record, *, across: Sequence[str] =
     if unknown:
         raise SettingsError(
             f"--across: {unknown[0][:40]!r} is no field of a record",
-            hint=f"the fields are {', '.join(names)}",
+            hint=hints.text("bench.fields", names=", ".join(names)),
         )
     differing = {
         name: text for name, text in differences(first, second).items() if name not in across
@@ -306,9 +305,8 @@ def require_comparable(first: Record, second: Record, *, across: Sequence[str] =
         raise SettingsError(
             f"{first.stem} and {second.stem} are not comparable; they differ in"
             f" {', '.join(differing)}",
-            hint=(
-                f"./scripts/inv bench.compare {first.stem} {second.stem} {flags}    compares them"
-                " anyway"
+            hint=hints.text(
+                "bench.compare_anyway", first=first.stem, second=second.stem, flags=flags
             ),
             details=tuple(f"{name}: {text}" for name, text in differing.items()),
         )

@@ -17,7 +17,7 @@ from workspace.bench import compare, results, subject
 from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Clocks, Conditions, Kind, Record, Start
 from workspace.bench.subject import Benchmark, Workload, WorkloadOptions
-from workspace.core import lock, process, records
+from workspace.core import hints, lock, process, records
 from workspace.core.child_variables import with_given
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
@@ -55,9 +55,6 @@ WAIT_S = 30.0
 # twenty cores of a Spark.
 LEAST_CORES, MOST_SHARE = 0.2, 0.05
 SHOWN = 3
-_OVERRIDE = (
-    "--allow-busy    measures anyway, and needs more starts to separate a difference from noise"
-)
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
             raise
         raise SettingsError(
             f"{shown} is damaged, and is not overwritten",
-            hint=f"mv {path} {path}.damaged, or --label another",
+            hint=hints.text("bench.set_aside_or_label", path=path, kind=fresh.kind),
         ) from None
     if existing is None:
         return fresh
@@ -133,11 +130,14 @@ def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
     ]
     if differing:
         raise SettingsError(
-            f"{shown} was measured with other {', '.join(differing)}", hint="--label another"
+            f"{shown} was measured with other {', '.join(differing)}",
+            hint=hints.text("bench.label_another", kind=fresh.kind),
         )
     count = len(existing.starts)
     if count >= fresh.repeat:
-        hint = f"--repeat {count + MIN_STARTS} adds starts, --label another begins a new record"
+        hint = hints.text(
+            "bench.repeat_or_label", kind=fresh.kind, label=fresh.label, starts=count + MIN_STARTS
+        )
         raise SettingsError(f"{shown} already has its {results.counted_starts(count)}", hint=hint)
     return replace(existing, repeat=fresh.repeat)
 
@@ -225,7 +225,7 @@ def _samples(
         cwd=folder,
         on_line=look,
         failure=WorkspaceError,
-        hint="read the log; arguments after -- go to vllm bench",
+        hint=hints.text("bench.read_log_arguments"),
     )
     return read_samples(work, result)
 
@@ -266,7 +266,7 @@ def measure_server(
                     run_log=run_log,
                     cwd=folder,
                     failure=ServeError,
-                    hint="read the log",
+                    hint=hints.text("bench.read_newest_log"),
                 )
             except ServeError as exc:
                 if not observation.is_healthy(address) and _has_ended(server):
@@ -297,7 +297,7 @@ def read_samples(
     except ValueError as exc:
         raise WorkspaceError(
             f"vllm bench {work.kind} measured nothing: {exc}",
-            hint="read the newest log in .workspace/logs",
+            hint=hints.text("bench.read_newest_log"),
         ) from exc
 
 
@@ -340,7 +340,8 @@ def require_idle(
     while others := observe_others(settings, has_gpu=has_gpu):
         if time.monotonic() >= deadline:
             raise WorkspaceError(
-                f"something else uses this machine: {'; '.join(others)}", hint=_OVERRIDE
+                f"something else uses this machine: {'; '.join(others)}",
+                hint=hints.text("bench.allow_busy"),
             )
         if not is_reported:
             console.info(

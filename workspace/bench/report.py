@@ -11,6 +11,7 @@ from html import escape
 from workspace.bench import compare, plots, results, subject
 from workspace.bench.plots import Plot, Reference
 from workspace.bench.results import Record
+from workspace.core import hints
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.core.files import write_atomic
@@ -306,7 +307,7 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
     if bool(first) != bool(second):
         raise SettingsError(
             "a comparison needs two records",
-            hint="./scripts/inv bench.report --first A --second B",
+            hint=hints.text("bench.report_of_two"),
         )
     pair = (_found(layout, first), _found(layout, second)) if first else None
     entries = results.entries(layout)
@@ -318,7 +319,7 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
     if not records and not published:
         raise SettingsError(
             "there is nothing to show: no record, and no recipe with published figures",
-            hint="./scripts/nox -s bench",
+            hint=hints.text("nox.bench"),
         )
     page = compose(records, published, pair=pair, problems=problems, written=subject.utc_now())
     path, folder = layout.results / "report.html", layout.results / "report"

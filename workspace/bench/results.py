@@ -16,14 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import records, settings
+from workspace.core import hints, records, settings
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.records import DecodeError, NewerSchema
 
-LIST = "./scripts/inv bench"
 Kind = Literal["latency", "throughput", "serve", "startup"]
 Better = Literal["lower", "higher"]
 # A label is part of a file name and of a command line.
@@ -331,14 +330,14 @@ def read(path: Path, *, place: str) -> Record:
         return decode(read_regular(path))
     except OSError as exc:
         raise SettingsError(
-            f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}"
+            f"{place} cannot be read: {exc.strerror}", hint=hints.text("core.list_file", path=place)
         ) from exc
     except NewerSchema as exc:
-        raise SettingsError(f"{place} {exc}", hint="git pull") from exc
+        raise SettingsError(f"{place} {exc}", hint=hints.text("bench.git_pull")) from exc
     except DecodeError as exc:
         raise SettingsError(
             f"{place} is no complete record of a benchmark: {exc}",
-            hint=f"mv {place} {place}.damaged    measure again",
+            hint=hints.text("bench.set_aside", path=place),
         ) from exc
 
 
@@ -401,7 +400,7 @@ def find(layout: Layout, name: str) -> Entry:
     if len(matching) > 1:
         raise SettingsError(
             f"{name} matches {len(matching)} records",
-            hint="give the path of one record",
+            hint=hints.text("bench.path_of_record"),
             details=tuple(layout.relative(path) for path in matching),
         )
     return Entry(matching[0], read(matching[0], place=layout.relative(matching[0])))
@@ -410,8 +409,8 @@ def find(layout: Layout, name: str) -> Entry:
 def _hint_for(name: str, paths: Sequence[Path]) -> str:
     known = [known for path in paths for known in (path.stem, path.stem.partition("-")[2])]
     if alike := settings.nearest(name, known):
-        return f"did you mean {alike}? {LIST}"
-    return LIST if paths else "./scripts/nox -s bench    measures; there are no records yet"
+        return hints.text("bench.list_alike", alike=alike)
+    return hints.text("inv.bench") if paths else hints.text("bench.nothing_measured")
 
 
 def _entry(layout: Layout, path: Path) -> Entry:
@@ -432,7 +431,7 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
     if not found:
         console.info("there are no records of benchmarks yet")
     is_pair = sum(entry.record is not None for entry in found) > 1
-    console.hint("./scripts/inv bench.compare A B" if is_pair else "./scripts/nox -s bench")
+    console.hint(hints.text("bench.compare_two") if is_pair else hints.text("nox.bench"))
 
 
 def counted_starts(count: int) -> str:

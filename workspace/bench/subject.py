@@ -14,6 +14,7 @@ from pathlib import Path
 
 from workspace.bench import results
 from workspace.bench.results import Kind, Record, Software, Source
+from workspace.core import hints
 from workspace.core.console import RunLog
 from workspace.core.errors import SettingsError
 from workspace.core.files import sha256
@@ -165,7 +166,7 @@ def prepare(
     if taken:
         raise SettingsError(
             f"the workspace itself sets {taken}: leave it out after --",
-            hint="nox -s bench -- latency --model NAME -- --enforce-eager",
+            hint=hints.text("bench.enforce_eager"),
         )
     work = _workload(layout, settings, options, run_log=run_log)
     environment = built_environment(

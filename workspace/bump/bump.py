@@ -12,7 +12,7 @@ from typing import Literal
 
 from workspace.bump import forecast, known_good, promote, staging
 from workspace.bump.staging import BumpSandbox, BumpStart
-from workspace.core import lock
+from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog
 from workspace.core.console import State as RowState
 from workspace.core.errors import (
@@ -34,7 +34,6 @@ from workspace.repo.series import Attempt, Stack, State
 from workspace.repo.upstream import Candidate
 
 How = Literal["continue", "skip", "abort"]
-CONTINUE = "./scripts/inv patch.continue"
 
 
 def is_under_way(layout: Layout) -> bool:
@@ -70,7 +69,7 @@ def run(
         ):
             raise CheckoutError(
                 f"a bump to {bump_sandbox.pin.tag} is under way, but {ref} was requested",
-                hint=f"{CONTINUE}    resumes it; {CONTINUE} --abort gives it up",
+                hint=hints.text("bump.resume_or_give_up"),
             )
         if bump_sandbox is None and not staging.exists(layout):
             staging.clear_leftovers(layout)
@@ -92,7 +91,7 @@ def go_on(
             return
         bump_sandbox = staging.find(layout)
         if bump_sandbox is None:
-            raise CheckoutError("no bump is under way", hint="./scripts/inv pin")
+            raise CheckoutError("no bump is under way", hint=hints.text("inv.pin"))
         if not promote.is_begun(bump_sandbox):
             promote.require_unmoved(bump_sandbox)
             _resume(bump_sandbox, settings, how, run_log)
@@ -167,11 +166,12 @@ def _require_ready(layout: Layout, observed: plan.Observation) -> Stack:
     if stack is None:
         raise CheckoutError(
             f"{shown} is {observed.checkout.detail}, so there is nothing to move",
-            hint="./scripts/inv bootstrap",
+            hint=hints.text("inv.bootstrap"),
         )
     if verb := Git(layout.vllm).under_way():
         raise CheckoutError(
-            f"{shown} is in the middle of a git {verb}", hint=f"{CONTINUE}    or --abort"
+            f"{shown} is in the middle of a git {verb}",
+            hint=hints.text("inv.patch_continue_or_abort"),
         )
     if stack.dirty:
         edited = ", ".join(stack.dirty[:3]) + (
@@ -179,18 +179,17 @@ def _require_ready(layout: Layout, observed: plan.Observation) -> Stack:
         )
         raise CheckoutError(
             f"{shown} has edits ({edited}) that are in no patch",
-            hint=(
-                f"git -C {shown} commit    then ./scripts/inv patch.export; or git -C {shown} stash"
-            ),
+            hint=hints.text("bump.commit_or_stash", shown=shown),
         )
     if stack.state is State.UNEXPORTED:
         raise PatchDrift(
             f"{shown} has commits that are not in patches/vllm; a bump would drop them",
-            hint="./scripts/inv patch.export",
+            hint=hints.text("inv.patch_export"),
         )
     if stack.state is not State.APPLIED:
         raise CheckoutError(
-            f"the stack is {stack.state.value}; a bump needs it applied", hint="./scripts/inv patch"
+            f"the stack is {stack.state.value}; a bump needs it applied",
+            hint=hints.text("inv.patch"),
         )
     return stack
 
@@ -201,7 +200,7 @@ def _require_min_age(tag: str, published: datetime.datetime | None, settings: Se
     A withdrawn or harmful release is usually noticed within days.
     """
     required_days = settings.count("PIN_MIN_AGE_DAYS") or 0
-    hint = "wait, or add --allow-recent to take it now"
+    hint = hints.text("bump.allow_recent", tag=tag)
     if published is None:
         raise SettingsError(
             f"the publication date of {tag} is unknown; PIN_MIN_AGE_DAYS requires"
@@ -248,7 +247,7 @@ def _repin_same_source(layout: Layout, pin: pins.Pin, new: pins.Pin, run_log: Ru
     _update_series_base(layout)
     staging.set_gitlink(layout, new.commit, run_log=run_log)
     run_log.console.info(f"{pin.tag} is pinned by upstream's own commit now, {new.commit[:12]}")
-    run_log.console.hint("git add vendor/pins.toml patches/vllm && git commit")
+    run_log.console.hint(hints.text("bump.commit_vllm"))
 
 
 def _update_series_base(layout: Layout) -> None:
@@ -274,7 +273,9 @@ def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: Ru
     position = am.position(tree)
     if position is None:
         if how == "skip":
-            raise CheckoutError("no patch of the bump waits to be skipped", hint=CONTINUE)
+            raise CheckoutError(
+                "no patch of the bump waits to be skipped", hint=hints.text("inv.patch_continue")
+            )
         return
     names = staging.series_names(bump_sandbox)[-position.last :]
     if how == "skip":
@@ -283,10 +284,9 @@ def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: Ru
             bump_sandbox.layout.root / staging.SKIPPED,
             "".join(f"{name}\n" for name in skipped).encode(),
         )
+    tried = Attempt(f"git am --{how}", hints.text("inv.patch_continue"))
     try:
-        with moves.attempt(
-            bump_sandbox.layout, "vllm", tree, Attempt(f"git am --{how}", CONTINUE), run_log=run_log
-        ):
+        with moves.attempt(bump_sandbox.layout, "vllm", tree, tried, run_log=run_log):
             overview.resume_in(
                 tree,
                 base=bump_sandbox.start.new_base,
@@ -307,7 +307,7 @@ def _abort(layout: Layout, console: Console) -> None:
     if promote.is_begun_in(layout):
         raise CheckoutError(
             "this bump is being promoted and can only be finished",
-            hint=f"{CONTINUE}    then ./scripts/inv pin.rollback",
+            hint=hints.text("bump.continue_then_rollback"),
         )
     kept = staging.remove(layout)
     console.info(
@@ -345,12 +345,12 @@ def _export(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
     if verb := tree.under_way():
         raise CheckoutError(
             f"{bump_sandbox.shown} is in the middle of a git {verb}",
-            hint=f"git -C {bump_sandbox.shown} {verb} --continue    or --abort, then {CONTINUE}",
+            hint=hints.text("bump.sandbox_operation", folder=bump_sandbox.shown, verb=verb),
         )
     if edited := tree.edits():
         raise CheckoutError(
             f"{bump_sandbox.shown} has edits ({', '.join(edited[:3])}) that are not committed",
-            hint=f"git -C {bump_sandbox.shown} commit --all    then {CONTINUE}",
+            hint=hints.text("bump.sandbox_commit", folder=bump_sandbox.shown),
         )
     head = tree.head()
     if head is None or not (
@@ -359,7 +359,7 @@ def _export(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
         raise CheckoutError(
             f"{bump_sandbox.shown} is at {(head or 'no commit')[:12]}, which does not"
             f" descend from {bump_sandbox.pin.tag}",
-            hint=f"git -C {bump_sandbox.shown} reflog",
+            hint=hints.text("bump.sandbox_reflog", folder=bump_sandbox.shown),
         )
     made = (
         export.series_of(tree, bump_sandbox.start.new_base, head)
@@ -379,10 +379,7 @@ def _with_sandbox_hint(bump_sandbox: BumpSandbox) -> Iterator[None]:
             f"in {bump_sandbox.outer.relative(bump_sandbox.layout.root)}, the working tree is"
             f" untouched: {exc.message}"
         )
-        exc.hint = (
-            f"commit a fix in {bump_sandbox.shown}, or fix the cause above, then {CONTINUE};"
-            f" {CONTINUE} --abort gives the bump up"
-        )
+        exc.hint = hints.text("bump.fix_then_continue", folder=bump_sandbox.shown)
         raise
 
 
@@ -410,6 +407,6 @@ def _verify_promotion(layout: Layout, settings: Settings, console: Console) -> N
     try:
         run_smoke(layout, settings, console)
     except SmokeError as exc:
-        exc.hint = f"./scripts/inv pin.rollback    returns to the last good state; {exc.hint or ''}"
+        exc.hint = hints.text("bump.rollback_or", then=exc.hint)
         raise
     known_good.record(layout, settings, plan.observe(layout, settings), console=console)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from workspace.bump import changes
 from workspace.bump.changes import Change, Comparison, Topic
+from workspace.core import hints
 from workspace.core.console import Console, RunLog
 from workspace.core.console import State as RowState
 from workspace.core.errors import PatchConflict
@@ -156,7 +157,7 @@ class _Attempt:
                         raise PatchConflict(
                             f"patches/{shown} does not apply even to the present base"
                             f" {self.base[:12]}",
-                            hint="./scripts/inv patch",
+                            hint=hints.text("inv.patch"),
                         )
             self.taken = count
             self.trees[count] = self.old.tree()
@@ -358,8 +359,9 @@ def _show(made: Forecast, console: Console) -> None:
         console.row(_state_of(change), change.topic, text_of(change))
     tag, count = made.candidate.pin.tag, sum(patch.state == "conflicts" for patch in made.patches)
     console.hint(
-        f"./scripts/inv pin.bump {tag}"
-        + (f"   # stops at each of {count} conflicts" if count else "")
+        hints.text("bump.bump_with_conflicts", tag=tag, count=count)
+        if count
+        else hints.text("bump.bump", tag=tag)
     )
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from workspace.bump import known_good, staging
 from workspace.bump.staging import BumpSandbox, RedoLog, Step
+from workspace.core import hints
 from workspace.core.console import RunLog, State
 from workspace.core.errors import BuildError, CheckoutError, PatchDrift
 from workspace.core.files import read_regular, write_atomic
@@ -108,14 +109,11 @@ def require_unmoved(bump_sandbox: BumpSandbox) -> None:
     """
     layout, start = bump_sandbox.outer, bump_sandbox.start
     git, pin = Git(layout.vllm), pins.load(layout.pins).vllm
-    again = (
-        "./scripts/inv patch.export to keep it, then ./scripts/inv patch.continue --abort"
-        f" && ./scripts/inv pin.bump {start.ref}"
-    )
+    again = hints.text("bump.export_then_again", ref=start.ref)
     if verb := git.under_way():
         raise CheckoutError(
             f"vendor/vllm is in the middle of a git {verb}; nothing was promoted",
-            hint=f"git -C vendor/vllm {verb} --continue    or --abort",
+            hint=hints.text("bump.git_continue", verb=verb),
         )
     if git.head() != start.tip:
         raise CheckoutError(
@@ -126,7 +124,7 @@ def require_unmoved(bump_sandbox: BumpSandbox) -> None:
     if edited := git.edits():
         raise CheckoutError(
             f"vendor/vllm has edits ({', '.join(edited[:3])}); nothing was promoted",
-            hint="git -C vendor/vllm stash    then the same command again",
+            hint=hints.text("bump.stash_then_again", shown="vendor/vllm"),
         )
     if staging.digest_of(layout.patches("vllm"), pin=pin.commit) != start.patches:
         raise PatchDrift(
@@ -145,7 +143,7 @@ def begin(bump_sandbox: BumpSandbox, settings: Settings, *, tip: str, run_log: R
     if made.head() != tip or made.edits():
         raise CheckoutError(
             f"{bump_sandbox.shown} changed while its smoke ran; nothing was promoted",
-            hint="./scripts/inv patch.continue    tests the present commit",
+            hint=hints.text("bump.test_present"),
         )
     worktree.require_way(Git(layout.vllm), tip)
     observed = plan.observe(layout, settings)
@@ -346,4 +344,4 @@ def _report(bump_sandbox: BumpSandbox, facts: Mapping[str, str], run_log: RunLog
     # Do not name the submodule's path: the gitlink is staged already, and with the path git may
     # stage the patched commit that is checked out.
     message = layout.relative(message_file(layout))
-    console.hint(f"git add vendor/pins.toml patches/vllm && git commit -F {message}")
+    console.hint(hints.text("bump.commit_vllm_with", message=message))

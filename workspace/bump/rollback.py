@@ -15,7 +15,7 @@ from workspace.bump import bump, known_good, promote, staging, triton
 from workspace.bump.known_good import KnownGood
 from workspace.bump.staging import RedoLog, Step
 from workspace.checks import registry as smoke_record
-from workspace.core import lock
+from workspace.core import hints, lock
 from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError, WorkspaceError
 from workspace.core.files import copy_files, files_below, read_regular
@@ -50,10 +50,7 @@ def run(
         if wanted is None:
             raise CheckoutError(
                 f"the rollback to {redo_log.facts['good']} cannot resume: that state is missing",
-                hint=(
-                    f"rm {layout.relative(layout.returning)}    gives the rollback up;"
-                    " then ./scripts/inv status"
-                ),
+                hint=hints.text("bump.give_rollback_up", path=layout.relative(layout.returning)),
             )
         _finish(layout, redo_log, wanted, run_log)
     staging.report_leftovers(layout, redo_log.facts, console=console)
@@ -67,7 +64,7 @@ def run(
     try:
         bump.run_smoke(layout, settings, console)
     except SmokeError as exc:
-        exc.hint = f"./scripts/inv doctor    checks the machine; {exc.hint or ''}"
+        exc.hint = hints.text("bump.doctor_or", then=exc.hint)
         raise
     known_good.record(layout, settings, plan.observe(layout, settings), console=console)
 
@@ -82,7 +79,7 @@ def _begin(layout: Layout, name: str | None, console: Console) -> RedoLog:
     if staging.exists(layout):
         raise CheckoutError(
             "a bump is under way",
-            hint="./scripts/inv patch.continue    finishes it; --abort gives it up",
+            hint=hints.text("bump.finish_promotion"),
         )
     wanted, present = _choose(layout, name), known_good.present_name(layout)
     _require_movable(layout, wanted)
@@ -109,18 +106,18 @@ def _require_movable(layout: Layout, wanted: KnownGood) -> None:
     if verb := git.under_way():
         raise CheckoutError(
             f"{shown} is in the middle of a git {verb}",
-            hint="./scripts/inv patch.continue    or --abort",
+            hint=hints.text("inv.patch_continue_or_abort"),
         )
     if edited := git.edits():
         more = f" and {len(edited) - 3} more" if len(edited) > 3 else ""
         raise CheckoutError(
             f"{shown} has edits ({', '.join(edited[:3])}{more})",
-            hint=f"git -C {shown} stash && ./scripts/inv pin.rollback",
+            hint=hints.text("bump.stash_then_rollback", shown=shown),
         )
     if wanted.head not in git.present((wanted.head,)):
         raise CheckoutError(
             f"{shown} no longer has commit {wanted.head[:12]} of {wanted.name}",
-            hint="./scripts/inv pin    lists the other states",
+            hint=hints.text("bump.other_states"),
         )
     worktree.require_way(git, wanted.head)
     staging.require_one_disk(layout)
@@ -142,7 +139,7 @@ def _choose(layout: Layout, name: str | None) -> KnownGood:
     names = ", ".join(found.name for found in others)
     raise SettingsError(
         problem + (f"; there are {names}" if names else ""),
-        hint="a state is recorded as good when ./scripts/nox -s smoke has passed on it",
+        hint=hints.text("bump.good_when_smoked"),
     )
 
 
@@ -334,7 +331,7 @@ def _stack(layout: Layout, pin: Pin) -> PinRow:
 def _under_way(layout: Layout) -> list[PinRow]:
     rows = []
     if is_under_way(layout):
-        hint = "./scripts/inv pin.rollback"
+        hint = hints.text("inv.pin_rollback")
         rows.append(PinRow(State.WARN, "back", "a rollback was interrupted", hint=hint))
     if not staging.exists(layout):
         return rows
@@ -355,24 +352,24 @@ def _bump_stage(bump_sandbox: staging.BumpSandbox) -> tuple[str, str]:
     from workspace.repo.git import am
 
     if promote.is_begun(bump_sandbox):
-        return "being promoted", bump.CONTINUE
+        return "being promoted", hints.text("inv.patch_continue")
     tree = Git(bump_sandbox.layout.vllm)
     position = am.position(tree) if (bump_sandbox.layout.vllm / ".git").exists() else None
     if position is None:
         is_red = smoke_record.last_record(bump_sandbox.layout).get("verdict") == "fail"
         failed = f"its smoke failed; commit a fix in {bump_sandbox.shown}"
-        return failed if is_red else "interrupted", bump.CONTINUE
+        return failed if is_red else "interrupted", hints.text("inv.patch_continue")
     unmerged = am.unmerged(tree)
     waits = f"patch {position.number} of {position.last} conflicts" + (
         f" in {', '.join(unmerged[:3])}" if unmerged else ""
     )
-    return waits, f"edit and git add in {bump_sandbox.shown}, then {bump.CONTINUE}"
+    return waits, hints.text("bump.edit_then_continue", folder=bump_sandbox.shown)
 
 
 def _known_good_states(layout: Layout) -> list[PinRow]:
     found = known_good.states(layout)
     if not found:
-        hint = "./scripts/nox -s smoke    records one when it passes"
+        hint = hints.text("bump.smoke_records")
         return [PinRow(State.MISSING, "good", "no known-good state yet", hint=hint)]
     present = known_good.present_name(layout)
     rows = []
@@ -443,6 +440,6 @@ def _triton(layout: Layout, settings: Settings, pin: Pin, *, offline: bool) -> P
         State.OK,
         "triton",
         f"{text}; {found.branch} is at {found.commit[:12]}, {count}",
-        hint=triton.AGAIN,
+        hint=hints.text("bump.triton_again"),
         facts=facts,
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.bump import known_good
-from workspace.core import files, records
+from workspace.core import files, hints, records
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError, PatchConflict, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
@@ -90,7 +90,7 @@ def find(layout: Layout) -> BumpSandbox | None:
     except records.DecodeError as exc:
         raise WorkspaceError(
             f"{layout.relative(layout.bump_sandbox)} cannot be read: {exc}",
-            hint="./scripts/inv patch.continue --abort",
+            hint=hints.text("inv.patch_abort"),
         ) from exc
     if start is None:
         return None
@@ -116,7 +116,7 @@ def open_tree(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog)
 
     Raises CheckoutError if something else is at its path.
     """
-    hint = "./scripts/inv patch.continue --abort"
+    hint = hints.text("inv.patch_abort")
     return sandbox.open_tree(
         bump_sandbox.outer,
         bump_sandbox.layout,
@@ -178,10 +178,10 @@ def move_tree(layout: Layout, *, old: str, new: str, run_log: RunLog) -> None:
     if head != old:
         raise CheckoutError(
             f"{shown} is at {(head or 'no commit')[:12]}, expected {old[:12]}",
-            hint=f"git -C {shown} checkout --detach {old[:12]}",
+            hint=hints.text("bump.checkout_former", shown=shown, commit=old[:12]),
         )
     if edited := git.edits():
-        hint = f"git -C {shown} stash    then the same command again"
+        hint = hints.text("bump.stash_then_again", shown=shown)
         raise CheckoutError(
             f"{shown} has edits ({', '.join(edited[:3])}), which stay unchanged", hint=hint
         )
@@ -196,7 +196,7 @@ def require_one_disk(layout: Layout) -> None:
             "the clone, .workspace, vendor/vllm and .vllm are on several disks; a bump renames"
             " files between them and needs one disk"
         )
-        raise ToolchainError(sentence, hint="df . .workspace vendor/vllm .vllm")
+        raise ToolchainError(sentence, hint=hints.text("bump.disk_of_all"))
 
 
 def keep_environment(environment: Path, scratch: Path) -> None:
@@ -208,7 +208,7 @@ def keep_environment(environment: Path, scratch: Path) -> None:
             os.rename(environment, scratch)
         except OSError as exc:
             # A mount point cannot be renamed, even if both paths are on the same disk.
-            hint = f"findmnt {environment}    unmount it, then the same command again"
+            hint = hints.text("bump.unmount", folder=environment)
             raise ToolchainError(
                 f"{environment} cannot be renamed: {exc.strerror}", hint=hint
             ) from exc
@@ -297,7 +297,7 @@ def find_redo_log(path: Path) -> RedoLog | None:
     except records.DecodeError as exc:
         raise WorkspaceError(
             f"the redo log {path} cannot be read: {exc}",
-            hint=f"cat {path}; git log --all --oneline -9",
+            hint=hints.text("bump.read_state", path=path),
         ) from exc
     return RedoLog(path, steps.facts, steps.done) if steps else None
 

@@ -6,7 +6,7 @@ The build of Triton belongs to `inv fix-triton`.
 from dataclasses import dataclass, replace
 
 from workspace.bump import staging
-from workspace.core import lock
+from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError, PatchConflict, SourceError
 from workspace.core.files import write_atomic
@@ -15,8 +15,6 @@ from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout, git, pins, series
 from workspace.repo.git import Git, am, worktree
 from workspace.repo.pins import COMMIT, Pin
-
-AGAIN = "./scripts/inv pin.bump triton"
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def _advertised(layout: Layout, settings: Settings, pin: Pin, name: str) -> str:
     if not commit:
         raise SourceError(
             f"{without_user(url)} has no branch {name}",
-            hint="TRITON_REF names the branch that Triton's pin follows",
+            hint=hints.text("bump.triton_ref"),
         )
     return commit
 
@@ -124,7 +122,7 @@ def _write_message(layout: Layout, pin: Pin, new: Pin, found: Ahead, *, console:
         + (f", {found.commits} commits" if found.commits else "")
     )
     shown = layout.relative(message)
-    console.hint(f"git add vendor/pins.toml patches/triton && git commit -F {shown}")
+    console.hint(hints.text("bump.commit_triton", message=shown))
 
 
 def series_names(layout: Layout) -> tuple[str, ...]:
@@ -169,9 +167,7 @@ def _apply_series(layout: Layout, tree: Git, base: str) -> str:
         raise PatchConflict(
             f"patch {done.position} of {len(files)}, patches/triton/{names[done.position - 1]},"
             f" does not apply to {base[:12]}; nothing was changed",
-            hint=(
-                f"fix it, or remove its line from patches/triton/{series.SERIES_FILE}, then {AGAIN}"
-            ),
+            hint=hints.text("bump.triton_patch"),
             details=tuple(f"conflict in {path}" for path in done.conflicted),
         )
     return done.tip
@@ -181,11 +177,12 @@ def _require_clean(tree: Git, shown: str, pin: Pin, new: Pin, layout: Layout) ->
     if verb := tree.under_way():
         raise CheckoutError(
             f"{shown} is in the middle of a git {verb}",
-            hint="./scripts/inv patch.continue --project triton    or --abort",
+            hint=hints.text("bump.triton_continue"),
         )
     if edited := tree.edits():
         raise CheckoutError(
-            f"{shown} has edits ({', '.join(edited[:3])})", hint=f"git -C {shown} stash && {AGAIN}"
+            f"{shown} has edits ({', '.join(edited[:3])})",
+            hint=hints.text("bump.triton_stash", shown=shown),
         )
     head = tree.head() or ""
     known = {pin.commit, new.commit, tree.resolve("refs/patches/tip")}
@@ -199,8 +196,5 @@ def _require_clean(tree: Git, shown: str, pin: Pin, new: Pin, layout: Layout) ->
     if head not in known and tree.tree(head) != expected:
         raise CheckoutError(
             f"{shown} is at {head[:12]}, which is not what pin and patches make",
-            hint=(
-                f"./scripts/inv patch.export --project triton    or: git -C {shown} branch"
-                f" {series.kept_as(head)}"
-            ),
+            hint=hints.text("bump.triton_keep", shown=shown, branch=series.kept_as(head)),
         )

@@ -23,13 +23,11 @@ Level = Literal["quick", "full"]
 # What a machine may lack. A check that is skipped for another reason counts as failed.
 Need = Literal["gpu", "architectures"]
 
-_REINSTALL = (
-    "rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap   # installs the libraries again"
-)
-_DIFFERS = "git -C vendor/vllm diff refs/patches/base --stat   # what differs from the pin"
-_ORIGIN = "./scripts/inv status   # then: rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap"
-_SERVER = "ls -t .workspace/smoke-server/logs   # the newest is the server's own log"
-_REBUILD = "./scripts/inv rebuild   # compiles for this machine's GPU"
+_REINSTALL = "checks.reinstall"
+_DIFFERS = "checks.differs"
+_ORIGIN = "checks.origin"
+_SERVER = "checks.server_log"
+_REBUILD = "checks.rebuild"
 Verdict = Literal["pass", "fail", "skipped"]
 _STATES = {"pass": State.OK, "fail": State.FAIL, "skipped": State.SKIPPED}
 SCHEMA = 2
@@ -40,7 +38,7 @@ _MEASURES = ("models", "consistency", "device", "gpu", "seconds", "compilation")
 
 @dataclass(frozen=True)
 class Entry:
-    """A check in the registry: what it means when it passes, and the hint when it fails."""
+    """A check in the registry: its meaning when it passes, the name of its hint when it fails."""
 
     meaning: str
     hint: str
@@ -154,9 +152,7 @@ REGISTRY: Mapping[str, Entry] = {
         " torch and CUDA",
         _ORIGIN,
     ),
-    "provenance.tree": Entry(
-        "vendor/vllm did not change while the checks ran", "./scripts/nox -s smoke"
-    ),
+    "provenance.tree": Entry("vendor/vllm did not change while the checks ran", "nox.smoke"),
     "real.answer": Entry(
         "SmolLM2 knows the capital of France and does not repeat one token endlessly",
         _DIFFERS,

@@ -15,7 +15,7 @@ from pathlib import Path
 from workspace.checks import registry, smoke_suite
 from workspace.checks.registry import REGISTRY, Check
 from workspace.checks.smoke_suite import SmokeOptions
-from workspace.core import lock
+from workspace.core import hints, lock
 from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.files import write_atomic
@@ -109,7 +109,7 @@ def require_passed(checks: tuple[Check, ...], *, log: str | None) -> None:
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
         hint = next(
-            entry.hint
+            hints.text(entry.hint)
             for name, entry in REGISTRY.items()
             if any(check.identifier == name for check in failed)
         )
@@ -132,10 +132,7 @@ def install_hook(layout: Layout, *, console: Console) -> None:
             raise SettingsError(
                 f"git takes the hooks of {name} from {folder} (core.hooksPath), which other"
                 " repositories may share; no hook was installed",
-                hint=(
-                    f"call this from {folder / HOOK}: cd {shlex.quote(str(layout.root))} &&"
-                    " ./scripts/inv hook --run"
-                ),
+                hint=hints.text("checks.call_hook", hook=folder / HOOK, root=layout.root),
             )
         console.row(*_install(name, folder, _SCRIPT.format(root=shlex.quote(str(layout.root)))))
 
@@ -189,10 +186,10 @@ def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:
     if not found:
         raise CheckoutError(
             "neither this folder nor vendor/vllm is a git repository",
-            hint="git clone gives one; then ./scripts/inv bootstrap",
+            hint=hints.text("checks.clone_first"),
         )
     if len(found) == 1:
-        hint = "./scripts/inv bootstrap && ./scripts/inv hook"
+        hint = hints.text("checks.bootstrap_then_hook")
         console.rows([Row(State.MISSING, "vendor/vllm", "there is no checkout yet", hint=hint)])
     return found
 
@@ -207,7 +204,7 @@ def _install(name: str, folder: Path, script: str) -> tuple[State, str, str]:
         if os.path.lexists(kept):
             raise SettingsError(
                 f"your hook cannot be kept as {kept}: that file exists",
-                hint=f"mv {shlex.quote(str(kept))} elsewhere, then ./scripts/inv hook",
+                hint=hints.text("checks.move_hook", path=kept),
             )
         # Link before replacing: the repository never lacks a hook.
         os.link(hook, kept, follow_symlinks=False)

@@ -16,6 +16,7 @@ from workspace.checks import http_checks, numeric, probe_runs, registry, server_
 from workspace.checks.probe_runs import Answer, Program, SharedImport
 from workspace.checks.registry import REGISTRY, Check, Expected, Level, Need, chosen
 from workspace.compile import device_code
+from workspace.core import hints
 from workspace.core.console import Row, RunLog, State
 from workspace.core.errors import (
     BuildError,
@@ -59,7 +60,7 @@ def expect(layout: Layout, observed: plan.Observation) -> Expected:
     stamped = observed.kernels.recorded
     version = stamped.outcome.get("version") if stamped else None
     if stamped is None or version is None or observed.torch is None:
-        raise SmokeError("the stamp of the build is incomplete", hint="./scripts/inv bootstrap")
+        raise SmokeError("the stamp of the build is incomplete", hint=hints.text("inv.bootstrap"))
     torch, _, cuda = stamped.inputs.get(
         "torch", f"{observed.torch.version} CUDA {observed.torch.cuda or 'none'}"
     ).partition(" CUDA ")

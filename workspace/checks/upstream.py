@@ -11,6 +11,7 @@ from pathlib import Path
 from workspace.checks import registry, smoke, upstream_selection, upstream_trial
 from workspace.checks.upstream_selection import Decision, Reach, Reached, Rules
 from workspace.checks.upstream_trial import FileCheck, Sorted
+from workspace.core import hints
 from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.paths import Layout
@@ -103,7 +104,7 @@ def select(
     base = observed.checkout.base
     if base is None:
         raise CheckoutError(
-            f"vendor/vllm is {observed.checkout.detail}", hint="./scripts/inv bootstrap"
+            f"vendor/vllm is {observed.checkout.detail}", hint=hints.text("inv.bootstrap")
         )
     changed = repository.differing(
         Git(layout.vllm), base, new_below=SOURCES, is_wanted=lambda path: not path.endswith(".pyc")
@@ -137,7 +138,7 @@ def _named(layout: Layout, path_args: Sequence[str]) -> tuple[tuple[str, ...], t
         if Path(path).is_absolute() or ".." in Path(path).parts or not place.exists():
             raise SettingsError(
                 f"--all-of {path_arg}: there is no such path in vendor/vllm",
-                hint="paths are relative to vendor/vllm: --all-of vllm/sampling_params.py",
+                hint=hints.text("checks.relative_paths"),
             )
         for found in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             file = str(found.relative_to(layout.vllm))
@@ -279,10 +280,7 @@ def judge(result: Result, *, log: str | None) -> None:
     if lines:
         raise SmokeError(
             f"{len(lines)} of {result.count} of upstream's tests failed{result.compared}",
-            hint=(
-                "./scripts/nox -s upstream -- -- -x -l -k NAME    runs only tests of that name"
-                " and shows their values"
-            ),
+            hint=hints.text("checks.only_named"),
             details=(*lines, *((f"log: {log}",) if log else ())),
         )
 
@@ -357,7 +355,7 @@ def run(
         result = run_tests(observed.machine, selection, options, site, run_log=run_log)
         if registry.tree_of(layout, plan.observe(layout, settings)) != tree:
             raise SmokeError(
-                "vendor/vllm changed while the tests ran", hint="./scripts/nox -s upstream"
+                "vendor/vllm changed while the tests ran", hint=hints.text("nox.upstream")
             )
         document = compose_record(
             result,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.errors import SmokeError
 
 RULES = Path(__file__).with_name("reach.toml")
@@ -269,7 +269,7 @@ def listed(text: str, name: str = "a list") -> tuple[Listed, ...]:
         problem = " ".join(str(exc).split())
         raise SmokeError(
             f"{name} of upstream's CPU tests cannot be read: {problem}",
-            hint="git -C vendor/vllm status .buildkite",
+            hint=hints.text("checks.buildkite_status"),
         ) from exc
     steps = document.get("steps") if isinstance(document, dict) else None
     found: list[Listed] = []

@@ -20,7 +20,7 @@ from typing import Literal
 
 from workspace.checks.registry import Check, Verdict
 from workspace.checks.upstream_selection import Decision, Reached, Rules
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.child_variables import with_given
 from workspace.core.console import RunLog
 from workspace.core.errors import SmokeError
@@ -100,7 +100,9 @@ def run(
             place, _argv(place, report, pytest_args), timeout_s=timeout_s, run_log=run_log
         )
         if not report.is_file():
-            raise failure or SmokeError("pytest wrote no report", hint=f"less {run_log.path}")
+            raise failure or SmokeError(
+                "pytest wrote no report", hint=hints.text("core.read_log", path=run_log.path)
+            )
         outcomes = read(report.read_bytes(), place.tree)
     is_explained = any(outcome.state == "failed" for outcome in outcomes) or (
         not outcomes and _NOTHING_TO_RUN.match(str(failure))
@@ -142,12 +144,12 @@ def _run_pytest(
                 cwd=place.tree / "tests",
                 run_log=run_log,
                 failure=SmokeError,
-                hint="the arguments after -- go to pytest",
+                hint=hints.text("checks.pytest_arguments"),
             )
     except _OutOfTime:
         raise SmokeError(
             f"upstream's tests had not ended after {timeout_s:g} s and were ended",
-            hint="--timeout-s sets how long they may take; -- -k WORD runs fewer of them",
+            hint=hints.text("checks.timeout_or_fewer"),
             details=(f"log: {run_log.path}",),
         ) from None
     except SmokeError as exc:

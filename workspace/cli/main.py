@@ -10,7 +10,6 @@ import functools
 import io
 import os
 import re
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
-from workspace.core import files, settings
+from workspace.core import files, hints, settings
 from workspace.core.console import Console
 from workspace.core.errors import INTERRUPTED_EXIT_CODE, ToolchainError, WorkspaceError
 from workspace.core.paths import Layout, here
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 # Line ends, and the surrogates by which Python represents bytes that are not text.
 _UNWRITABLE = re.compile("[\n\r\ud800-\udfff]")
-_LOOK_FURTHER = (
-    "./scripts/inv doctor    checks the machine; ./scripts/inv report collects a bug report"
-)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Another file or folder is in the place of a file of the workspace.
@@ -71,7 +67,7 @@ def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = No
     if _UNWRITABLE.search(str(layout.root)):
         raise WorkspaceError(
             f"{str(layout.root)!r} has bytes in it that are not UTF-8, or a line end",
-            hint="move the clone into a folder with a plain name",
+            hint=hints.text("cli.plain_name"),
         )
     settings.forget_outer_git()
     return settings.load(layout, flags=flags, also_known=lambda: _registered(layout))
@@ -150,7 +146,7 @@ def _make_streams_usable() -> None:
 
 def _failed(error: WorkspaceError) -> int:
     # An error without a hint, as git's message on a repository that a power cut damaged.
-    error.hint = error.hint or _LOOK_FURTHER
+    error.hint = error.hint or hints.text("cli.look_further")
     # Data that was printed before the failure comes first.
     _flushed(sys.stdout)
     with contextlib.suppress(OSError):
@@ -172,13 +168,15 @@ def _refused(exc: OSError) -> ToolchainError:
     if exc.filename is None and not _flushed(sys.stdout):
         return ToolchainError(
             f"the output cannot be written: {exc.strerror}",
-            hint="df -h    shows which file system is full",
+            hint=hints.text("cli.disk_full"),
         )
     place = Path(os.fsdecode(exc.filename)) if isinstance(exc.filename, str | bytes) else None
     folder = place.parent if place else Path()
     looked_at = folder if place is None or exc.errno in _NO_RIGHTS else place
-    hint = shlex.join(
-        ["df", "-h", str(folder)] if exc.errno in _NO_SPACE else ["ls", "-ld", str(looked_at)]
+    hint = (
+        hints.text("core.disk_of", folder=folder)
+        if exc.errno in _NO_SPACE
+        else hints.text("core.list_folder", folder=looked_at)
     )
     return ToolchainError(
         f"{place or 'a file'} cannot be written or read: {exc.strerror}", hint=hint

@@ -5,7 +5,6 @@ its own exit codes.
 import difflib
 import inspect
 import re
-import shlex
 import sys
 
 import invoke
@@ -16,6 +15,7 @@ from invoke.parser.argument import Argument
 from invoke.program import Program
 
 from workspace.cli import verbs
+from workspace.core import hints
 from workspace.core.errors import SettingsError
 
 # The first task with `default=True` is what a bare `inv` or a bare collection name runs.
@@ -56,7 +56,6 @@ COLLECTIONS = {
 
 
 _INV = "./scripts/inv"
-_LIST = f"{_INV} --list"
 _LIST_FORMATS = ("flat", "nested", "json")
 # What follows the flags of a verb that passes the rest on.
 _REST = {"run": " -- COMMAND", "serve.start": " [-- FLAGS OF VLLM]"}
@@ -135,18 +134,21 @@ class WorkspaceProgram(Program):
             raise self._misuse(exc) from exc
         except Exit as exc:
             if exc.message:
-                raise SettingsError(_plain(exc.message), hint=_LIST) from exc
+                raise SettingsError(_plain(exc.message), hint=hints.text("cli.list")) from exc
 
     def _parse_core_flags(self, argv: list[str] | None) -> None:
         try:
             self.parse_core(argv)
         except ValueError as exc:
             # The only core flag that Invoke converts to a number.
-            raise SettingsError("--list-depth needs a whole number", hint=f"{_INV} --help") from exc
+            raise SettingsError(
+                "--list-depth needs a whole number", hint=hints.text("cli.help")
+            ) from exc
 
         if (chosen := self.args["list-format"].value) not in _LIST_FORMATS:
             raise SettingsError(
-                f"--list-format: {chosen!r} is not one of {', '.join(_LIST_FORMATS)}", hint=_LIST
+                f"--list-format: {chosen!r} is not one of {', '.join(_LIST_FORMATS)}",
+                hint=hints.text("cli.list"),
             )
 
     def print_task_help(self, name: str) -> None:
@@ -177,7 +179,7 @@ class WorkspaceProgram(Program):
         """
         unknown = re.search(r"No idea what '(.+)' is", str(error))
         verb = error.context.name if error.context is not None else None
-        more = f"{_INV} --help {verb}" if verb else f"{_INV} --help"
+        more = hints.text("cli.help_of", verb=verb) if verb else hints.text("cli.help")
         if unknown is None:
             return SettingsError(_plain(str(error)), hint=more)
         typed = unknown.group(1)
@@ -187,7 +189,7 @@ class WorkspaceProgram(Program):
             sentence = "{} has no flag {}".format("inv " + verb if verb else "inv", typed)
         else:
             like = difflib.get_close_matches(typed, list(self.parser.contexts), n=3)
-            sentence, more = f"there is no verb {typed}", _LIST
+            sentence, more = f"there is no verb {typed}", hints.text("cli.list")
             # Invoke takes what follows a complete verb for another verb.
             if verb and not like:
                 sentence = (
@@ -195,16 +197,17 @@ class WorkspaceProgram(Program):
                 )
                 more = self._typed_as_flag(verb, typed)
         return SettingsError(
-            sentence, hint="did you mean {}? {}".format(" or ".join(like), more) if like else more
+            sentence,
+            hint=hints.text("cli.alike", command=more, alike=" or ".join(like)) if like else more,
         )
 
     def _typed_as_flag(self, verb: str, typed: str) -> str:
         """Return the verb with its flag for a value, where it has exactly one, else its help."""
         flags = [flag for flag in self.parser.contexts[verb].args.values() if flag.takes_value]
         if len(flags) != 1:
-            return f"{_INV} --help {verb}"
+            return hints.text("cli.help_of", verb=verb)
         name = str(flags[0].name).replace("_", "-")
-        return shlex.join([_INV, verb, f"--{name}", typed])
+        return hints.text("cli.as_flag", words=[verb, f"--{name}", typed])
 
 
 def _help_first(argv: list[str]) -> list[str]:

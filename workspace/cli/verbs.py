@@ -11,7 +11,7 @@ from invoke.tasks import task
 
 from workspace.cli import main
 from workspace.cli.main import JSON, WAIT, after_dashes
-from workspace.core import paths
+from workspace.core import hints, paths
 from workspace.core.errors import SettingsError
 
 PROJECT = "vllm or triton"
@@ -441,7 +441,7 @@ def patch_export(
     if bool(patch) != bool(branch) or (branch and check):
         raise SettingsError(
             "--branch needs --patch, --patch needs --branch, and neither works with --check",
-            hint="./scripts/inv patch.export --branch NAME --patch FILE",
+            hint=hints.text("cli.export_branch_patch"),
         )
     if branch:
         patching.make_branch(
@@ -487,7 +487,7 @@ def patch_continue(
 
     if skip and abort:
         raise SettingsError(
-            "--skip and --abort exclude each other", hint="./scripts/inv --help patch.continue"
+            "--skip and --abort exclude each other", hint=hints.text("cli.help_continue")
         )
     how: Literal["continue", "skip", "abort"] = "skip" if skip else "abort" if abort else "continue"
     if project == "vllm" and bump.is_under_way(here):

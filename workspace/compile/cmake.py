@@ -15,7 +15,7 @@ from workspace.compile import cmake_inputs, externals, ninja, project, tree_file
 from workspace.compile.cmake_inputs import Inputs, folder
 from workspace.compile.project import Project
 from workspace.compile.tree_files import State
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular, write_atomic
@@ -225,7 +225,7 @@ def configure(
         raise BuildError(
             f"CMake configured {layout.relative(build)}, but its reply about the targets cannot be"
             " read",
-            hint="./scripts/inv doctor    shows the CMake of .vllm",
+            hint=hints.text("compile.doctor_cmake"),
         )
     return made
 
@@ -364,11 +364,15 @@ def _external_error(setup: _Setup, error: str) -> tuple[str, str] | None:
                 continue
             project = f"{external.name} {external.tag[:12]}"
             if Path(folder).is_relative_to(setup.machine.settings.cache / "externals"):
-                hint = f"rm -rf {folder}    the same command fetches it again"
+                hint = hints.text("compile.delete_external", folder=folder)
             elif externals.PLACEHOLDERS in Path(folder).parts:
-                hint = f"export {external.override}=/your/copy    of {project}"
+                hint = hints.text(
+                    "compile.override_external", variable=external.override, project=project
+                )
             else:
-                hint = f"unset {variable}    fetches {project} instead; or complete {folder}"
+                hint = hints.text(
+                    "compile.unset_external", variable=variable, project=project, folder=folder
+                )
             place = externals.shown_source(folder)
             return f"cannot configure with {external.name} from {place} ({external.override})", hint
     return None
@@ -376,8 +380,8 @@ def _external_error(setup: _Setup, error: str) -> tuple[str, str] | None:
 
 def _hint(output: str) -> str:
     if re.search(r"CMAKE_\w+_COMPILER|nvcc|GCC|g\+\+", output):
-        return "./scripts/inv doctor    shows compilers and toolkit"
-    return "check that place; patches and edits of CMake files may cause it"
+        return hints.text("compile.doctor_compilers")
+    return hints.text("compile.check_place")
 
 
 def _begin(build: Path) -> None:

@@ -227,11 +227,11 @@ def encode(entries: Iterable[Entry], *, head: str) -> str:
 
 def read_table(path: Path = TABLE) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     """Return the entries of a table, and a warning about damaged lines, which are left out."""
-    hint = f"guesses replace it; git checkout -- workspace/compile/{path.name} restores it"
+    note = f"guesses replace it; git checkout -- workspace/compile/{path.name} restores it"
     try:
         text = read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as exc:
-        return (), (f"the cost table {path.name} cannot be read ({exc}): {hint}",)
+        return (), (f"the cost table {path.name} cannot be read ({exc}): {note}",)
     entries, bad = [], []
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith("#") or line == _COLUMNS:
@@ -244,7 +244,7 @@ def read_table(path: Path = TABLE) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
             bad.append(number)
     if bad or not entries:
         return tuple(entries), (
-            f"the cost table {path.name} is damaged{f' in line {bad[0]}' if bad else ''}: {hint}",
+            f"the cost table {path.name} is damaged{f' in line {bad[0]}' if bad else ''}: {note}",
         )
     return tuple(entries), ()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.compile import cmake_inputs
-from workspace.core import files, lock
+from workspace.core import files, hints, lock
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import SettingsError, SourceError
 from workspace.core.files import write_atomic
@@ -370,7 +370,7 @@ def _own(layout: Layout, settings: Settings, external: External) -> Mapping[str,
             if not folder.is_dir():
                 raise SettingsError(
                     f"{name}={settings.presentable(text)}: the folder does not exist",
-                    hint=f"unset {name}    fetches {external.name} instead",
+                    hint=hints.text("compile.unset_override", variable=name, project=external.name),
                 )
             return {name: str(folder)}
     return {}
@@ -392,9 +392,7 @@ def _fetched(settings: Settings, external: External, *, run_log: RunLog, step: S
                 f"{place} is at {(_checked_out(place) or 'no commit')[:12]}, not at"
                 f" {external.tag[:12]}: it is not used"
             )
-            raise SourceError(
-                message, hint=f"rm -rf {place}    and the same command fetches it again"
-            )
+            raise SourceError(message, hint=hints.text("compile.delete_external", folder=place))
         if not place.exists():
             with files.folder_beside(place) as made:
                 commit = _clone(made, settings, external, run_log=run_log, step=step)
@@ -424,10 +422,7 @@ def _clone(
         )
     except SourceError as exc:
         place = f"{external.repository} in EXTERNALS_MIRROR" if mirror else external.repository
-        hint = (
-            "check the network, set EXTERNALS_MIRROR to a copy of https://github.com/, or export"
-            f" {external.override}=/your/copy"
-        )
+        hint = hints.text("compile.network_or_mirror", variable=external.override)
         raise SourceError(
             f"{external.name} {external.tag[:12]} could not be fetched from {place}: {exc.message}",
             hint=hint,

@@ -30,6 +30,7 @@ from workspace.compile.scheduler import (
     Running,
     State,
 )
+from workspace.core import hints
 from workspace.core.errors import BuildError
 from workspace.core.files import write_atomic
 
@@ -160,7 +161,7 @@ class JobServer:
         os.close(self._waker)
         self._thread.join()
         if self._failure is not None:
-            hint = "this is a defect of the workspace: run the same command again"
+            hint = hints.text("compile.defect")
             raise BuildError(
                 f"the job server failed: {self._failure!r}", hint=hint
             ) from self._failure

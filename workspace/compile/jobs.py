@@ -18,6 +18,7 @@ from workspace.compile.costs import Cost, Costs
 from workspace.compile.project import Project, Unit
 from workspace.compile.scheduler import Bounds, MemoryStatus
 from workspace.compile.targets import Reached
+from workspace.core import hints
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.core.known_settings import LARGEST_COUNT
@@ -26,10 +27,6 @@ from workspace.machine import hardware
 from workspace.machine.hardware import Host
 
 AUTO = "auto"
-HINT = "./scripts/inv rebuild --jobs auto   # as many as cores and memory allow"
-MEMORY_HINT = (
-    "./scripts/inv rebuild --memory auto   # available memory, less a reserve for the system"
-)
 # Memory reserved for the system: a share of all memory, and at least the second value. On a Spark
 # the GPU and the CPU share memory, and without a reserve the machine freezes before the kernel
 # kills a process (flashinfer-ai/flashinfer#3634).
@@ -61,9 +58,15 @@ class Memory:
     sentence: str
 
 
-def count(settings: Settings, *, cores: int, flag: str | None = None) -> Jobs:
+def count(
+    settings: Settings,
+    *,
+    cores: int,
+    flag: str | None = None,
+    command: str = "./scripts/inv rebuild",
+) -> Jobs:
     """Return how many compilers run at once. `flag` is the value of --jobs, `auto` or a number; it
-    outranks MAX_JOBS.
+    outranks MAX_JOBS. `command` is the verb that was typed.
 
     Raises SettingsError for anything else than `auto` or a whole number of at least 1.
     """
@@ -76,7 +79,7 @@ def count(settings: Settings, *, cores: int, flag: str | None = None) -> Jobs:
         raise SettingsError(
             f"--jobs: {shown!r} is neither auto nor a whole number of at least 1 and at most"
             f" {LARGEST_COUNT}",
-            hint=HINT,
+            hint=hints.text("compile.jobs_auto", command=command),
         )
     threads = settings.count("NVCC_THREADS") or 1
     wanted = settings.count("MAX_JOBS") if flag is None else None if flag == AUTO else int(flag)
@@ -139,12 +142,12 @@ def memory(host: Host, *, flag: str | None = None) -> Memory:
         raise SettingsError(
             f"--memory: {flag[:40]!r} is neither auto nor a number of GiB of at least"
             f" {LEAST_BUDGET_GIB:g}",
-            hint=MEMORY_HINT,
+            hint=hints.text("compile.memory_auto"),
         )
     if wanted > total:
         raise SettingsError(
             f"--memory {flag}: this machine, or its control group, has {total:.1f} GiB",
-            hint=MEMORY_HINT,
+            hint=hints.text("compile.memory_auto"),
         )
     sentence = f"{wanted:g} GiB for compilers: --memory {flag}"
     if wanted > (free := max(0.0, available - reserve)):

@@ -25,7 +25,7 @@ from workspace.compile.launcher import REFUSAL
 from workspace.compile.progress import Meter
 from workspace.compile.project import Unit
 from workspace.compile.scheduler import Admission, Bounds, Finished
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.child_variables import with_given
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, ToolchainError
@@ -126,7 +126,6 @@ class Failures:
         self._output, self._lines = None, []
 
 
-RESUME = "./scripts/inv rebuild    resumes the build"
 # Compilers that are called by name by builders that do not ask CMake: DeepGEMM's, torch's, a nested
 # configure.
 _COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
@@ -156,7 +155,7 @@ def find(layout: Layout, settings: Settings) -> Path:
     found = shutil.which("ninja", path=settings.child_environment("build").get("PATH", ""))
     if found is None:
         raise ToolchainError(
-            "no ninja found, neither in .vllm nor on PATH", hint="./scripts/inv bootstrap"
+            "no ninja found, neither in .vllm nor on PATH", hint=hints.text("inv.bootstrap")
         )
     return Path(found)
 
@@ -213,7 +212,7 @@ def environment(
 @dataclass(frozen=True)
 class Work:
     """What to compile: the build directory, the limits, and the expected units if known. `setup`
-    identifies what costs depend on; `resume` is the hint that resumes the build.
+    identifies what costs depend on; `command` resumes the build.
     """
 
     build: Path
@@ -222,7 +221,7 @@ class Work:
     memory: Memory
     planned: tuple[CostUnit, ...] = ()
     keep_going: bool = False
-    resume: str = RESUME
+    command: str = "./scripts/inv rebuild"
 
     @classmethod
     def of_units(
@@ -310,7 +309,7 @@ def under_job_server(
                 env=program.environment,
                 run_log=run_log,
                 on_line=read_line,
-                hint=work.resume,
+                hint=hints.text("compile.resume", command=work.command),
                 cwd=program.cwd,
             )
     except (BuildError, OSError) as exc:
@@ -435,9 +434,7 @@ def _explained(
 ) -> Exception:
     """Return the error for a failure of ninja: memory, disk, a compiler's error, or `exc`."""
     log = (f"log: {run_log.path}",)
-    alone = (
-        f"{work.resume.partition('    ')[0]} --jobs 1    resumes the build, one compiler at a time"
-    )
+    alone = hints.text("compile.one_job", command=work.command)
     if server.trouble:
         return BuildError(server.trouble, hint=alone, details=log)
     has_no_space = failures.has_no_space or (
@@ -447,16 +444,18 @@ def _explained(
         left = " and ".join(
             f"{place} has {hardware.free_gib(place) * 1024:.0f} MiB left" for place in full
         )
-        hint = f"{shlex.join(['df', '-h', *map(str, full)])}    then {work.resume}"
+        hint = hints.text("compile.disk_then_resume", folders=list(full), command=work.command)
         return BuildError(f"the disk is full: {left}", hint=hint, details=log)
     if isinstance(exc, OSError) or not (failure := failures.first):
         return exc
     unit, symptom = unit_at(failure.output), failure.symptom
     name = f"{unit.source} of {unit.target}" if unit else failure.output
     cause = f"{symptom.cause}: " if symptom else ""
-    hint = work.resume
-    if symptom:
-        hint = alone if symptom.lack else f"{symptom.hint}    then {work.resume}"
+    hint = hints.text("compile.resume", command=work.command)
+    if symptom and symptom.lack:
+        hint = alone
+    elif symptom:
+        hint = hints.text("compile.then_resume", fix=symptom.hint, command=work.command)
     return BuildError(
         run_log.redact(f"{name} failed: {cause}{failure.error}"),
         hint=hint,

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from workspace.compile.includes import Scan
 from workspace.compile.project import Project, Target, Unit
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.errors import SettingsError, ToolchainError
 from workspace.repo.git import Git
 from workspace.repo.git.repository import differing
@@ -261,7 +261,7 @@ def requested(
         raise SettingsError(
             f"--target {unknown[0]}: CMake builds no such target here; it has"
             f" {', '.join(target.name for target in finals) or 'none'}",
-            hint="./scripts/inv rebuild --plan   # shows why each target is reached",
+            hint=hints.text("compile.plan_targets"),
         )
     wanted = tuple(target for target in finals if not names or target.name in names)
     state = read_ninja_state(

@@ -19,7 +19,7 @@ from pathlib import Path
 from workspace.compile import cmake_inputs
 from workspace.compile.externals import MARK
 from workspace.compile.project import Target
-from workspace.core import files, process, records
+from workspace.core import files, hints, process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular, sha256, write_atomic
@@ -92,7 +92,7 @@ def _stage(
     if missing := [name for name in target.artifacts if not (build / name).exists()]:
         raise BuildError(
             f"{target.name} has not been built: {missing[0]} is not in {build}",
-            hint=f"./scripts/inv rebuild --target {target.name}",
+            hint=hints.text("compile.rebuild_target", target=target.name),
         )
     _install(build, prefix, target.name, run_log=run_log, env=env)
     _copy_linked(prefix / LINKED, shared)
@@ -113,7 +113,7 @@ def _install(
         env=env,
         run_log=run_log,
         failure=BuildError,
-        hint="./scripts/inv rebuild --clean",
+        hint=hints.text("compile.rebuild_clean"),
     )
 
 
@@ -177,7 +177,7 @@ def _require_free(name: str, tracked: Mapping[str, str]) -> None:
     ):
         raise BuildError(
             f"{inside} of the tree is in the way of a built file: {name}",
-            hint="git -C vendor/vllm status",
+            hint=hints.text("core.git_status", folder="vendor/vllm"),
         )
 
 

@@ -20,7 +20,7 @@ from workspace.compile.costs import unit_at
 from workspace.compile.jobs import Jobs, Memory
 from workspace.compile.progress import Cells, Meter
 from workspace.compile.triton_sources import FROM_SOURCE, Source, requirements
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
@@ -28,7 +28,6 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, toolchain, torch
 
-RESUME = f"{FROM_SOURCE}    resumes the build"
 # A link of all of LLVM takes several GiB, while the job tokens count compilers: limit the links.
 LINKS_AT_ONCE = 2
 # Variables of the run time. Triton's CMake takes them for an external assembler, and then builds a
@@ -123,7 +122,7 @@ def build_wheel(
     out = build / "dist"
     _prepare(build, out, run_log)
     setup = f"triton {platform.machine()} {toolchain.compiler_version(settings) or 'none'}"
-    work = ninja.Work(build, setup, jobs, memory, resume=RESUME)
+    work = ninja.Work(build, setup, jobs, memory, command=FROM_SOURCE)
     program = ninja.Program(_command_line(layout, source, out), variables, layout.root)
     output = BuildOutput(build)
     try:
@@ -137,7 +136,7 @@ def build_wheel(
         raise BuildError(
             f"the build succeeded but left {len(wheels)} wheels of Triton in"
             f" {layout.relative(out)}",
-            hint=f"log: {run_log.path}",
+            hint=hints.text("core.read_log", path=run_log.path),
         )
     return Wheel(wheels[0], made.seconds, len(made.finished), made.summary)
 
@@ -172,10 +171,7 @@ def _explained(exc: BuildError, output: "BuildOutput") -> BuildError | SourceErr
         return SourceError(
             "Triton's build cannot download a file that it fetches by itself:"
             f" {output.network_error}",
-            hint=(
-                "the log names the file; connect the network, or set its variable to a local"
-                f" folder, then {FROM_SOURCE}"
-            ),
+            hint=hints.text("compile.triton_offline"),
             details=exc.details,
         )
     if output.cmake_error:
@@ -281,7 +277,7 @@ def _is_installed(layout: Layout, line: str) -> bool:
     except InvalidRequirement as exc:
         raise BuildError(
             f"Triton requires {line!r}, which is not a valid requirement: {exc}",
-            hint=f"git -C {layout.relative(layout.triton)} log -1",
+            hint=hints.text("compile.triton_log", folder=layout.relative(layout.triton)),
         ) from exc
     if wanted.marker and not wanted.marker.evaluate(
         {"extra": "", "python_version": _minor(layout)}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, CheckoutError, SettingsError, SourceError
 from workspace.core.files import download, sha256
@@ -64,10 +64,7 @@ def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step:
         raise CheckoutError(
             f"{shown} has local edits ({', '.join(stack.dirty[:3])}) that are in no patch; they are"
             " kept, and nothing is built",
-            hint=(
-                f"git -C {shown} commit -a && ./scripts/inv patch.export --project triton    or:"
-                f" git -C {shown} stash; then {FROM_SOURCE}"
-            ),
+            hint=hints.text("compile.triton_edits", shown=shown),
         )
     project = next(
         (
@@ -80,7 +77,7 @@ def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step:
     if project is None:
         raise BuildError(
             f"{shown} has no setup.py, neither in its root nor in python/",
-            hint=f"git -C {shown} status; TRITON_MIRROR names its origin",
+            hint=hints.text("compile.triton_origin", shown=shown),
         )
     content = Git(layout.triton).tree("HEAD")
     step.reason = f"{pin.tag} {pin.commit[:12]}" + (
@@ -102,7 +99,8 @@ def requirements(source: Source) -> tuple[str, ...]:
         pass
     except records.DecodeError as exc:
         raise BuildError(
-            f"pyproject.toml of Triton cannot be read: {exc}", hint=f"git -C {source.tree} status"
+            f"pyproject.toml of Triton cannot be read: {exc}",
+            hint=hints.text("core.git_status", folder=source.tree),
         ) from exc
     listed = source.tree / "python" / "requirements.txt"
     if listed.is_file():
@@ -181,7 +179,7 @@ def wanted(source: Source, home: Path, environment: Mapping[str, str]) -> tuple[
             raise SettingsError(
                 "TRITON_OFFLINE_BUILD is on, but no local folder is set in"
                 f" {' and '.join(missing)}",
-                hint=f"{missing[0]}=/a/folder in .env",
+                hint=hints.text("compile.set_folder", variable=missing[0]),
             )
         return ()
     return tuple({one.place: one for one in found}.values())
@@ -212,10 +210,7 @@ def provide_downloads(
         except SourceError as exc:
             raise SourceError(
                 f"{one.name}: {exc.message}",
-                hint=(
-                    f"{MIRROR}=/a/folder/or/address in .env, or {one.setting}=/a/folder; then"
-                    f" {FROM_SOURCE}"
-                ),
+                hint=hints.text("compile.triton_mirror", setting=one.setting),
             ) from exc
         run_log.write(
             f"{archive.name} has sha256 {full.sha256}"
@@ -263,7 +258,7 @@ def _llvm(source: Source, root: Path, environment: Mapping[str, str]) -> Iterato
     except (ValueError, KeyError, TypeError) as exc:
         raise BuildError(
             f"cmake/{info.name} of Triton does not name the LLVM for {suffix}: {exc}",
-            hint="LLVM_SYSPATH=/a/folder in .env",
+            hint=hints.text("compile.llvm_folder"),
         ) from exc
     yield Download(
         name, f"{_LLVM}/{name}.tar.gz", digest, root / "llvm", root / "llvm" / name, "LLVM_SYSPATH"
@@ -379,12 +374,12 @@ def _fetch_file(
         if found is None:
             raise SourceError(
                 f"{file} does not exist",
-                hint=f"{MIRROR} names a folder with the files of https:// below their hosts",
+                hint=hints.text("compile.mirror_folder", variable=MIRROR),
             )
         if digest is not None and sha256(found) != digest:
             raise SourceError(
                 f"{found} has sha256 {sha256(found)}, but {digest} is expected: it is not used",
-                hint="fetch it again",
+                hint=hints.text("compile.fetch_again", path=found),
             )
         shutil.copyfile(found, target)
         return
@@ -428,14 +423,15 @@ def _unpack(one: Download, archive: Path) -> None:
         if not is_own and not (scratch / one.place.name).is_dir():
             raise SourceError(
                 f"{archive.name} holds no folder {one.place.name}",
-                hint=f"the archive is another file; {one.setting}=/a/folder in .env",
+                hint=hints.text("compile.other_archive", setting=one.setting),
             )
         shutil.rmtree(one.place, ignore_errors=True)
         os.replace(scratch if is_own else scratch / one.place.name, one.place)
         (one.place / "version.txt").write_text(one.url, encoding="utf-8")
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as exc:
         raise SourceError(
-            f"{archive.name} cannot be unpacked: {exc}", hint=f"rm {archive} && {FROM_SOURCE}"
+            f"{archive.name} cannot be unpacked: {exc}",
+            hint=hints.text("compile.delete_archive", path=archive),
         ) from exc
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

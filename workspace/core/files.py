@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from workspace.core import hints
 from workspace.core.errors import SourceError, ToolchainError
 
 CHUNK_BYTES = 1 << 20
@@ -121,17 +122,14 @@ def download(
     except requests.RequestException as exc:
         raise SourceError(
             f"{destination.name} could not be fetched: {_reason(exc)}",
-            hint="check the network and run the same command again; it resumes the transfer",
+            hint=hints.text("core.network_resumes"),
         ) from exc
     found = sha256(part)
     if expected_sha256 is not None and found != expected_sha256:
         part.unlink()
         raise SourceError(
             f"{destination.name} has sha256 {found}, pinned is {expected_sha256}: it was not used",
-            hint=(
-                "run the command again; if the hash stays wrong, the index or mirror serves another"
-                " file than was pinned"
-            ),
+            hint=hints.text("core.wrong_hash"),
         )
     os.replace(part, destination)
     _sync_folder(destination.parent)
@@ -274,7 +272,7 @@ def folder_beside(destination: Path) -> Iterator[Path]:
         where = exc.filename or destination.parent
         raise ToolchainError(
             f"{where} cannot be written: {exc.strerror}",
-            hint=f"df -h {destination.parent}; ls -ld {destination.parent}",
+            hint=hints.text("core.disk_and_rights", folder=destination.parent),
         ) from exc
     finally:
         if folder is not None:
@@ -304,7 +302,8 @@ def put_in_place(made: Path, destination: Path) -> None:
         os.rename(made, destination)
     except OSError as exc:
         raise ToolchainError(
-            f"{destination} cannot be put in place: {exc.strerror}", hint=f"ls -la {destination}"
+            f"{destination} cannot be put in place: {exc.strerror}",
+            hint=hints.text("core.list_all", path=destination),
         ) from exc
 
 

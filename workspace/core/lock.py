@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.errors import LockError, ToolchainError
 
 POLL_S = 0.2
@@ -45,7 +45,7 @@ def hold(
     if path.exists() and not path.is_file():
         raise ToolchainError(
             f"{path} is not a regular file, so it cannot be the lock",
-            hint=f"ls -ld {path}    shows what it is",
+            hint=hints.text("core.what_it_is", path=path),
         )
     # Python opens files close-on-exec: only a guard inherits the lock and keeps it until it has
     # ended the programs of a killed verb.
@@ -61,7 +61,7 @@ def hold(
                     # Only a verb with `on_wait` has a flag --wait.
                     raise LockError(
                         sentence,
-                        hint=f"wait for it{', or run the command with --wait' if on_wait else ''}",
+                        hint=hints.text("core.wait_flag") if on_wait else hints.text("core.wait"),
                     ) from None
                 if on_wait and not is_reported:
                     on_wait(f"waiting: {sentence}")

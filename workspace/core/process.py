@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Generic, NoReturn, TypeVar
 
-from workspace.core import guard
+from workspace.core import guard, hints
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 
@@ -246,7 +246,8 @@ def become(argv: Sequence[Argument], *, env: Mapping[str, str]) -> NoReturn:
         os.execve(program, [os.fspath(argument) for argument in argv], dict(env))
     except OSError as exc:
         raise ToolchainError(
-            f"{os.fspath(argv[0])} cannot be started: {exc.strerror}", hint=f"ls -l {program}"
+            f"{os.fspath(argv[0])} cannot be started: {exc.strerror}",
+            hint=hints.text("core.list_file", path=program),
         ) from exc
 
 
@@ -336,7 +337,7 @@ def _spawn(
     stderr: int,
     held: int | None,
 ) -> _Child:
-    hint = "./scripts/inv bootstrap    names what is missing and how to get it"
+    hint = hints.text("core.bootstrap_names")
     program = _program(argv, env, hint)
     inherited, lifeline = os.pipe()
     # A guard that cleans up after a killed verb holds the lock, which keeps the next verb out.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from workspace.core import hints
 from workspace.core.child_variables import PHASES, Base, Phase, with_given, with_rows
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
@@ -110,7 +111,7 @@ class Settings:
         if not own and not base and not expands("~"):
             raise SettingsError(
                 "there is no home folder to keep downloads in: HOME is not set",
-                hint="export WORKSPACE_CACHE_DIR=/a/folder/of/yours",
+                hint=hints.text("core.cache_folder"),
             )
         return own or cache_home(self.shell) / "vllm-workspace"
 
@@ -315,8 +316,12 @@ def _value(
 def _example(setting: Setting, *, is_flag: bool) -> str:
     """Return a valid value as it is written in this place, and what the setting means."""
     text = setting.default or _EXAMPLES.get(setting.kind, "")
-    written = f"{_flag(setting.name)} {text}" if is_flag else f"{setting.name}={text}"
-    return f"{written}    is valid; {setting.name}: {setting.meaning}"
+    name, meaning = setting.name, setting.meaning
+    if is_flag:
+        return hints.text(
+            "core.valid_flag", flag=_flag(name), value=text, name=name, meaning=meaning
+        )
+    return hints.text("core.valid_value", name=name, value=text, meaning=meaning)
 
 
 def _flag(name: str) -> str:
@@ -365,10 +370,12 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
         return {}
     except IsADirectoryError:
         raise SettingsError(
-            ".env is a directory, not a file", hint="mv .env .env.old && cp .env.example .env"
+            ".env is a directory, not a file", hint=hints.text("core.new_dotenv")
         ) from None
     except OSError as exc:
-        raise SettingsError(f".env cannot be read: {exc.strerror}", hint="ls -l .env") from exc
+        raise SettingsError(
+            f".env cannot be read: {exc.strerror}", hint=hints.text("core.list_dotenv")
+        ) from exc
     text = _dotenv_text(raw)
     lines: dict[str, list[int]] = {}
     resolvable = ""
@@ -384,7 +391,7 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
         ):
             raise SettingsError(
                 f".env, line {line} is not of the form NAME=value",
-                hint="quote a value that has blanks or #; begin a comment with #",
+                hint=hints.text("core.quote_value", line=line),
             )
         if binding.key is not None:
             lines.setdefault(binding.key, []).append(line)
@@ -410,7 +417,7 @@ def _with_braces(string: str, name: str, line: int, earlier: Collection[str]) ->
         if name in KNOWN and KNOWN[name].kind in ("path", "mirror", "url"):
             raise SettingsError(
                 f".env, line {line}: {name} needs the variable {variable}, which is not set",
-                hint=f"${{EDITOR:-nano}} +{line} .env",
+                hint=hints.text("core.edit_line", line=line),
             )
         return found[0]
 
@@ -422,26 +429,26 @@ def _dotenv_text(raw: bytes) -> str:
     if raw.startswith(b"\xef\xbb\xbf"):
         raise SettingsError(
             ".env, line 1 begins with a byte order mark, which hides the first name",
-            hint=r"sed -i '1s/^\xef\xbb\xbf//' .env",
+            hint=hints.text("core.without_bom"),
         )
     if b"\r" in raw:
         line = raw[: raw.index(b"\r")].count(b"\n") + 1
         raise SettingsError(
             f".env, line {line} has Windows line ends, which a shell takes into the value",
-            hint=r"sed -i 's/\r$//' .env",
+            hint=hints.text("core.without_cr"),
         )
     if b"\0" in raw:
         line = raw[: raw.index(b"\0")].count(b"\n") + 1
         raise SettingsError(
             f".env, line {line} has a zero byte, which no program accepts",
-            hint="cp .env.example .env    begins a new one; or write that line again",
+            hint=hints.text("core.begin_dotenv"),
         )
     try:
         return raw.decode()
     except UnicodeDecodeError as exc:
         raise SettingsError(
             f".env, line {raw[: exc.start].count(bytes([10])) + 1} is not UTF-8",
-            hint="cp .env.example .env    begins a new one; or write that line again",
+            hint=hints.text("core.begin_dotenv"),
         ) from exc
 
 

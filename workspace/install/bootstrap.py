@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import lock, process, records
+from workspace.core import hints, lock, process, records
 from workspace.core.console import Console, RunLog, State, Step
 from workspace.core.errors import BuildError
 from workspace.core.paths import Layout
@@ -33,7 +33,6 @@ NEEDED_CACHE_GIB = 1.0
 FIRST_TOKEN = "first-token"
 # Time between two lines on the wait for it, through a pipe.
 WAIT_LINE_S = 15.0
-NO_FIRST_TOKEN = "./scripts/inv bootstrap --no-first-token    leaves it out"
 End = Literal["token", "command", "part"]
 
 
@@ -170,10 +169,7 @@ def _act(run: stages.Run) -> plan.Observation:
         if stage.steps[0] in acted:
             raise BuildError(
                 f"{stage.steps[0][0]} is still due after it was done: {stage.reason}",
-                hint=(
-                    "a defect of the workspace, or another program changes this clone:"
-                    " ./scripts/inv status"
-                ),
+                hint=hints.text("install.status_defect"),
             )
         acted.append(stage.steps[0])
         stages.act(run, stage.steps, reason=stage.reason)
@@ -236,13 +232,13 @@ def _generate(run: stages.Run, view: Step) -> None:
             run_log=run.run_log,
             cwd=Path(folder),
             on_line=wait.read,
-            hint=NO_FIRST_TOKEN,
+            hint=hints.text("install.no_first_token"),
         )
     if wait.error is not None:
         raise BuildError(
             f"vllm {observed.version} is installed and verified, but generates no token on"
             f" {observed.device}: {wait.error}",
-            hint=NO_FIRST_TOKEN,
+            hint=hints.text("install.no_first_token"),
         )
     inputs = _first_token_inputs(observed)
     stamp.write(layout.stamp(FIRST_TOKEN), stamp.Stamp(inputs=inputs))

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from workspace.core import hints
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import read_regular, write_atomic
@@ -107,7 +108,7 @@ def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
     except (zipfile.BadZipFile, OSError) as exc:
         raise SourceError(
             f"{wheel.name} cannot be read as a wheel: {exc}",
-            hint="./scripts/inv bootstrap --kernels precompiled",
+            hint=hints.text("install.precompiled"),
         ) from exc
     compiled = {
         name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES
@@ -115,7 +116,7 @@ def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
     if not compiled:
         raise SourceError(
             f"{wheel.name} holds no compiled library of vLLM",
-            hint="./scripts/inv bootstrap --kernels precompiled",
+            hint=hints.text("install.precompiled"),
         )
     return compiled
 
@@ -149,10 +150,7 @@ def check_taken(wheel: Path, tree: Path) -> None:
     if wrong:
         raise BuildError(
             f"the tree's setup.py did not take {', '.join(wrong)} out of {wheel.name}",
-            hint=(
-                "its list of precompiled members lacks them: see patches/vllm for the patch that"
-                " fixes 0.31.0, and `./scripts/inv status`"
-            ),
+            hint=hints.text("install.members_lack"),
         )
 
 

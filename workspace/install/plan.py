@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import files
+from workspace.core import files, hints
 from workspace.core.errors import CheckoutError, SourceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -255,7 +255,7 @@ def kernel_inputs(observed: Observation, source: KernelSource) -> dict[str, str]
     build = observed.torch
     if build is None:
         raise CheckoutError(
-            "there is no torch to build kernels for", hint="./scripts/inv bootstrap"
+            "there is no torch to build kernels for", hint=hints.text("inv.bootstrap")
         )
     inputs = {"device": observed.device, "torch": _torch_input(build)}
     if source.is_compiled:

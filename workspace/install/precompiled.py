@@ -15,7 +15,7 @@ from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, get_args
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.errors import SettingsError, SourceError
 from workspace.core.files import sha256
 from workspace.core.paths import Layout
@@ -190,7 +190,7 @@ def _own_wheel(settings: Settings, choice: str) -> Kernels:
         raise SettingsError(
             f"KERNELS={settings.presentable(choice)} is not auto, precompiled, native or an"
             " existing wheel file",
-            hint="./scripts/inv rebuild --kernels auto",
+            hint=hints.text("install.rebuild_auto"),
         )
     return Kernels(KernelSource("wheel", wheel.name, sha256(wheel)), wheel)
 
@@ -215,7 +215,7 @@ def fetch_wheel(
         if kernels.file is None or not kernels.file.is_file():
             raise SourceError(
                 f"the wheel of the installed kernels does not exist any more: {kernels.file}",
-                hint="./scripts/inv bootstrap --kernels precompiled",
+                hint=hints.text("install.precompiled"),
             )
         return kernels.file
     precompiled_wheel = pinned_wheel(pin, device)
@@ -223,7 +223,7 @@ def fetch_wheel(
         raise SourceError(
             f"vendor/pins.toml names no precompiled wheel for {_key(device)}:"
             f" it has {', '.join(sorted(pin.precompiled)) or 'none'}",
-            hint="./scripts/inv bootstrap --kernels native",
+            hint=hints.text("install.native"),
         )
     return index.fetch(
         precompiled_wheel.project,

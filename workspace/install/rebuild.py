@@ -27,7 +27,7 @@ from workspace.compile.jobs import Jobs, Memory, RebuildPlan
 from workspace.compile.project import Project
 from workspace.compile.scheduler import Bounds
 from workspace.compile.targets import Reached
-from workspace.core import lock
+from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import BuildError, CheckoutError, SettingsError
 from workspace.core.paths import Layout
@@ -66,7 +66,7 @@ class Job:
     def __post_init__(self) -> None:
         observed = self.run.observed
         if observed.torch is None:
-            raise BuildError("there is no torch to compile for", hint="./scripts/inv bootstrap")
+            raise BuildError("there is no torch to compile for", hint=hints.text("inv.bootstrap"))
         self.source: KernelSource = observed.kernels_wanted.source
         self.inputs: Inputs = cmake_inputs.observe(
             observed.machine, device=observed.device, pin=observed.pin, torch=observed.torch
@@ -377,9 +377,7 @@ def run(
     """Bring the compiled libraries up to date with the tree; raise the error of a failed step."""
     pins.require_settled(layout)
     if options.as_json and not options.plan_only:
-        raise SettingsError(
-            "--json works only with --plan", hint="./scripts/inv rebuild --plan --json"
-        )
+        raise SettingsError("--json works only with --plan", hint=hints.text("install.plan_json"))
     has_bounds = options.jobs is not None or options.memory is not None
     machine = Machine(layout, settings)
     bounds = _bounds(machine, options) if has_bounds else None
@@ -439,18 +437,18 @@ def _bounds(machine: Machine, options: RebuildOptions) -> tuple[Jobs, Memory]:
 def _require_context(observed: plan.Observation, *, is_sandbox: bool) -> None:
     """Raise where there is nothing to compile, or nothing to compile for: other verbs fix that."""
     if observed.stack is None or observed.environment.state == "missing":
-        raise BuildError("there is no vLLM to rebuild yet", hint="./scripts/inv bootstrap")
+        raise BuildError("there is no vLLM to rebuild yet", hint=hints.text("inv.bootstrap"))
     if observed.environment.state != "ok":
         raise BuildError(
             f"the environment is stale: {observed.environment.why}",
-            hint="./scripts/inv bootstrap && ./scripts/inv rebuild",
+            hint=hints.text("install.bootstrap_rebuild"),
         )
     if observed.stack.state is State.IN_PROGRESS or (
         observed.stack.state is State.FOREIGN and not is_sandbox
     ):
         raise CheckoutError(
             "cannot rebuild: vendor/vllm has a git operation under way, or is not on the pin",
-            hint="./scripts/inv patch",
+            hint=hints.text("inv.patch"),
         )
 
 

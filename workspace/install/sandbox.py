@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import files, records
+from workspace.core import files, hints, records
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError, CheckoutError, ToolchainError
 from workspace.core.files import copy_files, files_below, read_regular, write_atomic
@@ -331,7 +331,7 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
     if moves.is_begun(sandbox.layout, "vllm") or Git(sandbox.layout.vllm).head() != sandbox.tip:
         raise CheckoutError(
             f"{sandbox.shown} is not on {sandbox.tip[:12]}",
-            hint=f"rm -rf {sandbox.shown}    and the same command again",
+            hint=hints.text("install.delete_sandbox", folder=sandbox.shown),
         )
     if wanted.switch("USE_EXISTING_TORCH"):
         with RunLog(
@@ -351,7 +351,7 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
     observed = plan.observe(sandbox.layout, wanted)
     for layer in (observed.environment, observed.kernels, observed.install):
         if layer.state != "ok":
-            hint = "./scripts/inv env.check    KERNELS=auto compiles what differs from the pin"
+            hint = hints.text("install.kernels_auto")
             raise BuildError(
                 f"{sandbox.shown} cannot be built as its tree requires: {layer.name} {layer.why}",
                 hint=hint,
@@ -402,7 +402,7 @@ def _settled(sandbox: Sandbox, tip: str, settings: Settings, run_log: RunLog) ->
 
     The user's work in it is kept under a reference.
     """
-    hint = f"rm -rf {sandbox.shown}    and the same command again"
+    hint = hints.text("install.delete_sandbox", folder=sandbox.shown)
 
     def open_again() -> Git:
         return open_tree(sandbox.outer, sandbox.layout, tip, settings, run_log=run_log, hint=hint)

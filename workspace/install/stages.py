@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from workspace.core import hints
 from workspace.core.console import Console, Row, RunLog, State, Step, failed
 from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.paths import Layout
@@ -132,7 +133,7 @@ def install_accelerators(run: Run, view: Step) -> None:
     inputs = run.observe().environment.inputs
     if inputs is None:
         raise BuildError(
-            "the environment is missing after its installation", hint="./scripts/inv status"
+            "the environment is missing after its installation", hint=hints.text("inv.status")
         )
     files = plan.digested_files(Git(run.layout.vllm), inputs)
     # A build for the CPU reports a driver that answers later: status.device_row.
@@ -189,7 +190,7 @@ def _fitting(run: Run, path: Path) -> str | None:
     if why := wheel.fits(packed, inputs, digest, python=version, capabilities=capabilities):
         raise SourceError(
             f"{path.name} does not fit: {why}",
-            hint="./scripts/inv rebuild --kernels auto    compiles what differs from the pin",
+            hint=hints.text("install.rebuild_differs"),
         )
     return packed.digest
 
@@ -322,9 +323,7 @@ def check_device_code(
         raise BuildError(
             f"the built libraries lack code for {wanted}: {wrong[0]}",
             hint=(
-                "./scripts/inv doctor --offline    judges TORCH_CUDA_ARCH_LIST"
-                if archs
-                else "./scripts/inv rebuild --kernels native    compiles for this GPU"
+                hints.text("install.judge_archs") if archs else hints.text("install.rebuild_native")
             ),
             details=tuple(wrong),
         )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.errors import SourceError
 from workspace.core.records import DecodeError, Document
 from workspace.install import precompiled
@@ -133,7 +133,7 @@ def read_packed(path: Path) -> Packed | None:
     except DAMAGED as exc:
         raise SourceError(
             f"{path.name} is not a complete wheel: {exc}",
-            hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel",
+            hint=hints.text("install.copy_or_pack"),
         ) from exc
 
 
@@ -152,5 +152,5 @@ def _decode_packed(path: Path) -> Packed | None:
     except records.NewerSchema as exc:
         raise SourceError(
             f"{path.name} was packed by another version of the workspace",
-            hint="pack it again: ./scripts/inv wheel",
+            hint=hints.text("install.pack_again"),
         ) from exc

@@ -6,7 +6,7 @@ The row of Triton is here too; inv fix-triton uses its sentences.
 from dataclasses import dataclass
 from typing import Literal
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import PatchDrift, SmokeError
 from workspace.core.paths import Layout
@@ -66,9 +66,9 @@ def triton_row(layout: Layout, build: TorchBuild | None) -> Row | None:
     beside = recorded.inputs.get("torch") if recorded and installed.origin == "file" else None
     if build and beside not in (None, build.version):
         text = f"{text}; it was verified with torch {beside}"
-        return Row(State.WARN, "triton", text, hint="./scripts/inv fix-triton --check")
+        return Row(State.WARN, "triton", text, hint=hints.text("install.check_triton"))
     if paired and not installed.is_meant and not is_met(paired, installed.version):
-        return Row(State.WARN, "triton", text, hint="./scripts/inv fix-triton")
+        return Row(State.WARN, "triton", text, hint=hints.text("install.fix_triton"))
     return Row(State.OK, "triton", text)
 
 
@@ -78,7 +78,6 @@ def is_met(specifier: str, version: str) -> bool:
     return SpecifierSet(specifier).contains(version, prereleases=True)
 
 
-BOOTSTRAP = "./scripts/inv bootstrap"
 LONGEST_TIME = 40
 
 
@@ -91,9 +90,9 @@ def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
     except PatchDrift as exc:
         # A broken series is one of the faults that this screen shows.
         rows = (Row(State.FAIL, "patches", exc.message),)
-        following = exc.hint or "./scripts/inv patch"
+        following = exc.hint or hints.text("inv.patch")
     if all(row.state is State.OK for row in rows):
-        following = f"{following}    after a change in vendor/vllm; nothing is due now"
+        following = hints.text("install.after_change", command=following)
     console.show(rows, as_json=as_json, next=following)
     if not as_json:
         console.hint(following)
@@ -118,22 +117,19 @@ def next_command(observed: plan.Observation) -> str:
     if observed.checkout.kind is checkout.Kind.FOREIGN:
         if observed.checkout.head is None:
             return checkout.keeping_command("vendor/vllm")
-        return f"git -C vendor/vllm status   # it is {observed.checkout.detail}"
+        return hints.text("install.foreign_checkout", detail=observed.checkout.detail)
     if observed.stack and observed.stack.state is patches.State.IN_PROGRESS:
-        return (
-            "./scripts/inv patch.continue   # or --skip, --abort: an am, rebase, merge or"
-            " cherry-pick is under way in vendor/vllm"
-        )
+        return hints.text("install.operation_under_way")
     if observed.stack and observed.stack.state is patches.State.FOREIGN:
-        return "./scripts/inv patch   # vendor/vllm does not descend from the pin: lists what to do"
+        return hints.text("install.no_descendant")
     is_native_stale = observed.kernels_wanted.source.is_native and observed.kernels.state == "stale"
     if (observed.needs_compilation or is_native_stale) and observed.environment.state == "ok":
-        return "./scripts/inv rebuild"
+        return hints.text("inv.rebuild")
     if any(
         layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)
     ):
-        return BOOTSTRAP
-    return "./scripts/nox -s smoke"
+        return hints.text("inv.bootstrap")
+    return hints.text("nox.smoke")
 
 
 def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
@@ -217,7 +213,7 @@ def device_rows(machine: Machine, *, queries_driver: bool = False) -> tuple[Row,
     environment = machine.settings.child_environment("plain")
     if not is_away or machine.settings.text("DEVICE") == "cpu" or not gpu.is_installed(environment):
         return ()
-    here, again = "an NVIDIA driver is installed", f"{BOOTSTRAP} --device cuda"
+    here, again = "an NVIDIA driver is installed", hints.text("install.build_for_gpu")
     if queries_driver:
         answer = machine.driver.gpus()
         if not isinstance(answer, There):
@@ -233,7 +229,7 @@ def device_rows(machine: Machine, *, queries_driver: bool = False) -> tuple[Row,
 def _pin(layout: Layout, observed: plan.Observation) -> Row:
     text = f"{observed.pin.tag} {observed.pin.commit[:12]}"
     if Layout(layout.bump_sandbox).pins.exists():
-        return Row(State.WARN, "pin", f"{text}; it is being moved", hint="./scripts/inv pin")
+        return Row(State.WARN, "pin", f"{text}; it is being moved", hint=hints.text("inv.pin"))
     return Row(State.OK, "pin", text)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.console import Row, State, failed
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.paths import Layout
@@ -84,7 +84,7 @@ def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
     if machine.python() is None:
         raise BuildError(
             "there is no environment in .vllm to diagnose",
-            hint="./scripts/inv bootstrap",
+            hint=hints.text("inv.bootstrap"),
         )
     case = Case(machine)
     installed, build = torch.observe_triton(layout), machine.torch()

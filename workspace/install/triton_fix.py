@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from workspace.compile import jobs as bounds
 from workspace.compile import triton_build, triton_sources
 from workspace.compile.jobs import Jobs, Memory
-from workspace.core import lock
+from workspace.core import hints, lock
 from workspace.core.console import Console, Row, RunLog, Step
 from workspace.core.errors import BuildError, SettingsError, ToolchainError
 from workspace.core.files import sha256
@@ -24,7 +24,6 @@ from workspace.install.triton_fixes import Context, Fix
 from workspace.machine import hardware, interpreter, torch, venv
 from workspace.repo import pins
 
-VERB = "./scripts/inv fix-triton"
 # GiB that a build adds: objects and libraries, and LLVM with NVIDIA's tools among the downloads
 # (2.9 in a public note), rounded up.
 NEEDED_GIB, NEEDED_CACHE_GIB = 6.0, 5.0
@@ -62,7 +61,7 @@ def run(
     found = diagnose(layout, settings)
     console.rows(found.findings)
     if options.check or (not found.bad and not options.from_source):
-        _close(found, console, f"{VERB}    fixes what it can{_in_shell(found, settings)}")
+        _close(found, console, hints.text("install.fix_what_can", first=_in_shell(found, settings)))
         return
     context, found = _fix(
         layout, settings, console=console, wait=wait, is_from_source=options.from_source
@@ -78,8 +77,7 @@ def run(
     _close(
         found,
         console,
-        f"{triton_sources.FROM_SOURCE}    builds Triton here; rm -rf .vllm && ./scripts/inv"
-        f" bootstrap    installs everything again{_in_shell(found, settings)}",
+        hints.text("install.build_triton", first=_in_shell(found, settings)),
     )
 
 
@@ -106,18 +104,27 @@ def _fix(
 def _require_sense(options: FixOptions) -> None:
     if options.check and (options.from_source or options.ref or options.jobs):
         raise SettingsError(
-            "--check builds nothing and takes no other option", hint=f"{VERB} --check"
+            "--check builds nothing and takes no other option",
+            hint=hints.text("install.check_triton"),
         )
     if (options.ref or options.jobs) and not options.from_source:
         raise SettingsError(
             "--ref and --jobs work only with --from-source",
-            hint=f"{VERB} --from-source",
+            hint=hints.text("install.triton_source"),
         )
 
 
 def _limits(settings: Settings, options: FixOptions) -> tuple[Jobs, Memory]:
     host = hardware.observe()
-    return bounds.count(settings, cores=host.cores, flag=options.jobs), bounds.memory(host)
+    return (
+        bounds.count(
+            settings,
+            cores=host.cores,
+            flag=options.jobs,
+            command=triton_sources.FROM_SOURCE,
+        ),
+        bounds.memory(host),
+    )
 
 
 def _close(found: Diagnosis, console: Console, hint: str) -> None:
@@ -130,7 +137,7 @@ def _close(found: Diagnosis, console: Console, hint: str) -> None:
             hint=hint,
         )
     console.info("Triton has no fault")
-    console.hint("./scripts/nox -s smoke" if found.installed else "./scripts/inv status")
+    console.hint(hints.text("nox.smoke") if found.installed else hints.text("inv.status"))
 
 
 def _in_shell(found: Diagnosis, settings: Settings) -> str:
@@ -271,7 +278,7 @@ def _require_context(layout: Layout, settings: Settings) -> None:
     if closed:
         raise ToolchainError(
             f"{layout.relative(closed)} cannot be written: a built Triton could not be installed",
-            hint=f"ls -ld {closed}; mount | grep vllm",
+            hint=hints.text("install.triton_mounts", folder=closed),
         )
     for place, need in (
         (layout.state, NEEDED_GIB),
@@ -281,7 +288,7 @@ def _require_context(layout: Layout, settings: Settings) -> None:
         if free < need:
             raise ToolchainError(
                 f"{place} has {free:.1f} GiB left, a build of Triton needs {need:g} GiB",
-                hint=f"df -h {hardware.existing(place)}",
+                hint=hints.text("core.disk_of", folder=hardware.existing(place)),
             )
 
 
@@ -364,6 +371,6 @@ def _verified(context: Context) -> Diagnosis:
     if kernel.error:
         raise BuildError(
             f"the test kernel fails: {kernel.error}",
-            hint=f"{VERB} --check; {triton_sources.FROM_SOURCE} --ref v3.7.1    builds that one",
+            hint=hints.text("install.triton_ref"),
         )
     return found

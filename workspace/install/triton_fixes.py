@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import settings
+from workspace.core import hints, settings
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.paths import Layout
@@ -120,7 +120,7 @@ def _change_assembler(context: Context, found: Diagnosis) -> str:
     if in_shell := [name for name in changes if context.settings.source(name) == "shell"]:
         raise ToolchainError(
             f"{in_shell[0]} is set in the shell, where only you can change it",
-            hint=f"unset {' '.join(in_shell)} && ./scripts/inv fix-triton",
+            hint=hints.text("install.unset_then_fix", variables=in_shell),
         )
     for line in dotenv.change(
         context.layout,
@@ -136,7 +136,7 @@ def _change_assembler(context: Context, found: Diagnosis) -> str:
     if wrong:
         raise ToolchainError(
             f".env was changed, but {wrong[0]} is still {context.settings.text(wrong[0])}",
-            hint="check .env: is the name there twice?",
+            hint=hints.text("install.twice_in_dotenv"),
         )
     return ", ".join(
         f"{name} {'is ' + value if value else 'is not set any more'}"
@@ -185,7 +185,7 @@ def _move_folders(context: Context, found: Diagnosis) -> str:
         except OSError as exc:
             raise ToolchainError(
                 f"{layout.relative(place)} cannot be moved: {exc.strerror}",
-                hint=f"ls -ld {place.parent}",
+                hint=hints.text("core.list_folder", folder=place.parent),
             ) from exc
     for stale in found.stale:
         _extract_again(layout, stale.place)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -102,10 +102,7 @@ def verify(observed: Observation) -> Verdict:
         more = f" (and {len(wrong) - 1} more, above)" if len(wrong) > 1 else ""
         raise BuildError(
             f"the installed vLLM failed verification: {wrong[0]}{more}",
-            hint=(
-                "./scripts/inv bootstrap installs it again; if the kernels do not fit this torch:"
-                " ./scripts/inv rebuild --kernels native"
-            ),
+            hint=hints.text("install.again_or_native"),
             details=tuple(wrong),
         )
     return Verdict(

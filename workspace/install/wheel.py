@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from workspace.compile import device_code, tree_files
 from workspace.compile.cmake_inputs import Inputs
-from workspace.core import files, lock, records
+from workspace.core import files, hints, lock, records
 from workspace.core.console import Console, Step
 from workspace.core.errors import BuildError
 from workspace.core.files import CHUNK_BYTES, sha256
@@ -62,7 +62,7 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     console.data(f"{packed.sha256}  {layout.relative(packed.path)}")
     if ".dirty" in packed.path.name:
         console.warn("vendor/vllm has uncommitted edits: the name of the wheel has their digest")
-    console.hint(f"./scripts/inv bootstrap --kernels {packed.path}    in a clone of the same pin")
+    console.hint(hints.text("install.use_wheel", wheel=packed.path))
 
 
 def pack(
@@ -85,7 +85,7 @@ def pack(
     known = {library.path: library.sha256 for library in recorded.libraries}
     if strange := sorted(name for name in members if name.endswith(".so") and name not in known):
         raise BuildError(
-            f"{strange[0]} is not part of the verified build", hint="./scripts/inv rebuild"
+            f"{strange[0]} is not part of the verified build", hint=hints.text("inv.rebuild")
         )
     tag = f"cp{packed.python.replace('.', '')}" if packed.python else "cp38"
     name = (
@@ -98,7 +98,7 @@ def pack(
         ):
             if known.get(path, found) != found:
                 raise BuildError(
-                    f"{path} changed since the build was verified", hint="./scripts/inv bootstrap"
+                    f"{path} changed since the build was verified", hint=hints.text("inv.bootstrap")
                 )
         (scratch / name).replace(folder / name)
     return Written(folder / name, (folder / name).stat().st_size, sha256(folder / name))
@@ -143,7 +143,7 @@ def _verified(observed: plan.Observation) -> stamp.Stamp:
             verb = "rebuild" if observed.needs_compilation else "bootstrap"
             raise BuildError(
                 f"there is no verified build to pack: {layer.name} {layer.state}: {layer.why}",
-                hint=f"./scripts/inv {verb}",
+                hint=hints.text("install.verb", verb=verb),
             )
         recorded = layer.recorded
     return recorded
@@ -238,7 +238,7 @@ def _metadata(layout: Layout, observed: plan.Observation, packed: Packed) -> dic
     folders = (folder / name for folder in interpreter.site_packages(layout))
     installed = next((folder for folder in folders if folder.is_dir()), None)
     if installed is None:
-        raise BuildError(f"{name} is not in .vllm", hint="./scripts/inv bootstrap")
+        raise BuildError(f"{name} is not in .vllm", hint=hints.text("inv.bootstrap"))
     info = f"vllm-{packed.version}.dist-info"
     members: dict[str, _Member] = {
         f"{info}/{below}": path

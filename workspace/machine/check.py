@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from workspace.core import hints
 from workspace.core.child_variables import fitting_jobs
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import SettingsError
@@ -384,12 +385,16 @@ def _with_warning(settings: Settings, row: SettingRow, *, is_judged: bool) -> Se
         found = hidden or repeated or unknown
         if found and found["name"] == row.name:
             # An unknown name may be right: nothing removes it, an editor shows it.
-            hint = f"${{EDITOR:-nano}} +{unknown['line']} .env" if unknown else f"unset {row.name}"
+            hint = (
+                hints.text("machine.edit_dotenv", line=unknown["line"])
+                if unknown
+                else hints.text("machine.unset", name=row.name)
+            )
             return replace(
                 row,
                 state=State.WARN,
                 text=re.sub(r"; `unset .*$", "", warning),
-                hint=f"sed -i '{repeated['line']}d' .env" if repeated else hint,
+                hint=hints.text("machine.drop_line", line=repeated["line"]) if repeated else hint,
                 is_sentence=True,
             )
     return row if row.text else replace(row, text=f"for {_phase(row.name)}")
@@ -422,10 +427,10 @@ def _shown(settings: Settings, name: str, text: str) -> str:
 
 def _removal(row: SettingRow) -> str:
     if row.source == "shell":
-        return f"unset {row.name}"
+        return hints.text("machine.unset", name=row.name)
     if row.source == ".env":
-        return f"sed -i '/^{row.name}=/d' .env"
-    return "remove it from the recipe" if row.source == "recipe" else ""
+        return hints.text("machine.drop_from_dotenv", name=row.name)
+    return hints.text("machine.drop_from_recipe", name=row.name) if row.source == "recipe" else ""
 
 
 def _called(row: SettingRow) -> str:
@@ -444,5 +449,7 @@ def _stop(rows: Sequence[SettingRow]) -> None:
         first = faults[0]
         more = tuple(f"{_called(row)}: {row.text}" for row in faults[1:])
         raise SettingsError(
-            f"{_called(first)}: {first.text}", hint=first.hint or "./scripts/inv env", details=more
+            f"{_called(first)}: {first.text}",
+            hint=first.hint or hints.text("inv.env"),
+            details=more,
         )

@@ -7,13 +7,12 @@ A preflight selects from the one table of checks. Checks only read, and run in p
 import json
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import ToolchainError, WorkspaceError
 from workspace.core.process import There
@@ -60,7 +59,7 @@ def ccache(case: Case) -> Iterator[Row]:
     if cache is None:
         state = State.WARN if case.is_native else State.OK
         why = "without it every build from an empty folder compiles everything again"
-        yield Row(state, "ccache", "none", why, "sudo apt install ccache")
+        yield Row(state, "ccache", "none", why, hints.text("machine.apt_ccache"))
     elif cache.kind == "sccache":
         yield _sccache(case, str(cache.program))
     else:
@@ -74,7 +73,8 @@ def _ccache(case: Case, program: str) -> Row:
     config = {line["key"]: (line["value"].strip(), line["origin"]) for line in lines}
     why = "a build takes objects of former builds from it"
     if not config:
-        seen, look = f"{program} does not print its configuration", f"{program} --show-config"
+        seen = f"{program} does not print its configuration"
+        look = hints.text("machine.ccache_config", program=program)
         row = Row(State.WARN, "ccache", seen, why, look)
         return row if isinstance(listed, There) else unanswered(row, listed, look=look)
     limit_gib = size_gib(config.get("max_size", ("", ""))[0])
@@ -83,8 +83,8 @@ def _ccache(case: Case, program: str) -> Row:
     faults = tuple(_ccache_faults(case, config, limit_gib))
     if not faults:
         return Row(State.OK, "ccache", seen, why)
-    harms, hints = zip(*faults, strict=True)
-    return Row(State.WARN, "ccache", seen, "; ".join(harms), " && ".join(hints))
+    harms, commands = zip(*faults, strict=True)
+    return Row(State.WARN, "ccache", seen, "; ".join(harms), " && ".join(commands))
 
 
 def _ccache_facts(
@@ -117,7 +117,7 @@ def _ccache_faults(
     yield from _ccache_switches(config)
     folder = Path(value.get("cache_dir", ""))
     if value.get("cache_dir") and folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        hint = f'sudo chown -R "$USER" {shlex.quote(str(folder))}'
+        hint = hints.text("machine.own_folder", folder=folder)
         yield f"{folder} is not writable, so it keeps nothing", hint
     need = CACHE_GIB[case.device]
     if limit_gib is not None and 0 < limit_gib < need * 0.9:
@@ -140,7 +140,11 @@ def _ccache_switches(config: Mapping[str, tuple[str, str]]) -> Iterator[tuple[st
         text, origin = config.get(name, ("", ""))
         if toolchain.is_cache_on(text):
             in_shell = origin == "environment"
-            hint = f"unset {variable}" if in_shell else f"ccache --set-config {name}=false"
+            hint = (
+                hints.text("machine.unset", name=variable)
+                if in_shell
+                else hints.text("machine.ccache_switch", name=name)
+            )
             yield f"{harm} ({name})", hint
 
 
@@ -161,7 +165,7 @@ def _sccache(case: Case, program: str) -> Row:
     )
     if not isinstance(version, There):
         seen = f"{program} does not run, and vLLM would compile through it"
-        look = "echo VLLM_DISABLE_SCCACHE=1 >> .env"
+        look = hints.text("machine.no_sccache")
         return unanswered(Row(State.WARN, "ccache", seen, why, look), version, look=look)
     limit = environment.get("SCCACHE_CACHE_SIZE") or "10G"
     remotes = sorted(name for name in environment if _SCCACHE_REMOTES.match(name))
@@ -170,7 +174,7 @@ def _sccache(case: Case, program: str) -> Row:
     seen += f", remote by {', '.join(remotes)}" if remotes else ""
     limit_gib, need = size_gib(limit), CACHE_GIB[case.device]
     if not remotes and limit_gib is not None and limit_gib < need * 0.9:
-        hint = f"export SCCACHE_CACHE_SIZE={2 * need:.0f}G"
+        hint = hints.text("machine.sccache_size", gib=2 * need)
         return Row(State.WARN, "ccache", seen, _too_small(need), hint)
     return Row(State.OK, "ccache", seen, why)
 

@@ -4,7 +4,6 @@ memory, disk, remotes and package indexes. They only read.
 
 import os
 import re
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.core.console import Row, State
 from workspace.core.process import Absent, Answer, Broken, Slow, There
@@ -45,7 +44,7 @@ def architecture(case: Case) -> Iterator[Row]:
         "architecture",
         seen,
         why,
-        None if is_served else "./scripts/inv bootstrap --device cpu --kernels native",
+        None if is_served else hints.text("machine.cpu_native"),
     )
 
 
@@ -57,7 +56,7 @@ def cores(case: Case) -> Iterator[Row]:
     seen = f"{host.cores}, MAX_JOBS {limit}"
     if case.device == "cuda" and jobs and jobs > fitting:
         why = f"at run time {jobs} nvcc may take {jobs * LARGEST_COMPILER_GIB:.0f} GiB"
-        yield Row(State.WARN, "cores", seen, why, "sed -i '/^MAX_JOBS=/d' .env")
+        yield Row(State.WARN, "cores", seen, why, hints.text("machine.drop_max_jobs"))
     else:
         why = (
             "compilers in parallel, FlashInfer's at run time too: up to 9.5 GiB each"
@@ -75,7 +74,7 @@ def memory(case: Case) -> Iterator[Row]:
         seen += f"; the control group's limit, the machine has {whole_gib:.1f} GiB"
     if fault := _limit_fault():
         why = "a build may use more memory than the control group allows"
-        yield Row(State.WARN, "memory limit", fault, why, "cat /proc/self/cgroup")
+        yield Row(State.WARN, "memory limit", fault, why, hints.text("machine.control_group"))
     if case.is_native and case.device == "cuda" and host.available_gib < LARGEST_COMPILER_GIB:
         why = f"one nvcc of this tree takes up to {LARGEST_COMPILER_GIB} GiB"
         yield Row(State.FAIL, "memory", seen, why, LARGEST_PROGRAMS)
@@ -136,9 +135,9 @@ def oom_daemon(case: Case) -> Iterator[Row]:
         yield Row(State.OK, "oom daemon", "the control group's limit", why)
     elif is_container:
         seen = "no earlyoom or systemd-oomd in this container"
-        yield Row(State.WARN, "oom daemon", seen, why, "sudo apt install earlyoom  # on the host")
+        yield Row(State.WARN, "oom daemon", seen, why, hints.text("machine.earlyoom_on_host"))
     else:
-        hint = "sudo apt install earlyoom && sudo systemctl enable --now earlyoom"
+        hint = hints.text("machine.earlyoom")
         yield Row(State.WARN, "oom daemon", "neither earlyoom nor systemd-oomd runs", why, hint)
 
 
@@ -155,7 +154,9 @@ def disk(case: Case) -> Iterator[Row]:
             yield Row(State.OK, "disk", seen, why)
             continue
         state = State.FAIL if any(place.is_vital for place in places) else State.WARN
-        hint = f"df -h {hardware.existing(places[0].path)}; {case.uv} cache prune"
+        hint = hints.text(
+            "core.disk_or_cache", folder=hardware.existing(places[0].path), uv=case.uv
+        )
         yield Row(state, "disk", seen, why, hint)
 
 
@@ -166,7 +167,7 @@ def folders(case: Case) -> Iterator[Row]:
         if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
             state = State.FAIL if place.is_vital else State.WARN
             seen, why = f"{nearest} is not writable", f"{place.path} is created or changed there"
-            yield Row(state, "folder", seen, why, f'sudo chown -R "$USER" {nearest}')
+            yield Row(state, "folder", seen, why, hints.text("machine.own_folder", folder=nearest))
 
 
 def _named(place: Place) -> str:
@@ -186,7 +187,7 @@ def token(case: Case) -> Iterator[Row]:
             yield Row(State.OK, "token", f"present, {name}", why)
             return
     path = Path(environment.get("HF_TOKEN_PATH") or hub_home(case) / "token")
-    login, quoted = ".vllm/bin/hf auth login", shlex.quote(str(path))
+    login = hints.text("machine.hf_login")
     try:
         is_present = path.stat().st_size > 0
         with path.open("rb"):
@@ -194,8 +195,11 @@ def token(case: Case) -> Iterator[Row]:
     except FileNotFoundError:
         yield Row(State.OK, "token", "absent", f"only {why}: {login}")
     except OSError as exc:
-        hint = f'sudo chown "$USER" {quoted} && chmod 600 {quoted}'
-        hint = hint if path.is_file() else f"ls -ld {quoted}"
+        hint = (
+            hints.text("machine.own_token", path=path)
+            if path.is_file()
+            else hints.text("core.list_folder", folder=path)
+        )
         yield Row(State.WARN, "token", f"{path} cannot be read: {exc.strerror}", why, hint)
     else:
         if is_present:
@@ -208,12 +212,12 @@ def settings(case: Case) -> Iterator[Row]:
     """Check .env for unknown names, repeated names, and lines that the shell hides."""
     for warning in case.settings.warnings:
         seen = re.sub(r"; `unset .*$", "", warning)
-        if found := re.search(r"`(unset \w+)`", warning):
+        if found := re.search(r"`unset (\w+)`", warning):
             why = "the value in .env is not the value in use"
-            yield Row(State.WARN, "settings", seen, why, found[1])
+            yield Row(State.WARN, "settings", seen, why, hints.text("machine.unset", name=found[1]))
         else:
             line = re.match(r"\.env, line (\d+)", warning)
-            hint = f"${{EDITOR:-nano}} +{line[1] if line else 1} .env"
+            hint = hints.text("machine.edit_dotenv", line=line[1] if line else 1)
             yield Row(State.WARN, "settings", seen, "such a line has no effect", hint)
     if not case.settings.warnings:
         exists = case.layout.dotenv.exists()
@@ -245,21 +249,23 @@ def _remote(case: Case, name: str, setting: str, *, why: str, failed_state: Stat
     mirror, url = case.settings.text(setting), _pinned(case.layout.pins, name)
     if url is None:
         seen = "vendor/pins.toml names no readable remote"
-        hint = "git checkout -- vendor/pins.toml"
+        hint = hints.text("core.restore_pins")
         yield Row(State.FAIL, f"{name} git", seen, "the pins name the remote", hint)
         return
     if mirror:
         shown, used = without_user(mirror), f"{setting} is used before any other source"
-        hint = f"git ls-remote {shown} HEAD  # {setting} in .env names it"
+        hint = hints.text("machine.ls_remote", url=shown, setting=setting)
         row = Row(failed_state, f"{name} mirror", shown, used, hint)
         yield (judged := _judged(row, _ask_remote(case, mirror), look=hint))
         if judged.state is State.OK:
             return
     shown = without_user(url)
-    hint = f"echo {setting}=URL >> .env  # URL: a copy that can be reached"
+    hint = hints.text("machine.set_url", setting=setting)
     # With a mirror set, git never contacts the pinned remote.
     row = Row(State.WARN if mirror else failed_state, f"{name} git", shown, why, hint)
-    yield _judged(row, _ask_remote(case, url), look=f"git ls-remote {shown} HEAD")
+    yield _judged(
+        row, _ask_remote(case, url), look=hints.text("machine.ls_remote_plain", url=shown)
+    )
 
 
 def _judged(row: Row, answer: Answer[None], *, look: str) -> Row:
@@ -283,15 +289,12 @@ def index(case: Case) -> Iterator[Row]:
     endpoint = case.settings.index_url or PYPI_SIMPLE_ENDPOINT
     shown = without_user(case.settings.index_url) if case.settings.index_url else "the default one"
     answer, why = _ask_index(case, endpoint), "it serves source archive, wheel and packages"
-    hint = (
-        "export UV_DEFAULT_INDEX=URL  # URL: a mirror of the index; behind a proxy: export"
-        " HTTPS_PROXY=URL"
-    )
+    hint = hints.text("machine.set_index")
     state = State.FAIL
     if case.is_built and not isinstance(answer, There):
         # A finished workspace does not need the index; a first bootstrap does.
         state, why = State.WARN, ".vllm has everything now; a changed requirement needs the index"
-    look = f"curl -sSIL {without_user(endpoint)}"
+    look = hints.text("machine.doctor")
     yield _judged(Row(state, "index", shown, why, hint), answer, look=look)
 
 
@@ -322,12 +325,12 @@ def torch_index(case: Case) -> Iterator[Row]:
     """Check the source of torch with a dry run of uv that resolves torch only."""
     wanted, there = torch.plan("torch", device=case.device, settings=case.settings), case.torch()
     answer = _ask_for_torch(case, wanted.requirement, wanted.arguments)
-    hint = "echo TORCH_INDEX_URL=URL >> .env  # URL: an index that has torch"
+    hint = hints.text("machine.set_torch_index")
     row = Row(State.FAIL, "torch index", wanted.description, "torch is installed from there", hint)
     if there and not isinstance(answer, There):
         why = f"{there.version} is in .vllm; no other version can be installed"
         row = replace(row, state=State.WARN, why=why)
-    judged = _judged(row, answer, look="./scripts/inv doctor")
+    judged = _judged(row, answer, look=hints.text("machine.doctor"))
     if judged.state is not State.OK and any(
         isinstance(_ask_for_torch(case, wanted.requirement, other), There)
         for other in wanted.alternatives

@@ -4,20 +4,19 @@ CMake, ninja, driver, toolkit, architectures, and the programs that hold the GPU
 
 import os
 import re
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.console import Row, State
 from workspace.core.errors import WorkspaceError
 from workspace.core.process import Absent, Broken, NoAnswer, Slow, There
 from workspace.machine import arch, dotenv, interpreter, requirements, toolchain
 from workspace.machine.arch import OLDEST_CAPABILITY, key
-from workspace.machine.machine import WITHOUT_GPU, Case, unanswered
+from workspace.machine.machine import Case, unanswered
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -28,7 +27,6 @@ CMAKE_FROM, CMAKE_BELOW = "3.26.1", "4"
 CUDA_MAJOR = "13"
 # The oldest driver that supports CUDA 13 (CUDA Toolkit Release Notes, table of driver versions).
 DRIVER = "580"
-UPGRADE_DRIVER = f"sudo apt install nvidia-driver-{DRIVER}-open && sudo reboot"
 NOT_NEEDED = "not needed: the device is cpu"
 # "GCC >= 11.3 is required to build vLLM", "X86 backend requires gcc/g++ >= 12.3".
 _COMPILER_REQUIREMENT = re.compile(r"(?:GCC|gcc/g\+\+|g\+\+)\s*>=\s*(\d+(?:\.\d+)*)")
@@ -39,7 +37,7 @@ def python(case: Case) -> Iterator[Row]:
     version = ".".join(str(part) for part in sys.version_info[:3])
     oldest = ".".join(str(part) for part in OLDEST_TOOLS_PYTHON)
     is_new = sys.version_info[:2] >= OLDEST_TOOLS_PYTHON
-    hint = None if is_new else "sudo apt install python3.12 python3.12-venv"
+    hint = None if is_new else hints.text("machine.apt_python")
     yield Row(
         State.OK if is_new else State.FAIL,
         "python",
@@ -52,18 +50,18 @@ def python(case: Case) -> Iterator[Row]:
 def git(case: Case) -> Iterator[Row]:
     """Check that git runs."""
     answer, why = case.first_line(["git", "version"]), "the tree and its patches are git's"
-    missing = Row(State.FAIL, "git", "missing", why, "sudo apt install git")
+    missing = Row(State.FAIL, "git", "missing", why, hints.text("machine.apt_git"))
     yield (
         Row(State.OK, "git", answer.value, why)
         if isinstance(answer, There)
-        else unanswered(missing, answer, look="git version")
+        else unanswered(missing, answer, look=hints.text("machine.git_version"))
     )
 
 
 def uv(case: Case) -> Iterator[Row]:
     """Check that uv runs."""
-    why, again = "it makes .vllm and installs the packages in it", "rm -rf .workspace/tools"
-    hint = f"{again} && ./scripts/inv bootstrap"
+    why = "it makes .vllm and installs the packages in it"
+    hint = hints.text("machine.renew_tools")
     missing = Row(State.FAIL, "uv", "missing", why, hint)
     try:
         program = interpreter.uv(case.layout)
@@ -95,7 +93,9 @@ def headers(case: Case) -> Iterator[Row]:
         yield Row(State.FAIL, "headers", exc.message, why, exc.hint)
         return
     if choice is None:
-        hint = f"{case.uv} python install {case.settings.text('PYTHON_VERSION')}"
+        hint = hints.text(
+            "machine.uv_python", uv=case.uv, version=case.settings.text("PYTHON_VERSION")
+        )
         seen = "no Python for .vllm is installed yet"
         yield Row(State.WARN, "headers", seen, "uv fetches one, with its headers", hint)
         return
@@ -117,11 +117,11 @@ def _headers_row(
         return Row(State.OK, "headers", f"Python.h of {version}", f"in {folder}; {why}")
     minor = ".".join(version.split(".")[:2])
     is_needed = (case.is_native or case.device == "cuda") and is_certain
-    hint = f"sudo apt install python{minor}-dev"
+    hint = hints.text("machine.apt_headers", minor=minor)
     if base != Path("/usr"):
         # Only the system's Python has a -dev package; uv's Pythons contain their headers.
         old = " && mv .vllm .vllm.old" if case.python() else ""
-        hint = f"{case.uv} python install {minor}{old}"
+        hint = hints.text("machine.uv_python", uv=case.uv, version=f"{minor}{old}")
     return Row(
         State.FAIL if is_needed else State.WARN, "headers", f"no Python.h for {version}", why, hint
     )
@@ -133,15 +133,14 @@ def compiler(case: Case) -> Iterator[Row]:
     required = required_compiler(case.layout.vllm, device=case.device)
     why = f"the tree needs {required} or newer" if required else "it compiles the kernels"
     if not isinstance(answer, There):
-        missing = Row(
-            case.missing_state, "compiler", f"no {argv[0]} runs", why, "sudo apt install g++"
-        )
-        yield unanswered(missing, answer, look=shlex.join(argv))
+        hint = hints.text("machine.apt_gxx")
+        missing = Row(case.missing_state, "compiler", f"no {argv[0]} runs", why, hint)
+        yield unanswered(missing, answer, look=hint)
         return
     found = answer.value
     if required and key(found) < key(required):
         major = key(required)[0] + (1 if "." in required else 0)
-        hint = f"sudo apt install g++-{major} && export CC=gcc-{major} CXX=g++-{major}"
+        hint = hints.text("machine.apt_gxx_major", major=major)
         yield Row(case.missing_state, "compiler", f"g++ {found}", why, hint)
     else:
         yield Row(State.OK, "compiler", f"g++ {found}", why)
@@ -156,7 +155,7 @@ def cmake(case: Case) -> Iterator[Row]:
     line = case.first_line([found or "cmake", "--version"])
     version = re.search(r"version (\d+(?:\.\d+)+)", line.value if isinstance(line, There) else "")
     why = f"vLLM needs {CMAKE_FROM} or newer, Triton in the same environment below {CMAKE_BELOW}"
-    hint = f"{case.uv} pip install --python .vllm/bin/python 'cmake>={CMAKE_FROM},<{CMAKE_BELOW}'"
+    hint = hints.text("machine.pip_cmake", uv=case.uv, least=CMAKE_FROM, below=CMAKE_BELOW)
     own = case.layout.relative(Path(found)) if found else ""
     if version is None:
         seen = f"{own} prints no version" if found else "missing"
@@ -181,7 +180,7 @@ def ninja(case: Case) -> Iterator[Row]:
     if found and isinstance(answer, There):
         yield Row(State.OK, "ninja", f"{answer.value}, {case.layout.relative(Path(found))}", why)
     elif not isinstance(answer, There):
-        hint = f"{case.uv} pip install --python .vllm/bin/python --reinstall ninja"
+        hint = hints.text("machine.pip_ninja", uv=case.uv)
         missing = Row(case.missing_state, "ninja", "missing", why, hint)
         yield unanswered(missing, answer, look=hint)
 
@@ -194,7 +193,7 @@ def patch(case: Case) -> Iterator[Row]:
     elif case.which("patch"):
         yield Row(State.OK, "patch", "installed", why)
     else:
-        yield Row(case.missing_state, "patch", "missing", why, "sudo apt install patch")
+        yield Row(case.missing_state, "patch", "missing", why, hints.text("machine.apt_patch"))
 
 
 def required_compiler(tree: Path, *, device: str) -> str | None:
@@ -257,14 +256,14 @@ def _no_gpu(case: Case, answer: Absent | Broken | Slow) -> Row:
         # A busy machine answers later: nothing is known to be wrong.
         seen = f"no answer in {answer.limit_s:g} s"
         return Row(
-            State.WARN, "driver", seen, "a busy machine or a driver that hangs", "nvidia-smi"
+            State.WARN,
+            "driver",
+            seen,
+            "a busy machine or a driver that hangs",
+            hints.text("machine.nvidia_smi"),
         )
     # A user who sets the architectures builds for another machine.
     is_intended = bool(case.settings.text("TORCH_CUDA_ARCH_LIST"))
-    elsewhere = (
-        "TORCH_CUDA_ARCH_LIST=12.1a ./scripts/inv bootstrap --device cuda    builds for a GPU of"
-        " another machine"
-    )
     why = (
         "the build runs on another machine; no smoke, no server here"
         if is_intended
@@ -275,7 +274,7 @@ def _no_gpu(case: Case, answer: Absent | Broken | Slow) -> Row:
         "driver",
         answer.message if isinstance(answer, Broken) else "no NVIDIA driver is installed",
         why,
-        f"nvidia-smi  # without a GPU: {WITHOUT_GPU}, or {elsewhere}",
+        hints.text("machine.nvidia_smi_or_cpu"),
     )
 
 
@@ -284,10 +283,12 @@ def _gpu_row(name: str, capability: str | None) -> Row:
     seen = f"{name}, " + (f"capability {capability}" if capability else "unknown capability")
     if capability is None or not key(capability):
         why += "; a driver before 510 does not report it"
-        return Row(State.WARN, "gpu", seen, why, UPGRADE_DRIVER)
+        return Row(
+            State.WARN, "gpu", seen, why, hints.text("machine.upgrade_driver", release=DRIVER)
+        )
     if key(capability) >= key(OLDEST_CAPABILITY):
         return Row(State.OK, "gpu", seen, why)
-    return Row(State.FAIL, "gpu", seen, why, WITHOUT_GPU)
+    return Row(State.FAIL, "gpu", seen, why, hints.text("machine.without_gpu"))
 
 
 def toolkit(case: Case) -> Iterator[Row]:
@@ -311,12 +312,12 @@ def toolkit(case: Case) -> Iterator[Row]:
             if home
             else "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
         )
-        hint = f"sudo apt install {package} && export CUDA_HOME={wanted}"
+        hint = hints.text("machine.apt_toolkit", package=package, folder=wanted)
         missing = Row(case.missing_state, "toolkit", seen, why, hint)
         answer = toolchain.ask_toolkit(case.settings)
         yield missing if isinstance(answer, There) else unanswered(missing, answer, look=hint)
     elif found.version.split(".")[0] != CUDA_MAJOR:
-        hint = f"export CUDA_HOME={wanted}  # after: sudo apt install {package}"
+        hint = hints.text("machine.cuda_home_after", folder=wanted, package=package)
         why = f"torch is built for CUDA {CUDA_MAJOR}"
         yield Row(case.missing_state, "toolkit", seen, why, hint)
     else:
@@ -340,7 +341,7 @@ def agreement(case: Case) -> Iterator[Row]:
     seen = f"driver {supported or 'unknown'}, {versions}"
     if supported is None:
         why = "the driver does not report which CUDA it supports"
-        yield Row(State.WARN, "cuda fit", seen, why, "nvidia-smi")
+        yield Row(State.WARN, "cuda fit", seen, why, hints.text("machine.nvidia_smi"))
         return
     newer = [name for name, cuda in wanted.items() if key(cuda)[0] > key(supported)[0]]
     ahead = [name for name, cuda in wanted.items() if key(cuda)[:2] > key(supported)[:2]]
@@ -349,10 +350,14 @@ def agreement(case: Case) -> Iterator[Row]:
         is_kept = not case.is_environment_due or case.settings.switch("USE_EXISTING_TORCH")
         state = State.FAIL if "torch" in newer and is_kept else case.missing_state
         why = f"code of {' and '.join(newer)} does not start on a driver of an older major version"
-        yield Row(state, "cuda fit", seen, why, UPGRADE_DRIVER)
+        yield Row(
+            state, "cuda fit", seen, why, hints.text("machine.upgrade_driver", release=DRIVER)
+        )
     elif ahead:
         why = f"{' and '.join(ahead)} is newer than the driver: its cubins run, its PTX does not"
-        yield Row(State.WARN, "cuda fit", seen, why, UPGRADE_DRIVER)
+        yield Row(
+            State.WARN, "cuda fit", seen, why, hints.text("machine.upgrade_driver", release=DRIVER)
+        )
     else:
         yield Row(State.OK, "cuda fit", seen, "a driver supports its own CUDA and older ones")
 
@@ -376,11 +381,9 @@ def archs(case: Case) -> Iterator[Row]:
     suggested = dotenv.suggest(case.machine, device="cuda")
     wanted = suggested.get("TORCH_CUDA_ARCH_LIST", "12.1a")
     hint = (
-        f"export TORCH_CUDA_ARCH_LIST='{wanted}'"
+        hints.text("machine.export_archs", archs=wanted)
         if case.settings.source("TORCH_CUDA_ARCH_LIST") == "shell"
-        else (
-            f"sed -i '/^TORCH_CUDA_ARCH_LIST=/d' .env; echo 'TORCH_CUDA_ARCH_LIST={wanted}' >> .env"
-        )
+        else hints.text("machine.set_archs", archs=wanted)
     )
     yield Row(case.missing_state, "arch list", seen, fault, hint)
 
@@ -422,7 +425,13 @@ def running_programs(case: Case) -> Iterator[Row]:
     seen = ", ".join(f"{pid} ({name})" for pid, name in sorted(found.items())[:4])
     seen += f" and {len(found) - 4} more" if len(found) > 4 else ""
     pids = " ".join(str(pid) for pid in sorted(serving or found))
-    yield Row(State.WARN, "running", seen, why, f"kill {pids}" if serving else f"ps -fp '{pids}'")
+    yield Row(
+        State.WARN,
+        "running",
+        seen,
+        why,
+        hints.text("machine.kill", pids=pids) if serving else hints.text("machine.ps", pids=pids),
+    )
 
 
 def is_vllm(argv: tuple[str, ...]) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core import settings as settings_module
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import ToolchainError
@@ -240,7 +240,7 @@ def ptxas(case: Case) -> Iterator[Row]:
         yield Row(State.OK, "ptxas", "no Triton in .vllm yet", why)
     elif there.bin is None:
         seen = f"Triton {there.version} without triton/backends/nvidia/bin"
-        hint = "./scripts/inv fix-triton"
+        hint = hints.text("install.fix_triton")
         yield Row(State.FAIL, "ptxas", seen, "Triton cannot assemble a kernel", hint)
     else:
         capability = capability_of(case)
@@ -269,8 +269,13 @@ def _row(case: Case, verdict: Verdict, version: str, capability: str) -> Row:
         seen = f"{ignored}{case.layout.relative(assembler.bundled)} does not run"
         if assembler.is_used:
             return Row(State.FAIL, assembler.name, seen, why, _hint(case, assembler, capability))
-        install = f"{case.uv} pip install --python .vllm/bin/python --no-deps --reinstall"
-        return Row(State.WARN, assembler.name, seen, why, f"{install} triton=={version}")
+        return Row(
+            State.WARN,
+            assembler.name,
+            seen,
+            why,
+            hints.text("machine.pip_triton", uv=case.uv, version=version),
+        )
     place = "Triton's own" if trial.program == assembler.bundled else str(trial.program)
     result = "fails on" if trial.complaint else "assembles"
     seen = f"{ignored}{place}, CUDA {trial.release}, {result} {target}"
@@ -290,9 +295,8 @@ def _hint(case: Case, assembler: Assembler, capability: str) -> str:
     if case.settings.path(assembler.variable):
         return _unset(case, assembler)
     if program := _toolkits_ptxas(case, capability):
-        return f"echo {assembler.variable}={program} >> .env"
-    wanted = f"echo {assembler.variable}=/usr/local/cuda-13.0/bin/ptxas >> .env"
-    return f"sudo apt install cuda-toolkit-13-0 && {wanted}"
+        return hints.text("machine.set_ptxas", variable=assembler.variable, path=program)
+    return hints.text("machine.apt_ptxas", variable=assembler.variable)
 
 
 def _toolkits_ptxas(case: Case, capability: str) -> Path | None:
@@ -304,9 +308,9 @@ def _toolkits_ptxas(case: Case, capability: str) -> Path | None:
 
 def _unset(case: Case, assembler: Assembler) -> str:
     return (
-        f"unset {assembler.variable}"
+        hints.text("machine.unset", name=assembler.variable)
         if case.settings.source(assembler.variable) == "shell"
-        else f"sed -i '/^{assembler.variable}=/d' .env"
+        else hints.text("machine.drop_from_dotenv", name=assembler.variable)
     )
 
 
@@ -333,7 +337,7 @@ def complete(machine: Machine, *, console: Console, replace: bool = False) -> No
             changes[name] = text
         elif present is not None:
             seen = f"{present}; this machine suggests {text}"
-            hint = "./scripts/inv env.init --replace"
+            hint = hints.text("machine.replace_dotenv")
             rows.append(Row(State.KEPT, name, seen, hint=hint))
     console.rows(rows)
     if not changes:
@@ -343,7 +347,8 @@ def complete(machine: Machine, *, console: Console, replace: bool = False) -> No
         difference = change(layout, changes, why=WHY)
     except OSError as exc:
         raise ToolchainError(
-            f".env cannot be written: {exc.strerror}", hint=f"ls -ld {layout.dotenv} {layout.root}"
+            f".env cannot be written: {exc.strerror}",
+            hint=hints.text("core.list_folders", folders=[layout.dotenv, layout.root]),
         ) from exc
     for line in difference:
         console.data(settings.masked(line))

@@ -26,8 +26,6 @@ from workspace.machine.hardware import GIB, Once
 # most 5 s.
 ANSWER_S = 3.0
 LIBRARY = "libnvidia-ml.so.1"
-# The kernel's module makes it.
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 # With -I no variable and no file of the user changes what the child imports.
 _CHILD = (
     "import sys; sys.path.insert(0, sys.argv[1]); from workspace.machine import gpu;"
@@ -242,7 +240,7 @@ def _value_of(answer: Answer[_Value], otherwise: _Value) -> _Value:
 def is_installed(environment: Mapping[str, str]) -> bool:
     """Return whether a driver is loaded, or its program installed; this asks and loads nothing."""
     program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
-    return program is not None or _DRIVER_FILE.exists()
+    return program is not None or hardware.has_nvidia_module()
 
 
 def is_library_there(environment: Mapping[str, str]) -> bool:

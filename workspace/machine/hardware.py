@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
@@ -110,6 +110,11 @@ def free_gib(path: Path) -> float:
     """
     state = os.statvfs(existing(path))
     return state.f_bavail * state.f_frsize / GIB
+
+
+def has_nvidia_module() -> bool:
+    """Return whether the kernel has loaded NVIDIA's driver."""
+    return (_PROC / "driver/nvidia/version").exists()
 
 
 def existing(path: Path) -> Path:
@@ -306,10 +311,7 @@ def _refused(sysctl: str, why: str) -> ToolchainError:
     except KeyError:
         user = f"#{os.getuid()}"
     line = sudoers_line(user, sysctl)
-    hint = (
-        f"echo {shlex.quote(line)} | sudo tee {SUDOERS} && sudo chmod 440 {SUDOERS} && sudo visudo"
-        f" -cf {SUDOERS}"
-    )
+    hint = hints.text("machine.sudoers", line=line, path=SUDOERS)
     return ToolchainError(
         f"the page cache was not dropped: {why}",
         hint=hint,

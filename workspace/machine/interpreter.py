@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.child_variables import Phase
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
@@ -77,7 +77,7 @@ def uv(layout: Layout) -> Path:
     if found is None:
         raise ToolchainError(
             "uv is missing, both in .workspace/tools and on PATH",
-            hint="./scripts/inv bootstrap",
+            hint=hints.text("inv.bootstrap"),
         )
     return Path(found)
 
@@ -133,10 +133,7 @@ def choose(
         raise ToolchainError(
             f"no Python {supported} is installed, which the pinned vLLM needs, and Python {wanted}"
             " could not be fetched",
-            hint=(
-                f"uv python install {wanted}  # or: sudo apt install python{wanted}"
-                f" python{wanted}-dev"
-            ),
+            hint=hints.text("machine.install_python", version=wanted),
         )
     return choice
 
@@ -198,12 +195,12 @@ def create(layout: Layout, settings: Settings, choice: Choice, *, run_log: RunLo
         env=settings.child_environment("plain"),
         run_log=run_log,
         failure=ToolchainError,
-        hint=f"{choice.path} -V  # does this Python work?",
+        hint=hints.text("machine.does_python_work", python=choice.path),
     )
     if describe(layout, settings) is None:
         raise BuildError(
             f".vllm was made with {choice.path}, and its Python does not run",
-            hint=f"{layout.environment_python} -V",
+            hint=hints.text("machine.python_version", python=layout.environment_python),
         )
     # uv does not sync: after a power cut its Python may run while the scripts beside it are empty.
     os.sync()
@@ -246,7 +243,8 @@ def _begin(layout: Layout) -> None:
         write_atomic(_unfinished(layout), b"")
     except OSError as exc:
         raise ToolchainError(
-            f".vllm is not writable: {exc.strerror}", hint=f"ls -ld {layout.root} {environment}"
+            f".vllm is not writable: {exc.strerror}",
+            hint=hints.text("core.list_folders", folders=[layout.root, environment]),
         ) from exc
 
 
@@ -440,7 +438,7 @@ def _clear(environment: Path, *, keep: Path) -> None:
 
 
 def _foreign(message: str) -> ToolchainError:
-    return ToolchainError(message, hint="mv .vllm .vllm.old && ./scripts/inv bootstrap")
+    return ToolchainError(message, hint=hints.text("machine.set_venv_aside"))
 
 
 def _without_credentials(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
@@ -205,7 +205,7 @@ def rename_foreign(found: Foreign) -> Path:
     try:
         present.rename(place)
     except OSError as exc:
-        hint = f"ls -ld {present.parent}    or set another folder: this stack cannot use the cache"
+        hint = hints.text("machine.cache_folder", folder=present.parent)
         raise ToolchainError(f"{present} cannot be renamed: {exc.strerror}", hint=hint) from exc
     return place
 

@@ -21,7 +21,6 @@ from workspace.machine.hardware import Once
 
 # A healthy program answers within a second; a loaded machine takes many times as long.
 PATIENCE_S = 20.0
-WITHOUT_GPU = "./scripts/inv bootstrap --device cpu"
 
 
 @dataclass(frozen=True)

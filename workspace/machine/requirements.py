@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.settings import Settings
@@ -129,12 +129,12 @@ def _torch_of(found: Sequence["Requirement"], *, device: str, use_existing_torch
     if use_existing_torch and torch:
         raise BuildError(
             f"the tree's use_existing_torch.py left {torch} in the requirements",
-            hint="USE_EXISTING_TORCH=0 in .env takes the pinned torch",
+            hint=hints.text("machine.pinned_torch"),
         )
     if not use_existing_torch and not torch:
         raise BuildError(
             f"the tree's requirements for {device} name no torch",
-            hint="USE_EXISTING_TORCH=1 keeps the torch that you put into .vllm",
+            hint=hints.text("machine.existing_torch"),
         )
     return torch
 
@@ -178,7 +178,7 @@ def _editable_copy(tree: Path, settings: Settings, run_log: RunLog | None) -> It
     if script is None:
         raise BuildError(
             "the tree has no use_existing_torch.py, neither in tools/ nor in its root",
-            hint="USE_EXISTING_TORCH=0 in .env takes the pinned torch",
+            hint=hints.text("machine.pinned_torch"),
         )
     with tempfile.TemporaryDirectory(prefix="requirements-") as name:
         copy = Path(name)
@@ -217,7 +217,7 @@ def _project(root: Path) -> tuple[Mapping[str, object], str]:
     except (OSError, ValueError) as exc:
         raise BuildError(
             f"{root / 'pyproject.toml'} cannot be read: {exc}",
-            hint="./scripts/inv bootstrap  # does vendor/vllm exist?",
+            hint=hints.text("machine.bootstrap_checkout"),
         ) from exc
 
 
@@ -238,7 +238,8 @@ def _first(root: Path, *names: str) -> str:
     found = next((name for name in names if (root / name).is_file()), None)
     if found is None:
         raise BuildError(
-            f"the tree has none of {', '.join(names)}", hint="git -C vendor/vllm status"
+            f"the tree has none of {', '.join(names)}",
+            hint=hints.text("core.git_status", folder="vendor/vllm"),
         )
     return found
 
@@ -254,7 +255,8 @@ def _lines(root: Path, name: str, files: dict[str, str]) -> Iterator[_Line]:
         files[name] = (root / name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise BuildError(
-            f"{name} of the tree cannot be read: {exc}", hint="git -C vendor/vllm status"
+            f"{name} of the tree cannot be read: {exc}",
+            hint=hints.text("core.git_status", folder="vendor/vllm"),
         ) from exc
     end = 0
     for logical in re.split(r"(?<!\\)\n", files[name]):
@@ -288,7 +290,7 @@ def _evaluate(
             why = str(exc).splitlines()[0]
             raise BuildError(
                 f"{line.place}: {line.text!r} is no requirement: {why}",
-                hint="git -C vendor/vllm diff -- requirements",
+                hint=hints.text("machine.requirements_diff"),
             ) from exc
         if requirement.marker is not None and not requirement.marker.evaluate(dict(markers)):
             continue

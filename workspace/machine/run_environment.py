@@ -9,14 +9,13 @@ import contextlib
 import functools
 import os
 import re
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.child_variables import Phase
 from workspace.core.console import Row, State
 from workspace.core.errors import SmokeError, ToolchainError
@@ -193,7 +192,7 @@ def require_own_tree(layout: Layout) -> None:
             raise SmokeError(
                 f"environment stale: .vllm imports vLLM from {place}, not from this clone, which"
                 " was copied or moved",
-                hint="./scripts/inv bootstrap",
+                hint=hints.text("inv.bootstrap"),
             )
 
 
@@ -259,18 +258,21 @@ def _library_hint(case: Case, entries: list[str], faults: Mapping[str, str]) -> 
     home = case.settings.path("CUDA_HOME")
     if home and set(faults) == {str(home / "lib64")}:
         wanted = (build.cuda if (build := case.torch()) else None) or "13.0"
-        return (
-            f"sed -i 's|^CUDA_HOME=.*|CUDA_HOME=/usr/local/cuda-{wanted}|' .env  # after: sudo apt"
-            f" install cuda-toolkit-{wanted.replace('.', '-')}"
+        return hints.text(
+            "machine.cuda_home_dotenv", version=wanted, package=wanted.replace(".", "-")
         )
     passed = case.settings.passed.get("LD_LIBRARY_PATH")
     if passed and passed.source == ".env":
-        return "sed -i '/^LD_LIBRARY_PATH=/d' .env"
+        return hints.text("machine.drop_library_path")
     toolkits = str((home or Path("/nonexistent")) / "lib64")
     kept = ":".join(
         entry for entry in dict.fromkeys(entries) if entry not in faults and entry != toolkits
     )
-    return f"export LD_LIBRARY_PATH={shlex.quote(kept)}" if kept else "unset LD_LIBRARY_PATH"
+    return (
+        hints.text("machine.export_library_path", path=kept)
+        if kept
+        else hints.text("machine.unset_library_path")
+    )
 
 
 def _is_torchs_toolkit(case: Case, folder: Path) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
@@ -181,7 +181,7 @@ def installed_pythons(uv: Path, settings: Settings) -> Iterator[tuple[str, Path]
         _list_pythons.cache_clear()
         raise ToolchainError(
             f"uv python list printed no list: {done.stderr.strip()[-200:]}",
-            hint=f"{uv} python list",
+            hint=hints.text("machine.uv_pythons", uv=uv),
         ) from exc
     for python in listed:
         is_ordinary = (
@@ -250,30 +250,25 @@ def classify_uv_failure(
     if _FULL.search(text):
         return ToolchainError(
             f"the disk is full: {_last_disk_error(verdict)}",
-            hint=f"df -h {layout.root}; uv cache prune",
+            hint=hints.text("core.disk_or_cache", folder=layout.root, uv="uv"),
             details=otherwise.details,
         )
     if is_build:
         return otherwise
     if _READ_ONLY.search(text):
-        hint = f"ls -ld {layout.environment}  # the clone and uv's cache must belong to you"
+        hint = hints.text("machine.own_environment", folder=layout.environment)
         message = f"a folder is not writable: {_last_disk_error(verdict)}"
         return ToolchainError(message, hint=hint, details=otherwise.details)
     if _NO_NETWORK.search(text):
         first = re.sub(r"^\w+: ", "", next(line for line in verdict if _NO_NETWORK.search(line)))
-        hint = (
-            "check the network and run the same command again; export UV_DEFAULT_INDEX=… names"
-            " a mirror, HTTPS_PROXY=… a proxy"
-        )
+        hint = hints.text("machine.network_or_index")
         message = f"the package index could not be reached: {first}"
         return SourceError(message, hint=hint, details=otherwise.details)
     if missing := _NO_VERSION.search(text):
         # uv writes the marker of a dependency after its name, in braces.
         name = next(group for group in missing.groups() if group).split("{")[0]
         message = f"the package index has no {name} that fits"
-        hint = (
-            "export UV_DEFAULT_INDEX=…  # another index; TORCH_INDEX_URL in .env is one for torch"
-        )
+        hint = hints.text("machine.other_index")
         return NotOffered(message, hint=hint, details=otherwise.details)
     return otherwise
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
@@ -89,14 +89,14 @@ def load(layout: Layout, settings: Settings) -> TorchBuild:
         raise
     except ToolchainError as exc:
         raise BuildError(
-            f"torch in .vllm cannot be imported: {exc.message}", hint="./scripts/inv bootstrap"
+            f"torch in .vllm cannot be imported: {exc.message}", hint=hints.text("inv.bootstrap")
         ) from exc
     process.require_not_killed(done, "the import of torch")
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [process.describe_status(done.returncode)]
         raise BuildError(
             f"torch in .vllm cannot be imported: {lines[-1].strip()}",
-            hint="rm -rf .vllm && ./scripts/inv bootstrap",
+            hint=hints.text("machine.set_venv_aside"),
             details=tuple(lines[-10:]),
         )
     return records.decode(done.stdout.splitlines()[-1], TorchBuild)
@@ -177,10 +177,7 @@ def held(layout: Layout, settings: Settings, *, step: str) -> Iterator[None]:
     if before != after:
         raise BuildError(
             f"{step} changed torch: before {_named(before)}, now {_named(after)}",
-            hint=(
-                "./scripts/inv bootstrap  # restores the pinned torch; with USE_EXISTING_TORCH=1"
-                " install yours again first"
-            ),
+            hint=hints.text("machine.restore_torch"),
         )
 
 

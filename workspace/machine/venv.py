@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
@@ -179,7 +179,7 @@ def install_torch(layout: Layout, settings: Settings, *, device: str, run_log: R
         raise BuildError(
             f"torch {build.version} is built for CUDA {build.cuda or 'none'}, needed is"
             f" {CUDA_MAJOR}",
-            hint="set TORCH_INDEX_URL in .env to an index that has the CUDA 13 build",
+            hint=hints.text("machine.cuda_index"),
         )
     return f"{build.version}, CUDA {build.cuda or 'none'}; {source}"
 
@@ -188,10 +188,7 @@ def _keep_torch(layout: Layout, settings: Settings, there: torch.TorchBuild | No
     if there is None:
         raise BuildError(
             "USE_EXISTING_TORCH=1, and .vllm holds no torch",
-            hint=(
-                "uv pip install --python .vllm/bin/python torch  # the one you want; then"
-                " ./scripts/inv bootstrap"
-            ),
+            hint=hints.text("machine.pip_torch"),
         )
     build = torch.load(layout, settings)
     return f"{build.version} is kept (USE_EXISTING_TORCH=1)"
@@ -331,7 +328,7 @@ def _needs(
     if python_version is None:
         there = interpreter.describe(layout, settings)
         if there is None:
-            raise BuildError(".vllm holds no working Python", hint="./scripts/inv bootstrap")
+            raise BuildError(".vllm holds no working Python", hint=hints.text("inv.bootstrap"))
         python_version = there.version
     return requirements.read(
         layout.vllm,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import files
+from workspace.core import files, hints
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.files import write_atomic
@@ -79,7 +79,7 @@ class _Making:
         if self.pin.commit not in made.present((self.pin.commit,)):
             raise SourceError(
                 f"{without_user(self.url)} did not serve {self.pin.tag}, commit {self.pin.commit}",
-                hint="./scripts/inv bootstrap --source release    or set VLLM_MIRROR",
+                hint=hints.text("repo.source_release"),
             )
 
     def check_out(self, made: Git, commit: str) -> None:
@@ -98,7 +98,7 @@ def require_project(name: str) -> None:
     if name not in PROJECTS:
         raise SettingsError(
             f"--project: {name!r} is not one of {', '.join(PROJECTS)}",
-            hint="./scripts/inv patch --project vllm",
+            hint=hints.text("repo.patch_vllm"),
         )
 
 
@@ -114,7 +114,7 @@ def observe(layout: Layout, pin: Pin) -> Checkout:
     except OSError as exc:
         raise CheckoutError(
             f"{layout.relative(path)} cannot be read: {exc.strerror}",
-            hint=f"ls -la {layout.relative(path)}",
+            hint=hints.text("core.list_all", path=layout.relative(path)),
         ) from exc
     if not os.path.lexists(path / ".git"):
         return Checkout(Kind.FOREIGN, None, None, "not a git checkout")
@@ -227,7 +227,7 @@ def _make_from_archive(making: _Making) -> None:
     if pin.archive is None:
         raise SourceError(
             f"{pin.name} has no release archive in vendor/pins.toml",
-            hint="./scripts/inv bootstrap --source git",
+            hint=hints.text("repo.source_git"),
         )
     name = pin.archive.filename
     file = index.fetch(
@@ -293,7 +293,7 @@ def _require_pinned_files(made: Git, making: _Making) -> None:
     if (made.head(), made.edits()) != (making.pin.commit, ()):
         raise SourceError(
             f"the files of {making.pin.tag} from {without_user(making.url)} differ from its commit",
-            hint="git config --show-origin --list    shows what may change them",
+            hint=hints.text("repo.git_config"),
         )
 
 
@@ -375,7 +375,7 @@ def _advertised(making: _Making) -> Mapping[str, str]:
         raise _Moved(
             f"tag {pin.tag} at {without_user(making.url)} is commit {found}, pinned is"
             f" {pin.commit}",
-            hint="do not trust a tag that moved: compare with the project's release page",
+            hint=hints.text("repo.moved_tag"),
         )
     return references
 
@@ -392,14 +392,16 @@ def _refspecs(pin: Pin, references: Mapping[str, str]) -> tuple[str, ...]:
 
 def keeping_command(name: str) -> str:
     """Return the command that keeps a foreign folder and makes the checkout."""
-    return f"mv {name} {name.replace('/', '-')}.mine && ./scripts/inv bootstrap"
+    return hints.text("repo.set_checkout_aside", path=name, other=f"{name.replace('/', '-')}.mine")
 
 
 def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
     name = layout.relative(folder_of(layout, pin))
-    hint = f"to keep it: {keeping_command(name)}"
+    hint = keeping_command(name)
     if found.head:
-        hint = f"to fetch the pin: git -C {name} fetch {pin.url} {pin.commit}    or, {hint}"
+        hint = hints.text(
+            "repo.fetch_or_set_aside", path=name, url=pin.url, commit=pin.commit, command=hint
+        )
     return CheckoutError(
         f"{name} is {found.detail}, expected a checkout of {pin.name} {pin.tag}; it was not"
         " changed",
@@ -409,16 +411,14 @@ def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
 
 def _other_kind(layout: Layout, pin: Pin, found: Checkout, choice: Choice) -> CheckoutError:
     name = layout.relative(folder_of(layout, pin))
-    remove = f"mv {name} {name.replace('/', '-')}.{found.kind.value}"
+    other = f"{name.replace('/', '-')}.{found.kind.value}"
+    remove = hints.text("repo.rename", path=name, other=other)
     if found.kind is Kind.GIT and (folder_of(layout, pin) / ".git").is_file():
         # Its commits stay in the superproject's git directory; deinit refuses if there are edits.
-        remove = f"git submodule deinit {name}"
+        remove = hints.text("repo.deinit", path=name)
     return CheckoutError(
         f"{name} is {found.detail}, SOURCE requests {choice}; it was not changed",
-        hint=(
-            "to keep using it: ./scripts/inv bootstrap --source auto    or, to replace it:"
-            f" {remove} && ./scripts/inv bootstrap --source {choice}"
-        ),
+        hint=hints.text("repo.keep_or_replace", command=remove, choice=choice),
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from workspace.core import files
+from workspace.core import files, hints
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError, PatchDrift
 from workspace.core.files import read_regular, write_atomic
@@ -255,17 +255,17 @@ def _ready(git: Git, checkout: Checkout, shown: str) -> tuple[str, str]:
     if checkout.kind is Kind.MISSING:
         raise CheckoutError(
             f"{shown} does not exist, so there are no commits to export",
-            hint="./scripts/inv bootstrap",
+            hint=hints.text("inv.bootstrap"),
         )
     if checkout.base is None or checkout.head is None:
         raise CheckoutError(
             f"{shown} is {checkout.detail}, so there is no stack to export",
-            hint="./scripts/inv status",
+            hint=hints.text("inv.status"),
         )
     if verb := git.under_way():
         raise CheckoutError(
             f"{shown} is in the middle of a git {verb}; finish it before an export",
-            hint=f"{series.CONTINUE}    or, to abort it: {series.CONTINUE} --abort",
+            hint=hints.text("repo.continue_or_abort"),
         )
     return checkout.base, checkout.head
 
@@ -273,13 +273,11 @@ def _ready(git: Git, checkout: Checkout, shown: str) -> tuple[str, str]:
 def _refuse_foreign(git: Git, base: str, head: str, stack: Sequence[Commit], shown: str) -> None:
     """Raise CheckoutError where the base is no ancestor of HEAD: no new commit is then on it."""
     if head != base and not any(base in commit.parents for commit in stack):
-        back = (
-            f"{series.keeping_hint(shown, git, head)}git -C {shown} checkout --detach"
-            f" {TIP_REF if git.resolve(TIP_REF) else base[:12]}"
-        )
+        tip = TIP_REF if git.resolve(TIP_REF) else base[:12]
+        back = hints.text("repo.detach", shown=shown, commit=tip)
         raise CheckoutError(
             f"{shown} is at {head[:12]}, which is not on {base[:12]}: nothing was exported",
-            hint=f"to keep it on a branch: {back}",
+            hint=hints.text("repo.on_a_branch", command=series.kept(shown, git, head, back)),
         )
 
 
@@ -332,18 +330,17 @@ def _refuse_unapplied(layout: Layout, prepared: Prepared) -> None:
     if not unknown:
         return
     shown = layout.relative(prepared.git.path)
-    keep_head, git = series.keeping_hint(shown, prepared.git, prepared.head), f"git -C {shown}"
-    keep = (
-        f"{keep_head}{git} checkout --detach {BASE_REF} && ./scripts/inv patch.apply && {git}"
-        f" cherry-pick {TIP_REF}..{series.kept_as(prepared.head)}"
-    )
-    way = keep if prepared.patches else "./scripts/inv patch.apply"
+    way = hints.text("inv.patch_apply")
+    if prepared.patches:
+        branch = series.kept_as(prepared.head)
+        way = hints.text(
+            "repo.apply_and_pick", shown=shown, base=BASE_REF, tip=TIP_REF, branch=branch
+        )
+        way = series.kept(shown, prepared.git, prepared.head, way)
     raise PatchDrift(
         f"{place}/{unknown[0]} is in the series, and {shown} has no commit of it"
         + (f"; {len(unknown) - 1} more" if len(unknown) > 1 else ""),
-        hint=(
-            f"to apply it: {way}    or, to drop it: delete its line in {place}/{series.SERIES_FILE}"
-        ),
+        hint=hints.text("repo.apply_or_drop", command=way, path=f"{place}/{series.SERIES_FILE}"),
         details=tuple(f"{place}/{name}" for name in unknown[1:10]),
     )
 
@@ -364,18 +361,12 @@ def _refuse_edited(layout: Layout, prepared: Prepared) -> None:
             raise PatchDrift(
                 f"{place}/{name} is no longer a patch that git can read, since it was applied;"
                 " nothing was written",
-                hint=(
-                    f"git checkout -- {place}/{name}    or, to take the commit: rm"
-                    f" {place}/{name} && ./scripts/inv patch.export"
-                ),
+                hint=hints.text("repo.file_or_commit", folder=place, name=name),
             )
         raise PatchDrift(
             f"{place}/{name} was changed since it was applied, and its commit in"
             f" {layout.relative(prepared.git.path)} was not; nothing was written",
-            hint=(
-                "to take the file: ./scripts/inv patch.unapply && ./scripts/inv patch.apply   "
-                f" or, to take the commit: mv {place}/{name} /tmp && ./scripts/inv patch.export"
-            ),
+            hint=hints.text("repo.take_file_or_commit", folder=place, name=name),
         )
 
 
@@ -398,7 +389,7 @@ def _check(layout: Layout, folder: Path, plan: _Plan, console: Console) -> None:
     if differing:
         raise PatchDrift(
             f"{place} differs from the commits: {', '.join(sorted(differing))}",
-            hint="./scripts/inv patch.export",
+            hint=hints.text("inv.patch_export"),
         )
 
 
@@ -412,10 +403,7 @@ def _refuse_unproven(failing: int, patches: Patches) -> None:
         )
         raise PatchDrift(
             f"{reason} when it is applied to the base again; nothing was written",
-            hint=(
-                "an attributes file in the tree or in .git/info may change what git writes: git"
-                " check-attr --all -- PATH"
-            ),
+            hint=hints.text("repo.attributes"),
         )
 
 

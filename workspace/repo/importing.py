@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workspace.core import hints
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
@@ -95,9 +96,8 @@ def run(session: Session, source: str) -> export.Export:
     try:
         prepared = export.prepare(layout, project, session.pin, replace(session.checkout, head=tip))
     except mail.Unfit as exc:
-        hint = (
-            f"{by_hand}    then reword: git -C {shown} rebase -i {stack.head[:12]} && ./scripts/inv"
-            " patch.export"
+        hint = hints.text(
+            "repo.by_hand_reword", command=by_hand, shown=shown, commit=stack.head[:12]
         )
         raise mail.Unfit(f"{origin.name}: {exc.message}", hint=hint, details=exc.details) from exc
     git.set_ref(TIP_REF, tip)
@@ -112,7 +112,7 @@ def _refusal(project: str, shown: str, git: Git, stack: Stack, verb: str) -> Wor
         return CheckoutError(
             f"{shown} is at the pin, without the {len(stack.names)} patches of"
             f" patches/{project}/series",
-            hint="./scripts/inv patch.apply",
+            hint=hints.text("inv.patch_apply"),
         )
     if stack.dirty and stack.state in (State.APPLIED, State.UNEXPORTED):
         return series.edited_files(shown, stack.dirty, "commits would be imported", verb=verb)
@@ -157,10 +157,7 @@ def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
         raise PatchConflict(
             f"{origin.name}: patch {done.position} of {len(subjects)},"
             f" {subjects[done.position - 1]!r}, {reason}; nothing was changed",
-            hint=(
-                f"{by_hand}    stops at the conflict; then ./scripts/inv patch.continue and"
-                " ./scripts/inv patch.export"
-            ),
+            hint=hints.text("repo.by_hand_conflict", command=by_hand),
             details=tuple(f"conflict in {path}" for path in done.conflicted),
         )
     made = mails.commits(work.git, head, done.tip)
@@ -171,12 +168,9 @@ def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
             f"{origin.name}: upstreamed: {', '.join(map(repr, lost))} changes nothing on"
             f" {head[:12]}; nothing was changed",
             hint=(
-                f"to take its other patches: {by_hand} && ./scripts/inv patch.export"
+                hints.text("repo.other_patches", command=by_hand)
                 if made
-                else (
-                    "./scripts/inv patch    shows the present stack; commits that are no patches"
-                    " yet become patches with ./scripts/inv patch.export"
-                )
+                else hints.text("repo.present_stack")
             ),
         )
     return made
@@ -222,10 +216,7 @@ def _origin(session: Session, source: str) -> Origin:
     except OSError as exc:
         raise SettingsError(
             f"{source} cannot be read: {exc.strerror}",
-            hint=(
-                "name a file with a mail of git format-patch, a URL, or the number of a pull"
-                " request"
-            ),
+            hint=hints.text("repo.what_to_import"),
         ) from exc
 
 
@@ -252,7 +243,7 @@ def _pull_request(session: Session, number: int) -> Origin:
         raise SourceError(
             f"pull request {number} of {without_user(pin.url)} cannot be fetched: only GitHub"
             f" serves one, or a mirror on this disk with refs/pull/{number}/head",
-            hint="./scripts/inv patch.import URL    imports a patch from any address",
+            hint=hints.text("repo.import_url"),
         )
     return Origin(_fetched(f"{public}.patch", settings), f"pull-{number}", public)
 
@@ -262,7 +253,7 @@ def _fetched(url: str, settings: Settings) -> bytes:
     import requests
 
     shown = without_user(url)
-    hint = "check the address and the network; or save the mail as a file and import that"
+    hint = hints.text("repo.address_or_file")
     try:
         with requests.Session() as session:
             # Without this, requests would send the credentials that ~/.netrc has for the host.
@@ -319,12 +310,9 @@ def _as_mail(origin: Origin) -> bytes:
         raise SettingsError(
             f"{origin.name} is a diff without author and message, expected a mail of git"
             " format-patch",
-            hint=(
-                "apply it and commit it yourself: git -C vendor/vllm apply FILE && git -C"
-                " vendor/vllm commit --all && ./scripts/inv patch.export"
-            ),
+            hint=hints.text("repo.apply_by_hand"),
         )
     raise SettingsError(
         f"{origin.name} is not a mail of git format-patch",
-        hint="GitHub serves one for a pull request or a commit: append .patch to its address",
+        hint=hints.text("repo.github_patch"),
     )

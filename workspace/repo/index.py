@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from workspace.core import files, lock
+from workspace.core import files, hints, lock
 from workspace.core.errors import SourceError, ToolchainError
 from workspace.core.settings import Settings, without_user
 from workspace.repo.pins import PRECOMPILED_KEYS, Pin, PrecompiledWheel
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from pypi_simple import DistributionPackage, ProjectPage
 
 READ_TIMEOUT_S = 30.0
-_OFFLINE_HINT = (
-    "check the network and run the same command again; UV_DEFAULT_INDEX or PIP_INDEX_URL names"
-    " another index"
-)
 
 
 def fetch(
@@ -63,7 +59,7 @@ def fetch(
     except OSError as exc:
         raise ToolchainError(
             f"{destination.parent} cannot be written: {exc.strerror}",
-            hint="WORKSPACE_CACHE_DIR names another folder",
+            hint=hints.text("core.cache_folder"),
         ) from exc
     return destination
 
@@ -79,17 +75,14 @@ def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
     if package is None:
         raise SourceError(
             f"the package index has no {filename} ({project} {_version(filename)})",
-            hint="UV_DEFAULT_INDEX or PIP_INDEX_URL names an index that has it",
+            hint=hints.text("repo.index_that_has_it"),
         )
     served = package.digests.get("sha256", sha256)
     if served != sha256:
         raise SourceError(
             f"the package index serves {filename} ({project} {_version(filename)}) with sha256"
             f" {served}, pinned is {sha256}: it was not fetched",
-            hint=(
-                "UV_DEFAULT_INDEX or PIP_INDEX_URL names another index; if that file is right,"
-                " correct vendor/pins.toml"
-            ),
+            hint=hints.text("repo.other_index"),
         )
     return package.url
 
@@ -136,7 +129,7 @@ def project_page(project: str, settings: Settings) -> "ProjectPage":
 
 
 def _unavailable(message: str) -> SourceError:
-    return SourceError(message, hint=_OFFLINE_HINT)
+    return SourceError(message, hint=hints.text("repo.network_or_index"))
 
 
 def _local_page(project: str, folder: Path) -> "ProjectPage":
@@ -165,7 +158,7 @@ def _copy(source: Path, destination: Path, sha256: str) -> None:
     if not source.is_file():
         raise SourceError(
             f"{destination.name} is listed by the package index but missing: {source}",
-            hint=_OFFLINE_HINT,
+            hint=hints.text("repo.network_or_index"),
         )
     with tempfile.NamedTemporaryFile(
         dir=destination.parent, prefix=f".{destination.name}."
@@ -177,7 +170,7 @@ def _copy(source: Path, destination: Path, sha256: str) -> None:
         if found != sha256:
             raise SourceError(
                 f"{destination.name} has sha256 {found}, pinned is {sha256}: it was not used",
-                hint=_OFFLINE_HINT,
+                hint=hints.text("repo.network_or_index"),
             )
         destination.unlink(missing_ok=True)
         destination.hardlink_to(part.name)
@@ -189,7 +182,7 @@ def _local(url: str) -> Path:
     except ValueError as exc:
         raise SourceError(
             f"the package index is or names {without_user(url)}, which is no valid URL: {exc}",
-            hint=_OFFLINE_HINT,
+            hint=hints.text("repo.network_or_index"),
         ) from exc
 
 
@@ -312,7 +305,7 @@ def _release(
         )
         raise SourceError(
             f"the package index has no {pin.name} {version}; nearest are {near}",
-            hint="./scripts/inv pin.show",
+            hint=hints.text("inv.pin_show"),
         )
     lacking = (
         [f"{pin.name} {version} was withdrawn: {packages[0].yanked_reason or 'no reason given'}"]

@@ -10,6 +10,7 @@ from email.header import decode_header
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from workspace.core import hints
 from workspace.core.errors import PatchDrift, SettingsError
 from workspace.core.files import read_regular
 from workspace.repo.git import Git
@@ -85,7 +86,8 @@ def read_mail(path: Path) -> Mail:
         return parse(read_regular(path))
     except OSError as exc:
         raise SettingsError(
-            f"{path.name} cannot be read: {exc.strerror}", hint=f"ls -l {path}"
+            f"{path.name} cannot be read: {exc.strerror}",
+            hint=hints.text("core.list_file", path=path),
         ) from exc
 
 
@@ -418,12 +420,12 @@ def refuse(git: Git, base: str, shown: str, faults: Sequence[tuple[Commit, str]]
     start = BASE_REF if git.resolve(BASE_REF) == base else base[:12]
     has_merge = any(len(commit.parents) > 1 for commit, _ in faults)
     hint = (
-        f"git -C {shown} rebase {start}"
+        hints.text("repo.rebase", shown=shown, start=start)
         if has_merge
-        else f"git -C {shown} rebase -i {start}    and choose reword, edit or drop for it"
+        else hints.text("repo.rebase_interactive", shown=shown, start=start)
     )
     raise Unfit(
         f"{sentences[0]}{more}; nothing was written",
-        hint=f"{hint}, then ./scripts/inv patch.export",
+        hint=hint,
         details=tuple(sentences[1:10]),
     )

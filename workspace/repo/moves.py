@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import files, records
+from workspace.core import files, hints, records
 from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
@@ -84,7 +84,8 @@ def forget_times(layout: Layout, project: str) -> None:
         memory.unlink(missing_ok=True)
     except OSError as exc:
         raise ToolchainError(
-            f"{memory} cannot be removed: {exc.strerror}", hint=f"ls -ld {memory} {memory.parent}"
+            f"{memory} cannot be removed: {exc.strerror}",
+            hint=hints.text("core.list_folders", folders=[memory, memory.parent]),
         ) from exc
 
 

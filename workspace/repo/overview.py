@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from workspace.core import hints
 from workspace.core.console import Console, Row, RunLog
 from workspace.core.console import State as RowState
 from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
@@ -79,9 +80,13 @@ def next_command(layout: Layout, pin: Pin, stack: Stack) -> str:
     """Return the command line to type next."""
     path = checkouts.folder_of(layout, pin)
     if stack.state is State.APPLIED:
-        return f"{series.EXPORT}    after commits in {layout.relative(path)}; nothing is due now"
+        return hints.text("repo.export_later", path=layout.relative(path))
     if stack.state in (State.UNAPPLIED, State.UNEXPORTED):
-        return patches.APPLY if stack.state is State.UNAPPLIED else series.EXPORT
+        return (
+            hints.text("inv.patch_apply")
+            if stack.state is State.UNAPPLIED
+            else hints.text("inv.patch_export")
+        )
     if stack.head is None and stack.state is State.FOREIGN:
         return checkouts.keeping_command(layout.relative(path))
     return (
@@ -131,8 +136,9 @@ def _pin_moved(git: Git, shown: str, old: str | None, tip: str | None, stack: St
     base = stack.base or ""
     if stack.state is not State.FOREIGN or old in (None, base):
         return None
-    keep = "" if tip == stack.head else series.keeping_hint(shown, git, stack.head)
-    way = f"{keep}git -C {shown} checkout --detach {base[:12]} && {patches.APPLY}"
+    way = hints.text("repo.detach_then", shown=shown, commit=base[:12], command=patches.APPLY)
+    if tip != stack.head:
+        way = series.kept(shown, git, stack.head, way)
     return _move(
         f"{shown} is based on {(old or '')[:12]}, the pin is {base[:12]}: the pin moved, for"
         " example by git pull, and the checkout did not",
@@ -163,9 +169,9 @@ def _head_moved(git: Git, shown: str, head: str, base: str, tip: str, stack: Sta
         and git.tree(tip) == stack.expected_tree
     )
     way = (
-        patches.APPLY
+        hints.text("inv.patch_apply")
         if is_series
-        else f"git -C {shown} checkout {TIP_REF if lost == tip else lost[:12]}"
+        else hints.text("repo.checkout", shown=shown, commit=TIP_REF if lost == tip else lost[:12])
     )
     return _move(
         f"another program moved {shown} from the stack to {head[:12]}"
@@ -287,7 +293,7 @@ def resume(
     if checkout.head is None:
         raise CheckoutError(
             f"{layout.relative(path)} is {checkout.detail}, so no operation is under way there",
-            hint="./scripts/inv bootstrap",
+            hint=hints.text("inv.bootstrap"),
         )
     git, known = Git(path), moves.read_times(layout.times(project), path)
     names = _patch_names(layout, project, pin, run_log)
@@ -326,7 +332,7 @@ def _patch_names(layout: Layout, project: str, pin: Pin, run_log: RunLog) -> tup
 
 def _retry(project: str, how: How) -> str:
     return (
-        series.CONTINUE
+        "./scripts/inv patch.continue"
         + ("" if how == "continue" else f" --{how}")
         + ("" if project == "vllm" else f" --project {project}")
     )
@@ -385,12 +391,12 @@ def _operation(git: Git, how: How, shown: str) -> str:
     if operation is None:
         raise CheckoutError(
             f"no am, rebase, merge, cherry-pick or revert is under way in {shown}",
-            hint="./scripts/inv patch",
+            hint=hints.text("inv.patch"),
         )
     if operation == "merge" and how == "skip":
         raise CheckoutError(
             f"{shown} is in the middle of a merge, which has no step to skip",
-            hint=f"{series.CONTINUE}    or --abort",
+            hint=hints.text("inv.patch_continue_or_abort"),
         )
     return operation
 
@@ -427,22 +433,16 @@ def _require_resolved(
     if not stopped.is_begun:
         raise PatchConflict(
             f"the am in {shown} was interrupted before {place}",
-            hint=f"{series.CONTINUE} --abort && ./scripts/inv patch.apply    begins again",
+            hint=hints.text("repo.begin_again"),
         )
     if edits := git.edits():
         raise PatchConflict(
             f"{shown} has edits ({', '.join(edits[:3])}) for {place}, {patch}, that are not staged",
-            hint=(
-                f"git -C {shown} add --update && {series.CONTINUE}    or, to abort:"
-                f" {series.CONTINUE} --abort"
-            ),
+            hint=hints.text("repo.add_or_abort", shown=shown),
         )
     raise PatchConflict(
         f"{place}, {patch}, changes nothing on {base[:12]} with the present content of {shown}",
-        hint=(
-            f"{series.CONTINUE} --skip    if that is right; else edit, git -C {shown} add PATHS"
-            f" && {series.CONTINUE}; to abort: --abort"
-        ),
+        hint=hints.text("repo.skip_or_edit", shown=shown),
     )
 
 
@@ -473,9 +473,8 @@ def _unresolved(paths: Sequence[str], operation: str, shown: str) -> PatchConfli
     return PatchConflict(
         f"the {operation} in {shown} waits: {len(paths)}"
         f" {'path has a conflict' if len(paths) == 1 else 'paths have conflicts'}",
-        hint=(
-            f"edit, then: git -C {shown} add {series.quoted(paths)} && {series.CONTINUE}    or"
-            f" {_ways(operation)}"
+        hint=hints.text(
+            "repo.resolve_or", shown=shown, paths=list(paths), command=_ways(operation)
         ),
         details=tuple(f"conflict in {path}" for path in paths),
     )
@@ -483,7 +482,5 @@ def _unresolved(paths: Sequence[str], operation: str, shown: str) -> PatchConfli
 
 def _ways(operation: str) -> str:
     return (
-        f"{series.CONTINUE} --abort"
-        if operation == "merge"
-        else f"{series.CONTINUE} --skip    or {series.CONTINUE} --abort"
+        hints.text("inv.patch_abort") if operation == "merge" else hints.text("repo.skip_or_abort")
     )

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.console import RunLog
 from workspace.core.errors import PatchDrift
 from workspace.core.paths import Layout
@@ -234,13 +234,13 @@ def _check(project: str, git: Git, stack: Stack, base: str, tip: str) -> None:
         raise PatchDrift(
             f"{', '.join(lost) or 'a patch'} changes nothing on {base[:12]}: {len(made)} of"
             f" {len(stack.names)} patches make a commit",
-            hint=f"if upstream has it, delete its line in patches/{project}/series",
+            hint=hints.text("repo.upstream_has_it", project=project),
         )
     if stack.expected_tree and git.tree(tip) != stack.expected_tree:
         raise PatchDrift(
             f"the series gives tree {git.tree(tip)}, expected {stack.expected_tree}; nothing was"
             " changed",
-            hint="./scripts/inv bootstrap",
+            hint=hints.text("inv.bootstrap"),
         )
 
 

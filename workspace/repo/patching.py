@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import lock
+from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import (
     CheckoutError,
@@ -42,7 +42,7 @@ def put_on_upstream(session: Session, name: str, patch: str) -> Path:
     if checkout.kind not in (Kind.GIT, Kind.RELEASE):
         raise CheckoutError(
             f"{shown} is {checkout.detail}; a branch needs the checkout of {session.pin.tag}",
-            hint="./scripts/inv bootstrap",
+            hint=hints.text("inv.bootstrap"),
         )
     file = _patch(layout, session.project, patch)
     user = _user(git)
@@ -85,7 +85,9 @@ def _patch(layout: Layout, project: str, patch: str) -> Path:
         known = ", ".join(sorted(path.name for path in folder.glob("*.patch")))
         raise SettingsError(
             f"{layout.relative(file)} does not exist",
-            hint=f"one of: {known}" if known else "./scripts/inv patch.export",
+            hint=hints.text("repo.one_of", folder=layout.relative(folder), patches=known)
+            if known
+            else hints.text("inv.patch_export"),
         )
     return file
 
@@ -96,10 +98,7 @@ def _user(git: Git) -> tuple[str, str]:
     if not session:
         raise SettingsError(
             "user.name and user.email are not set in git, and a Signed-off-by needs them",
-            hint=(
-                'git config --global user.name "Your Name" && git config --global user.email'
-                " you@example.org"
-            ),
+            hint=hints.text("repo.set_name"),
         )
     return session["GIT_AUTHOR_NAME"], session["GIT_AUTHOR_EMAIL"]
 
@@ -108,17 +107,17 @@ def _refuse_taken(layout: Layout, git: Git, name: str, path: Path, shown: str) -
     if not remotes.is_branch_name(git, name):
         raise SettingsError(
             f"{name!r} is not a valid branch name",
-            hint="letters, digits, - and / between words, as in fix/avx2-kernels",
+            hint=hints.text("repo.branch_name"),
         )
     if git.resolve(f"refs/heads/{name}"):
         raise CheckoutError(
             f"{shown} has a branch {name} already; it was not changed",
-            hint=f"take another name, or: git -C {shown} branch -D {name}",
+            hint=hints.text("repo.branch_exists", shown=shown),
         )
     if path.exists():
         raise CheckoutError(
             f"{layout.relative(path)} exists already; it was not changed",
-            hint=f"take another name, or: git -C {shown} worktree remove {path}",
+            hint=hints.text("repo.worktree_exists", shown=shown),
         )
 
 
@@ -139,7 +138,7 @@ def _main(session: Session, git: Git) -> str:
     if fetched is None:
         raise SourceError(
             f"upstream of {session.pin.name} has no branch main",
-            hint="git ls-remote --heads " + session.pin.url,
+            hint=hints.text("repo.heads", url=session.pin.url),
         )
     return fetched
 
@@ -150,9 +149,8 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
         raise PatchConflict(
             f"{file.name} conflicts ({', '.join(done.conflicted)}) with upstream's main,"
             f" {main[:12]}; nothing was left behind",
-            hint=(
-                f"by hand: git -C vendor/{project} worktree add -b NAME FOLDER {main[:12]}, then"
-                f" there: git {AM_BY_HAND} {file}"
+            hint=hints.text(
+                "repo.am_by_hand", project=project, commit=main[:12], am=AM_BY_HAND, file=file
             ),
             details=tuple(f"conflict in {path}" for path in done.conflicted),
         )
@@ -161,7 +159,7 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
         raise PatchDrift(
             f"{file.name} is in upstream already: it changes nothing on upstream's main,"
             f" {main[:12]}",
-            hint="./scripts/inv pin.forecast main",
+            hint=hints.text("repo.forecast_main"),
         )
     return made[0]
 
@@ -171,10 +169,7 @@ def _report_branch(session: Session, name: str, path: Path, shown: str) -> None:
     repository = session.pin.url.rstrip("/").rpartition("/")[2].removesuffix(".git")
     console = session.run_log.console
     console.info(f"branch {name} is in {place}, signed off, one commit on upstream's main")
-    console.hint(
-        f"git -C {place} push git@github.com:YOUR-NAME/{repository}.git {name}    and open a"
-        " pull request from there"
-    )
+    console.hint(hints.text("repo.push_branch", folder=place, repository=repository, branch=name))
     console.info(
         f"to remove it: git -C {shown} worktree remove {path} && git -C {shown} branch -D {name}"
     )
@@ -309,9 +304,9 @@ def _report(console: Console, stack: Stack, prefix: str) -> None:
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
     messages = {
         State.APPLIED: (f"{count} applied, tree {(stack.tree or '')[:12]}", None),
-        State.UNAPPLIED: (f"at the pin, {count} not applied", "./scripts/inv patch.apply"),
-        State.UNEXPORTED: ("the commits differ from the series", "./scripts/inv patch.export"),
+        State.UNAPPLIED: (f"at the pin, {count} not applied", hints.text("inv.patch_apply")),
+        State.UNEXPORTED: ("the commits differ from the series", hints.text("inv.patch_export")),
     }
-    message, hint = messages.get(stack.state, (stack.state.value, "./scripts/inv patch"))
+    message, hint = messages.get(stack.state, (stack.state.value, hints.text("inv.patch")))
     console.info(f"{prefix}{message}")
     console.hint(hint)

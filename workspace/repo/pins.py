@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from workspace.core import files, records
+from workspace.core import files, hints, records
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
@@ -27,7 +27,6 @@ _ADDRESS = re.compile(r"(?!-)[!-~]{1,1000}")
 # The layout that this module can rewrite.
 _HEADER = re.compile(r"\[([A-Za-z0-9._-]+)\]\s*(?:#.*)?$")
 _VALUE = re.compile(r"""(([a-z0-9]+)\s*=\s*)(?:"[^"\\]*"|'[^']*')(\s*(?:#.*)?)$""", re.DOTALL)
-_HINT = "git checkout -- vendor/pins.toml    restores the committed pins"
 _SHOWN = 80
 # Old commits of the workspace and known-good states hold pins of the first edition.
 _FORMER_HEADER = re.compile(rb"^(\s*\[\s*\w+\.)donors(\.[\w-]+\s*\])", re.MULTILINE)
@@ -88,11 +87,14 @@ class _Table:
     def text(self, key: str, form: re.Pattern[str], expected: str) -> str:
         value = self.content.get(key)
         if value is None:
-            raise SettingsError(f"vendor/pins.toml: {self.name}.{key} is missing", hint=_HINT)
+            raise SettingsError(
+                f"vendor/pins.toml: {self.name}.{key} is missing",
+                hint=hints.text("core.restore_pins"),
+            )
         if not isinstance(value, str) or not form.fullmatch(value):
             raise SettingsError(
                 f"vendor/pins.toml: {self.name}.{key} is {_shown(value)}, expected {expected}",
-                hint=_HINT,
+                hint=hints.text("core.restore_pins"),
             )
         return value
 
@@ -112,7 +114,8 @@ class _Table:
         value, name = self.content.get(key), f"{self.name}.{key}".lstrip(".")
         if value is not None and not isinstance(value, dict):
             raise SettingsError(
-                f"vendor/pins.toml: {name} is {_shown(value)}, expected a table", hint=_HINT
+                f"vendor/pins.toml: {name} is {_shown(value)}, expected a table",
+                hint=hints.text("core.restore_pins"),
             )
         return None if value is None else _Table(value, name)
 
@@ -122,7 +125,9 @@ def load(path: Path) -> Pins:
     try:
         return parse(read_regular(path))
     except OSError as exc:
-        raise SettingsError(f"vendor/pins.toml cannot be read: {exc.strerror}", hint=_HINT) from exc
+        raise SettingsError(
+            f"vendor/pins.toml cannot be read: {exc.strerror}", hint=hints.text("core.restore_pins")
+        ) from exc
 
 
 def parse(content: bytes) -> Pins:
@@ -130,7 +135,9 @@ def parse(content: bytes) -> Pins:
     try:
         root = _Table(records.parse_toml(_renamed_tables(content)), "")
     except records.DecodeError as exc:
-        raise SettingsError(f"vendor/pins.toml is not TOML: {exc}", hint=_HINT) from exc
+        raise SettingsError(
+            f"vendor/pins.toml is not TOML: {exc}", hint=hints.text("core.restore_pins")
+        ) from exc
     return Pins(_pin(root, "vllm"), _pin(root, "triton"))
 
 
@@ -161,7 +168,7 @@ def dump(content: bytes, pin: Pin) -> bytes:
         raise SettingsError(
             'vendor/pins.toml is not laid out as tables with one `key = "value"` a line, so it'
             " cannot be rewritten",
-            hint=_HINT,
+            hint=hints.text("core.restore_pins"),
         )
     return made
 
@@ -238,7 +245,9 @@ def _with_value(line: str, values: Mapping[str, str]) -> str:
 def _pin(root: _Table, name: str) -> Pin:
     table = root.table(name)
     if table is None:
-        raise SettingsError(f"vendor/pins.toml: the table {name} is missing", hint=_HINT)
+        raise SettingsError(
+            f"vendor/pins.toml: the table {name} is missing", hint=hints.text("core.restore_pins")
+        )
     archive = table.table("archive")
     precompiled = table.table("precompiled")
     for key in precompiled.content if precompiled else ():
@@ -247,7 +256,7 @@ def _pin(root: _Table, name: str) -> Pin:
             raise SettingsError(
                 f"vendor/pins.toml: {name}.precompiled.{shown} is unknown, expected one of"
                 f" {', '.join(PRECOMPILED_KEYS)}",
-                hint=_HINT,
+                hint=hints.text("core.restore_pins"),
             )
     return Pin(
         name=name,
@@ -307,8 +316,8 @@ def require_settled(layout: Layout) -> None:
 def half_moved(layout: Layout) -> str | None:
     """Return the command that finishes an interrupted promotion or rollback, or None."""
     if layout.promoting.exists():
-        return "./scripts/inv patch.continue"
-    return "./scripts/inv pin.rollback" if layout.returning.exists() else None
+        return hints.text("inv.patch_continue")
+    return hints.text("inv.pin_rollback") if layout.returning.exists() else None
 
 
 # The commit must not depend on the time of its creation.
@@ -334,7 +343,7 @@ def make_from_archive(
     if archive is None:
         raise SourceError(
             f"{pin.name} has no release archive in vendor/pins.toml",
-            hint="./scripts/inv bootstrap --source git",
+            hint=hints.text("repo.source_git"),
         )
     with files.folder_beside(destination) as folder:
         tree = folder / "tree"
@@ -343,7 +352,7 @@ def make_from_archive(
             raise SourceError(
                 f"{archive.filename} gives commit {commit} with tree {found}, pinned are"
                 f" {archive.commit} and {archive.tree}",
-                hint="git diff vendor/pins.toml    shows whether the pins were changed by hand",
+                hint=hints.text("repo.pins_diff"),
             )
         files.put_in_place(tree, destination)
 
@@ -364,7 +373,8 @@ def build_archive(
         _unpack(source, folder, pin, on_progress or (lambda done, total: None))
     except (tarfile.TarError, EOFError, zlib.error) as exc:
         raise SourceError(
-            f"{source.name} is damaged: {exc}", hint=f"rm {source}    and run the command again"
+            f"{source.name} is damaged: {exc}",
+            hint=hints.text("repo.delete_file_again", path=source),
         ) from exc
     git = Git(folder, failure=SourceError)
     git.init()
@@ -457,5 +467,5 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path, source
 def _refused(source: Path, member: object, reason: str) -> SourceError:
     return SourceError(
         f"{source.name}: {str(member)!r} {reason}, so the archive was not used",
-        hint="a release archive has one folder of plain files; see vendor/pins.toml",
+        hint=hints.text("repo.archive_layout"),
     )

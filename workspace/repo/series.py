@@ -2,11 +2,11 @@
 
 import enum
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from workspace.core import hints
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
@@ -47,7 +47,7 @@ def read_series(folder: Path, *, pin: str) -> Series:
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
         raise PatchDrift(
-            f"{shown} cannot be read: {reason}", hint=f"git checkout -- {shown}"
+            f"{shown} cannot be read: {reason}", hint=hints.text("repo.restore_file", path=shown)
         ) from exc
     base = _base(lines, shown, folder, pin)
     names: list[str] = []
@@ -65,15 +65,12 @@ def _base(lines: Sequence[str], shown: str, folder: Path, pin: str) -> str:
     if len(bases) != 1:
         raise PatchDrift(
             f"{shown} has {len(bases)} lines `# base: <40 hex>`, expected one",
-            hint=f"git checkout -- {shown}",
+            hint=hints.text("repo.restore_file", path=shown),
         )
     if bases[0] != pin:
         raise PatchDrift(
             f"{shown} is for base {bases[0]}, pinned is {pin}",
-            hint=(
-                f"git log --oneline -3 -- vendor/pins.toml patches/{folder.name}    shows which of"
-                " the two moved"
-            ),
+            hint=hints.text("repo.which_moved", project=folder.name),
         )
     return bases[0]
 
@@ -83,12 +80,12 @@ def _check_name(name: str, names: Sequence[str], place: str, folder: Path) -> No
         shown = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…")
         raise PatchDrift(
             f"{place}: {shown} is not the name of a .patch file in patches/{folder.name}",
-            hint="one file name per line, without a folder",
+            hint=hints.text("repo.series_lines", project=folder.name),
         )
     if name in names:
         raise PatchDrift(
             f"{place}: {name} is listed a second time",
-            hint="delete one of the two lines; two patches of one name need better subjects",
+            hint=hints.text("repo.two_lines", project=folder.name),
         )
 
 
@@ -99,15 +96,17 @@ def _check_patch(patch: Path, place: str) -> None:
     except FileNotFoundError:
         raise PatchDrift(
             f"{place}: {shown} does not exist",
-            hint=f"git checkout -- {shown}    or delete the line in the series",
+            hint=hints.text("repo.restore_or_drop", path=shown),
         ) from None
     except OSError as exc:
-        raise PatchDrift(f"{shown} cannot be read: {exc.strerror}", hint=f"ls -l {shown}") from exc
+        raise PatchDrift(
+            f"{shown} cannot be read: {exc.strerror}", hint=hints.text("core.list_file", path=shown)
+        ) from exc
     messages = len(_MESSAGE.findall(content))
     if messages != 1 or not content.startswith(b"From ") or b"\ndiff --git " not in content:
         raise PatchDrift(
             f"{shown} is not a mail of git format-patch with exactly one commit",
-            hint="make it with git format-patch --zero-commit -1 in the tree that has the commit",
+            hint=hints.text("repo.format_patch"),
         )
 
 
@@ -131,7 +130,7 @@ def text_of(folder: Path) -> str:
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
         raise SettingsError(
-            f"{shown} cannot be read: {reason}", hint=f"git checkout -- {shown}"
+            f"{shown} cannot be read: {reason}", hint=hints.text("repo.restore_file", path=shown)
         ) from exc
 
 
@@ -231,8 +230,6 @@ class Stack:
     interrupted: Attempt | None = None
 
 
-CONTINUE = "./scripts/inv patch.continue"
-EXPORT = "./scripts/inv patch.export"
 _SHOWN_FILES = 3
 # A file may have hundreds of commits; the newest are enough.
 _SHOWN_COMMITS = 5
@@ -241,19 +238,16 @@ _SHOWN_COMMITS = 5
 def refusal(shown: str, git: Git, stack: Stack, *, verb: str) -> WorkspaceError:
     """Return the error for a command line `verb` that cannot move the checkout `shown`."""
     if stack.state is State.MISSING:
-        return CheckoutError(f"{shown} does not exist", hint="./scripts/inv bootstrap")
+        return CheckoutError(f"{shown} does not exist", hint=hints.text("inv.bootstrap"))
     if stack.interrupted:
         return CheckoutError(
             f"{stack.interrupted.operation} in {shown} was interrupted",
-            hint=f"{stack.interrupted.retry}    undoes it and begins it again",
+            hint=hints.text("repo.undo_and_begin", command=stack.interrupted.retry),
         )
     if stack.state is State.IN_PROGRESS:
         return CheckoutError(
             f"{shown} is in the middle of a git {git.under_way()}",
-            hint=(
-                f"{CONTINUE}    resumes it once its conflicts are resolved; to abort it:"
-                f" {CONTINUE} --abort && {verb}"
-            ),
+            hint=hints.text("repo.resume_or_abort", command=verb),
         )
     if stack.state is State.DIRTY or (stack.state is State.APPLIED and stack.dirty):
         action = "applied" if stack.state is State.DIRTY else "unapplied"
@@ -265,41 +259,37 @@ def refusal(shown: str, git: Git, stack: Stack, *, verb: str) -> WorkspaceError:
 def _unrelated_commits(shown: str, git: Git, stack: Stack, verb: str) -> WorkspaceError:
     """Return the error for commits that are not those of the series, or not on the pin."""
     base = (stack.base or "")[:12]
-    keep = (
-        keeping_hint(shown, git, stack.head)
-        + f"git -C {shown} checkout --detach {base}"
-        + (f" && {verb}" if "unapply" not in verb else "")
+    away = (
+        hints.text("repo.detach", shown=shown, commit=base)
+        if "unapply" in verb
+        else hints.text("repo.detach_then", shown=shown, commit=base, command=verb)
     )
+    keep = kept(shown, git, stack.head, away)
     if stack.state is State.UNEXPORTED:
         return PatchDrift(
             f"{shown} has commits on {base} that differ from the series; they were not changed",
-            hint=f"{EXPORT}    makes patches of them; to keep them on a branch: {keep}",
+            hint=hints.text("repo.export_or_keep", command=keep),
         )
     return CheckoutError(
         f"{shown} is at {(stack.head or 'no commit')[:12]}, which is not on {base or 'the pin'}; it"
         " was not changed",
-        hint=f"to keep it on a branch: {keep}",
+        hint=hints.text("repo.on_a_branch", command=keep),
     )
 
 
 def edited_files(shown: str, paths: Sequence[str], purpose: str, *, verb: str) -> CheckoutError:
     """Return the error for edits in the checkout `shown` that block a purpose."""
-    hint = f"git -C {shown} stash && {verb} && git -C {shown} stash pop"
+    hint = hints.text("repo.stash_around", shown=shown, command=verb)
     return CheckoutError(
         f"{shown} has edits ({_few(paths)}) where {purpose}; they were not changed", hint=hint
     )
 
 
-def keeping_hint(shown: str, git: Git, commit: str | None) -> str:
-    """Return the start of a command line that keeps a commit on a branch.
-
-    It is empty where the branch exists already.
-    """
-    return (
-        ""
-        if not commit or git.resolve(f"refs/heads/{kept_as(commit)}") == commit
-        else f"git -C {shown} branch {kept_as(commit)} && "
-    )
+def kept(shown: str, git: Git, commit: str | None, command: str) -> str:
+    """Return a command line that first keeps a commit on a branch, where none has it."""
+    if not commit or git.resolve(f"refs/heads/{kept_as(commit)}") == commit:
+        return command
+    return hints.text("repo.branch_then", shown=shown, branch=kept_as(commit), command=command)
 
 
 def kept_as(commit: str) -> str:
@@ -315,10 +305,7 @@ def refused(project: str, name: str, stack: Stack, applied: Applied) -> PatchCon
     return PatchConflict(
         f"patch {applied.position} of {len(stack.names)}, patches/{project}/{name}, does not apply"
         f" to {(stack.base or '')[:12]}; nothing was changed",
-        hint=(
-            "./scripts/inv patch.apply    stops at the conflict; or delete its line in"
-            f" patches/{project}/series and run ./scripts/inv bootstrap"
-        ),
+        hint=hints.text("repo.stop_or_drop", project=project),
         details=tuple(f"conflict in {path}" for path in applied.conflicted),
     )
 
@@ -346,28 +333,20 @@ def sentence(
         for path in applied.conflicted
         for line in (f"conflict in {path}", *touched.get(path, ()))
     ]
-    paths = quoted(applied.conflicted)
+    paths = list(applied.conflicted)
     if am.unmerged(git):
-        edit = f"edit {_few(applied.conflicted)}, then: git -C {shown} add {paths} && {CONTINUE}"
+        hint = hints.text("repo.resolve", shown=shown, paths=paths, files=_few(paths))
     else:
         # git lacks the contents that the patch was made from, so it merged and changed no file
         # (git-am(1), --3way).
-        diff = shlex.quote(str(git.path_of("rebase-apply/patch")))
-        edit = (
-            f"git -C {shown} apply --reject {diff}    applies the hunks that fit and writes the"
-            f" others to .rej files; after that: git -C {shown} add {paths} && {CONTINUE}"
-        )
+        diff = git.path_of("rebase-apply/patch")
+        hint = hints.text("repo.apply_hunks", shown=shown, path=diff, paths=paths)
     return PatchConflict(
         f"patch {applied.position} of {count}, {patch}, does not apply to {base[:12]}; {shown}"
         " waits at the conflict",
-        hint=(f"{edit}    to skip the patch: {CONTINUE} --skip    to abort: {CONTINUE} --abort"),
+        hint=hint,
         details=tuple(details),
     )
-
-
-def quoted(paths: Sequence[str]) -> str:
-    """Return paths as arguments of a command line."""
-    return shlex.join(paths) or "PATHS"
 
 
 def _touching(

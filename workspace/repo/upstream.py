@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from workspace.core import files, lock
+from workspace.core import files, hints, lock
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.paths import Layout
@@ -88,12 +88,12 @@ def find(
         place = layout.relative(checkout.folder_of(layout, pin))
         raise CheckoutError(
             f"{place} is {there.detail}, so {ref} cannot be compared with it",
-            hint="./scripts/inv bootstrap",
+            hint=hints.text("inv.bootstrap"),
         )
     if not _REF.fullmatch(ref):
         raise SettingsError(
             f"{ref!r} is not the name of a tag, branch or commit",
-            hint="./scripts/inv pin.forecast v0.33.0   # for example",
+            hint=hints.text("repo.forecast_example"),
         )
     name = f"v{ref}" if pin.tag.startswith("v") and re.fullmatch(r"\d+(\.\d+)+\w*", ref) else ref
     search = _Search(layout, pin, name, settings, there.base, run_log, step)
@@ -139,13 +139,13 @@ class _Search:
             raise SettingsError(
                 f"{self.name} is no release of {self.pin.name}; the checkout is from a release"
                 " archive, and branches and commits need a git checkout",
-                hint="./scripts/inv pin.show   # lists the newer releases",
+                hint=hints.text("repo.newer_releases"),
             )
         release = index.find_release(self.pin, self.version, settings=self.settings)
         if release.sdist is None:
             raise SourceError(
                 f"the package index has no archive of {self.pin.name} {self.version}",
-                hint="./scripts/inv pin.show",
+                hint=hints.text("inv.pin_show"),
             )
         into = self._store()
         made, prefix = self._archive(into, release.sdist)
@@ -199,7 +199,7 @@ class _Search:
         if named.commit not in into.present((named.commit,)):
             raise SourceError(
                 f"{without_user(self.url)} did not serve {self.name}, commit {named.commit}",
-                hint="set VLLM_MIRROR to a copy that has it",
+                hint=hints.text("repo.set_mirror"),
             )
         made, release = self._release_of(into, named, lacking)
         if named.is_tag:
@@ -328,9 +328,9 @@ class _Search:
             f"{without_user(self.url)} has no tag or branch {self.name}; the nearest tags are"
             f" {', '.join(near) or 'none'}",
             hint=(
-                "a commit needs all of its 40 digits"
+                hints.text("repo.whole_commit", commit=self.name)
                 if re.fullmatch(r"[0-9a-f]{7,39}", self.name)
-                else "./scripts/inv pin.show   # lists the newer releases"
+                else hints.text("repo.newer_releases")
             ),
         )
 
@@ -340,7 +340,7 @@ class _Search:
             raise _Unequal(
                 f"tag {self.name} at {without_user(self.url)} is commit {commit}, the release"
                 f" archive was made from {prefix}…; neither is used",
-                hint="do not trust a tag that moved: compare with the project's release page",
+                hint=hints.text("repo.moved_tag"),
             )
 
     def _archive(self, into: Git, sdist: index.Sdist) -> tuple[Archive, str | None]:

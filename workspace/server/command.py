@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.child_variables import Phase
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
@@ -33,19 +33,18 @@ UNKNOWN_TREE = "none"
 _LISTS = ("PATH", "LD_LIBRARY_PATH")
 # bash refuses to set these, and then evaluates no other line either.
 _READ_ONLY = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS")
-_BOOTSTRAP = "./scripts/inv bootstrap"
 LOCAL, USUAL_PORT = "127.0.0.1", 8000
-# Flags that inv serve refuses, and what to write instead.
-_REFUSED = {
-    "--api-key": "all users of the machine see it in ps: put VLLM_API_KEY into .env",
-    "--hf-token": "all users of the machine see it in ps: put HF_TOKEN into .env",
-    "--config": "inv serve does not check that file: write its flags after --",
-    "--model": "write the model right after inv serve",
-    "--model-tag": "write the model right after inv serve",
-    "--uds": "inv serve needs a port to ask whether the server is ready",
-    "--headless": "it has no port to ask whether it is ready: ./scripts/inv run -- vllm serve ...",
-    "--help": "./scripts/inv run -- vllm serve --help=all",
-    "-h": "./scripts/inv run -- vllm serve --help=all",
+# Flags that inv serve refuses, each with the name of its hint.
+REFUSED = {
+    "--api-key": "server.key_in_dotenv",
+    "--hf-token": "server.token_in_dotenv",
+    "--config": "server.flags_of_config",
+    "--model": "server.model_first",
+    "--model-tag": "server.model_first",
+    "--uds": "server.needs_port",
+    "--headless": "server.run_headless",
+    "--help": "server.vllm_help",
+    "-h": "server.vllm_help",
 }
 _COUNTS = (
     "--max-num-seqs",
@@ -66,7 +65,7 @@ def run_command(
     if not argv:
         raise SettingsError(
             "there is no command to run",
-            hint="./scripts/inv run -- python -c 'import vllm'    has the command after --",
+            hint=hints.text("server.run_command"),
         )
     process.become(argv, env=_ready(layout, settings, console))
 
@@ -134,7 +133,8 @@ def lines(
 def _ready(layout: Layout, settings: Settings, console: Console) -> dict[str, str]:
     if not os.access(layout.environment_python, os.X_OK):
         raise ToolchainError(
-            "there is no built environment: .vllm/bin/python is missing", hint=_BOOTSTRAP
+            "there is no built environment: .vllm/bin/python is missing",
+            hint=hints.text("inv.bootstrap"),
         )
     machine = Machine(layout, settings)
     check.require(machine, console=console)
@@ -170,8 +170,10 @@ def compose(
     own = [flags.judge(args, known) for args in _by_flag(recipe, users.args)]
     args = [arg for judged in own for arg in judged.args] + list(users.args)
     for arg in users.args:
-        if reason := _REFUSED.get(arg.split("=")[0]):
-            raise SettingsError(f"{arg.split('=')[0]} cannot be given to inv serve", hint=reason)
+        if refused := REFUSED.get(arg.split("=")[0]):
+            raise SettingsError(
+                f"{arg.split('=')[0]} cannot be given to inv serve", hint=hints.text(refused)
+            )
     if recipe.origin == "built-in" and not _has(args, "--served-model-name"):
         args += ["--served-model-name", recipe.model]
     if not _has(args, "--host"):
@@ -276,28 +278,33 @@ def _has(args: Sequence[str], flag: str) -> bool:
 def _check_values(args: Sequence[str]) -> None:
     port = flags.last(args, "--port") or ""
     if not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536):
-        raise SettingsError(f"--port: {port!r} is no port from 1 to 65535", hint="-- --port 8000")
+        raise SettingsError(
+            f"--port: {port!r} is no port from 1 to 65535", hint=hints.text("server.port")
+        )
     if not flags.last(args, "--host"):
-        raise SettingsError("--host: the address is missing", hint=f"-- --host {LOCAL}")
+        raise SettingsError(
+            "--host: the address is missing", hint=hints.text("server.host", host=LOCAL)
+        )
     share = flags.last(args, "--gpu-memory-utilization")
     if share is not None and not (
         re.fullmatch(r"\d*\.?\d+|\d+\.", share) and 0 < float(share) <= 1
     ):
         raise SettingsError(
             f"--gpu-memory-utilization: {share!r} is no share above 0 and at most 1",
-            hint="-- --gpu-memory-utilization 0.7",
+            hint=hints.text("server.utilization"),
         )
     for name in _COUNTS:
         count = flags.last(args, name)
         if count is not None and not re.fullmatch(r"[1-9]\d{0,8}|\d+(\.\d+)?[kKmM]", count):
             raise SettingsError(
-                f"{name}: {count!r} is no whole number of at least 1", hint=f"-- {name} 8"
+                f"{name}: {count!r} is no whole number of at least 1",
+                hint=hints.text("server.positive", flag=name),
             )
     length = flags.last(args, "--max-model-len")
     if length is not None and not _LENGTH.fullmatch(length):
         raise SettingsError(
             f"--max-model-len: {length!r} is no number of tokens",
-            hint="-- --max-model-len 32000, or 32k, or auto",
+            hint=hints.text("server.max_model_len"),
         )
 
 
@@ -312,10 +319,7 @@ def _exposed(address: Address, *, has_key: bool, force: bool) -> str:
             " and nothing is encrypted"
         )
     if not force:
-        hint = (
-            "put VLLM_API_KEY into .env; or from another machine: ssh -L"
-            f" {address.port}:{LOCAL}:{address.port} THIS-MACHINE; or add --force"
-        )
+        hint = hints.text("server.api_key", port=address.port, host=LOCAL)
         raise SettingsError(f"{reach} without a key", hint=hint)
     return f"{reach} without a key (--force)"
 

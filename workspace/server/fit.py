@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from workspace.core import hints
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError
 from workspace.machine import hardware, run_environment
@@ -125,7 +126,7 @@ def judge(
     holding = f"; the GPU is held by {residents}" if residents else ""
     if given < needs <= free.available_gib:
         least = min(1.0, math.ceil((needs + LEAST_KV_GIB) / free.total_gib * 100) / 100)
-        hint = f"--gpu-memory-utilization {least:.2f}"
+        hint = hints.text("server.utilization_least", model=_typed(recipe), value=least)
         sentence = f"is given too little: {given:.1f} GiB with these flags; {seen}{holding}"
         return Fit("no", needs, given, free, sentence, hint, least)
     if takes <= free.available_gib:
@@ -138,9 +139,11 @@ def judge(
             f"fits once page cache is dropped: {seen}, {free.droppable_gib:.1f} of them are page"
             f" cache{holding}"
         )
-        return Fit("after drop-caches", needs, takes, free, sentence, "./scripts/inv drop-caches")
+        return Fit(
+            "after drop-caches", needs, takes, free, sentence, hints.text("server.drop_caches")
+        )
     utilization, kv_gib = _suggestion(free, needs, fixed, device=device)
-    hint = _hint(free, utilization, kv_gib, device=device)
+    hint = _hint(recipe, free, utilization, kv_gib, device=device)
     sentence = f"does not fit: {seen}{holding}"
     return Fit("no", needs, takes, free, sentence, hint, utilization, kv_gib)
 
@@ -191,18 +194,27 @@ def _suggestion(
     return (utilization if device == "cuda" else None), kv_gib
 
 
-def _hint(free: Free, utilization: float | None, kv_gib: float | None, *, device: str) -> str:
+def _typed(recipe: Recipe) -> str:
+    """Return what a user types for a recipe."""
+    return recipe.name or recipe.model
+
+
+def _hint(
+    recipe: Recipe, free: Free, utilization: float | None, kv_gib: float | None, *, device: str
+) -> str:
     if device == "cpu" and kv_gib is not None and kv_gib >= 1:
-        return f"VLLM_CPU_KVCACHE_SPACE={math.floor(kv_gib)} in .env leaves room for it"
+        return hints.text("server.cpu_cache", gib=math.floor(kv_gib))
     if utilization is not None and kv_gib is not None:
-        return (
-            f"--gpu-memory-utilization {utilization:.2f}, or --kv-cache-memory-bytes"
-            f" {math.floor(kv_gib * GIB)}, leaves room for it"
+        return hints.text(
+            "server.less_memory",
+            model=_typed(recipe),
+            utilization=utilization,
+            bytes=math.floor(kv_gib * GIB),
         )
     if free.residents:
         pids = " ".join(str(resident.pid) for resident in free.residents)
-        return f"end the processes that hold the GPU first: ps -fp '{pids}'"
-    return "./scripts/inv serve.list    shows which recipes fit"
+        return hints.text("server.end_processes", pids=pids)
+    return hints.text("server.recipes_fit")
 
 
 def _named(resident: Resident) -> str:
@@ -233,7 +245,7 @@ def next_step(attempt: Attempt, free: Free, *, lack: Lack) -> str | None:
     name, command = attempt.name, attempt.command
     if lack == "memory" and free.is_unified and free.droppable_gib >= WORTHWHILE_GIB:
         again = typed(name, command.extra, detach=attempt.detach)
-        return f"./scripts/inv drop-caches && {again}"
+        return hints.text("server.drop_caches_then", command=again)
     fallbacks = [_length(attempt)]
     if lack == "memory":
         fallbacks = [_share(attempt), _sequences(attempt), *fallbacks]

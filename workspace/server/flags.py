@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from workspace.core import hints
 from workspace.core.errors import SettingsError, ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
@@ -91,7 +92,7 @@ def known(layout: Layout) -> Flags:
         with contextlib.suppress(FileNotFoundError):
             _read(_parsed(source), reading)
     if not reading.names:
-        raise ToolchainError(SPOILED, hint="./scripts/inv bootstrap")
+        raise ToolchainError(SPOILED, hint=hints.text("inv.bootstrap"))
     for name in reading.names:
         annotation = reading.fields.get(name, "")
         if "bool" in annotation and "str" not in annotation and name not in reading.switches:
@@ -186,9 +187,9 @@ def _unknown(token: str, flags: Flags) -> SettingsError:
         [*flags.names, *flags.negated, *flags.shorts],
     )
     hint = (
-        f"did you mean {' or '.join(alike)}?"
+        hints.text("core.did_you_mean", alike=" or ".join(alike))
         if alike
-        else ".vllm/bin/vllm serve --help=all    lists them"
+        else hints.text("server.all_flags")
     )
     return SettingsError(f"the pinned vLLM has no flag {name}", hint=hint)
 
@@ -209,7 +210,7 @@ def _parsed(source: Path) -> ast.Module:
         raise
     except OSError as exc:
         raise ToolchainError(
-            f"{source} cannot be read: {exc.strerror}", hint="./scripts/inv status"
+            f"{source} cannot be read: {exc.strerror}", hint=hints.text("inv.status")
         ) from exc
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.child_variables import with_given
 from workspace.core.errors import ServeError
 from workspace.machine import failures, hardware
@@ -49,7 +49,6 @@ LOOK_S = 2.0
 # Port and memory are free soon after the last process has ended; a driver may need longer.
 RETURN_TIMEOUT_S = 10.0
 SETTLED_GIB = 0.02
-_STATUS, _STOP = "./scripts/inv serve.status", "./scripts/inv serve.stop"
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,9 @@ def start(place: Path, launch: Launch, *, is_detached: bool = False) -> Server:
     with _locked(place) as lock:
         former = find(place)
         if former and former.members():
-            raise ServeError(f"{former.called} runs already", hint=f"{_STATUS}, or {_STOP}")
+            raise ServeError(
+                f"{former.called} runs already", hint=hints.text("server.status_or_stop")
+            )
         if former:
             stop(former)
         require_free(launch.address)
@@ -149,7 +150,7 @@ def wait_until_ready(
 def _not_ready(server: Server, problem: str) -> ServeError:
     return ServeError(
         f"{server.called} {problem}",
-        hint=f"less {server.log}",
+        hint=hints.text("core.read_log", path=server.log),
         details=failures.read(server.log, status=None).tail,
     )
 
@@ -185,7 +186,7 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
     except TimeoutError as exc:
         raise ServeError(
             f"{server.called}: processes {exc} do not end, even on SIGKILL",
-            hint=f"ps -o pid,stat,wchan:30,args -p {str(exc).replace(' ', '')}",
+            hint=hints.text("server.ps_stuck", pids=str(exc).replace(" ", "")),
         ) from exc
     ended = str(ending(server.place, server.processes.tag))
     process_tree.remove_shared(shared | process_tree.recorded_shared(ended))
@@ -232,7 +233,9 @@ def failure(server: Server) -> ServeError:
     """Return the error for a server that has ended without a request of this process."""
     ended = how_ended(server)
     if ended and ended.was_requested:
-        return ServeError(f"{server.called} was ended by another process", hint=_STATUS)
+        return ServeError(
+            f"{server.called} was ended by another process", hint=hints.text("inv.serve_status")
+        )
     reading = failures.read(server.log, status=ended.status if ended else None)
     how = process.describe_status(ended.status) if ended else "was killed with its supervisor"
     why = f": {reading.sentence}" if reading.sentence else ""
@@ -250,7 +253,7 @@ def _hint(server: Server, reading: failures.Reading) -> str:
     hint = reading.symptom and reading.symptom.next_command(
         name=server.name if is_fetched else None, typed=typed
     )
-    return hint or f"less {server.log}"
+    return hint or hints.text("core.read_log", path=server.log)
 
 
 def follow(log: Path) -> Iterator[str | None]:
@@ -270,9 +273,10 @@ def require_free(address: Address) -> None:
     try:
         _bind(address)
     except OSError as exc:
-        hint = (
-            f"ss -ltnp 'sport = :{address.port}'    shows the program; or choose another port: --"
-            f" --port {address.port + 1 if address.port < 65535 else 8000}"
+        hint = hints.text(
+            "server.other_port",
+            port=address.port,
+            other=address.port + 1 if address.port < 65535 else 8000,
         )
         raise ServeError(
             f"port {address.port} of {address.host or 'this machine'} cannot be used:"
@@ -393,7 +397,7 @@ def _locked(place: Path) -> Iterator[int]:
                 if other
                 else "another server is being started or stopped"
             )
-            raise ServeError(problem, hint=f"{_STATUS}, or {_STOP}") from None
+            raise ServeError(problem, hint=hints.text("server.status_or_stop")) from None
         yield descriptor
     finally:
         os.close(descriptor)
@@ -430,7 +434,7 @@ def _wait_for_port(address: Address) -> None:
                 raise ServeError(
                     f"all processes of the server have ended, but port {address.port} is taken:"
                     f" {exc.strerror}",
-                    hint=f"ss -ltnp 'sport = :{address.port}'",
+                    hint=hints.text("server.who_listens", port=address.port),
                 ) from exc
         time.sleep(process_tree.POLL_S)
 

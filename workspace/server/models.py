@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import process, records
+from workspace.core import hints, process, records
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import (
     BuildError,
@@ -41,12 +41,10 @@ PROBE = "small_model.py"
 TIMEOUT_S = 300.0
 _PART = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)\.(safetensors|bin)")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-_BOOTSTRAP = "./scripts/inv bootstrap"
 # The files are small: a server that needs longer does not send them.
 VOCABULARY_TIMEOUT_S = 30.0
 # Space besides the model's files, for other files that are written during the fetch.
 MARGIN_GIB = 2.0
-_GATE = "ask for access at https://huggingface.co/{model}, then put HF_TOKEN into .env"
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def _make(
         raise BuildError(
             f"{model} could not be made, its probe {process.describe_status(done.returncode)}:"
             f" {last}",
-            hint=_BOOTSTRAP,
+            hint=hints.text("inv.bootstrap"),
         )
 
 
@@ -249,11 +247,12 @@ def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) ->
     recipe = named(layout, name)
     if not layout.environment_python.exists():
         raise ToolchainError(
-            "there is no built environment: its huggingface_hub fetches models", hint=_BOOTSTRAP
+            "there is no built environment: its huggingface_hub fetches models",
+            hint=hints.text("inv.bootstrap"),
         )
     check.require(Machine(layout, settings), console=console, recipe=recipe.environment)
     fetch_weights(layout, settings, recipe, console=console)
-    console.hint(f"./scripts/inv serve {name}")
+    console.hint(hints.text("server.serve_recipe", name=name))
 
 
 def fetch_weights(layout: Layout, settings: Settings, recipe: Recipe, *, console: Console) -> None:
@@ -296,7 +295,7 @@ def _weights(
     if folder is None:
         raise SourceError(
             f"{recipe.model} came without all of its weights: {record.get('folder')}",
-            hint=f"ls {record.get('folder')}",
+            hint=hints.text("core.list_names", folder=record.get("folder")),
         )
     view.reason = (
         f"{_gib(record, 'fetched'):.1f} GiB fetched of {_gib(record, 'bytes'):.1f}, {folder}"
@@ -322,7 +321,11 @@ def _require_hub(settings: Settings, recipe: Recipe) -> None:
     """Raise SettingsError if the hub may not be asked, ToolchainError if the disk is full."""
     if settings.switch("HF_HUB_OFFLINE"):
         source = settings.source("HF_HUB_OFFLINE")
-        hint = "unset HF_HUB_OFFLINE" if source == "shell" else "sed -i '/^HF_HUB_OFFLINE=/d' .env"
+        hint = (
+            hints.text("server.unset_offline")
+            if source == "shell"
+            else hints.text("server.online_dotenv")
+        )
         raise SettingsError(
             f"{recipe.model} is not on disk, and HF_HUB_OFFLINE ({source}) forbids to fetch it",
             hint=hint,
@@ -332,7 +335,7 @@ def _require_hub(settings: Settings, recipe: Recipe) -> None:
         raise ToolchainError(
             f"{cache} has {hardware.free_gib(cache):.1f} GiB free, {recipe.fetch_gib:.1f} are to be"
             " fetched",
-            hint=f"df -h {cache}",
+            hint=hints.text("core.disk_of", folder=cache),
         )
 
 
@@ -351,7 +354,7 @@ def _fetch_from_hub(
     for pattern in recipe.ignored:
         argv += ["--ignore", pattern]
     documents: list[str] = []
-    again = f"./scripts/inv serve.fetch {recipe.name or recipe.model}    resumes the fetch"
+    again = hints.text("server.resume_fetch", model=recipe.name or recipe.model)
     process.run(
         argv,
         env=environment,
@@ -398,20 +401,22 @@ def _refusal(
         has_token = bool(environment.get("HF_TOKEN")) or token.is_file()
         why = "this token has no access to it" if has_token else "there is no token"
         return ServeError(
-            f"{recipe.model} is gated, and {why}: {message}", hint=_GATE.format(model=recipe.model)
+            f"{recipe.model} is gated, and {why}: {message}",
+            hint=hints.text("server.gate", model=recipe.model),
         )
     if kind == "absent":
         return SourceError(
             f"the hub has no model {recipe.model}, or hides it from you: {message}",
-            hint="./scripts/inv serve.list    lists the recipes",
+            hint=hints.text("server.recipes"),
         )
     if kind == "disk":
         return ToolchainError(
             f"{recipe.model} cannot be stored: {message}",
-            hint=f"df -h {hardware.existing(cache)}; HF_HOME in .env sets another folder",
+            hint=hints.text("server.disk_or_home", folder=hardware.existing(cache)),
         )
     return SourceError(
-        f"{recipe.model} could not be fetched: {message}", hint=f"check the network; {again}"
+        f"{recipe.model} could not be fetched: {message}",
+        hint=hints.text("server.network", command=again),
     )
 
 
@@ -479,7 +484,7 @@ def _published(layout: Layout) -> dict[str, tuple[str, str]]:
     if missing := [name for name in run_environment.VOCABULARIES if name not in found]:
         raise ToolchainError(
             f"the tiktoken in .vllm has no address and hash of {' and '.join(missing)}",
-            hint=_BOOTSTRAP,
+            hint=hints.text("inv.bootstrap"),
         )
     return found
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from workspace.core import records
+from workspace.core import hints, records
 from workspace.core.errors import ServeError
 from workspace.core.records import Document
 from workspace.machine import hardware
@@ -201,7 +201,7 @@ def find(place: Path) -> Server | None:
     try:
         server = records.load(path, Server)
     except records.DecodeError as exc:
-        hint = f"ps -eo pid,sid,args | grep -i vllm    shows what runs; then rm {path}"
+        hint = hints.text("server.damaged_state", path=path)
         raise ServeError(f"{path} is damaged: the running server is not known", hint=hint) from exc
     return replace(server, place=place) if server else None
 

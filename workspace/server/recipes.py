@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from workspace.core import records, settings
+from workspace.core import hints, records, settings
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
@@ -118,9 +118,9 @@ def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
     if not _NAME.fullmatch(name) or name not in names(layout):
         alike = settings.nearest(name, names(layout))
         hint = (
-            f"did you mean {alike}? ./scripts/inv serve.list"
+            hints.text("server.recipe_alike", alike=alike)
             if alike
-            else "./scripts/inv serve.list"
+            else hints.text("inv.serve_list")
         )
         raise SettingsError(f"there is no recipe {settings.shortened(name)!r}", hint=hint)
     place = layout.relative(path)
@@ -169,11 +169,11 @@ def read_table(path: Path, *, place: str) -> dict[str, object]:
         return records.parse_toml(read_regular(path))
     except OSError as exc:
         raise SettingsError(
-            f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}"
+            f"{place} cannot be read: {exc.strerror}", hint=hints.text("core.list_file", path=place)
         ) from exc
     except records.DecodeError as exc:
         raise SettingsError(
-            f"{place} is not TOML: {exc}", hint=f"${{EDITOR:-nano}} {place}"
+            f"{place} is not TOML: {exc}", hint=hints.text("server.edit_recipe", path=place)
         ) from exc
 
 
@@ -192,7 +192,7 @@ class _Table:
         )
         return SettingsError(
             f"{self._place}: {problem} {expected}",
-            hint=f"${{EDITOR:-nano}} {self._place}    recipes/README.md describes the keys",
+            hint=hints.text("server.edit_recipe_keys", path=self._place),
         )
 
     def text(
@@ -257,7 +257,11 @@ class _Table:
                 alike = settings.nearest(key, self._read_keys)
                 table = f"[{self._name}]" if self._name else "a recipe"
                 known = ", ".join(self._read_keys)
-                hint = f"did you mean {alike}?" if alike else f"{table} has {known}"
+                hint = (
+                    hints.text("core.did_you_mean", alike=alike)
+                    if alike
+                    else hints.text("server.keys", path=self._place, table=table, keys=known)
+                )
                 raise SettingsError(
                     f"{self._place}: {table} has no key {settings.shortened(key)!r}", hint=hint
                 )

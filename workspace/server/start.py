@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import lock, records
+from workspace.core import hints, lock, records
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SmokeError, WorkspaceError
 from workspace.core.files import read_regular
@@ -183,7 +183,7 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
         if is_detached:
             is_left = True
             console.info("the server runs in the background")
-            console.hint("./scripts/inv serve.status    or serve.logs, serve.stop")
+            console.hint(hints.text("server.started"))
         else:
             console.info("^C stops it")
             _follow(settings, server, console)
@@ -254,17 +254,20 @@ def _recipe(layout: Layout, name: str) -> Recipe:
     if not folder.is_dir():
         raise ServeError(
             f"{folder} is no folder with a model in it",
-            hint="./scripts/inv serve.list    lists the recipes",
+            hint=hints.text("server.recipes"),
         )
     try:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
     except OSError as exc:
         raise ServeError(
-            f"{folder} cannot be read: {exc.strerror}", hint=f"ls -ld {folder}"
+            f"{folder} cannot be read: {exc.strerror}",
+            hint=hints.text("core.list_folder", folder=folder),
         ) from exc
     _require_config(folder)
     if not models.is_complete(folder):
-        raise ServeError(f"{folder} lacks a part of its weights", hint=f"ls -l {folder}")
+        raise ServeError(
+            f"{folder} lacks a part of its weights", hint=hints.text("core.list_file", path=folder)
+        )
     return recipes.unnamed(str(folder), weights_gib=size)
 
 
@@ -273,11 +276,13 @@ def _require_config(folder: Path) -> None:
     try:
         known = records.load(path, dict[str, object])
     except records.DecodeError as exc:
-        raise ServeError(f"{path} cannot be read: {exc}", hint=f"less {path}") from exc
+        raise ServeError(
+            f"{path} cannot be read: {exc}", hint=hints.text("core.read_log", path=path)
+        ) from exc
     if known is None:
         raise ServeError(
             f"{folder} has no config.json: it is no model in Hugging Face's layout",
-            hint=f"ls {folder}",
+            hint=hints.text("core.list_names", folder=folder),
         )
 
 
@@ -291,16 +296,14 @@ def _require_usable(folder: Path, line: Command) -> None:
     ):
         return
     if not any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern)):
-        raise ServeError(
-            f"{folder} has no tokenizer", hint="-- --tokenizer NAME takes another model's"
-        )
+        raise ServeError(f"{folder} has no tokenizer", hint=hints.text("server.tokenizer"))
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         try:
             records.load(path, object)
         except records.DecodeError as exc:
             raise ServeError(
                 f"{path} cannot be read: {exc}",
-                hint=f"less {path}; or -- --tokenizer NAME takes another model's",
+                hint=hints.text("server.read_or_tokenizer", path=path),
             ) from exc
 
 
@@ -320,14 +323,14 @@ def _require_room(layout: Layout, line: Command) -> None:
     if running and running.members():
         raise ServeError(
             f"{running.called} runs already",
-            hint="./scripts/inv serve.status, or ./scripts/inv serve.stop",
+            hint=hints.text("server.status_or_stop"),
         )
     lifecycle.require_free(line.address)
 
 
 def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> None:
     if judged.verdict == "no" and is_required:
-        raise ServeError(judged.sentence, hint=f"{judged.hint}; or --force")
+        raise ServeError(judged.sentence, hint=hints.text("server.or_force", command=judged.hint))
     if judged.verdict == "yes":
         console.info(judged.sentence)
     else:

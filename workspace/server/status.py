@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 
+from workspace.core import hints
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import ServeError, SettingsError
 from workspace.core.paths import Layout
@@ -13,9 +14,6 @@ from workspace.server import lifecycle, observation, process_tree, start
 from workspace.server.command import tree_oid
 from workspace.server.observation import Server, find, is_alive
 
-_STOP = "./scripts/inv serve.stop"
-_LOGS = "./scripts/inv serve.logs"
-_RECIPES = "./scripts/inv serve.list    lists the recipes"
 LONGEST_TAIL = 1_000_000
 
 
@@ -23,7 +21,7 @@ def status(layout: Layout, settings: Settings, *, console: Console, as_json: boo
     """Print one row: does a server run, does it answer, was it started from the present build."""
     server = find(layout.server)
     if server is None:
-        row = Row(State.MISSING, "server", "no server runs", hint=_RECIPES)
+        row = Row(State.MISSING, "server", "no server runs", hint=hints.text("server.recipes"))
         _print(console, [row], {"schema": 1, "state": "none"}, as_json=as_json)
         return
     members = server.members()
@@ -43,7 +41,7 @@ def status(layout: Layout, settings: Settings, *, console: Console, as_json: boo
     rows = [row]
     if changed:
         text = f"{changed} since its start; it still runs what it loaded"
-        hint = f"{_STOP} && {server.facts.get('typed', '')}"
+        hint = hints.text("server.stop_then", command=server.facts.get("typed"))
         rows.append(Row(State.STALE, "server", text, hint=hint))
     _print(console, rows, record, as_json=as_json)
 
@@ -58,7 +56,7 @@ def logs(
     if lines and not (lines.isdigit() and 0 < int(lines) <= LONGEST_TAIL):
         raise SettingsError(
             f"--lines: {lines!r} is not a whole number from 1 to {LONGEST_TAIL}",
-            hint="./scripts/inv serve.logs --lines 100",
+            hint=hints.text("server.last_lines"),
         )
     server = find(layout.server)
     kept = sorted((layout.server / "logs").glob("*.log"))
@@ -66,7 +64,7 @@ def logs(
     if log is None or not log.is_file():
         raise ServeError(
             "there is no log: no server was started here",
-            hint=_RECIPES,
+            hint=hints.text("server.recipes"),
         )
     written = lifecycle.follow(log)
     first = []
@@ -101,21 +99,21 @@ def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str,
     """Return the condition for programs, and the row for people."""
     if not members:
         message = settings.masked(lifecycle.failure(server).message)
-        return "ended", Row(State.FAIL, "server", message, hint=f"{_LOGS}; {_STOP}")
+        return "ended", Row(State.FAIL, "server", message, hint=hints.text("server.logs_or_stop"))
     at = (
         f"{server.name} at {server.address.url}/v1, process {server.processes.supervisor_pid},"
         f" since {server.since}"
     )
     if not is_alive(server):
         text = f"{at}: its supervisor was killed, {len(members)} processes are left"
-        return "remains", Row(State.FAIL, "server", text, hint=_STOP)
+        return "remains", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_stop"))
     held = f"{process_tree.resident_bytes(members) / GIB:.1f} GiB in {len(members)} processes"
     if not server.is_ready:
         text = f"{at}: it is starting, {held}"
-        return "starting", Row(State.WARN, "server", text, hint=f"{_LOGS} --follow")
+        return "starting", Row(State.WARN, "server", text, hint=hints.text("server.follow"))
     if not observation.is_healthy(server.address):
         text = f"{at}: /health does not answer, {held}"
-        return "unhealthy", Row(State.FAIL, "server", text, hint=_LOGS)
+        return "unhealthy", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_logs"))
     names = observation.served_models(server.address, key=settings.text("VLLM_API_KEY") or None)
     served = ", ".join(names) or "no model that it lists without its key"
     return "ready", Row(State.OK, "server", f"{at}: serves {served}; {held}")

@@ -24,7 +24,7 @@ from email import message_from_bytes
 from email.policy import default as mail
 from pathlib import Path
 
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core import settings as core_settings
 from workspace.core.console import Console, State
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
@@ -135,7 +135,7 @@ def _writing(folder: Path) -> Iterator[None]:
     except OSError as exc:
         raise ToolchainError(
             f"{folder} cannot be written: {exc.strerror}; a report needs a few MB there",
-            hint=shlex.join(["df", "-h", str(hardware.existing(folder))]),
+            hint=hints.text("core.disk_of", folder=hardware.existing(folder)),
         ) from exc
 
 
@@ -277,7 +277,7 @@ def _stamps(machine: Machine) -> Files:
     layout = machine.layout
     folder = layout.stamp("vllm").parent
     if not folder.is_dir():
-        raise ToolchainError("there is no .vllm with stamps in it", hint=status.BOOTSTRAP)
+        raise ToolchainError("there is no .vllm with stamps", hint=hints.text("inv.bootstrap"))
     paths = [path for path in sorted(folder.glob("*")) if path.is_file()]
     others = (layout.lock, layout.state / "constraints.txt")
     paths += [path for path in others if path.is_file() and path.stat().st_size]
@@ -423,7 +423,7 @@ def _collect_env(machine: Machine) -> Files:
     """Run vLLM's collect_env, which its maintainers ask for, without secrets in its environment."""
     layout, settings = machine.layout, machine.settings
     if not os.access(layout.environment_python, os.X_OK):
-        raise ToolchainError("there is no .vllm to run collect_env in", hint=status.BOOTSTRAP)
+        raise ToolchainError("there is no .vllm for collect_env", hint=hints.text("inv.bootstrap"))
     run_environment.require_own_tree(layout)
     inherited = settings.child_environment("run").get("PATH", "")
     # collect_env runs `uv pip list` and does not check its result.
@@ -438,7 +438,7 @@ def _collect_env(machine: Machine) -> Files:
 def _smoke(machine: Machine) -> Files:
     record = machine.layout.smoke_record
     if not record.exists():
-        raise ToolchainError("smoke has not run yet", hint="./scripts/nox -s smoke")
+        raise ToolchainError("smoke has not run yet", hint=hints.text("nox.smoke"))
     return {"smoke.json": hardware.tail_of(record)}
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
@@ -274,7 +274,7 @@ class Context:
         if not found.exists():
             raise ToolchainError(
                 f"{self.layout.relative(self.layout.tools)} does not exist",
-                hint="./scripts/inv --list   # makes it",
+                hint=hints.text("support.make_tools"),
             )
         return found
 
@@ -292,7 +292,7 @@ class Context:
         if due:
             raise BuildError(
                 f"the tree is not built, or is not up to date ({'; '.join(due)})",
-                hint="./scripts/inv bootstrap",
+                hint=hints.text("inv.bootstrap"),
             )
         return observed
 

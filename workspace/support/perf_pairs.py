@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from workspace.core import lock, process
+from workspace.core import hints, lock, process
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import SourceError, ToolchainError
 from workspace.core.paths import Layout
@@ -98,7 +98,7 @@ def _archive(pin: Pin) -> Archive:
     if pin.archive is None:
         raise SourceError(
             f"vendor/pins.toml has no release archive of {pin.name}, from which both sides start",
-            hint="git diff vendor/pins.toml",
+            hint=hints.text("repo.pins_changed"),
         )
     return pin.archive
 
@@ -232,7 +232,7 @@ def _run(argv: tuple[process.Argument, ...], context: Context) -> None:
         last = (done.stderr.strip().splitlines() or [process.describe_status(done.returncode)])[-1]
         raise ToolchainError(
             f"the measurement could not be prepared: {last}",
-            hint=f"df -h {context.layout.root}",
+            hint=hints.text("core.disk_of", folder=context.layout.root),
         )
 
 

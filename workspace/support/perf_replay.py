@@ -17,7 +17,7 @@ from pathlib import Path
 from workspace.compile import job_server, jobs, scheduler
 from workspace.compile.costs import Cost, Costs, Entry, read_table
 from workspace.compile.scheduler import Admission, Bounds, Replayed
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.support.perf_measure import Context
 
@@ -143,7 +143,7 @@ def checked(replayed: Replayed, bounds: Bounds) -> float:
         raise BuildError(
             f"{replayed.most_jobs} compilers and {replayed.most_gib:.1f} GiB at once; the"
             f" bounds are {bounds.jobs} and {bounds.budget_gib:g} GiB",
-            hint="a defect of workspace/compile/scheduler.py",
+            hint=hints.text("support.scheduler_defect"),
         )
     return replayed.seconds
 
@@ -199,7 +199,7 @@ def find_ninja(context: Context) -> Path:
     )
     if not found:
         raise ToolchainError(
-            "there is no ninja to replay a build with", hint="sudo apt-get install ninja-build"
+            "there is no ninja to replay a build with", hint=hints.text("support.apt_ninja")
         )
     return Path(found)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, SourceError, ToolchainError, WorkspaceError
 from workspace.core.settings import Settings
@@ -353,22 +353,20 @@ class Command:
         """Raise for a failure that is no answer of git: disk, owner of the folder, or a kill."""
         if refusal := refusal_of_disk(answer.err):
             raise ToolchainError(
-                f"git in {self.path}: {refusal}", hint=f"df -h {self.path}; ls -ld {self.path}"
+                f"git in {self.path}: {refusal}",
+                hint=hints.text("core.disk_and_rights", folder=self.path),
             )
         if found := re.search(r"dubious ownership in repository at '([^']*)'", answer.err):
             place = shlex.quote(found[1])
             raise CheckoutError(
                 f"{found[1]} belongs to another user than you, so git refuses to read it",
-                hint=(
-                    f"sudo chown -R $(id -un) {place}    or, to trust it as it is: git config"
-                    f" --global --add safe.directory {place}"
-                ),
+                hint=hints.text("repo.own_or_trust", path=place),
             )
         if answer.status < 0:
             # It may have ended anywhere, so the status answers nothing.
             raise ToolchainError(
                 f"git {verb} in {self.path} {process.describe_status(answer.status)}",
-                hint="free -h    and the same command again: it resumes or undoes the operation",
+                hint=hints.text("repo.memory_again"),
             )
 
     def _raise_git_failure(self, answer: Answer, verb: str) -> NoReturn:
@@ -377,7 +375,7 @@ class Command:
         if found := re.search(r"Unable to create '([^']*\.lock)': File exists", answer.err):
             raise self._failure(
                 f"{failed}: another git, or one that was killed, left {found[1]}",
-                hint=f"when no other git runs there: rm {shlex.quote(found[1])}",
+                hint=hints.text("repo.delete_lock", path=found[1]),
             )
         raise self._failure(
             f"{failed}: {first_line(answer.err) or f'exited with {answer.status}'}",
@@ -403,10 +401,7 @@ class Command:
             run_log=run_log,
             on_line=on_line,
             failure=SourceError,
-            hint=(
-                "check the network and run the same command again; VLLM_MIRROR or TRITON_MIRROR"
-                " names a copy, and bootstrap --source release needs none"
-            ),
+            hint=hints.text("repo.network_or_copy"),
         )
 
     def _remove_leftovers(self) -> None:
@@ -444,4 +439,4 @@ def executable() -> "type[gitpython.Git]":
 
 
 def _missing() -> ToolchainError:
-    return ToolchainError("git is missing or cannot be started", hint="sudo apt install git")
+    return ToolchainError("git is missing or cannot be started", hint=hints.text("machine.apt_git"))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import process
+from workspace.core import hints, process
 from workspace.core.console import RunLog
 from workspace.core.errors import SourceError
 from workspace.core.files import write_atomic
@@ -29,10 +29,7 @@ def advertised(
     """
     argv = [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", "ls-remote", "--", url, *names]
     environment = settings.child_environment("git", command.git_environment(offline=False))
-    hint = (
-        "check the network, or set VLLM_MIRROR (TRITON_MIRROR for Triton) to a copy that can be"
-        " reached"
-    )
+    hint = hints.text("repo.network_or_mirror")
     try:
         answer = process.capture(argv, cwd=cwd, env=environment, timeout_s=timeout_s)
     except process.NoAnswer:

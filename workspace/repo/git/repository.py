@@ -1,7 +1,6 @@
 """One repository: its content, its state, and the few ways in which the workspace changes it."""
 
 import os
-import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.core import hints
 from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError
 from workspace.core.settings import Settings
@@ -313,10 +313,10 @@ class Git(Command):
             raise CheckoutError(
                 f"{in_way[0]} in {self.path} is in the way: git does not track it, and"
                 f" {commit[:12]} has a file of that name; nothing was moved",
-                hint=(
-                    f"mv {shlex.quote(str(self.path / in_way[0]))}"
-                    f" {shlex.quote(str(self.path / in_way[0]) + '.mine')}    and the same command"
-                    " again"
+                hint=hints.text(
+                    "repo.move_in_way",
+                    path=self.path / in_way[0],
+                    other=str(self.path / in_way[0]) + ".mine",
                 ),
             )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from workspace.core import hints
 from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError
 from workspace.repo.git import command
@@ -334,12 +335,12 @@ class Trial:
             raise ToolchainError(
                 "this git cannot merge without a working tree, which a forecast needs; that takes"
                 " git 2.38 or later",
-                hint="git --version",
+                hint=hints.text("repo.git_version"),
             )
         if answer.status not in (0, 1):
             raise SourceError(
                 f"git merge-tree in {self._git.path}: {first_line(answer.err)}",
-                hint=f"rm -rf {self._git.path}    it is made again",
+                hint=hints.text("repo.delete_store", path=self._git.path),
             )
         tree, *conflicted = split(answer.out)
         return Merged(tree.strip(), tuple(sorted(set(conflicted))) if answer.status else None)
