@@ -93,6 +93,12 @@ def typed(args):
     ]
 
 
+def catch_interrupts():
+    """Raise on ^C. scripts/nox starts without a handler: ^C during imports leaves no traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(session, *argv):
     """Run a module of the tool environment in the root of the clone; exit as it exits."""
     start(session, "-m", *argv)
@@ -121,6 +127,7 @@ def start(session, *argv, log=True):
             child.send_signal(number)
         raise KeyboardInterrupt
 
+    catch_interrupts()
     former = signal.signal(signal.SIGTERM, end)
     try:
         session.run(

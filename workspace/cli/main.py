@@ -58,13 +58,12 @@ def console() -> Console:
     return Console()
 
 
-def load_settings(
-    layout: Layout, *, flags: Mapping[str, str | None] | None = None, is_quiet: bool = False
-) -> Settings:
-    """Read the settings of a verb and print each of their warnings once in a process.
+def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = None) -> Settings:
+    """Read the settings of a verb. A verb that starts something prints their warnings
+    (machine/check.py); the others, such as `inv patch`, do not repeat them.
 
-    With `is_quiet` the verb shows the warnings itself. Raises SettingsError, and WorkspaceError for
-    a clone in a folder whose name fits neither into a log nor into pyvenv.cfg.
+    Raises SettingsError, and WorkspaceError for a clone in a folder whose name fits neither into a
+    log nor into pyvenv.cfg.
     """
     if _UNWRITABLE.search(str(layout.root)):
         raise WorkspaceError(
@@ -73,8 +72,6 @@ def load_settings(
         )
     settings.forget_outer_git()
     loaded = settings.load(layout, flags=flags, also_known=lambda: _registered(layout))
-    for warning in () if is_quiet else loaded.warnings:
-        _warn(warning)
     if sentence := sudo_warning(loaded, layout.root.stat().st_uid, os.geteuid()):
         _warn(sentence)
     return loaded
@@ -130,6 +127,9 @@ def run(work: Callable[[], object]) -> int:
     settings.forget_odd_terminal()
     _make_streams_usable()
     try:
+        # The entrances start without a handler: ^C during their imports leaves no traceback.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with _ending_signals():
             work()
         sys.stdout.flush()

@@ -4,6 +4,12 @@ Each session parses its arguments and calls one function of the library, as a ve
 The function returns the exit code of the session.
 """
 
+# As in tasks.py: before main.run catches it, ^C leaves no traceback.
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence

@@ -221,8 +221,7 @@ def bench_report(_: Context, first: str = "", second: str = "") -> None:
 def env_check(_: Context, json: bool = False) -> None:
     """Show each setting: value, source, verdict."""
     here = paths.here()
-    # The rows hold the warnings.
-    settings = main.load_settings(here, is_quiet=True)
+    settings = main.load_settings(here)
     from workspace.machine import check
     from workspace.machine.machine import Machine
 

@@ -3,7 +3,7 @@
 import os
 import pwd
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,3 +204,15 @@ def _is_kept(place: os.stat_result, owners: Collection[int] | None, by_others: i
     is_sticky = stat.S_ISDIR(place.st_mode) and place.st_mode & stat.S_ISVTX
     is_open = place.st_mode & by_others and not is_sticky and not stat.S_ISLNK(place.st_mode)
     return (owners is None or place.st_uid in owners) and not is_open
+
+
+def cache_home(environment: Mapping[str, str]) -> Path:
+    """Return the user's cache folder (XDG Base Directory Specification), or one of this clone where
+    that cannot be written, as in a home folder that is read-only.
+
+    Raises RuntimeError where there is no home folder.
+    """
+    base, home = environment.get("XDG_CACHE_HOME"), environment.get("HOME")
+    usual = Path(base) if base else (Path(home) if home else Path.home()) / ".cache"
+    existing = next(place for place in (usual, *usual.parents) if os.path.lexists(place))
+    return usual if os.access(existing, os.W_OK | os.X_OK) else here().state / "cache"

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -237,6 +238,12 @@ class Driver:
 
 def _value_of(answer: Answer[_Value], otherwise: _Value) -> _Value:
     return answer.value if isinstance(answer, There) else otherwise
+
+
+def is_installed(environment: Mapping[str, str]) -> bool:
+    """Return whether a driver is loaded, or its program installed; this asks and loads nothing."""
+    program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
+    return program is not None or hardware.has_nvidia_module()
 
 
 def is_library_there(environment: Mapping[str, str]) -> bool:

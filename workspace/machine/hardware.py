@@ -24,6 +24,7 @@ from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.known_settings import secrets_of
 from workspace.core.paths import PROJECTS, Layout, is_changed_only_by
+from workspace.core.process import Broken
 from workspace.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ def free_gib(path: Path) -> float:
     """
     state = os.statvfs(existing(path))
     return state.f_bavail * state.f_frsize / GIB
+
+
+def has_nvidia_module() -> bool:
+    """Return whether the kernel has loaded NVIDIA's driver."""
+    return (_PROC / "driver/nvidia/version").exists()
 
 
 def existing(path: Path) -> Path:
@@ -201,24 +207,12 @@ def memory_limits() -> Iterator[tuple[float, float]]:
 
 
 def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[float, float]]:
-    try:
-        limit, used, stat = (
-            (folder / name).read_text(encoding="ascii").strip()
-            for name in (limit_name, used_name, "memory.stat")
-        )
-    except OSError:
-        return
-    if limit.isdigit():
+    """Yield limit and use of a group. A limit counts although its use cannot be read."""
+    limit, used = (_found(folder / name, r"^(\d+)$") for name in (limit_name, used_name))
+    if limit:
         # The kernel frees the page cache of unused files when a program requests memory.
-        cached = next(
-            (
-                line.split()[1]
-                for line in stat.splitlines()
-                if line.startswith(("inactive_file ", "total_inactive_file "))
-            ),
-            "0",
-        )
-        yield float(limit), max(0.0, float(used) - float(cached))
+        cached = _found(folder / "memory.stat", r"^(?:total_)?inactive_file (\d+)$")
+        yield float(limit), max(0.0, float(used or 0) - float(cached or 0))
 
 
 def drop_caches(
@@ -238,8 +232,8 @@ def drop_caches(
         )
     argv = command(sysctl, is_root=os.geteuid() == 0 if is_root is None else is_root)
     before = free_memory_gib(read_meminfo())
-    if argv[0] == "sudo" and not _may(argv, environment):
-        raise _refused(sysctl, "sudo does not allow it without a password")
+    if argv[0] == "sudo" and (why := _sudo_fault(argv, environment)):
+        raise _refused(sysctl, why)
     # A dirty page cannot be dropped.
     os.sync()
     console.command(shlex.join(argv))
@@ -301,23 +295,26 @@ def droppable_gib(meminfo: Mapping[str, int]) -> float:
     return max(0, held + meminfo.get("SReclaimable", 0)) * 1024 / GIB
 
 
-def _may(argv: list[str], environment: Mapping[str, str]) -> bool:
-    """Return whether sudo runs the command without a password; `-l` only lists the right."""
+def _sudo_fault(argv: list[str], environment: Mapping[str, str]) -> str | None:
+    """Return why sudo does not run the command without a password; `-l` only lists the right.
+
+    Raises NoAnswer where sudo is slow.
+    """
     query = ["sudo", "-n", "-l", *argv[2:]]
-    try:
-        done = process.capture(query, env=environment, timeout_s=PATIENCE_S)
-    except ToolchainError:
-        return False
-    return done.returncode == 0
+    answer = process.output_of(process.ask(query, env=environment, limit_s=PATIENCE_S))
+    if process.certain(answer, "sudo -n -l") is not None:
+        return None
+    if isinstance(answer, Broken):
+        return f"sudo does not allow it without a password: {answer.message}"
+    return "there is no sudo"
 
 
 def _refused(sysctl: str, why: str) -> ToolchainError:
     # A name could be one that sudoers(5) reads as a group, as everybody, or not at all.
     line = sudoers_line(f"#{os.getuid()}", sysctl)
-    hint = hints.text("machine.sudoers", line=line, path=SUDOERS)
     return ToolchainError(
         f"the page cache was not dropped: {why}",
-        hint=hint,
+        hint=hints.text("machine.sudoers", line=line, path=SUDOERS),
         details=(f"it needs this one right in {SUDOERS}:", line),
     )
 

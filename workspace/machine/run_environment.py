@@ -18,11 +18,11 @@ from typing import Any, Literal
 from workspace.core import hints, process, records
 from workspace.core.child_variables import Phase
 from workspace.core.console import Row, State
-from workspace.core.errors import ToolchainError
+from workspace.core.errors import SmokeError, ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, shortened
-from workspace.machine import interpreter, jit_caches
+from workspace.machine import interpreter, jit_caches, torch
 from workspace.machine.arch import key
 from workspace.machine.machine import Case
 
@@ -177,6 +177,23 @@ def built_environment(
     return settings.child_environment(
         phase, {**facts, **(given or {})}, layout=layout, recipe=recipe
     )
+
+
+def require_own_tree(layout: Layout) -> None:
+    """Raise SmokeError where vLLM is installed from the tree of another clone.
+
+    `cp -a` and `mv` keep the path of an editable installation: the edits in this clone would have
+    no effect, and those in the other one would.
+    """
+    version = interpreter.installed(layout).get("vllm")
+    for folder in interpreter.site_packages(layout) if version else ():
+        origin, place = torch.origin_of(folder / f"vllm-{version}.dist-info")
+        if origin == "editable" and Path(place).resolve() != layout.vllm.resolve():
+            raise SmokeError(
+                f"environment stale: .vllm imports vLLM from {place}, not from this clone, which"
+                " was copied or moved",
+                hint=hints.text("inv.bootstrap"),
+            )
 
 
 def missing_vocabularies(folder: Path) -> tuple[str, ...]:

@@ -18,12 +18,14 @@ from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
+from workspace.core.process import Absent, Answer, Broken, Slow, There
 from workspace.core.settings import Settings
 
 USUAL_HOME = Path("/usr/local/cuda")
-ANSWER_S = 20.0
+# What decides how vLLM is built gets more time than it needs even on a loaded machine.
+ANSWER_S = 60.0
 # uv starts every Python and every shim that it finds: seconds where there are many.
-LIST_S = 60.0
+LIST_S = 120.0
 # Without a network uv gives up within this time, twice: on its own mirror, then on GitHub.
 FETCH_ANSWER_S = 4
 FETCH_S = 240.0
@@ -63,53 +65,64 @@ class Toolkit:
 
 
 def find_toolkit(settings: Settings) -> Toolkit | None:
-    """Find the CUDA toolkit.
+    """Find the CUDA toolkit; None where no nvcc runs. Raises NoAnswer where one is only slow."""
+    return process.certain(ask_toolkit(settings), "nvcc --version")
+
+
+def ask_toolkit(settings: Settings) -> Answer[Toolkit]:
+    """Ask for the CUDA toolkit.
 
     CUDA_HOME alone counts where it is set; else nvcc on PATH, then /usr/local/cuda.
     """
     if home := settings.path("CUDA_HOME"):
         return _toolkit(home / "bin" / "nvcc", settings, home=home)
     found = shutil.which("nvcc", path=settings.child_environment("plain").get("PATH", ""))
-    return (_toolkit(Path(found), settings, home=None) if found else None) or _toolkit(
-        USUAL_HOME / "bin" / "nvcc", settings, home=USUAL_HOME
-    )
+    answer = _toolkit(Path(found), settings, home=None) if found else Absent()
+    if isinstance(answer, There | Slow):
+        return answer
+    usual = _toolkit(USUAL_HOME / "bin" / "nvcc", settings, home=USUAL_HOME)
+    return answer if isinstance(usual, Absent) else usual
 
 
 def compiler_version(settings: Settings) -> str | None:
-    """Return the version of g++, or of the program in CXX, such as 12.2.0, else None."""
-    environment = settings.child_environment("build")
-    try:
-        argv = shlex.split(environment.get("CXX") or "g++")
-    except ValueError:
-        return None
-    return _answer([*argv, "-dumpfullversion"], settings, pattern=_VERSION_LINE)
+    """Return the version of the C++ compiler, such as 12.2.0; None where none runs.
 
-
-def _toolkit(nvcc: Path, settings: Settings, *, home: Path | None) -> Toolkit | None:
-    if not nvcc.is_file():
-        return None
-    version = _answer([str(nvcc), "--version"], settings, pattern=_RELEASE)
-    if version is None:
-        return None
-    if home is None:
-        top = _answer([str(nvcc), "--dryrun", "x.cu"], settings, pattern=_TOP)
-        home = Path(top).resolve() if top else nvcc.resolve().parent.parent
-    return (
-        Toolkit(home, version, home / "bin" / "nvcc") if (home / "bin" / "nvcc").is_file() else None
-    )
-
-
-def _answer(argv: list[str], settings: Settings, *, pattern: re.Pattern[str]) -> str | None:
-    """Return what `pattern` finds in the output of a program.
-
-    None where the program does not run, fails, or prints something else.
+    Raises NoAnswer where it is only slow.
     """
+    argv, answer = ask_compiler(settings)
+    return process.certain(answer, shlex.join(argv))
+
+
+def ask_compiler(settings: Settings) -> tuple[list[str], Answer[str]]:
+    """Ask g++, or the program in CXX, for its version; return the command and the answer."""
+    text = settings.child_environment("build").get("CXX") or "g++"
     try:
-        done = process.capture(argv, env=settings.child_environment("build"), timeout_s=ANSWER_S)
-    except ToolchainError:
-        return None
-    found = pattern.search(done.stdout + done.stderr) if done.returncode == 0 else None
-    return found[1].strip() if found else None
+        argv = [*shlex.split(text), "-dumpfullversion"]
+    except ValueError as exc:
+        return [text], Broken(f"CXX is no command: {exc}")
+    return argv, _answer(argv, settings, pattern=_VERSION_LINE)
+
+
+def _toolkit(nvcc: Path, settings: Settings, *, home: Path | None) -> Answer[Toolkit]:
+    version = _answer([str(nvcc), "--version"], settings, pattern=_RELEASE)
+    if not isinstance(version, There):
+        return version
+    if home is None:
+        answer = _answer([str(nvcc), "--dryrun", "x.cu"], settings, pattern=_TOP)
+        top = process.certain(answer, nvcc)
+        home = Path(top).resolve() if top else nvcc.resolve().parent.parent
+    real = home / "bin" / "nvcc"
+    return There(Toolkit(home, version.value, real)) if real.is_file() else Absent()
+
+
+def _answer(argv: list[str], settings: Settings, *, pattern: re.Pattern[str]) -> Answer[str]:
+    """Return what `pattern` finds in the output of a program; other output is a broken one."""
+    answer = process.ask(argv, env=settings.child_environment("build"), limit_s=ANSWER_S)
+    printed = process.output_of(answer)
+    if not isinstance(answer, There) or not isinstance(printed, There):
+        return printed
+    found = pattern.search(answer.value.stdout + answer.value.stderr)
+    return There(found[1].strip()) if found else Broken("it prints something else")
 
 
 @dataclass(frozen=True)

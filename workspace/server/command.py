@@ -430,9 +430,12 @@ def built_environment(
     """Return the environment of a vLLM that is to be started, or with `is_shown` only shown.
 
     For a start the folders of compiled kernels are recorded as this stack's. Runs git once, and
-    asks the driver if torch is built for CUDA. See run_environment.built_environment.
+    asks the driver if torch is built for CUDA. See run_environment.built_environment. Raises
+    SmokeError for a start in a copied or moved clone, whose .vllm has the vLLM of another one.
     """
     layout, settings = machine.layout, machine.settings
+    if not is_shown:
+        run_environment.require_own_tree(layout)
     stack = jit_caches.observe(machine, tree=tree_oid(layout))
     if not is_shown:
         jit_caches.record(layout, stack)
