@@ -12,7 +12,7 @@ from workspace.core import settings
 from workspace.core.known_settings import has_login, is_secret, secrets_of
 from workspace.core.paths import Layout
 from workspace.core.redaction import Private, Redactor
-from workspace.server import command
+from workspace.server import shell
 
 NOWHERE = Layout(Path("/nowhere at all"))
 OWNERS = ("OPENAI", "MY", "DB", "SSH", "GITLAB", "AZURE_OPENAI", "WANDB", "PG", "X2")
@@ -71,7 +71,7 @@ def test_secret_is_on_no_screen_whatever_its_name(name: str, value: str) -> None
     if value.strip("-_.+"):
         assert value not in Redactor(Private()).text(f"{name}={value}")
     environment = {name: value, "OTHER": f"Bearer {value}", "PLAIN": "shown"}
-    lines = "\n".join(command.lines(NOWHERE, environment, {}))
+    lines = "\n".join(shell.lines(NOWHERE, environment, {}))
     assert value not in lines
     assert "PLAIN=shown" in lines
 
@@ -90,7 +90,7 @@ def test_password_in_an_address_is_a_secret(name: str, scheme: str, user: str, v
     assert has_login(address)
     assert value not in loaded.masked(f"{name}={address}")
     assert value not in loaded.masked(f"the server refuses {value}")
-    assert value not in "\n".join(command.lines(NOWHERE, {name: address}, {}))
+    assert value not in "\n".join(shell.lines(NOWHERE, {name: address}, {}))
 
 
 def test_token_as_the_user_of_an_address_is_a_secret_and_a_name_is_none() -> None:
