@@ -20,6 +20,7 @@ from workspace.repo import importing, index
 MANNERS = (
     "endless",
     "announced",
+    "absurd length",
     "drips",
     "headers drip",
     "chunk drips",
@@ -59,6 +60,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_announced(self) -> None:
         self._head(Content_Type="text/html", Content_Length=str(1 << 40))
+        self._drip()
+
+    def do_absurd_length(self) -> None:
+        self._head(Content_Type="text/html", Content_Length="9" * 5000)
         self._drip()
 
     def do_drips(self) -> None:

@@ -84,6 +84,11 @@ def test_nvml_answers_all_in_one_call_and_the_program_is_not_started(house: Hous
     assert not log.exists()
 
 
+def test_process_is_listed_with_each_gpu_that_it_holds(house: House) -> None:
+    residents = nvml(house, count=2).driver.residents()
+    assert [(resident.pid, resident.gpu) for resident in residents] == [(4711, 0), (4711, 1)]
+
+
 def test_fact_that_nvml_does_not_report_is_none(house: House) -> None:
     driver = nvml(house, memory=3).driver
     assert driver.gpus() == There((H100,))

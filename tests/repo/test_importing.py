@@ -1,6 +1,7 @@
 """Imports of files, URLs and pull requests, and refusals with nothing changed."""
 
 import http.server
+import io
 import re
 import threading
 from collections.abc import Iterator
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.repo.conftest import LINES, Snapshot, Upstream, Workspace, commit, export, sh_git, write
+from workspace.core.console import Console
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
     PatchDrift,
     SettingsError,
     SourceError,
+    WorkspaceError,
 )
-from workspace.repo import importing
+from workspace.repo import importing, overview
 from workspace.repo.export import Export
 from workspace.repo.patches import State
 
@@ -382,3 +385,39 @@ def test_no_credentials_of_the_user_are_sent_and_failures_are_sentences(
 )
 def test_addresses_of_github_lead_to_the_mail(source: str, fetched: str | None) -> None:
     assert importing.public_of(source) == fetched
+
+
+ESCAPES = """From 1111111111111111111111111111111111111111 Mon Sep 17 00:00:00 2001
+From: =?utf-8?q?Eve=1B=5B2J?= <eve@example.com>
+Date: Mon, 1 Jun 2026 10:00:00 +0000
+Subject: [PATCH] =?utf-8?q?case_=1B=5B31mRED=1B=5D0=3Bpwn=07?=
+
+---
+diff --git a/case_esc.txt b/case_esc.txt
+new file mode 100644
+index 0000000..257cc56
+--- /dev/null
++++ b/case_esc.txt
+@@ -0,0 +1 @@
++foo
+--
+2.39
+"""
+
+
+def test_escape_sequences_of_a_mail_do_not_reach_the_terminal(
+    applied: Workspace, tmp_path: Path
+) -> None:
+    (tmp_path / "esc.patch").write_text(ESCAPES)
+    out, err = io.StringIO(), io.StringIO()
+    console = Console(out=out, err=err)
+    try:
+        take(applied, tmp_path / "esc.patch")
+    except WorkspaceError as exc:
+        console.error(exc)
+    entries = overview.entries(applied.layout, "vllm", applied.pin, applied.observe())
+    console.table([(entry.state, entry.subject) for entry in entries])
+    shown = out.getvalue() + err.getvalue() + applied.err.getvalue()
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    assert "case" in shown

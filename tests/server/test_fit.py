@@ -134,6 +134,7 @@ def test_failing_driver_counts_as_no_gpu(house: House, script: str) -> None:
 TWO = """case "$*" in
 *compute_cap*) echo "NVIDIA GB10, 12.1, 580"; echo "NVIDIA GeForce RTX 4090, 8.9, 580";;
 *memory.total*) echo "124610, 3820"; echo "24564, 24000";;
+*compute-apps*gpu_uuid*) echo "7, vllm, 100, GPU-aaaa"; echo "8, python, 200, GPU-bbbb";;
 *uuid*) echo GPU-aaaa; echo GPU-bbbb;;
 esac"""
 
@@ -159,6 +160,13 @@ def test_gpus_are_those_that_the_environment_shows_in_its_order(house: House) ->
     assert seen(house, None, "--device-ids=1,0") == [card, spark]
     assert seen(house, None, "--device-ids", "GPU-bbbb") == [card]
     assert seen(house, "1", "--device-ids", "7") == []
+
+
+def test_processes_of_another_gpu_are_not_in_the_way(house: House) -> None:
+    house.program("nvidia-smi", TWO)
+    environment = {"CUDA_VISIBLE_DEVICES": "1"}
+    (card,) = fit.observe(house.machine(), device="cuda", environment=environment)
+    assert [resident.pid for resident in card.residents] == [8]
 
 
 CARD = Free(24.0, 23.0, 0.0, is_unified=False, gpu="GPU 0, L4", host_gib=50.0)

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -30,13 +31,11 @@ if TYPE_CHECKING:
     import requests
 
 CHUNK_BYTES = 1 << 20
-# The bound of every answer of a server: its bytes, and the time that it may take beside that of
-# the slowest line that is of use.
+# The bound of every answer: its bytes, and its time beside that of the slowest useful line.
 LARGEST_FILE = 16 << 30
 LARGEST_PAGE = 64 << 20
 ANSWER_S = 30.0
 SLOWEST_BYTES_PER_S = 16 << 10
-MOST_REDIRECTS = 10
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
@@ -171,8 +170,8 @@ def _transfer(
         reply.raise_for_status()
         if reply.status_code != requests.codes.partial_content:
             have = 0
-        length = reply.headers.get("Content-Length", "")
-        total = have + int(length) if length.isdigit() else None
+        length = _length(reply)
+        total = have + length if length else None
         with part.open("ab" if have else "wb") as file:
             for chunk in received(reply, LARGEST_FILE):
                 file.write(chunk)
@@ -201,7 +200,7 @@ def opened(
 
     with contextlib.ExitStack() as stack:
         client = session or stack.enter_context(requests.Session())
-        for _ in range(MOST_REDIRECTS):
+        for _ in range(client.max_redirects):
             get = functools.partial(client.get, url, headers=headers, timeout=timeout_s)
             # The content of a redirect, which may be endless, is not read.
             reply = _in_time(functools.partial(get, stream=True, allow_redirects=False))
@@ -213,7 +212,7 @@ def opened(
             url = requests.compat.urljoin(url, target)
             if check_redirect:
                 check_redirect(url)
-        raise requests.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects")
+        raise requests.TooManyRedirects(f"more than {client.max_redirects} redirects")
 
 
 def received(
@@ -227,8 +226,7 @@ def received(
     import requests
     from urllib3.exceptions import HTTPError
 
-    length, began, have = reply.headers.get("Content-Length", ""), time.monotonic(), 0
-    expected = int(length) if length.isdigit() else 0
+    expected, began, have = _length(reply), time.monotonic(), 0
     while have <= largest_bytes and expected <= largest_bytes:
         try:
             # iter_content would wait until a whole chunk is there.
@@ -245,6 +243,12 @@ def received(
             raise requests.Timeout(f"only {have} bytes came in {spent_s:.0f} s")
         yield chunk
     raise requests.ConnectionError(f"it is larger than {largest_bytes >> 20} MiB")
+
+
+def _length(reply: "requests.Response") -> int:
+    """Return the bytes that an answer announces, 0 for none or an absurd number."""
+    text = reply.headers.get("Content-Length", "")
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
 
 
 def _in_time(get: "Callable[[], requests.Response]") -> "requests.Response":
@@ -349,9 +353,9 @@ def unpack(archive: Path, folder: Path) -> None:
         else:
             with tarfile.open(archive) as packed:
                 packed.extractall(folder, filter=checked)
-    # The last three: a member below another one that is a file.
     except (
         *(tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError),
+        # A member below another one that is a file.
         *(FileExistsError, NotADirectoryError, IsADirectoryError),
     ) as exc:
         raise SourceError(

@@ -67,12 +67,13 @@ class Memory:
 @dataclass(frozen=True)
 class Resident:
     """A process that holds a GPU; `held_gib` is None where the driver does not report it, as on
-    unified memory.
+    unified memory. `gpu` is the number of the GPU on a machine with several.
     """
 
     pid: int
     name: str
     held_gib: float | None
+    gpu: int | None = None
 
 
 @dataclass(frozen=True)
@@ -202,12 +203,18 @@ class Driver:
         """Return the processes that compute on a GPU."""
         if isinstance(report := self._report(), There):
             return report.value.residents
+        uuids = self.uuids() if len(_value_of(self.gpus(), ())) > 1 else ()
         query = "--query-compute-apps=pid,process_name,used_memory"
-        rows = _value_of(self._rows(query, nounits=True), ())
+        rows = _value_of(self._rows(query + (",gpu_uuid" if uuids else ""), nounits=True), ())
         return tuple(
-            Resident(int(row[0]), row[1] or "a process", _gib(row[2]) if len(row) == 3 else None)
+            Resident(
+                int(row[0]),
+                row[1] or "a process",
+                _gib(row[2]) if len(row) > 2 else None,
+                uuids.index(row[3]) if len(row) > 3 and row[3] in uuids else None,
+            )
             for row in rows
-            if len(row) in (2, 3) and row[0].isdigit()
+            if len(row) in (2, 3, 4) and row[0].isdigit()
         )
 
     def _sensors(self) -> tuple[Sensors, ...]:
@@ -335,22 +342,23 @@ def _observe_nvml(nvml: ModuleType) -> _Report:
     version = _known(nvml.nvmlSystemGetDriverVersion)
     cuda = _known(nvml.nvmlSystemGetCudaDriverVersion)
     handles = [nvml.nvmlDeviceGetHandleByIndex(at) for at in range(nvml.nvmlDeviceGetCount())]
-    residents = {
-        running.pid: Resident(
+    residents = [
+        Resident(
             running.pid,
             _known(nvml.nvmlSystemGetProcessName, running.pid) or "a process",
             None if running.usedGpuMemory is None else running.usedGpuMemory / GIB,
+            at if len(handles) > 1 else None,
         )
-        for handle in handles
+        for at, handle in enumerate(handles)
         for running in _known(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()
-    }
+    ]
     return _Report(
         f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else None,
         tuple(_gpu_of_nvml(nvml, handle, version) for handle in handles),
         tuple(_memory_of_nvml(nvml, handle) for handle in handles),
         tuple(_known(nvml.nvmlDeviceGetUUID, handle) for handle in handles),
         tuple(_sensors_of_nvml(nvml, handle) for handle in handles),
-        tuple(residents.values()),
+        tuple(residents),
     )
 
 

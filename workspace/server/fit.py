@@ -118,7 +118,8 @@ def observe(
             if own
             else replace(shared, is_unified=True)
         )
-        frees.append(replace(free, residents=residents, gpu=name))
+        here = tuple(each for each in residents if each.gpu in (None, number))
+        frees.append(replace(free, residents=here, gpu=name))
     return tuple(frees)
 
 
