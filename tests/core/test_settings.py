@@ -167,13 +167,49 @@ def test_damaged_dotenv_stops_with_its_line(tmp_path: Path, text: bytes, says: s
             "https://host/vllm.git",
             "ssh://me@host:22/x",
             "git@host:team/vllm.git",
-            "mirrors/vllm",
         ),
-        *("file:///srv/vllm", "/srv/my mirrors/vllm", "./my mirror", "~/vllm", "http://[::1]:8/x"),
+        *("file:///srv/vllm", "/srv/my mirrors/vllm", "http://[::1]:8/x"),
     ],
 )
 def test_urls_and_paths_are_mirrors(tmp_path: Path, mirror: str) -> None:
     assert load(tmp_path, shell={"VLLM_MIRROR": mirror}).text("VLLM_MIRROR") == mirror
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "path"),
+    [
+        ("VLLM_MIRROR", "./my mirror", "my mirror"),
+        ("VLLM_MIRROR", "mirrors/vllm", "mirrors/vllm"),
+        ("HF_HOME", "hf", "hf"),
+        ("CUDA_HOME", "../cuda", "../cuda"),
+        ("KERNELS", "wheels/a.whl", "wheels/a.whl"),
+    ],
+)
+def test_relative_path_counts_from_the_folder_in_which_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, path: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert load(tmp_path, f'{name}="{text}"').text(name) == str(tmp_path / path)
+    assert load(tmp_path, shell={name: text}).text(name) == str(elsewhere / path)
+    assert load(tmp_path, f'{name}="{text}"', flags={name: text}).text(name) == str(
+        elsewhere / path
+    )
+
+
+def test_path_of_a_name_that_is_passed_on_is_absolute_for_the_child(tmp_path: Path) -> None:
+    written = 'HF_HUB_CACHE=./hub\nTMPDIR="~/tmp"\nNCCL_SOCKET_IFNAME=.eth\n'
+    written += "VLLM_LOGGING_CONFIG_PATH=conf/log.json\nMY_LIBRARY_PATH=a/b:c\n"
+    found = load(tmp_path, written, shell={"VLLM_CACHE_ROOT": "./cache", "MY_WORD": "a/b"})
+    child = found.child_environment("run")
+    assert child["VLLM_LOGGING_CONFIG_PATH"] == str(tmp_path / "conf/log.json")
+    assert child["MY_LIBRARY_PATH"] == "a/b:c"
+    assert child["VLLM_CACHE_ROOT"] == str(Path.cwd() / "cache")
+    assert child["MY_WORD"] == "a/b"
+    assert child["HF_HUB_CACHE"] == str(tmp_path / "hub")
+    assert child["TMPDIR"] == str(Path.home() / "tmp")
+    assert child["NCCL_SOCKET_IFNAME"] == ".eth"
 
 
 def test_second_line_of_a_name_is_reported_with_both_lines_and_counts(tmp_path: Path) -> None:

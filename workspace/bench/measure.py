@@ -293,7 +293,7 @@ def read_samples(
     """Read the samples of a result file. Raises WorkspaceError where it has none."""
     try:
         document = records.load(result, dict[str, object]) or {}
-        return results.samples(work.kind, document, at=at)
+        return subject.samples(work.kind, document, at=at)
     except ValueError as exc:
         raise WorkspaceError(
             f"vllm bench {work.kind} measured nothing: {exc}",

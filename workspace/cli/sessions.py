@@ -114,6 +114,7 @@ def bench_session(argv: Sequence[str]) -> int:
     """Measure the built vLLM with its own benchmarks."""
     from workspace.bench import measure, results, subject
     from workspace.bench.compare import MIN_STARTS
+    from workspace.server import flags
 
     own, for_vllm = _split(argv)
     parser = _parser(
@@ -142,7 +143,7 @@ def bench_session(argv: Sequence[str]) -> int:
         arguments.label,
         arguments.repeat,
         arguments.sweep,
-        tuple(for_vllm),
+        flags.typed_paths(for_vllm),
     )
     return _run(
         lambda layout, settings: measure.run(layout, settings, options, console=main.console())
@@ -152,6 +153,7 @@ def bench_session(argv: Sequence[str]) -> int:
 def ab_session(argv: Sequence[str]) -> int:
     """Measure the working tree and a base in turn, and judge whether the tree is slower."""
     from workspace.bench import ab, ab_trees, compare
+    from workspace.server import flags
 
     own, for_vllm = _split(argv)
     parser = _ab_parser()
@@ -173,7 +175,7 @@ def ab_session(argv: Sequence[str]) -> int:
             compare.parsed_factor(arguments.factor),
             arguments.each_patch,
             arguments.allow_busy,
-            tuple(for_vllm),
+            flags.typed_paths(for_vllm),
         )
         ab.run(layout, settings, options, console=main.console())
 

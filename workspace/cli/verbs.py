@@ -240,7 +240,7 @@ def env_init(_: Context, replace: bool = False) -> None:
 @task(name="export")
 def env_export(_: Context) -> None:
     """Print shell lines for eval; inv and nox on PATH."""
-    from workspace.server import command as verb
+    from workspace.server import shell as verb
 
     verb.export_variables(*main.opened(), console=main.console())
 
@@ -248,7 +248,7 @@ def env_export(_: Context) -> None:
 @task
 def run(_: Context) -> None:
     """Run a command in the built environment: -- CMD."""
-    from workspace.server import command as verb
+    from workspace.server import shell as verb
 
     verb.run_command(*main.opened(), after_dashes(), console=main.console())
 
@@ -256,7 +256,7 @@ def run(_: Context) -> None:
 @task
 def shell(_: Context) -> None:
     """Open a shell in the built environment."""
-    from workspace.server import command as verb
+    from workspace.server import shell as verb
 
     verb.open_shell(*main.opened(), console=main.console())
 
@@ -373,9 +373,9 @@ def serve_stop(_: Context) -> None:
 @task(name="list", help={"json": JSON})
 def serve_list(_: Context, json: bool = False) -> None:
     """List recipes: does it fit, is it on disk."""
-    from workspace.server import fit
+    from workspace.server import status
 
-    fit.show_recipes(main.machine(), console=main.console(), as_json=json)
+    status.show_recipes(main.machine(), console=main.console(), as_json=json)
 
 
 @task(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.core.paths import typed
+
 Kind = Literal["text", "path", "url", "mirror", "python", "count", "switch", "choice", "archs"]
 # workspace: read here and kept from children; build, run: given to children of that phase; both: to
 # all.
@@ -219,6 +221,9 @@ SETTINGS: tuple[Setting, ...] = (
 KNOWN: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
 
 TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
+# A URL, or host:path.
+_ADDRESS = re.compile(r"[a-z+]+://|[^/]+:")
+_OF_A_PATH = re.compile(r"_(PATH|DIR|HOME|FILE|FOLDER|CACHE)$")
 _ARCH = re.compile(r"\d+\.\d+[af]?(\+PTX)?")
 # The longest time-out that poll(2) can count in ms; more than any number of compilers or GiB.
 LARGEST_COUNT = 1_000_000
@@ -274,6 +279,29 @@ def expands(text: str) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def is_relative(text: str) -> bool:
+    """Return whether a text is a path whatever it stands for: it begins with ./ or ../ or ~/."""
+    return text.startswith(("./", "../", "~/")) or text in (".", "..", "~")
+
+
+def absolute(setting: Setting, text: str, folder: Path | None) -> str:
+    """Return a value with an absolute path, where it is a path on this machine; a relative one
+    counts from `folder`: see paths.typed.
+    """
+    is_path = (
+        setting.kind == "path"
+        or (setting.kind == "mirror" and not _ADDRESS.match(text))
+        or (setting.name == "KERNELS" and text.endswith(".whl"))
+    )
+    return str(typed(text, folder)) if text and is_path else text
+
+
+def passed_on(name: str, text: str, folder: Path) -> str:
+    """Return a value of .env for children, an absolute path where it is a path."""
+    is_path = _OF_A_PATH.search(name) and "/" in text and ":" not in text
+    return str(typed(text, folder)) if is_relative(text) or is_path else text
 
 
 # Read by CMake, setup.py, cargo and the build of Triton only (setup.py, cmake/, tools/).

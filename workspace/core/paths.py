@@ -156,6 +156,16 @@ class Layout:
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
 
+def typed(text: str, folder: Path | None = None) -> Path:
+    """Return the absolute path that a user means: `~` is the home folder, and a relative path
+    counts from `folder`, by default the folder in which the command was typed.
+
+    That is the working folder: scripts/inv leaves it alone, and noxfile.py starts the sessions
+    there. Links and `..` stay as they are.
+    """
+    return (folder or Path.cwd()) / os.path.expanduser(text)
+
+
 def here() -> Layout:
     """Return the layout of the clone that holds this package."""
     return Layout(Path(__file__).resolve().parents[2])

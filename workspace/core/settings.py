@@ -8,7 +8,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,12 +24,15 @@ from workspace.core.known_settings import (
     SETTINGS,
     TRUE,
     Setting,
+    absolute,
     expands,
     expected,
+    is_relative,
     is_secret,
+    passed_on,
     secrets_of,
 )
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 
 Source = Literal["flag", "shell", ".env", "default"]
 
@@ -94,7 +97,8 @@ class Settings:
         return int(self.text(name)) if self.text(name) else None
 
     def path(self, name: str) -> Path | None:
-        return Path(self.text(name)).expanduser() if self.text(name) else None
+        """Return a path, which is absolute: see `load`."""
+        return typed(self.text(name)) if self.text(name) else None
 
     @property
     def cache(self) -> Path:
@@ -169,7 +173,8 @@ class Settings:
     def _inherited(self, base: Base) -> dict[str, str]:
         """Return the variables of the shell that a child may see."""
         environment = {
-            name: text
+            # A child may run in another folder.
+            name: str(typed(text)) if base != "plain" and is_relative(text) else text
             for name, text in self.shell.items()
             if not _FOREIGN.match(name)
             and not _GIT_LOCAL.match(name)
@@ -224,8 +229,9 @@ def load(
 
     `flags` maps names of settings to values of the command line, None where the flag is absent.
     `also_known` returns further names that need no warning, such as the registry of the pinned
-    tree; it is called only where .env has an unknown name. Raises SettingsError for an unreadable
-    .env and for a bad value, and names the line or the flag.
+    tree; it is called only where .env has an unknown name. A relative path in .env counts from the
+    folder of .env, another from the folder in which the command was typed. Raises SettingsError for
+    an unreadable .env and for a bad value, and names the line or the flag.
     """
     shell = dict(os.environ if environ is None else environ)
     written = _read_dotenv(layout.dotenv)
@@ -233,11 +239,16 @@ def load(
     named = [*shell.items(), *((name, text) for name, (text, _) in written.items())]
     secrets = secrets_of(named)
     values = {
-        setting.name: _value(setting, flags or {}, shell, written, secrets) for setting in SETTINGS
+        setting.name: _absolute(
+            setting, _value(setting, flags or {}, shell, written, secrets), layout.root
+        )
+        for setting in SETTINGS
     }
     unknown = {name: text for name, (text, _) in written.items() if name not in KNOWN}
     passed = {
-        name: Value(shell.get(name, text), "shell" if name in shell else ".env")
+        name: Value(shell[name], "shell")
+        if name in shell
+        else Value(passed_on(name, text, layout.root), ".env")
         for name, text in unknown.items()
     }
     known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
@@ -294,6 +305,12 @@ def _value(
             f"{place}: {shown} is not {wanted}", hint=_example(setting, is_flag=flag is not None)
         )
     return value
+
+
+def _absolute(setting: Setting, value: Value, root: Path) -> Value:
+    """Return the value with an absolute path, where it is a path on this machine."""
+    folder = root if value.source == ".env" else None
+    return replace(value, text=absolute(setting, value.text, folder))
 
 
 def _example(setting: Setting, *, is_flag: bool) -> str:

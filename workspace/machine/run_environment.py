@@ -292,3 +292,41 @@ def _libraries(folder: Path) -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(name[0] for name in found if name and name[1])
+
+
+def published_vocabularies(layout: Layout) -> dict[str, tuple[str, str]]:
+    """Return address and SHA-256 of each vocabulary from the source of the tiktoken in `.vllm`.
+
+    Raises ToolchainError if they are not in the source.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for folder in interpreter.site_packages(layout):
+        try:
+            tree = ast.parse(read_regular(folder / "tiktoken_ext" / "openai_public.py"))
+        except (OSError, SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Call)
+                and node.args
+                and isinstance(node.args[0], ast.Constant)
+                and isinstance(node.args[0].value, str)
+            ):
+                digest = next(
+                    (
+                        keyword.value.value
+                        for keyword in node.keywords
+                        if keyword.arg == "expected_hash"
+                        and isinstance(keyword.value, ast.Constant)
+                    ),
+                    None,
+                )
+                name = node.args[0].value.rpartition("/")[2]
+                if isinstance(digest, str) and name in VOCABULARIES:
+                    found[name] = (node.args[0].value, digest)
+    if missing := [name for name in VOCABULARIES if name not in found]:
+        raise ToolchainError(
+            f"the tiktoken in .vllm has no address and hash of {' and '.join(missing)}",
+            hint=hints.text("inv.bootstrap"),
+        )
+    return found

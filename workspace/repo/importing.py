@@ -27,6 +27,7 @@ from workspace.core.errors import (
     WorkspaceError,
 )
 from workspace.core.files import opened, read_regular, reason_of, received, write_atomic
+from workspace.core.paths import typed
 from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
 from workspace.repo import export, mail, moves, patches, series
@@ -214,7 +215,7 @@ def _origin(session: Session, source: str) -> Origin:
         ].strip("-.")
         raw = _fetched(f"{page}.patch" if page else source, session.settings)
         return Origin(raw, name, public)
-    path = Path(source).expanduser()
+    path = typed(source)
     try:
         return Origin(read_regular(path), path.name.removesuffix(".patch"), None)
     except OSError as exc:

@@ -3,39 +3,28 @@ generate, then follow its log or leave it alone.
 """
 
 import hashlib
+import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.core import hints, lock, process, records
 from workspace.core.console import Console
-from workspace.core.errors import ServeError, SmokeError, WorkspaceError
+from workspace.core.errors import ServeError, SmokeError, SourceError, WorkspaceError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
-from workspace.machine import check, failures
-from workspace.machine.hardware import GIB
+from workspace.machine import check, failures, interpreter
 from workspace.machine.machine import Case, Machine
 from workspace.server import command, fit, flags, lifecycle, models, recipes
 from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive
 from workspace.server.recipes import Recipe
 
-# Environment of every server unless the user sets another value. HF_HUB_OFFLINE is added if the
-# model is on this machine.
-# A tokenizer can be made from any of these files.
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "*.tiktoken",
-)
 FOLLOW_S = 0.3
+_GGUF = "vllm-gguf-plugin"
 
 
 @dataclass(frozen=True)
@@ -70,6 +59,9 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     served, SmokeError if the build is missing or stale, and the errors of `models.fetch_weights`.
     """
     recipe = _recipe(layout, options.name)
+    if command.folder_of(options.name):
+        # Hints are typed in the root of the clone, wherever this command was typed.
+        options = replace(options, name=recipe.model)
     line = command.compose(
         recipe,
         options.extra,
@@ -77,6 +69,8 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
         has_key=bool(settings.text("VLLM_API_KEY")),
         force=options.force,
     )
+    recipe = replace(recipe, revision=flags.last(line.args, "--revision"))
+    command.require_files(layout, settings, line.args)
     machine = Machine(layout, settings)
     check.require(machine, console=console, recipe=recipe.environment)
     device = _device(machine, console, dry_run=options.dry_run)
@@ -87,12 +81,7 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     model = str(folder) if folder and is_a_folder else recipe.model
     if folder:
         _require_usable(folder, line)
-    environment = command.built_environment(
-        machine,
-        "serve",
-        recipe=({"HF_HUB_OFFLINE": "1"} if folder else {}) | dict(recipe.environment),
-        is_shown=options.dry_run,
-    )
+    environment = _environment(session, folder)
     argv = line.argv(layout, model)
     for text in command.shown(layout, settings, argv, environment):
         (console.data if options.dry_run else console.info)(text)
@@ -129,18 +118,89 @@ def _check(session: _Session) -> None:
         session.console.sentence(f"note: {note}")
     if not options.dry_run:
         _require_room(session.machine.layout, line)
-    free = fit.observe(session.machine, device=session.device)
     environment = command.built_environment(
         session.machine,
         "serve",
         recipe=recipe.environment,
         is_shown=True,
     )
+    device, args = session.device, line.args
+    names = {gpu.name for gpu in session.machine.gpus} if device == "cuda" else set()
+    if len(names) > 1 and environment.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        session.console.warn(
+            f"{' and '.join(sorted(names))} differ, and CUDA numbers the fastest first; the fit is"
+            " judged in the driver's order",
+            hint=hints.text("server.gpu_order"),
+        )
+    frees = fit.observe(session.machine, device=device, environment=environment, args=args)
     _require_memory(
-        fit.judge(recipe, free, device=session.device, environment=environment, args=line.args),
+        fit.judge(_sized(session), frees, device=device, environment=environment, args=args),
         session.console,
         is_required=not (options.dry_run or options.force),
     )
+
+
+def _environment(session: _Session, folder: Path | None) -> dict[str, str]:
+    """Return the server's environment. Only a start that needs nothing of the hub is kept from
+    asking it.
+    """
+    is_offline = not _missing(session) and folder is not None
+    return command.built_environment(
+        session.machine,
+        "serve",
+        recipe=({"HF_HUB_OFFLINE": "1"} if is_offline else {}) | dict(session.recipe.environment),
+        is_shown=session.options.dry_run,
+    )
+
+
+def _missing(session: _Session) -> bool:
+    """Return whether a flag names something that is not on this machine, and name each.
+
+    Raises SettingsError if HF_HUB_OFFLINE is set, under which vLLM cannot fetch it.
+    """
+    settings = session.machine.settings
+    missing = [
+        reference
+        for reference in flags.references(session.command.args, session.recipe.model)
+        if "://" not in reference.name and not is_here(settings, reference)
+    ]
+    for reference in missing:
+        at = f" at {reference.revision}" if reference.revision else ""
+        name = f"{reference.name}{at}, which {reference.flag} names,"
+        if settings.switch("HF_HUB_OFFLINE"):
+            raise models.offline(settings, name)
+        session.console.info(f"{name} is not on this machine: vLLM fetches it during the start")
+    return bool(missing)
+
+
+def _folder(settings: Settings, reference: flags.Reference) -> Path | None:
+    path, cache = Path(reference.name), models.hub_cache(settings)
+    return path if path.is_absolute() else models.cached(cache, reference.name, reference.revision)
+
+
+def is_here(settings: Settings, reference: flags.Reference) -> bool:
+    """Return whether what a flag names is on this machine, so that vLLM needs no hub for it."""
+    folder = _folder(settings, reference)
+    if folder is None:
+        return False
+    return models.holds(folder, reference.needs) if reference.needs else models.is_complete(folder)
+
+
+def _sized(session: _Session) -> Recipe:
+    """Return the recipe with the weights of what is on this machine: the model's, if the recipe has
+    none, and those of drafters and adapters.
+    """
+    layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
+    folders = [
+        _folder(settings, reference)
+        for reference in flags.references(session.command.args, recipe.model)
+        if reference.needs in ((), (flags.ADAPTER,))
+    ]
+    if not recipe.memory.weights_gib:
+        folders.append(models.found_weights(layout, settings, recipe))
+    weights = sum(fit.weights_gib(folder) for folder in folders if folder)
+    memory = replace(recipe.memory, weights_gib=recipe.memory.weights_gib + weights)
+    return replace(recipe, memory=memory)
 
 
 def _find_model(session: _Session) -> Path | None:
@@ -149,10 +209,16 @@ def _find_model(session: _Session) -> Path | None:
     None on a dry run with missing files.
     """
     layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
+    if ":" in recipe.model and not recipe.model.startswith("/"):
+        session.console.info(f"{recipe.model}: the plugin for GGUF fetches it during the start")
+        return None
     folder = models.found_weights(layout, settings, recipe)
+    if folder is None:
+        _require_no_adapter_of_hub(settings, recipe)
     if folder is None and session.options.dry_run:
+        at = f" at {recipe.revision}" if recipe.revision else ""
         session.console.info(
-            f"{recipe.model} is not on this machine; "
+            f"{recipe.model}{at} is not on this machine; "
             + (
                 "its folder is made at the first start"
                 if recipe.origin == "built-in"
@@ -160,7 +226,11 @@ def _find_model(session: _Session) -> Path | None:
             )
         )
     elif folder is None:
-        models.fetch_weights(layout, settings, recipe, console=session.console)
+        try:
+            models.fetch_weights(layout, settings, recipe, console=session.console)
+        except SourceError:
+            _require_no_adapter_of_hub(settings, recipe)
+            raise
         folder = models.found_weights(layout, settings, recipe)
     return folder
 
@@ -251,29 +321,66 @@ def _follow(settings: Settings, server: Server, console: Console) -> None:
 def _recipe(layout: Layout, name: str) -> Recipe:
     folder = command.folder_of(name)
     if folder is None:
+        if ":" in name:
+            _require_gguf(layout, name)
         return models.named(layout, name)
+    if folder.suffix == ".gguf" and folder.is_file():
+        _require_gguf(layout, folder.name)
+        return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
     if not folder.is_dir():
+        what = "a file: name its folder" if folder.is_file() else "no folder with a model in it"
         raise ServeError(
-            f"{folder} is no folder with a model in it",
+            f"{folder} is {what}",
             hint=hints.text("server.recipes"),
         )
-    try:
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
-    except OSError as exc:
+    if not os.access(folder, os.R_OK | os.X_OK):
         raise ServeError(
-            f"{folder} cannot be read: {exc.strerror}",
+            f"{folder} cannot be read: Permission denied",
             hint=hints.text("core.list_folder", folder=folder),
-        ) from exc
-    _require_config(folder)
-    if not models.is_complete(folder):
-        raise ServeError(
-            f"{folder} lacks a part of its weights", hint=hints.text("core.list_file", path=folder)
         )
-    return recipes.unnamed(str(folder), weights_gib=size)
+    _require_no_adapter(folder, str(folder))
+    _require_config(folder)
+    if lack := models.lack_of(folder):
+        raise ServeError(f"{folder} lacks {lack}", hint=hints.text("core.list_file", path=folder))
+    return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
+
+
+def _require_gguf(layout: Layout, name: str) -> None:
+    """Raise ServeError if this vLLM cannot read GGUF: since 0.31 a plugin does."""
+    loader = layout.vllm / "vllm" / "model_executor" / "model_loader" / "gguf_loader.py"
+    if not loader.is_file() and _GGUF not in interpreter.installed(layout):
+        raise ServeError(
+            f"{name} is in GGUF, which this vLLM reads with a plugin that .vllm lacks",
+            hint=hints.text("server.install_plugin", name=_GGUF),
+        )
+
+
+def _require_no_adapter_of_hub(settings: Settings, recipe: Recipe) -> None:
+    folder = models.cached(models.hub_cache(settings), recipe.model, recipe.revision)
+    if folder:
+        _require_no_adapter(folder, recipe.model)
+
+
+def _require_no_adapter(folder: Path, name: str) -> None:
+    """Raise ServeError for a LoRA adapter, which is served with its base model."""
+    if (folder / flags.CONFIGURATIONS[0]).is_file() or not (folder / flags.ADAPTER).is_file():
+        return
+    try:
+        known = records.load(folder / flags.ADAPTER, dict[str, object]) or {}
+    except records.DecodeError:
+        known = {}
+    base = known.get("base_model_name_or_path")
+    raise ServeError(
+        f"{name} is a LoRA adapter: it is served with {base or 'its base model'}",
+        hint=hints.text("server.adapter", model=base, adapter=f"{Path(name).name}={name}"),
+    )
 
 
 def _require_config(folder: Path) -> None:
-    path = folder / "config.json"
+    path = next(
+        (folder / name for name in flags.CONFIGURATIONS if (folder / name).is_file()),
+        folder / flags.CONFIGURATIONS[0],
+    )
     try:
         known = records.load(path, dict[str, object])
     except records.DecodeError as exc:
@@ -282,13 +389,16 @@ def _require_config(folder: Path) -> None:
         ) from exc
     if known is None:
         raise ServeError(
-            f"{folder} has no config.json: it is no model in Hugging Face's layout",
+            f"{folder} has no config.json: it is no model in Hugging Face's layout, nor, with"
+            " params.json, in Mistral's",
             hint=hints.text("core.list_names", folder=folder),
         )
 
 
 def _require_usable(folder: Path, line: Command) -> None:
     """Check the configuration and the tokenizer, which vLLM reads late. Raises ServeError."""
+    if folder.is_file():
+        return
     _require_config(folder)
     if any(
         arg.split("=")[0]
@@ -296,7 +406,7 @@ def _require_usable(folder: Path, line: Command) -> None:
         for arg in line.args
     ):
         return
-    if not any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+    if not models.holds(folder, flags.TOKENIZERS):
         raise ServeError(f"{folder} has no tokenizer", hint=hints.text("server.tokenizer"))
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         try:
@@ -356,11 +466,16 @@ def _explained(
     if reading.lack:
         # Another snapshot: the memory is not what it was before the start.
         now = Machine(session.machine.layout, settings)
-        free = fit.observe(now, device=server.facts["device"])
+        frees = fit.observe(
+            now,
+            device=server.facts["device"],
+            environment=settings.child_environment("run"),
+            args=session.command.args,
+        )
         attempt = fit.Attempt(
             options.name, session.recipe, session.command, _length(folder), detach=options.detach
         )
-        hint = fit.next_step(attempt, free, lack=reading.lack) or hint
+        hint = (fit.next_step(attempt, frees[0], lack=reading.lack) if frees else None) or hint
     details = tuple(settings.masked(text) for text in error.details)
     return ServeError(settings.masked(error.message), hint=hint, details=details)
 
@@ -368,7 +483,8 @@ def _explained(
 def _length(folder: Path | None) -> int | None:
     """Return the longest sequence of a model in tokens, None if its configuration has none."""
     try:
-        known = records.load(folder / "config.json", dict[str, object]) if folder else None
+        path = folder / "config.json" if folder and folder.is_dir() else None
+        known = records.load(path, dict[str, object]) if path else None
     except records.DecodeError:
         return None
     found = known.get("max_position_embeddings") if known else None

@@ -1,20 +1,33 @@
-"""`serve.status`, `serve.logs` and `serve.stop`: the server that runs in this clone."""
+"""`serve.status`, `serve.logs` and `serve.stop`: the server that runs in this clone; and
+`serve.list`: the recipes that could run.
+"""
 
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from workspace.core import hints
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import ServeError, SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
+from workspace.machine import run_environment
 from workspace.machine.hardware import GIB
-from workspace.server import lifecycle, observation, process_tree, start
+from workspace.machine.machine import Case, Machine
+from workspace.repo import pins
+from workspace.server import fit, lifecycle, models, observation, process_tree, recipes, start
 from workspace.server.command import tree_oid
 from workspace.server.observation import Server, find, is_alive
+from workspace.server.recipes import Recipe
 
 LONGEST_TAIL = 1_000_000
+_STATES: dict[fit.Verdict, State] = {
+    "yes": State.OK,
+    "after drop-caches": State.WARN,
+    "no": State.WARN,
+}
+_DEVICES = {"cuda": "on the GPU", "cpu": "on the processor"}
 
 
 def status(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
@@ -132,5 +145,72 @@ def _print(
 ) -> None:
     if as_json:
         console.data(json.dumps(record, indent=1))
+    else:
+        console.rows(rows)
+
+
+def _row(recipe: Recipe, judged: fit.Fit, folder: Path | None, *, device: str) -> Row:
+    """Return the row of a recipe; `folder` holds its weights, None if they are not on disk."""
+    if folder:
+        place = f"on disk: {folder}"
+    elif recipe.fetch_gib:
+        place = f"{recipe.fetch_gib:.1f} GiB to fetch"
+    else:
+        place = "made at its first start"
+    if recipe.asks_for_remote_code:
+        place += "; runs code of the model's authors (trust-remote-code)"
+    return Row(
+        _STATES[judged.verdict],
+        recipe.name,
+        f"fits {_DEVICES[device]}: {judged.verdict}; needs {judged.needs_gib:.1f} GiB,"
+        f" {judged.free.available_gib:.1f} GiB are free; {place}",
+        hint=judged.hint if judged.hint and "serve.list" not in judged.hint else None,
+    )
+
+
+def _record(recipe: Recipe, judged: fit.Fit, folder: Path | None) -> dict[str, object]:
+    return {
+        "name": recipe.name,
+        "model": recipe.model,
+        "summary": recipe.summary,
+        "fits": judged.verdict,
+        "needs_gib": round(judged.needs_gib, 2),
+        "takes_gib": round(judged.takes_gib, 2),
+        "on_disk": str(folder) if folder else None,
+        "fetch_gib": recipe.fetch_gib,
+        "hint": judged.hint,
+    }
+
+
+def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -> None:
+    """Print the recipes, or their records as JSON. A damaged recipe is a row with its error."""
+    layout, settings, device = machine.layout, machine.settings, Case(machine).device
+    version = pins.load(layout.pins).vllm.version
+    records: list[dict[str, object]] = []
+    rows: list[Row] = []
+    for name in recipes.names(layout):
+        try:
+            recipe = recipes.load(layout, name, version=version)
+        except SettingsError as exc:
+            records.append({"name": name, "error": exc.message})
+            rows.append(Row(State.FAIL, name, exc.message))
+            continue
+        environment = run_environment.built_environment(
+            layout, settings, "serve", stack=None, recipe=recipe.environment
+        )
+        frees = fit.observe(machine, device=device, environment=environment, args=recipe.args)
+        judged = fit.judge(recipe, frees, device=device, environment=environment)
+        folder = models.found_weights(layout, settings, recipe)
+        rows.append(_row(recipe, judged, folder, device=device))
+        records.append(_record(recipe, judged, folder))
+    if as_json:
+        free = fit.observe(machine, device=device)[0]
+        memory = {
+            "total_gib": round(free.total_gib, 2),
+            "available_gib": round(free.available_gib, 2),
+            "droppable_gib": round(free.droppable_gib, 2),
+        }
+        document = {"schema": 1, "device": device, "memory": memory, "rows": records}
+        console.data(json.dumps(document, indent=1))
     else:
         console.rows(rows)

@@ -354,7 +354,7 @@ def _versions(machine: Machine) -> Files:
     for argv in _programs(machine):
         lines += _version(argv, machine.settings)
     driver = machine.driver
-    lines += ["", f"{driver.gpus()}, CUDA {driver.cuda()}, its own memory: {driver.memory()}"]
+    lines += ["", f"{driver.gpus()}, CUDA {driver.cuda()}, own memory: {driver.memories()}"]
     packages = "".join(
         f"{name}=={version}\n" for name, version in sorted(machine.packages().items())
     )
