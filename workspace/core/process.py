@@ -416,9 +416,10 @@ def _end_group(child: "subprocess.Popen[str]", first: signal.Signals) -> None:
             (signal.SIGTERM, TERMINATE_GRACE_S),
             (signal.SIGKILL, TERMINATE_GRACE_S),
         ):
+            # Before the signal, to which a person may answer at once.
+            deadline, before = time.monotonic() + grace_s, len(interrupts)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, number)
-            deadline, before = time.monotonic() + grace_s, len(interrupts)
             while time.monotonic() < deadline and len(interrupts) == before:
                 if child.poll() is not None and not _group_lives(child.pid):
                     return
