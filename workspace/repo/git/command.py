@@ -116,8 +116,12 @@ LOOKING = OFFLINE | {"GIT_OPTIONAL_LOCKS": "0", "GIT_ATTR_NOSYSTEM": "1"}
 _LOOKING = (
     *("core.attributesFile=/dev/null", "core.autocrlf=false", "core.eol=lf", "core.safecrlf=false"),
     *("core.sparseCheckout=false", "core.fsmonitor=false"),
+    *("core.symlinks=true", "core.ignoreCase=false", "diff.orderFile=/dev/null"),
+    "log.follow=false",
     # The inode reveals a file that was replaced by another file of the same size and time.
     *("core.trustctime=true", "core.checkStat=default"),
+    # The store of commits is a bare repository, always of the workspace's own making.
+    "safe.bareRepository=all",
 )
 LOOKING_FLAGS = ("--literal-pathspecs", *(flag for setting in _LOOKING for flag in ("-c", setting)))
 # A remote that sends less than this for a minute counts as gone (git-config(1),
@@ -138,10 +142,16 @@ HARDENED: Mapping[str, str] = {
     # Otherwise git marks each file that it writes as always unchanged.
     "core.ignoreStat": "false",
     "core.sparseCheckout": "false",
+    "core.splitIndex": "false",
+    "core.symlinks": "true",
+    "core.ignoreCase": "false",
     "commit.gpgSign": "false",
     "tag.gpgSign": "false",
     "i18n.commitEncoding": "UTF-8",
+    "fetch.prune": "false",
+    "fetch.pruneTags": "false",
     "rerere.enabled": "false",
+    "safe.bareRepository": "all",
     "submodule.recurse": "false",
     "gc.auto": "0",
     "maintenance.auto": "false",
