@@ -94,7 +94,7 @@ def test_conflict_with_main_leaves_nothing_behind(
     before = left(applied)
     first = next(iter(upstream.patches))
     with pytest.raises(
-        PatchConflict, match=r"conflicts \(vllm/lines.py\) with upstream's main"
+        PatchConflict, match=r"conflicts \(vllm/lines.py\) on upstream's main"
     ) as failure:
         run(applied, "fix", first, VLLM_MIRROR=str(other))
     assert failure.value.hint

@@ -80,9 +80,6 @@ UNFIT = (
     ("x\n\nno trailer", "lacks the line `Upstream-Status: Pending`"),
     ("x\n\nUpstream-Status: Perhaps", "is none of: Pending"),
     ("x\n\nUpstream-Status: Submitted", "is none of: Pending"),
-    ("ß" + STATUS, "letter or digit"),
-    (".hidden" + STATUS, "letter or digit"),
-    ("x" * 300 + STATUS, "too long"),
 )
 
 
@@ -107,16 +104,11 @@ def test_author_that_git_reads_differently_is_refused(
     refused(applied, "git would not read its author back", snapshot)
 
 
-def test_empty_commit_merge_and_duplicate_name_are_refused(
-    applied: Workspace, snapshot: Snapshot
-) -> None:
+def test_empty_commit_and_merge_are_refused(applied: Workspace, snapshot: Snapshot) -> None:
     sh_git(applied.vllm, "commit", "--quiet", "--allow-empty", "--message", "nothing" + STATUS)
     refused(applied, "nothing.*it changes no file", snapshot)
     sh_git(applied.vllm, "reset", "--quiet", "--keep", "HEAD~1")
     commit(applied.vllm, "same" + STATUS, {"vllm/mine.py": "mine\n"})
-    commit(applied.vllm, "same!" + STATUS, {"vllm/mine.py": "mine too\n"})
-    refused(applied, "another patch is named same.patch", snapshot)
-    sh_git(applied.vllm, "reset", "--quiet", "--keep", "HEAD~1")
     same = sh_git(applied.vllm, "rev-parse", "HEAD")
     sh_git(applied.vllm, "checkout", "--quiet", "-b", "side", "HEAD~1")
     commit(applied.vllm, "side" + STATUS, {"vllm/side.py": "side\n"})

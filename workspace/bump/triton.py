@@ -172,7 +172,7 @@ def _apply_series(layout: Layout, tree: Git, base: str) -> str:
             hint=(
                 f"fix it, or remove its line from patches/triton/{series.SERIES_FILE}, then {AGAIN}"
             ),
-            details=tuple(f"conflict in {path}" for path in done.conflicted),
+            details=done.details,
         )
     return done.tip
 

@@ -45,7 +45,7 @@ def put_on_upstream(session: Session, name: str, patch: str) -> Path:
             hint="./scripts/inv bootstrap",
         )
     file = _patch(layout, session.project, patch)
-    user = _user(git)
+    user = patches.user(git)
     _refuse_taken(layout, git, name, path, shown)
     main = _main(session, git)
     try:
@@ -88,20 +88,6 @@ def _patch(layout: Layout, project: str, patch: str) -> Path:
             hint=f"one of: {known}" if known else "./scripts/inv patch.export",
         )
     return file
-
-
-def _user(git: Git) -> tuple[str, str]:
-    """Return the configured name and address of the user. Raises SettingsError."""
-    session = am.user(git)
-    if not session:
-        raise SettingsError(
-            "user.name and user.email are not set in git, and a Signed-off-by needs them",
-            hint=(
-                'git config --global user.name "Your Name" && git config --global user.email'
-                " you@example.org"
-            ),
-        )
-    return session["GIT_AUTHOR_NAME"], session["GIT_AUTHOR_EMAIL"]
 
 
 def _refuse_taken(layout: Layout, git: Git, name: str, path: Path, shown: str) -> None:
@@ -148,13 +134,12 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
     done = am.applied(git, main, [file], place=layout.state / f"{project}-stack")
     if done.tip is None:
         raise PatchConflict(
-            f"{file.name} conflicts ({', '.join(done.conflicted)}) with upstream's main,"
-            f" {main[:12]}; nothing was left behind",
+            f"{file.name} {done.cause} on upstream's main, {main[:12]}; nothing was left behind",
             hint=(
                 f"by hand: git -C vendor/{project} worktree add -b NAME FOLDER {main[:12]}, then"
                 f" there: git {AM_BY_HAND} {file}"
             ),
-            details=tuple(f"conflict in {path}" for path in done.conflicted),
+            details=done.details,
         )
     made = mails.commits(git, main, done.tip)
     if len(made) != 1:

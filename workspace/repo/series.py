@@ -312,14 +312,15 @@ def kept_as(commit: str) -> str:
 
 def refused(project: str, name: str, stack: Stack, applied: Applied) -> PatchConflict:
     """Return the error for a series that does not apply, where nothing was changed."""
+    place = "the conflict" if applied.conflicted else "it"
     return PatchConflict(
         f"patch {applied.position} of {len(stack.names)}, patches/{project}/{name}, does not apply"
         f" to {(stack.base or '')[:12]}; nothing was changed",
         hint=(
-            "./scripts/inv patch.apply    stops at the conflict; or delete its line in"
+            f"./scripts/inv patch.apply    stops at {place}; or delete its line in"
             f" patches/{project}/series and run ./scripts/inv bootstrap"
         ),
-        details=tuple(f"conflict in {path}" for path in applied.conflicted),
+        details=applied.details,
     )
 
 
@@ -333,21 +334,19 @@ def sentence(
     base: str,
     old: str | None = None,
 ) -> PatchConflict:
-    """Return the error for a conflict at which an `am` waits in the checkout `shown`.
+    """Return the error for a patch at which an `am` waits in the checkout `shown`.
 
     `patch` is its file as a user would type it, or its subject. `old` is the base that the patches
     were made for: if its history is available, each path lists the upstream commits since then.
     """
-    from workspace.repo.git import am
-
-    touched = _touching(git, old, base, applied.conflicted)
+    touched = _touching(git, old, base, applied.paths)
+    kind = "conflict in" if applied.conflicted else "not applied:"
     details = [
-        line
-        for path in applied.conflicted
-        for line in (f"conflict in {path}", *touched.get(path, ()))
+        line for path in applied.paths for line in (f"{kind} {path}", *touched.get(path, ()))
     ]
-    paths = quoted(applied.conflicted)
-    if am.unmerged(git):
+    paths = quoted(applied.paths)
+    where = "the conflict" if applied.conflicted else f"it (git: {applied.reason})"
+    if applied.conflicted:
         edit = f"edit {_few(applied.conflicted)}, then: git -C {shown} add {paths} && {CONTINUE}"
     else:
         # git lacks the contents that the patch was made from, so it merged and changed no file
@@ -359,7 +358,7 @@ def sentence(
         )
     return PatchConflict(
         f"patch {applied.position} of {count}, {patch}, does not apply to {base[:12]}; {shown}"
-        " waits at the conflict",
+        f" waits at {where}",
         hint=(f"{edit}    to skip the patch: {CONTINUE} --skip    to abort: {CONTINUE} --abort"),
         details=tuple(details),
     )

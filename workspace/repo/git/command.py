@@ -80,6 +80,26 @@ def digest(entries: Entries) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
+# The longest file name of a patch that a series may list.
+LONGEST_NAME = 200
+
+
+def file_stems(slugs: Iterable[str]) -> tuple[str, ...]:
+    """Return a name for the patch of each subject, given as `git log --format=%f` spells it.
+
+    Equal subjects are numbered, long ones cut, and one without an ASCII letter is called `patch`.
+    """
+    stems: list[str] = []
+    for slug in slugs:
+        longest = LONGEST_NAME - len(".patch") - len("-1000")
+        stem = slug.lstrip("-.")[:longest].rstrip("-.") or "patch"
+        number = 1
+        while (name := stem if number == 1 else f"{stem}-{number}") in stems:
+            number += 1
+        stems.append(name)
+    return tuple(stems)
+
+
 def first_line(err: str) -> str:
     """Return the line of git's stderr that names the failure."""
     lines = [line.strip() for line in err.splitlines() if line.strip()]

@@ -118,12 +118,9 @@ class Git(Command):
         )
 
     def slugs(self, base: str, tip: str) -> tuple[str, ...]:
-        """Return the subjects in base..tip as patch file names spell them, oldest first."""
-        return tuple(
-            self.look(
-                "log", "--reverse", "--no-show-signature", "--format=%f", f"{base}..{tip}", "--"
-            ).out.split()
-        )
+        """Return the stem of the patch file of each commit in base..tip, oldest first."""
+        log = ("log", "--reverse", "--no-show-signature", "--format=%f", f"{base}..{tip}", "--")
+        return command.file_stems(self.look(*log).out.splitlines())
 
     def under_way(self) -> str | None:
         """Return the git operation that waits to be continued or aborted, or None."""
