@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.conftest import LINES, Workspace, commit, sh_git, write
+from tests.repo.conftest import Workspace, commit, sh_git, write
 from tests.repo.test_importing import take
 from workspace.core.errors import PatchConflict, SettingsError
 from workspace.repo.patches import State
@@ -243,22 +243,36 @@ def test_cover_letter_is_left_out_and_named(applied: Workspace) -> None:
     assert "'*** SUBJECT HERE ***' changes no file and is left out" in applied.err.getvalue()
 
 
-def test_commits_after_a_merge_of_main_are_refused_with_a_command_for_the_net_change(
-    applied: Workspace,
-) -> None:
-    head = applied.stack().head or ""
-    commit(applied.vllm, "Mine", {"vllm/lines.py": "mine\n" + LINES})
-    sh_git(applied.vllm, "branch", "merged")
-    commit(applied.vllm, "Merged", {"vllm/lines.py": "mine\nmain moved\n" + LINES})
-    commit(applied.vllm, "Again", {"vllm/lines.py": "again\nmine\nmain moved\n" + LINES})
-    written = sh_git(applied.vllm, "format-patch", "--stdout", head, "--") + "\n"
-    sh_git(applied.vllm, "reset", "--quiet", "--hard", head)
-    sh_git(applied.vllm, "reflog", "expire", "--expire=now", "--all")
-    sh_git(applied.vllm, "branch", "-D", "merged")
-    sh_git(applied.vllm, "gc", "--quiet", "--prune=now")
-    first, second, third = written.split("From ", 3)[1:]
-    assert "Merged" in second
+def after_a_merge(workspace: Workspace, again: str, merged: str) -> Path:
+    """Return two mails; between their commits main was merged, whose content is nowhere here."""
+    head = workspace.stack().head or ""
+    made = workspace.layout.root / "made"
+    sh_git(workspace.layout.root, "clone", "--quiet", str(workspace.vllm), str(made))
+    sh_git(made, "checkout", "--quiet", head)
+    commit(made, "Mine", {"csrc/a.cu": "mine\na\n"})
+    first = sh_git(made, "format-patch", "--stdout", "-1")
+    commit(made, "Merged", {"csrc/a.cu": merged})
+    commit(made, "Again", {"csrc/a.cu": again + merged})
+    return file(workspace, f"{first}\n{sh_git(made, 'format-patch', '--stdout', '-1')}\n")
+
+
+def test_commits_after_a_merge_of_main_are_placed_and_it_is_said(applied: Workspace) -> None:
+    path = after_a_merge(applied, "again\n", "mine\nmain moved\na\n")
+    assert take(applied, path).written == ("Mine.patch", "Again.patch")
+    assert (applied.vllm / "csrc/a.cu").read_text() == "again\nmine\na\n"
+    assert "main was merged between its commits" in applied.err.getvalue()
+
+
+def test_commits_after_a_merge_that_fit_nowhere_are_refused(applied: Workspace) -> None:
+    head = applied.stack().head
+    path = after_a_merge(applied, "again\n", "other\nmain moved\nb\n")
     with pytest.raises(PatchConflict, match=r"patch 2 of 2, 'Again', does not apply \(git: ") as no:
-        take(applied, file(applied, f"From {first}From {third}"))
+        take(applied, path)
     assert "onflict" not in no.value.message
     assert applied.stack().head == head
+
+
+def test_patch_that_does_not_fit_is_not_placed_by_less_context(applied: Workspace) -> None:
+    diff = EDIT.replace("@@ -1 +1 @@", "@@ -1,2 +1,2 @@\n other")
+    with pytest.raises(PatchConflict, match="does not apply"):
+        take(applied, file(applied, mail_of("From: A <a@b.c>", diff=diff)))

@@ -53,6 +53,8 @@ _ON_GITHUB = re.compile(
 _UNFITTING = re.compile(
     r"^patch failed: |does not exist|already exists|does not match|No such file|does not apply"
 )
+# As much as patch(1) demands: what a merge brought stands around the lines of a later commit.
+_LITTLE_CONTEXT = ("-C1",)
 # What `git show` and `git log -1 --patch` print before a diff.
 _SHOWN = re.compile(
     rb"commit [0-9a-f]{40}.*\n(?:Merge: .*\n)?Author: +(.+)\n(?:Author)?Date: +(.+)\n(?:.*\n)??\n"
@@ -79,6 +81,7 @@ class _Import:
     by_hand: str
     check: str
     place: Path
+    notes: list[str]
 
 
 def run(session: Session, source: str) -> export.Export:
@@ -109,7 +112,8 @@ def run(session: Session, source: str) -> export.Export:
         parts = _readable(mails.split_mails(git, kept, Path(folder)), origin, git, notes)
         if notes:
             write_atomic(kept, b"\n".join(part.read_bytes() for part in parts))
-        work = _Import(git, origin, parts, by_hand, check, layout.state / f"{project}-stack")
+        place = layout.state / f"{project}-stack"
+        work = _Import(git, origin, parts, by_hand, check, place, notes)
         tip = stack.head if _is_applied(work, stack) else _tip_on(work, stack.head)
     try:
         prepared = export.prepare(layout, project, session.pin, replace(session.checkout, head=tip))
@@ -165,6 +169,13 @@ def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
     """Make the commits on `head` with their original messages; no file and no reference changes."""
     origin, by_hand = work.origin, work.by_hand
     done = am.applied(work.git, head, work.parts, place=work.place)
+    if done.position > 1 and mail.lack_changes([part.read_bytes() for part in work.parts]):
+        done = am.applied(work.git, head, work.parts, place=work.place, flags=_LITTLE_CONTEXT)
+        if done.tip:
+            work.notes.append(
+                f"{origin.name}: main was merged between its commits, so they were placed by fewer"
+                f" lines of context: look at them with git -C vendor/vllm log -p {head[:12]}.."
+            )
     subjects = [mail.read_mail(part).subject for part in work.parts]
     if done.tip is None:
         raise _not_applied(work, done, subjects)

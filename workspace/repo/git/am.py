@@ -83,14 +83,16 @@ class Position:
     is_begun: bool
 
 
-def applied(git: Git, base: str, patches: Sequence[Path], *, place: Path) -> Applied:
+def applied(
+    git: Git, base: str, patches: Sequence[Path], *, place: Path, flags: Sequence[str] = ()
+) -> Applied:
     """Make the commits of a series on `base` in one `am`, in a scratch folder beside `place`.
 
     No file and no reference of the repository changes; the commits are in its objects afterwards,
     synced to the disk. The same input gives the same SHAs for every user.
     """
-    done = applied_directly(git, base, patches, place=place)
-    return done if done.tip else _applied_in(place, git, base, patches, with_files=True)
+    done = Applied(None) if flags else applied_directly(git, base, patches, place=place)
+    return done if done.tip else _applied_in(place, git, base, patches, flags=flags)
 
 
 def applied_directly(
@@ -113,7 +115,7 @@ def applied_directly(
     )
     try:
         # `am` needs files only for a merge, so they are written only for the second attempt.
-        return _applied_in(in_memory, git, base, patches, with_files=False, is_wanted=is_wanted)
+        return _applied_in(in_memory, git, base, patches, flags=None, is_wanted=is_wanted)
     except ToolchainError:
         # The memory may be full where the disk is not.
         return Applied(None)
@@ -125,9 +127,10 @@ def _applied_in(
     base: str,
     patches: Sequence[Path],
     *,
-    with_files: bool,
+    flags: Sequence[str] | None,
     is_wanted: Callable[[], bool] = lambda: True,
 ) -> Applied:
+    """Run `am` in a scratch folder, with files for a merge unless `flags` is None."""
     with files.folder_beside(place) as folder:
         scratch, objects = Git(folder / "tree", git_dir=folder / "git"), git.path_of("objects")
         scratch.path.mkdir()
@@ -138,10 +141,10 @@ def _applied_in(
         scratch.set_ref("HEAD", base)
         # git writes the index again for each patch: the smaller the better.
         scratch.write(*_SMALL_INDEX, "read-tree", base)
-        if with_files:
+        if flags is not None:
             scratch.write_files()
         # One sync for all takes a third of the time of a sync for each object.
-        am = (*_SMALL_INDEX, *_UNSYNCED, *_AM, *map(str, patches))
+        am = (*_SMALL_INDEX, *_UNSYNCED, *_AM, *(flags or ()), *map(str, patches))
         answer = scratch.write(*am, check=False)
         if answer.status == 0:
             if not is_wanted():
