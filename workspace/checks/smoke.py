@@ -160,11 +160,11 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
     A smoke runs if none has passed on this tree and build.
     """
     from workspace.install.status import require_built
-    from workspace.repo import patching
+    from workspace.repo import export, patching
 
     for project, tree in (("vllm", layout.vllm), ("triton", layout.triton)):
         if project == "vllm" or (tree / ".git").exists():
-            patching.export(
+            done = patching.export(
                 layout,
                 settings,
                 project,
@@ -172,6 +172,7 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
                 wait=False,
                 check=True,
             )
+            export.show_unpatched(done, console=console)
     observed = require_built(Machine(layout, settings))
     if registry.is_record_of(registry.last_record(layout), registry.tree_of(layout, observed)):
         console.info("the smoke has passed on this tree and build")

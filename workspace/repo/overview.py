@@ -77,6 +77,8 @@ def _columns(row: Entry) -> list[str]:
 def next_command(layout: Layout, pin: Pin, stack: Stack) -> str:
     """Return the command line to type next."""
     path = checkouts.folder_of(layout, pin)
+    if stack.untracked and stack.state in (State.APPLIED, State.UNEXPORTED):
+        return series.taking_hint(layout.relative(path), stack.untracked)
     if stack.state is State.APPLIED:
         return f"{series.EXPORT}    after commits in {layout.relative(path)}; nothing is due now"
     if stack.state in (State.UNAPPLIED, State.UNEXPORTED):
@@ -265,6 +267,7 @@ def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack
         f"{count} for {place}",
         details.get(stack.state, ""),
         move.text if move else "",
+        series.named_untracked(stack.untracked) if stack.untracked else "",
     ]
     return Entry(
         stack.state.value, "stack", "; ".join(part for part in parts if part), None, stack.dirty

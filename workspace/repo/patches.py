@@ -85,7 +85,15 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
     else:
         state = State.FOREIGN
     return Stack(
-        state, checkout.base, checkout.head, tree, expected, wanted.names, dirty, interrupted
+        state,
+        checkout.base,
+        checkout.head,
+        tree,
+        expected,
+        wanted.names,
+        dirty,
+        interrupted,
+        repository.untracked(git),
     )
 
 

@@ -6,7 +6,7 @@ The work itself is in patches, export, importing and overview; a patch as a bran
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from workspace.core import lock
 from workspace.core.console import Console, RunLog, Step
@@ -26,6 +26,9 @@ from workspace.repo.git import AM_BY_HAND, Git, am, remotes, worktree
 from workspace.repo.git import am as mails
 from workspace.repo.git.am import Commit
 from workspace.repo.patches import Session, Stack, State
+
+if TYPE_CHECKING:
+    from workspace.repo.export import Export
 
 
 def put_on_upstream(session: Session, name: str, patch: str) -> Path:
@@ -206,7 +209,7 @@ def export(
     console: Console,
     wait: bool,
     check: bool = False,
-) -> None:
+) -> "Export":
     """Write the commits on the pin as patches; with `check` only compare.
 
     Raises what export.run raises.
@@ -214,12 +217,11 @@ def export(
     from workspace.repo import export as work
 
     with _opened(layout, settings, project, "inv patch.export", console, wait=wait) as session:
-        work.show(
-            work.run(
-                layout, project, session.pin, session.checkout, run_log=session.run_log, check=check
-            ),
-            console=console,
+        done = work.run(
+            layout, project, session.pin, session.checkout, run_log=session.run_log, check=check
         )
+        work.show(done, console=console)
+        return done
 
 
 def make_branch(

@@ -219,6 +219,7 @@ class Stack:
 
     `dirty` are tracked paths with edits, in any state; DIRTY means that they block the application.
     `interrupted`: the git operation that an ended run left; the state is then IN_PROGRESS.
+    `untracked` are files that git does not track, so that no patch has them.
     """
 
     state: State
@@ -229,11 +230,13 @@ class Stack:
     names: tuple[str, ...]
     dirty: tuple[str, ...]
     interrupted: Attempt | None = None
+    untracked: tuple[str, ...] = ()
 
 
 CONTINUE = "./scripts/inv patch.continue"
 EXPORT = "./scripts/inv patch.export"
 _SHOWN_FILES = 3
+_NAMED_FILES = 20
 # A file may have hundreds of commits; the newest are enough.
 _SHOWN_COMMITS = 5
 
@@ -287,6 +290,22 @@ def edited_files(shown: str, paths: Sequence[str], purpose: str, *, verb: str) -
     hint = f"git -C {shown} stash && {verb} && git -C {shown} stash pop"
     return CheckoutError(
         f"{shown} has edits ({_few(paths)}) where {purpose}; they were not changed", hint=hint
+    )
+
+
+def named_untracked(paths: Sequence[str]) -> str:
+    """Return a sentence on files that git does not track."""
+    return f"files that git does not track are in no patch: {_few(paths)}"
+
+
+def taking_hint(shown: str, paths: Sequence[str]) -> str:
+    """Return the command line that takes untracked files into a commit and a patch."""
+    git = f"git -C {shown}"
+    # The user's own ignore rules may name them.
+    added = f"--force -- {quoted(paths)}" if len(paths) <= _NAMED_FILES else "--all"
+    return (
+        f"{git} add {added} && {git} commit && {EXPORT}    or, into the last patch: commit --amend"
+        " --no-edit"
     )
 
 

@@ -455,6 +455,14 @@ def is_tracked(git: Git, path: str) -> bool:
     return bool(git.look("ls-files", "-z", "--", path).out)
 
 
+def untracked(git: Git) -> tuple[str, ...]:
+    """Return the files that git does not track and the tree's own .gitignore does not name.
+
+    The user's ignore rules do not count: they hide a file that another clone will lack.
+    """
+    return tuple(split(git.look("ls-files", "-o", "-z", "--exclude-per-directory=.gitignore").out))
+
+
 def differing(
     git: Git, base: str, *, new_below: Sequence[str], is_wanted: Callable[[str], bool]
 ) -> tuple[str, ...]:
