@@ -79,9 +79,13 @@ def test_branch_has_one_signed_commit_on_main_without_the_status(
         (),
     )
     before = left(either_applied)
-    with pytest.raises(CheckoutError, match="has a branch fix/twenty already"):
-        run(either_applied, "fix/twenty", next(iter(upstream.patches)))
+    first = next(iter(upstream.patches))
+    with pytest.raises(CheckoutError, match="has a branch fix/twenty already") as failure:
+        run(either_applied, "fix/twenty", first)
     assert left(either_applied) == before
+    hint = f"./scripts/inv patch.export --branch fix/twenty-2 --patch {first}"
+    assert failure.value.hint == hint
+    run(either_applied, "fix/twenty-2", first)
 
 
 @pytest.mark.usefixtures("user")

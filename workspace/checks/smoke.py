@@ -208,7 +208,10 @@ def _install(name: str, folder: Path, script: str) -> tuple[State, str, str]:
         if os.path.lexists(kept):
             raise SettingsError(
                 f"your hook cannot be kept as {kept}: that file exists",
-                hint=f"mv {shlex.quote(str(kept))} elsewhere, then ./scripts/inv hook",
+                hint=(
+                    f"diff {shlex.quote(str(kept))} {shlex.quote(str(hook))}    shows how the two"
+                    " differ; ./scripts/inv hook can keep one of them"
+                ),
             )
         # Link before replacing: the repository never lacks a hook.
         os.link(hook, kept, follow_symlinks=False)

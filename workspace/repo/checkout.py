@@ -7,6 +7,7 @@ place.
 import enum
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -391,15 +392,23 @@ def _refspecs(pin: Pin, references: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def keeping_command(name: str) -> str:
-    """Return the command that keeps a foreign folder and makes the checkout."""
-    return f"mv {name} {name.replace('/', '-')}.mine && ./scripts/inv bootstrap"
+    """Return the command to begin with where a foreign folder is in the place of a checkout."""
+    return (
+        f"ls -lA {name}    shows what is there; once you have moved it, ./scripts/inv bootstrap"
+        " makes the checkout"
+    )
 
 
 def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
-    name = layout.relative(folder_of(layout, pin))
-    hint = f"to keep it: {keeping_command(name)}"
+    path = folder_of(layout, pin)
+    name, modules = layout.relative(path), _modules(layout, pin)
+    hint = keeping_command(name)
     if found.head:
-        hint = f"to fetch the pin: git -C {name} fetch {pin.url} {pin.commit}    or, {hint}"
+        hint = f"git -C {name} fetch {pin.url} {pin.commit} && ./scripts/inv patch"
+    elif (path / ".git").is_file() and modules and (modules / "HEAD").is_file():
+        # A submodule's .git names its repository by a relative path, wrong after a move.
+        place = os.path.relpath(modules, path)
+        hint = f"printf 'gitdir: %s\\n' {shlex.quote(place)} > {name}/.git && ./scripts/inv patch"
     return CheckoutError(
         f"{name} is {found.detail}, expected a checkout of {pin.name} {pin.tag}; it was not"
         " changed",
@@ -409,15 +418,12 @@ def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
 
 def _other_kind(layout: Layout, pin: Pin, found: Checkout, choice: Choice) -> CheckoutError:
     name = layout.relative(folder_of(layout, pin))
-    remove = f"mv {name} {name.replace('/', '-')}.{found.kind.value}"
-    if found.kind is Kind.GIT and (folder_of(layout, pin) / ".git").is_file():
-        # Its commits stay in the superproject's git directory; deinit refuses if there are edits.
-        remove = f"git submodule deinit {name}"
+    other = shlex.quote(f"../{layout.root.name}-{choice}")
     return CheckoutError(
         f"{name} is {found.detail}, SOURCE requests {choice}; it was not changed",
         hint=(
-            "to keep using it: ./scripts/inv bootstrap --source auto    or, to replace it:"
-            f" {remove} && ./scripts/inv bootstrap --source {choice}"
+            "./scripts/inv bootstrap --source auto    keeps using it; or, in a clone beside this"
+            f" one: git clone . {other} && {other}/scripts/inv bootstrap --source {choice}"
         ),
     )
 

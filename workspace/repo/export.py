@@ -380,19 +380,22 @@ def _refuse_edited(layout: Layout, prepared: Prepared) -> None:
             raise PatchDrift(
                 f"{place}/{name} is no longer a patch that git can read, since it was applied;"
                 " nothing was written",
-                hint=(
-                    f"git checkout -- {place}/{name}    or, to take the commit: rm"
-                    f" {place}/{name} && ./scripts/inv patch.export"
-                ),
+                hint=f"{_stashed(place, name)}    takes the commit and keeps the file in a stash",
             )
         raise PatchDrift(
             f"{place}/{name} was changed since it was applied, and its commit in"
             f" {layout.relative(prepared.git.path)} was not; nothing was written",
             hint=(
-                "to take the file: ./scripts/inv patch.unapply && ./scripts/inv patch.apply   "
-                f" or, to take the commit: mv {place}/{name} /tmp && ./scripts/inv patch.export"
+                "./scripts/inv patch.unapply && ./scripts/inv patch.apply    takes the file; or, to"
+                f" take the commit: {_stashed(place, name)}"
             ),
         )
+
+
+def _stashed(place: str, name: str) -> str:
+    """Return the command line that keeps an edited patch file in a stash and exports again."""
+    file = f"{place}/{name}"
+    return f"git stash push --include-untracked -- {file} && ./scripts/inv patch.export"
 
 
 def _check(layout: Layout, folder: Path, plan: _Plan, console: Console) -> None:

@@ -4,6 +4,8 @@ The work itself is in patches, export, importing and overview; a patch as a bran
 """
 
 import contextlib
+import itertools
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -49,7 +51,7 @@ def put_on_upstream(session: Session, name: str, patch: str) -> Path:
         )
     file = _patch(layout, session.project, patch)
     user = patches.user(git)
-    _refuse_taken(layout, git, name, path, shown)
+    _refuse_taken(layout, git, name, shown, patch)
     main = _main(session, git)
     try:
         with run_log.console.step("working tree") as view:
@@ -93,21 +95,27 @@ def _patch(layout: Layout, project: str, patch: str) -> Path:
     return file
 
 
-def _refuse_taken(layout: Layout, git: Git, name: str, path: Path, shown: str) -> None:
+def _refuse_taken(layout: Layout, git: Git, name: str, shown: str, patch: str) -> None:
     if not remotes.is_branch_name(git, name):
         raise SettingsError(
             f"{name!r} is not a valid branch name",
             hint="letters, digits, - and / between words, as in fix/avx2-kernels",
         )
-    if git.resolve(f"refs/heads/{name}"):
-        raise CheckoutError(
-            f"{shown} has a branch {name} already; it was not changed",
-            hint=f"take another name, or: git -C {shown} branch -D {name}",
+    folder = layout.state / "branches"
+
+    def is_taken(name: str) -> bool:
+        return bool(git.resolve(f"refs/heads/{name}")) or (folder / name).exists()
+
+    if is_taken(name):
+        free = next(other for n in itertools.count(2) if not is_taken(other := f"{name}-{n}"))
+        where = (
+            f"{shown} has a branch {name}"
+            if git.resolve(f"refs/heads/{name}")
+            else f"{layout.relative(folder / name)} exists"
         )
-    if path.exists():
         raise CheckoutError(
-            f"{layout.relative(path)} exists already; it was not changed",
-            hint=f"take another name, or: git -C {shown} worktree remove {path}",
+            f"{where} already; it was not changed",
+            hint=f"./scripts/inv patch.export --branch {free} --patch {shlex.quote(patch)}",
         )
 
 

@@ -27,7 +27,7 @@ _ADDRESS = re.compile(r"(?!-)[!-~]{1,1000}")
 # The layout that this module can rewrite.
 _HEADER = re.compile(r"\[([A-Za-z0-9._-]+)\]\s*(?:#.*)?$")
 _VALUE = re.compile(r"""(([a-z0-9]+)\s*=\s*)(?:"[^"\\]*"|'[^']*')(\s*(?:#.*)?)$""", re.DOTALL)
-_HINT = "git checkout -- vendor/pins.toml    restores the committed pins"
+_HINT = "git stash push -- vendor/pins.toml    restores the committed pins, keeps yours in a stash"
 _SHOWN = 80
 # Old commits of the workspace and known-good states hold pins of the first edition.
 _FORMER_HEADER = re.compile(rb"^(\s*\[\s*\w+\.)donors(\.[\w-]+\s*\])", re.MULTILINE)

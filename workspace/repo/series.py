@@ -46,9 +46,7 @@ def read_series(folder: Path, *, pin: str) -> Series:
         lines = read_regular(folder / SERIES_FILE).decode().split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise PatchDrift(
-            f"{shown} cannot be read: {reason}", hint=f"git checkout -- {shown}"
-        ) from exc
+        raise PatchDrift(f"{shown} cannot be read: {reason}", hint=_restored(shown)) from exc
     base = _base(lines, shown, folder, pin)
     names: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -60,12 +58,17 @@ def read_series(folder: Path, *, pin: str) -> Series:
     return Series(base, tuple(names))
 
 
+def _restored(shown: str) -> str:
+    """Return the command line that restores a committed file and keeps its edits in a stash."""
+    return f"git stash push -- {shown}    restores the committed file and keeps yours in a stash"
+
+
 def _base(lines: Sequence[str], shown: str, folder: Path, pin: str) -> str:
     bases = [found[1] for line in lines if (found := _BASE.fullmatch(line.strip()))]
     if len(bases) != 1:
         raise PatchDrift(
             f"{shown} has {len(bases)} lines `# base: <40 hex>`, expected one",
-            hint=f"git checkout -- {shown}",
+            hint=_restored(shown),
         )
     if bases[0] != pin:
         raise PatchDrift(
@@ -130,9 +133,7 @@ def text_of(folder: Path) -> str:
         return ""
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise SettingsError(
-            f"{shown} cannot be read: {reason}", hint=f"git checkout -- {shown}"
-        ) from exc
+        raise SettingsError(f"{shown} cannot be read: {reason}", hint=_restored(shown)) from exc
 
 
 def validate_text(folder: Path, pin: str) -> None:

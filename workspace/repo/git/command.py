@@ -390,8 +390,8 @@ class Command:
             raise CheckoutError(
                 f"{found[1]} belongs to another user than you, so git refuses to read it",
                 hint=(
-                    f"sudo chown -R $(id -un) {place}    or, to trust it as it is: git config"
-                    f" --global --add safe.directory {place}"
+                    f"git config --global --add safe.directory {place}    trusts it as it is; to"
+                    f" make it yours: sudo chown -R $(id -un) {place}"
                 ),
             )
         if answer.status < 0:

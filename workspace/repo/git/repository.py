@@ -311,9 +311,8 @@ class Git(Command):
                 f"{in_way[0]} in {self.path} is in the way: git does not track it, and"
                 f" {commit[:12]} has a file of that name; nothing was moved",
                 hint=(
-                    f"mv {shlex.quote(str(self.path / in_way[0]))}"
-                    f" {shlex.quote(str(self.path / in_way[0]) + '.mine')}    and the same command"
-                    " again"
+                    f"git -C {shlex.quote(str(self.path))} stash push --all --"
+                    f" {shlex.quote(in_way[0])}    keeps it in a stash; then the same command again"
                 ),
             )
 
