@@ -273,7 +273,8 @@ def _refused_by_setting(
     for pattern, key, variable in _UV_SETTINGS:
         line = next((line for line in verdict if pattern.search(line)), None)
         place = _place_of((variable, key), layout, environment) if line else None
-        if line is None:
+        # Our own arguments may ask for the same, except for this one.
+        if line is None or (place is None and key != "exclude-newer"):
             continue
         own = re.sub(r"^\w+: ", "", line)
         where = f" ({place})" if place else ""

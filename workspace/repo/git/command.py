@@ -7,6 +7,7 @@ never prompt.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -80,8 +81,8 @@ def digest(entries: Entries) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
-# The longest file name of a patch that a series may list.
-LONGEST_NAME = 200
+# A series lists file names of up to 200 letters; `.patch` and a number of four digits are added.
+_LONGEST_STEM = 200 - len("-1000.patch")
 
 
 def file_stems(slugs: Iterable[str]) -> tuple[str, ...]:
@@ -91,21 +92,32 @@ def file_stems(slugs: Iterable[str]) -> tuple[str, ...]:
     """
     stems: list[str] = []
     for slug in slugs:
-        longest = LONGEST_NAME - len(".patch") - len("-1000")
-        stem = slug.lstrip("-.")[:longest].rstrip("-.") or "patch"
-        number = 1
-        while (name := stem if number == 1 else f"{stem}-{number}") in stems:
-            number += 1
-        stems.append(name)
+        stem = slug.lstrip("-.")[:_LONGEST_STEM].rstrip("-.") or "patch"
+        names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+        stems.append(next(name for name in names if name not in stems))
     return tuple(stems)
 
 
+# What git prints when the program that it started (ssh, a helper) has printed the reason before.
+_REASON_IS_ABOVE = re.compile(
+    r"(fatal|error): (Could not read from remote repository|the remote end hung up|early EOF"
+    r"|index-pack failed|fetch-pack: |protocol error|Could not fetch |could not fetch )"
+)
+_NO_REASON = re.compile(
+    r"hint:|warning:|From |Receiving|Resolving|remote: (Counting|Compressing|Enumerating|Total)",
+    re.IGNORECASE,
+)
+
+
 def first_line(err: str) -> str:
-    """Return the line of git's stderr that names the failure."""
+    """Return the line of git's stderr that names the failure, which may be another program's."""
     lines = [line.strip() for line in err.splitlines() if line.strip()]
-    message = next(
-        (line for line in lines if line.startswith(("fatal:", "error:"))), lines[0] if lines else ""
-    )
+    faults = [line for line in lines if line.startswith(("fatal:", "error:"))]
+    message = next((line for line in faults if not _REASON_IS_ABOVE.match(line)), "")
+    if not message:
+        before = lines[: lines.index(faults[0])] if faults else lines[:1]
+        reasons = [line for line in before if not _NO_REASON.match(line)]
+        message = (reasons or faults or lines or [""])[-1 if reasons else 0]
     return re.sub(r"^(fatal|error): ", "", message)
 
 
@@ -427,17 +439,28 @@ class Command:
             if "GIT_DIR" in self._extra
             else ["-C", str(self.path)]
         )
-        process.run(
-            [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *args],
-            env=settings.child_environment("git", git_environment(offline=False) | PATIENCE),
-            run_log=run_log,
-            on_line=on_line,
-            failure=SourceError,
-            hint=(
-                "check the network and run the same command again; VLLM_MIRROR or TRITON_MIRROR"
-                " names a copy, and bootstrap --source release needs none"
-            ),
+        hint = (
+            "./scripts/inv doctor    asks each remote; VLLM_MIRROR or TRITON_MIRROR names a copy,"
+            " and bootstrap --source release needs none"
         )
+        try:
+            process.run(
+                [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *args],
+                env=settings.child_environment("git", git_environment(offline=False) | PATIENCE),
+                run_log=run_log,
+                on_line=on_line,
+                failure=SourceError,
+                hint=hint,
+            )
+        except SourceError as exc:
+            output = "\n".join(exc.details[:-1])
+            failed = f"git {_verb(args)} in {self.path}"
+            if refusal := refusal_of_disk(output):
+                raise ToolchainError(
+                    f"{failed}: {refusal}", hint=f"df -h {self.path}", details=exc.details
+                ) from exc
+            reason = first_line(output) or exc.message
+            raise SourceError(f"{failed}: {reason}", hint=hint, details=exc.details) from exc
 
     def _remove_leftovers(self) -> None:
         """Remove what a killed git left in the git directory and among its packs."""
