@@ -1,5 +1,6 @@
 """Pull requests, mails and diffs as people pass them on: imported, or refused with git's words."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -276,3 +277,25 @@ def test_patch_that_does_not_fit_is_not_placed_by_less_context(applied: Workspac
     diff = EDIT.replace("@@ -1 +1 @@", "@@ -1,2 +1,2 @@\n other")
     with pytest.raises(PatchConflict, match="does not apply"):
         take(applied, file(applied, mail_of("From: A <a@b.c>", diff=diff)))
+
+
+def test_file_for_a_conflict_by_hand_is_what_git_can_read(named: Workspace) -> None:
+    diff = EDIT.replace("-a\n", "-other\n").replace(" a/", " ").replace(" b/", " ")
+    with pytest.raises(PatchConflict, match="does not apply") as failure:
+        take(named, file(named, diff, "my feature.diff"))
+    by_hand = (failure.value.hint or "").split("    ")[0]
+    assert "'../../.workspace/imported/my feature.diff.patch'" in by_hand
+    environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
+    environ |= {"GIT_COMMITTER_NAME": "A", "GIT_COMMITTER_EMAIL": "a@b.c", "LC_ALL": "C"}
+    done = subprocess.run(
+        by_hand, shell=True, cwd=named.layout.root, capture_output=True, text=True, env=environ
+    )
+    assert "csrc/a.cu" in done.stderr, "the mail with prefixes, which git reads"
+    assert named.stack().state is State.IN_PROGRESS
+
+
+def test_both_mails_of_a_file_stay_readable_by_hand(applied: Workspace) -> None:
+    path = pull_request(applied, "one", "two", flags=("--cover-letter",))
+    take(applied, path)
+    kept = (applied.layout.state / "imported" / "it.patch").read_bytes()
+    assert kept.count(b"\nSubject: ") == 2

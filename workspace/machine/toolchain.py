@@ -293,7 +293,7 @@ def classify_uv_failure(
     output: Sequence[str],
     *,
     layout: Layout,
-    environment: Mapping[str, str],
+    env: Mapping[str, str],
     is_build: bool,
     otherwise: WorkspaceError,
 ) -> WorkspaceError:
@@ -319,21 +319,35 @@ def classify_uv_failure(
         hint = f"ls -ld {layout.environment}  # the clone and uv's cache must belong to you"
         message = f"a folder is not writable: {_last_disk_error(verdict)}"
         return ToolchainError(message, hint=hint, details=otherwise.details)
-    if refused := _refused_by_setting(
-        verdict, layout=layout, environment=environment, otherwise=otherwise
-    ):
+    if refused := _refused_by_setting(verdict, layout=layout, environment=env, otherwise=otherwise):
         return refused
-    if _NO_NETWORK.search(text):
-        first = re.sub(r"^\w+: ", "", next(line for line in verdict if _NO_NETWORK.search(line)))
-        hint = (
-            "check the network and run the same command again; export UV_DEFAULT_INDEX=… names"
-            " a mirror, HTTPS_PROXY=… a proxy"
-        )
-        offline = _place_of(("UV_OFFLINE", "offline"), layout, environment)
-        if "disabled" in first and offline:
-            hint = _without(offline, "offline")
-        message = f"the package index could not be reached: {first}"
-        return SourceError(message, hint=hint, details=otherwise.details)
+    return _unreached(verdict, layout, env, otherwise) or _unsolved(verdict, layout, env, otherwise)
+
+
+def _unreached(
+    verdict: Sequence[str], layout: Layout, env: Mapping[str, str], otherwise: WorkspaceError
+) -> WorkspaceError | None:
+    """Return the error for an index that did not answer, or None."""
+    line = next((line for line in verdict if _NO_NETWORK.search(line)), None)
+    if line is None:
+        return None
+    first = re.sub(r"^\w+: ", "", line)
+    hint = (
+        "check the network and run the same command again; export UV_DEFAULT_INDEX=… names"
+        " a mirror, HTTPS_PROXY=… a proxy"
+    )
+    offline = _place_of(("UV_OFFLINE", "offline"), layout, env)
+    if "disabled" in first and offline:
+        hint = _without(offline, "offline")
+    message = f"the package index could not be reached: {first}"
+    return SourceError(message, hint=hint, details=otherwise.details)
+
+
+def _unsolved(
+    verdict: Sequence[str], layout: Layout, env: Mapping[str, str], otherwise: WorkspaceError
+) -> WorkspaceError:
+    """Return the error for versions that do not exist or contradict each other, or `otherwise`."""
+    text = "\n".join(verdict)
     if missing := _NO_VERSION.search(text):
         # uv writes the marker of a dependency after its name, in braces.
         name = next(group for group in missing.groups() if group).split("{")[0]
@@ -344,7 +358,7 @@ def classify_uv_failure(
         return NotOffered(message, hint=hint, details=otherwise.details)
     if "No solution found" in text:
         cause = next((line for line in verdict if "ecause " in line), verdict[0])
-        place = _place_of(_UV_CONSTRAINTS, layout, environment)
+        place = _place_of(_UV_CONSTRAINTS, layout, env)
         return type(otherwise)(
             f"uv finds no versions that fit: {re.sub(r'^[^B]*', '', cause)}"
             + (f" (perhaps by {place}, a setting of yours)" if place else ""),

@@ -110,8 +110,8 @@ def run(session: Session, source: str) -> export.Export:
     check = f"git -C {shown} apply --check {file}"
     with tempfile.TemporaryDirectory(prefix="workspace-import-") as folder:
         parts = _readable(mails.split_mails(git, kept, Path(folder)), origin, git, notes)
-        if notes:
-            write_atomic(kept, b"\n".join(part.read_bytes() for part in parts))
+        if (readable := b"".join(part.read_bytes() for part in parts)) != raw:
+            write_atomic(kept, readable)
         place = layout.state / f"{project}-stack"
         work = _Import(git, origin, parts, by_hand, check, place, notes)
         tip = stack.head if _is_applied(work, stack) else _tip_on(work, stack.head)
