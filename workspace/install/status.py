@@ -16,7 +16,7 @@ from workspace.install.precompiled import text_of
 from workspace.machine import doctor, gpu, torch
 from workspace.machine.machine import Machine
 from workspace.machine.torch import Installed, TorchBuild
-from workspace.repo import checkout, overview, patches, pins
+from workspace.repo import checkout, overview, patches, pins, series
 
 # The key in the stamp's outcome: the libraries of which this GPU runs only PTX
 # (device_code.driver_work), empty if there are none.
@@ -255,6 +255,8 @@ def patches_row(stack: patches.Stack | None) -> Row:
         if stack.dirty
         else ""
     )
+    if stack.untracked:
+        edited += f"; {series.named_untracked(stack.untracked)}"
     texts: dict[patches.State, tuple[State, str]] = {
         patches.State.APPLIED: (State.OK, f"{count} applied"),
         patches.State.UNAPPLIED: (

@@ -306,7 +306,7 @@ def install(
         )
     except failure as exc:
         known = toolchain.classify_uv_failure(
-            output, layout=layout, is_build=phase == "install", otherwise=exc
+            output, layout=layout, env=environment, is_build=phase == "install", otherwise=exc
         )
         if known is exc:
             raise

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from workspace.core import hints, process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
-from workspace.core.files import write_atomic
+from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.process import Absent, Answer, Broken, Slow, There
 from workspace.core.settings import Settings
@@ -234,8 +234,82 @@ class NotOffered(SourceError):
     """The index answers and has no suitable version: a retry does not help."""
 
 
+# Settings of uv with which it refuses what the index has: what it prints, key, variable.
+_UV_SETTINGS = (
+    (re.compile(r"`?exclude-newer`?"), "exclude-newer", "UV_EXCLUDE_NEWER"),
+    (re.compile(r"`--require-hashes` mode"), "require-hashes", "UV_REQUIRE_HASHES"),
+    (re.compile(r"building from source is disabled"), "no-build", "UV_NO_BUILD"),
+    (re.compile(r"index lookups were disabled"), "no-index", "UV_NO_INDEX"),
+)
+_UV_CONSTRAINTS = (
+    *("UV_CONSTRAINT", "UV_OVERRIDE", "UV_EXCLUDE", "UV_BUILD_CONSTRAINT"),
+    *("constraint-dependencies", "override-dependencies", "exclude-dependencies"),
+)
+
+
+def _place_of(names: Sequence[str], layout: Layout, environment: Mapping[str, str]) -> str | None:
+    """Return the variable, or the file, that has one of these settings of uv, or None."""
+    if found := next((name for name in names if environment.get(name)), None):
+        return found
+    home = environment.get("HOME", "/")
+    files: tuple[str, ...] = (
+        *((environment["UV_CONFIG_FILE"],) if environment.get("UV_CONFIG_FILE") else ()),
+        *(f"{folder}/uv.toml" for folder in (layout.root, *layout.root.parents)),
+        f"{environment.get('XDG_CONFIG_HOME') or f'{home}/.config'}/uv/uv.toml",
+        "/etc/uv/uv.toml",
+    )
+    keys = "|".join(re.escape(name) for name in names if name.islower())
+    for file in files:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if re.search(rf"^\s*({keys})\s*=", read_regular(Path(file)).decode(), re.MULTILINE):
+                return file
+    return None
+
+
+def _without(place: str, key: str) -> str:
+    """Return the hint for a setting of uv in a variable or in a file."""
+    if key == "exclude-newer":
+        return (
+            hints.text("machine.newer_in_file", path=place)
+            if "/" in place
+            else hints.text("machine.newer", name=place)
+        )
+    if "/" in place:
+        return hints.text("machine.uv_setting_in_file", key=key, path=place)
+    return hints.text("machine.uv_setting", name=place)
+
+
+def _refused_by_setting(
+    verdict: Sequence[str],
+    *,
+    layout: Layout,
+    environment: Mapping[str, str],
+    otherwise: WorkspaceError,
+) -> WorkspaceError | None:
+    """Return the error for what a setting of uv leaves out, with uv's own line, or None."""
+    for pattern, key, variable in _UV_SETTINGS:
+        line = next((line for line in verdict if pattern.search(line)), None)
+        place = _place_of((variable, key), layout, environment) if line else None
+        # Our own arguments may ask for the same, except for this one.
+        if line is None or (place is None and key != "exclude-newer"):
+            continue
+        own = re.sub(r"^\w+: ", "", line)
+        where = f" ({place})" if place else ""
+        return ToolchainError(
+            f"uv's setting {key}{where} stands in the way: {own}",
+            hint=_without(place or variable, key),
+            details=otherwise.details,
+        )
+    return None
+
+
 def classify_uv_failure(
-    output: Sequence[str], *, layout: Layout, is_build: bool, otherwise: WorkspaceError
+    output: Sequence[str],
+    *,
+    layout: Layout,
+    env: Mapping[str, str],
+    is_build: bool,
+    otherwise: WorkspaceError,
 ) -> WorkspaceError:
     """Turn the output of a failed uv into an error with a hint, `otherwise` for unknown output.
 
@@ -259,17 +333,47 @@ def classify_uv_failure(
         hint = hints.text("machine.own_environment", folder=layout.environment)
         message = f"a folder is not writable: {_last_disk_error(verdict)}"
         return ToolchainError(message, hint=hint, details=otherwise.details)
-    if _NO_NETWORK.search(text):
-        first = re.sub(r"^\w+: ", "", next(line for line in verdict if _NO_NETWORK.search(line)))
-        hint = hints.text("machine.network_or_index")
-        message = f"the package index could not be reached: {first}"
-        return SourceError(message, hint=hint, details=otherwise.details)
+    if refused := _refused_by_setting(verdict, layout=layout, environment=env, otherwise=otherwise):
+        return refused
+    return _unreached(verdict, layout, env, otherwise) or _unsolved(verdict, layout, env, otherwise)
+
+
+def _unreached(
+    verdict: Sequence[str], layout: Layout, env: Mapping[str, str], otherwise: WorkspaceError
+) -> WorkspaceError | None:
+    """Return the error for an index that did not answer, or None."""
+    line = next((line for line in verdict if _NO_NETWORK.search(line)), None)
+    if line is None:
+        return None
+    first = re.sub(r"^\w+: ", "", line)
+    hint = hints.text("machine.network_or_index")
+    offline = _place_of(("UV_OFFLINE", "offline"), layout, env)
+    if "disabled" in first and offline:
+        hint = _without(offline, "offline")
+    message = f"the package index could not be reached: {first}"
+    return SourceError(message, hint=hint, details=otherwise.details)
+
+
+def _unsolved(
+    verdict: Sequence[str], layout: Layout, env: Mapping[str, str], otherwise: WorkspaceError
+) -> WorkspaceError:
+    """Return the error for versions that do not exist or contradict each other, or `otherwise`."""
+    text = "\n".join(verdict)
     if missing := _NO_VERSION.search(text):
         # uv writes the marker of a dependency after its name, in braces.
         name = next(group for group in missing.groups() if group).split("{")[0]
         message = f"the package index has no {name} that fits"
         hint = hints.text("machine.other_index")
         return NotOffered(message, hint=hint, details=otherwise.details)
+    if "No solution found" in text:
+        cause = next((line for line in verdict if "ecause " in line), verdict[0])
+        place = _place_of(_UV_CONSTRAINTS, layout, env)
+        return type(otherwise)(
+            f"uv finds no versions that fit: {re.sub(r'^[^B]*', '', cause)}"
+            + (f" (perhaps by {place}, a setting of yours)" if place else ""),
+            hint=_without(place, "dependencies") if place else otherwise.hint,
+            details=otherwise.details,
+        )
     return otherwise
 
 

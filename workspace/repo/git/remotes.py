@@ -37,11 +37,8 @@ def advertised(
             f"{without_user(url)} gave no answer in {timeout_s:g} s (CONNECT_TIMEOUT_S)", hint=hint
         ) from None
     if answer.returncode != 0:
-        raise SourceError(
-            f"{without_user(url)} cannot be read:"
-            f" {first_line(answer.stderr) or process.describe_status(answer.returncode)}",
-            hint=hint,
-        )
+        reason = first_line(answer.stderr) or process.describe_status(answer.returncode)
+        raise SourceError(f"{without_user(url)} cannot be read: {without_user(reason)}", hint=hint)
     return {
         name: oid
         for oid, name in (
