@@ -244,7 +244,8 @@ def index_without_dates(folder):
     [
         ("UV_EXCLUDE_NEWER", "2024-01-01", 'exclude-newer = "2024-01-01"'),
         ("UV_EXCLUDE_NEWER", "soon", 'exclude-newer = "1 day"'),
-        ("UV_REQUIRE_HASHES", "1", "[pip]\nrequire-hashes = true"),
+        # The variable never reaches uv.
+        (None, "", "[pip]\nrequire-hashes = true"),
         (None, "", "no-index = true"),
     ],
 )
@@ -272,11 +273,15 @@ def test_setting_of_uv_that_leaves_a_version_out_is_named_and_not_the_index(
 def test_constraint_of_the_user_is_named_as_a_guess(house, built, tmp_path):
     built()
     house.wheel("leaf", "1.0")
-    (tmp_path / "c.txt").write_text("leaf<1\n")
+    folder = tmp_path / "config" / "uv"
+    folder.mkdir(parents=True)
+    (folder / "uv.toml").write_text('constraint-dependencies = ["leaf<1"]\n')
+    settings = house.settings(XDG_CONFIG_HOME=str(tmp_path / "config"))
     with pytest.raises(BuildError) as failure:
-        install(house, house.settings(UV_CONSTRAINT=str(tmp_path / "c.txt")), "leaf==1.0")
+        install(house, settings, "leaf==1.0")
     assert failure.value.message == (
         "uv finds no versions that fit: Because you require leaf==1.0 and leaf<1, we can conclude"
-        " that your requirements are unsatisfiable. (perhaps by UV_CONSTRAINT, a setting of yours)"
+        " that your requirements are unsatisfiable."
+        f" (perhaps by {folder}/uv.toml, a setting of yours)"
     )
-    assert failure.value.hint == "unset UV_CONSTRAINT    and the same command again"
+    assert (failure.value.hint or "").startswith(f"grep -n dependencies {folder}/uv.toml    shows")

@@ -241,9 +241,11 @@ _UV_SETTINGS = (
     (re.compile(r"building from source is disabled"), "no-build", "UV_NO_BUILD"),
     (re.compile(r"index lookups were disabled"), "no-index", "UV_NO_INDEX"),
 )
+# Keys of uv.toml; the variables that say the same never reach uv (core/settings.py).
 _UV_CONSTRAINTS = (
-    *("UV_CONSTRAINT", "UV_OVERRIDE", "UV_EXCLUDE", "UV_BUILD_CONSTRAINT"),
-    *("constraint-dependencies", "override-dependencies", "exclude-dependencies"),
+    "constraint-dependencies",
+    "override-dependencies",
+    "exclude-dependencies",
 )
 
 
