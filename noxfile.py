@@ -9,6 +9,7 @@ nox exits with 1 if any of them failed.
 # it in the tool environment; another nox hands over to that script.
 
 import os
+import shlex
 import signal
 import sys
 
@@ -70,12 +71,50 @@ PROOFS = {
     "upstream": ["tests/proof/upstream", "-n", "0"],
 }
 
+# nox has moved to the root; scripts/nox exports the folder in which it was typed.
+TYPED_IN = os.environ.get("PWD", ROOT)
+# Starts a session of the library in any folder, from which -P imports nothing.
+SESSIONS = (
+    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1));"
+    " runpy.run_module('workspace.cli.sessions', run_name='__main__', alter_sys=True)"
+)
+
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["tests", "lint", "typecheck"]
 
 
+def typed(args):
+    """Return arguments with the paths that exist in the folder in which nox was typed."""
+    return [
+        os.path.join(TYPED_IN, arg)
+        if TYPED_IN != ROOT and os.path.exists(os.path.join(TYPED_IN, arg.split("::")[0]))
+        else arg
+        for arg in args
+    ]
+
+
+def catch_interrupts():
+    """Raise on ^C. scripts/nox starts without a handler: ^C during imports leaves no traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(session, *argv):
     """Run a module of the tool environment in the root of the clone; exit as it exits."""
+    start(session, "-m", *argv)
+
+
+def run_own(session, *argv):
+    """Run a session of the library in the folder in which nox was typed, so that paths mean that
+    folder.
+    """
+    with session.chdir(TYPED_IN if os.access(TYPED_IN, os.X_OK) else ROOT):
+        session.log("python -m workspace.cli.sessions {}".format(shlex.join(argv)))
+        start(session, "-P", "-c", SESSIONS, ROOT, *argv, log=False)
+
+
+def start(session, *argv, log=True):
+    """Run the interpreter of the tools; exit as it exits."""
     ended_by = []
 
     def end(number, _):
@@ -88,14 +127,15 @@ def run(session, *argv):
             child.send_signal(number)
         raise KeyboardInterrupt
 
+    catch_interrupts()
     former = signal.signal(signal.SIGTERM, end)
     try:
         session.run(
             sys.executable,
-            "-m",
             *argv,
             external=True,
             env=dict.fromkeys(FOREIGN),
+            log=log,
             # As it is: nox would put talk among the data, and hide the terminal from it.
             stderr=None,
             interrupt_timeout=INTERRUPT_TIMEOUT_S,
@@ -121,20 +161,20 @@ def tests(session):
     """Run the workspace's own tests; arguments after -- go to pytest."""
     # The floor of the coverage is for the whole suite.
     coverage = [] if session.posargs else ["--cov", "--cov-report="]
-    run(session, "pytest", *coverage, *session.posargs)
+    run(session, "pytest", *coverage, *typed(session.posargs))
 
 
 @nox.session
 def lint(session):
     """Run ruff: rules, then format; arguments after -- go to both."""
-    run(session, "ruff", "check", *session.posargs)
-    run(session, "ruff", "format", "--check", *session.posargs)
+    run(session, "ruff", "check", *typed(session.posargs))
+    run(session, "ruff", "format", "--check", *typed(session.posargs))
 
 
 @nox.session
 def typecheck(session):
     """Run mypy, strict, on the library and its scripts."""
-    run(session, "mypy", *session.posargs)
+    run(session, "mypy", *typed(session.posargs))
 
 
 @nox.session
@@ -147,40 +187,40 @@ def docs(session):
 @nox.session
 def smoke(session):
     """Judge whether the built tree computes correctly."""
-    run(session, "workspace.cli.sessions", "smoke", *session.posargs)
+    run_own(session, "smoke", *session.posargs)
     # inv pin.rollback returns to a state that passed. Help proves nothing.
     if not {"-h", "--help"} & set(session.posargs):
-        run(session, "workspace.cli.sessions", "record-good")
+        run_own(session, "record-good")
 
 
 @nox.session
 def upstream(session):
     """Run vLLM's own tests that the changed files reach."""
-    run(session, "workspace.cli.sessions", "upstream", *session.posargs)
+    run_own(session, "upstream", *session.posargs)
 
 
 @nox.session
 def bench(session):
     """Measure the built tree: latency (default), throughput, serve, startup."""
-    run(session, "workspace.cli.sessions", "bench", *session.posargs)
+    run_own(session, "bench", *session.posargs)
 
 
 @nox.session
 def bisect(session):
     """Find the upstream commit or the patch that broke or slowed the tree."""
-    run(session, "workspace.cli.sessions", "bisect", *session.posargs)
+    run_own(session, "bisect", *session.posargs)
 
 
 @nox.session
 def ab(session):
     """Compare the working tree with a base, measured in turn: one verdict."""
-    run(session, "workspace.cli.sessions", "ab", *session.posargs)
+    run_own(session, "ab", *session.posargs)
 
 
 @nox.session
 def perf(session):
     """Measure what the workspace itself costs, as ratios."""
-    run(session, "workspace.cli.sessions", "perf", *session.posargs)
+    run_own(session, "perf", *session.posargs)
 
 
 @nox.session

@@ -5,8 +5,20 @@ scripts/inv runs this file as a program of the tool environment. Any other loade
 verbs, messages and exit codes. The file therefore parses in old Pythons.
 """
 
+# Until main.run catches it, ^C ends the process as the system does it: without a traceback. This
+# comes before every other import; with -S, not even site has been imported yet.
+import _signal
+
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 import os
 import sys
+
+if sys.flags.no_site:
+    import site
+
+    site.main()
 
 _ROOT = os.path.dirname(os.path.realpath(__file__))
 _TOOLS = os.path.join(_ROOT, ".workspace", "tools")

@@ -5,13 +5,18 @@ be imported: standard library only, syntax of Python 3.6. Of the user's pip and 
 that say where packages come from are kept, the others dropped.
 """
 
+# Until main catches it, ^C ends the process as the system does it: without a traceback.
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import configparser
 import fcntl
 import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -61,6 +66,8 @@ def main():
     """Make the environment unless it is complete, and return the exit code."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             prepare()
         except OSError as exc:
@@ -263,6 +270,11 @@ def package_sources():
     for name, text in os.environ.items():
         if _UV_KEPT.match(name) or _PIP_KEPT.match(name) or not _DROPPED.match(name):
             environment[name] = text
+    if not environment.get("UV_CACHE_DIR") and not can_write(
+        environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    ):
+        # As core/paths.py decides it for every later uv.
+        environment["UV_CACHE_DIR"] = os.path.join(STATE, "cache", "uv")
     pip = pip_settings(environment)
     for name, key in (
         ("SSL_CERT_FILE", "cert"),
@@ -286,6 +298,13 @@ def package_sources():
         options += ["--find-links=" + place for place in pip.get("find-links", "").split()]
     options += ["--allow-insecure-host=" + host for host in pip.get("trusted-host", "").split()]
     return environment, options
+
+
+def can_write(folder):
+    """Return whether a folder, or the nearest one above it that exists, can be written."""
+    while folder and not os.path.lexists(folder) and os.path.dirname(folder) != folder:
+        folder = os.path.dirname(folder)
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def pip_settings(environment):

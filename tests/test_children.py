@@ -152,7 +152,7 @@ def test_probe_of_the_smoke_gets_what_a_run_gets_and_the_rows_of_the_smoke(world
     seen.unlink(missing_ok=True)
     for probe in (world.root / "workspace" / "probes").glob("*.py"):
         # A model is made beside the first probe, by a child of another phase.
-        if probe.name not in ("__init__.py", "variables.py", "small_model.py"):
+        if probe.name not in ("__init__.py", "small_model.py"):
             probe.write_text(PROBE.format(seen=str(seen)))
     ended = session(world, "smoke", "--fail-fast")
     assert ended.returncode == 8, ended.stderr

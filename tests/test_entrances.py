@@ -215,3 +215,72 @@ def test_foreign_nox_hands_over_with_all_arguments(ready: Clone, foreign: Path) 
         False,
         0,
     ), listed.stderr
+
+
+INTERRUPT = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "entrance", "args"),
+    [
+        ("workspace/cli/__init__.py", "inv", ["status"]),
+        ("workspace/core/files.py", "inv", ["--list"]),
+        ("noxfile.py", "nox", ["--list"]),
+        ("scripts/configparser.py", "inv", ["--version"]),
+    ],
+    ids=["cli", "core", "nox", "tools"],
+)
+def test_interrupt_during_the_imports_of_an_entrance_leaves_no_traceback(
+    tmp_path: Path, place: str, entrance: str, args: list[str]
+) -> None:
+    clone = make_clone(tmp_path)
+    if entrance == "nox" or place.startswith("workspace"):
+        assert clone.inv("--version").returncode == 0
+    (clone.root / place).write_text(INTERRUPT)
+    ended = clone.run(clone.root / "scripts" / entrance, *args)
+    # The shell exits as the program that prepares the tools: killed by SIGINT.
+    assert ended.returncode in (-2, 130)
+    assert "Traceback" not in ended.stderr
+    assert "KeyboardInterrupt" not in ended.stderr
+
+
+def test_interrupt_of_a_verb_is_named_and_exits_130(tmp_path: Path) -> None:
+    clone = make_clone(tmp_path)
+    module = clone.root / "workspace" / "core" / "paths.py"
+    head = "def here() -> Layout:\n"
+    body = "".join(f"    {line}\n" for line in INTERRUPT.splitlines())
+    module.write_text(module.read_text().replace(head, head + body))
+    ended = clone.inv("status")
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (130, "interrupted")
+
+
+def test_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
+    clone = make_clone(tmp_path)
+    assert clone.inv("--version").returncode == 0
+    (clone.root / "workspace" / "cli" / "__init__.py").write_text(INTERRUPT)
+    script = "trap '' INT; exec \"$0\" --version"
+    done = clone.run("/bin/sh", "-c", script, clone.root / "scripts" / "inv")
+    assert (done.returncode, done.stdout[:6]) == (0, "Invoke")
+
+
+def test_verbs_that_start_nothing_do_not_repeat_the_warnings_of_env(ready: Clone) -> None:
+    dotenv = ready.root / ".env"
+    dotenv.write_text("NCCL_SOCKET_IFNMAE=eth0\nMAX_JOBS=2\n")
+    try:
+        for verb in (["patch"], ["pin", "--offline"], ["status"], ["serve.list"], ["bench"]):
+            assert "IFNMAE" not in ready.inv(*verb).stderr
+        shown = ready.inv("env")
+        assert "did you mean NCCL_SOCKET_IFNAME?" in shown.stdout + shown.stderr
+    finally:
+        dotenv.unlink()
+
+
+def test_verb_that_starts_something_warns_of_each_line_once(ready: Clone) -> None:
+    dotenv = ready.root / ".env"
+    dotenv.write_text("NCCL_SOCKET_IFNMAE=eth0\n")
+    try:
+        warned = ready.inv("env.export").stderr
+        assert warned.count("IFNMAE is not a known setting") == 1
+        assert "sed -i" not in warned
+    finally:
+        dotenv.unlink()

@@ -59,7 +59,18 @@ SAMPLES: dict[str, object] = {
     "words": ["rebuild", "--target", "_C"],
 }
 PROGRAMS = {
-    *(".vllm/bin/hf", ".vllm/bin/vllm", "ccache", "cat", "cd", "chmod", "chown", "cp", "df"),
+    *(
+        ".vllm/bin/hf",
+        ".vllm/bin/vllm",
+        "ccache",
+        "cat",
+        "cd",
+        "chmod",
+        "chown",
+        "cp",
+        "df",
+        "diff",
+    ),
     *(
         "echo",
         "export",

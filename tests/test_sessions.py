@@ -43,6 +43,26 @@ def test_single_session_exits_with_the_code_of_its_child(judged: Clone) -> None:
     assert session(judged, "-s", "smoke", body="").returncode == 0
 
 
+def test_session_runs_in_the_folder_in_which_it_was_typed_and_imports_nothing_there(
+    judged: Clone, tmp_path: Path
+) -> None:
+    trap = booby_trap(tmp_path / "trap")
+    body = "import json, os, workspace; print([os.getcwd(), workspace.__file__])"
+    typed = session(judged, "-s", "smoke", body=body, cwd=trap, PWD="/elsewhere")
+    package = judged.root / "workspace" / "__init__.py"
+    assert typed.stdout == f"{[str(trap), str(package)]}\n"
+    assert session(judged, "-s", "smoke", body=body).returncode == 0
+
+
+def test_path_for_a_tool_of_nox_means_the_folder_in_which_it_was_typed(
+    judged: Clone, tmp_path: Path
+) -> None:
+    (tmp_path / "test_own.py").touch()
+    nox = judged.root / "scripts" / "nox"
+    shown = judged.run(nox, "-s", "tests", "--", "test_own.py::test_a", "-q", cwd=tmp_path).stderr
+    assert f"pytest {tmp_path}/test_own.py::test_a -q" in shown
+
+
 def test_help_of_the_smoke_records_no_good_state(judged: Clone) -> None:
     assert "record-good" in session(judged, "-s", "smoke", body="").stderr
     assert "record-good" not in session(judged, "-s", "smoke", "--", "--help", body="").stderr

@@ -251,3 +251,38 @@ def test_machine_without_python_gets_a_sentence(bare: Clone, tmp_path: Path) -> 
         6,
         "error: there is no python3 on PATH\nhint: sudo apt-get install python3 python3-venv\n",
     )
+
+
+def test_python_that_is_there_and_fails_is_not_called_missing(bare: Clone, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("cmp", "sh", "head"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or "")
+    program(
+        tmp_path / "bin" / "python3", "#!/bin/sh\necho libpython3.so: not found >&2; exit 127\n"
+    )
+    for entrance in ("inv", "nox"):
+        script = bare.root / "scripts" / entrance
+        script.write_text(script.read_text().replace("/usr/bin/python3", "/nowhere/python3"))
+        failed = bare.run(script, "--list", PATH=str(tmp_path / "bin"))
+        assert failed.returncode == 6
+        assert failed.stderr.startswith("error: python3 does not run: libpython3.so: not found\n")
+
+
+@pytest.mark.parametrize("name", ["HOME", "XDG_CACHE_HOME"])
+def test_home_that_cannot_be_written_gives_uv_a_cache_in_the_clone(
+    bare: Clone, tmp_path: Path, name: str
+) -> None:
+    # A file in the place of the folder stops root, too, unlike a mode.
+    (tmp_path / "closed").touch()
+    closed = tmp_path / "closed" if name == "HOME" else tmp_path / "closed" / "cache"
+    # What a read-only file system refuses, os.access refuses; here nobody may enter the file.
+    done = bare.inv("--list", **{name: str(closed)})
+    assert is_list(done.stdout)
+    environment = bare.calls()[0][1]
+    assert environment["UV_CACHE_DIR"] == str(bare.root / ".workspace" / "cache" / "uv")
+
+
+def test_cache_of_the_user_and_one_that_can_be_written_stay(bare: Clone, tmp_path: Path) -> None:
+    (tmp_path / "closed").touch()
+    bare.inv("--list", HOME=str(tmp_path / "closed"), UV_CACHE_DIR="/mine")
+    assert bare.calls()[0][1]["UV_CACHE_DIR"] == "/mine"

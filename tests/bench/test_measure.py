@@ -78,6 +78,14 @@ def only(world: World) -> dict[str, Any]:
     return document
 
 
+def test_path_for_vllm_means_the_folder_in_which_it_was_typed(measured: World) -> None:
+    ended = bench(measured, "--repeat", "1", "--", "--tokenizer=./own", "--load-format", "dummy")
+    assert ended.code == 0, ended.output
+    flags = only(measured)["flags"]
+    assert [flag for flag in flags if flag.endswith("/own") and flag != "--tokenizer=./own"]
+    assert str(measured.folder) not in " ".join(flags)
+
+
 def test_record_holds_samples_software_and_sources_and_nothing_private(measured: World) -> None:
     ended = bench(
         measured,

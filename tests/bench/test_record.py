@@ -13,7 +13,7 @@ from hypothesis import given
 
 from tests.bench.materials import record, served
 from tests.fuzz.strategies import DEEP, damaged_document, fuzz
-from workspace.bench import results
+from workspace.bench import results, subject
 from workspace.bench.results import NewerSchema, Record, decode, encode, read, write
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
@@ -88,6 +88,61 @@ def test_incomplete_record_is_refused(content: bytes, tmp_path: Path) -> None:
     ) as caught:
         read(path, place="a.json")
     assert caught.value.hint
+
+
+# The keys of `vllm bench` of 0.31 and of other programs, with a value of each.
+SERVED = {
+    "date": "20260505-195242",
+    "endpoint_type": "openai-chat",
+    "completed": 200,
+    "request_throughput": 0.266,
+    "output_throughput": 129.2,
+    "mean_ttft_ms": 1395.4,
+}
+TIMED = {"avg_latency": 1.5, "latencies": [1.4, 1.6], "percentiles": {"50": 1.5}}
+TOKENS = {
+    "elapsed_time": 9.5,
+    "num_requests": 10,
+    "total_num_tokens": 900,
+    "requests_per_second": 1.1,
+    "tokens_per_second": 95.0,
+}
+STARTED = {"avg_cold_startup_time": 40.0, "avg_warm_startup_time": 20.0}
+PYTORCH = {"benchmark": {"name": "vLLM benchmark"}, "model": {"name": "m"}, "metric": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "origin"),
+    [
+        (json.dumps(SERVED), "a result of `vllm bench serve`"),
+        (json.dumps([SERVED, SERVED]), "2 results of `vllm bench serve`"),
+        (f"{json.dumps(SERVED)}\n{json.dumps(SERVED)}\n", "2 results of `vllm bench serve`"),
+        (json.dumps(TIMED), "a result of `vllm bench latency`"),
+        (json.dumps(TOKENS), "a result of `vllm bench throughput`"),
+        (json.dumps(STARTED), "a result of `vllm bench startup`"),
+        (json.dumps([PYTORCH]), "a result of vLLM in PyTorch's benchmark format"),
+        (json.dumps({"benchmarks": [], "metadata": {}}), "a result of guidellm or llama-benchy"),
+        (json.dumps({"results": {}, "versions": {}, "n-shot": {}}), "a result of lm-eval"),
+    ],
+)
+def test_result_of_another_program_is_called_by_its_name_and_stays(
+    content: str, origin: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(SettingsError) as caught:
+        read(tmp_path / "a.json", place="a.json")
+    assert caught.value.message.startswith(f"a.json is {origin}: it names neither machine nor tree")
+    assert caught.value.hint == "./scripts/nox -s bench    measures, and writes a record"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", json.dumps([SERVED, TIMED]), "1\n{}"])
+def test_file_of_no_known_program_is_no_complete_record_and_the_hint_leaves_it(
+    content: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(SettingsError, match="is no complete record") as caught:
+        read(tmp_path / "a.json", place="a.json")
+    assert "mv" not in (caught.value.hint or "")
 
 
 def test_record_of_a_newer_workspace_is_reported_as_such(tmp_path: Path) -> None:
@@ -183,7 +238,7 @@ def test_list_shows_newest_first_with_damaged_and_interrupted_records(tmp_path: 
 )
 def test_result_without_samples_is_refused(kind: str, result: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        results.samples(kind, result)
+        subject.samples(kind, result)
 
 
 def test_samples_of_a_server_are_milliseconds_by_request_and_gap() -> None:
@@ -195,7 +250,7 @@ def test_samples_of_a_server_are_milliseconds_by_request_and_gap() -> None:
         "ttfts": [0.1, 0.2],
         "itls": [[0.01, 0.03], []],
     }
-    found = results.samples("serve", result, at=8)
+    found = subject.samples("serve", result, at=8)
     assert found["ttft@8"] == (100.0, 200.0)
     assert found["itl@8"] == (10.0, 30.0)
     assert found["tpot@8"] == (20.0,)
@@ -204,7 +259,7 @@ def test_samples_of_a_server_are_milliseconds_by_request_and_gap() -> None:
 
 
 def test_startup_without_compilation_has_no_compilation_metric() -> None:
-    found = results.samples(
+    found = subject.samples(
         "startup",
         {"cold_startup_times": [3.5], "cold_compilation_times": [0.0], "warm_startup_times": [2.5]},
     )

@@ -58,3 +58,10 @@ def test_hook_of_the_users_is_kept_and_comes_back(clone: World, hooks: Path) -> 
     assert clone.run("hook", "--remove").code == 0
     assert (hooks / HOOK).readlink() == Path("theirs")
     assert not (hooks / KEPT).is_symlink()
+
+
+def test_gate_names_files_that_git_does_not_track(clone: World) -> None:
+    (clone.layout.vllm / "vllm" / "mine.cfg").write_text("mine\n")
+    ended = clone.run("hook", "--run")
+    assert "files that git does not track are in no patch: vllm/mine.cfg" in ended.err
+    assert "git -C vendor/vllm add --force -- vllm/mine.cfg && git -C" in ended.err

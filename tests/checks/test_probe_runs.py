@@ -15,6 +15,7 @@ import pytest
 from workspace.checks import probe_runs
 from workspace.checks.probe_runs import Program, SharedImport
 from workspace.core.paths import here
+from workspace.machine.gpu import Memory
 from workspace.machine.hardware import Host
 from workspace.server import process_tree
 
@@ -224,6 +225,10 @@ def test_memory_and_cores_limit_how_many_probes_run_at_once() -> None:
 
     assert [lanes(20, 100.0), lanes(2, 20.0), lanes(20, 5.0), lanes(1, 100.0)] == [4, 2, 1, 1]
     assert lanes(20, 0.5) == 1
+    # A discrete GPU has less than the machine.
+    host = Host("x86_64", 20, 119.0, 100.0)
+    assert [probe_runs.lanes(host, Memory(24.0, free)) for free in (23.0, 9.0, 1.0)] == [4, 2, 1]
+    assert probe_runs.lanes(host, None) == 4
 
 
 COMPILERS = {

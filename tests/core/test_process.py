@@ -2,14 +2,17 @@
 
 import io
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from workspace.cli import main
 from workspace.core import process
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import SourceError, ToolchainError
@@ -103,6 +106,71 @@ def test_second_interrupt_does_not_orphan_a_child_that_is_deaf_to_the_first(tmp_
         started.communicate(timeout=9)
     assert started.returncode == 130
     assert not is_alive(deaf)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.003, 0.01, 0.03])
+@pytest.mark.parametrize("others", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_in_quick_succession_end_in_one_sentence(
+    tmp_path: Path, pause_s: float, others: signal.Signals
+) -> None:
+    """As a person who types ^C thrice, or a terminal that closes after ^C."""
+    # The program prints without end, so that the verb has its output in hand.
+    with verb(tmp_path, "echo $$; while :; do echo x; sleep 0.01; done") as started:
+        assert started.stdout is not None
+        shell = int(started.stdout.readline())
+        for number in (signal.SIGINT, others, others):
+            started.send_signal(number)
+            time.sleep(pause_s)
+        _, talk = started.communicate(timeout=20)
+    # Of signals that are pending at once, the kernel delivers the lowest number first.
+    sentences = {"interrupted": 130, f"interrupted by {others.name}": 128 + others}
+    assert sentences[talk.splitlines()[-1]] == started.returncode
+    assert not re.search("Traceback|OSError|ignored", talk)
+    assert not is_alive(shell)
+
+
+CLEANUP = """
+import sys, time
+from workspace.cli import main
+
+def work():
+    try:
+        print("working", flush=True)
+        time.sleep(60)
+    finally:
+        for step in range(int(sys.argv[1])):
+            print(step, flush=True)
+            time.sleep(0.02)
+
+sys.exit(main.run(work))
+"""
+
+
+def test_cleanup_is_finished_whatever_interrupts_follow() -> None:
+    argv = [sys.executable, "-c", CLEANUP, "30"]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        started.stdout.readline()
+        for _ in range(main.LAST_RESORT - 1):
+            started.send_signal(signal.SIGINT)
+            time.sleep(0.03)
+        out, _ = started.communicate(timeout=20)
+    assert (started.returncode, out.split()[-1]) == (130, "29")
+
+
+def test_person_who_goes_on_with_interrupts_gets_out() -> None:
+    argv = [sys.executable, "-c", CLEANUP, "5000"]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        started.stdout.readline()
+        while started.poll() is None:
+            started.send_signal(signal.SIGINT)
+            # One reads while the other prints: its pipe must not fill up.
+            started.stdout.readline()
+            time.sleep(0.05)
+        out, _ = started.communicate(timeout=20)
+    assert started.returncode == 130
+    assert "4999" not in out
 
 
 def test_signal_during_a_start_waits_until_the_child_is_known() -> None:

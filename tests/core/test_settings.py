@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from workspace.core import settings
 from workspace.core.child_variables import fitting_jobs
 from workspace.core.errors import SettingsError
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, here
 
 BARE = {"PATH": "/usr/bin:/bin", "HOME": "/home/someone"}
 
@@ -80,7 +80,13 @@ def test_unknown_name_is_passed_on_with_the_nearest_known_one(tmp_path: Path) ->
         *("FLASHINFER_CUDA_ARCH_LIST", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE"),
         *("CUDA_VISIBLE_DEVICES", "CUDA_CACHE_PATH", "CUDA_PATH", "NCCL_DEBUG", "TORCH_HOME"),
         *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_ALLOC_CONF", "TRANSFORMERS_OFFLINE"),
-        *("OMP_NUM_THREADS", "TIKTOKEN_ENCODINGS_BASE"),
+        *("OMP_NUM_THREADS", "TIKTOKEN_ENCODINGS_BASE", "NCCL_IB_HCA", "GLOO_SOCKET_IFNAME"),
+        *("UCX_NET_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HUGGING_FACE_HUB_TOKEN", "MKL_CBWR"),
+        *("HF_XET_HIGH_PERFORMANCE", "RAY_memory_monitor_refresh_ms", "KMP_AFFINITY", "KMP_AVX"),
+        *("TORCH_NCCL_TRACE_BUFFER_SIZE", "CUTE_DSL_ARCH", "TVM_FFI_CUDA_ARCH_LIST", "LD_PRELOAD"),
+        *("SAFETENSORS_FAST_GPU", "http_proxy", "HTTPS_PROXY", "no_proxy", "DG_JIT_CACHE_DIR"),
+        *("CUBLASLT_LOG_LEVEL", "NCCL_LL128_BUFFSIZE", "NCCL_IB_ADDR_RANGE", "OTEL_SDK_DISABLED"),
+        *("MLX5_SINGLE_THREADED", "UCX_IB_SL", "TZ", "LC_ALL", "TMPDIR", "MASTER_ADDR"),
     ],
 )
 def test_variable_of_a_library_is_passed_on_without_a_warning(tmp_path: Path, name: str) -> None:
@@ -99,6 +105,13 @@ def test_variable_of_a_library_is_passed_on_without_a_warning(tmp_path: Path, na
         ("TRITON_PTXAS", "TRITON_PTXAS_PATH"),
         ("TRITON_BLACKWELL_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"),
         ("CUDA_VISBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+        ("NCCL_SOCKET_IFNMAE", "NCCL_SOCKET_IFNAME"),
+        ("PYTORCH_CUDA_ALOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("OMP_NUM_THREAD", "OMP_NUM_THREADS"),
+        ("RAY_memory_monitor_refesh_ms", "RAY_memory_monitor_refresh_ms"),
+        ("GLO_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),
+        ("htps_proxy", "https_proxy"),
+        ("LD_PRELOADS", "LD_PRELOAD"),
     ],
 )
 def test_typing_error_in_a_name_of_a_library_is_reported(
@@ -167,13 +180,49 @@ def test_damaged_dotenv_stops_with_its_line(tmp_path: Path, text: bytes, says: s
             "https://host/vllm.git",
             "ssh://me@host:22/x",
             "git@host:team/vllm.git",
-            "mirrors/vllm",
         ),
-        *("file:///srv/vllm", "/srv/my mirrors/vllm", "./my mirror", "~/vllm", "http://[::1]:8/x"),
+        *("file:///srv/vllm", "/srv/my mirrors/vllm", "http://[::1]:8/x"),
     ],
 )
 def test_urls_and_paths_are_mirrors(tmp_path: Path, mirror: str) -> None:
     assert load(tmp_path, shell={"VLLM_MIRROR": mirror}).text("VLLM_MIRROR") == mirror
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "path"),
+    [
+        ("VLLM_MIRROR", "./my mirror", "my mirror"),
+        ("VLLM_MIRROR", "mirrors/vllm", "mirrors/vllm"),
+        ("HF_HOME", "hf", "hf"),
+        ("CUDA_HOME", "../cuda", "../cuda"),
+        ("KERNELS", "wheels/a.whl", "wheels/a.whl"),
+    ],
+)
+def test_relative_path_counts_from_the_folder_in_which_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, path: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert load(tmp_path, f'{name}="{text}"').text(name) == str(tmp_path / path)
+    assert load(tmp_path, shell={name: text}).text(name) == str(elsewhere / path)
+    assert load(tmp_path, f'{name}="{text}"', flags={name: text}).text(name) == str(
+        elsewhere / path
+    )
+
+
+def test_path_of_a_name_that_is_passed_on_is_absolute_for_the_child(tmp_path: Path) -> None:
+    written = 'HF_HUB_CACHE=./hub\nTMPDIR="~/tmp"\nNCCL_SOCKET_IFNAME=.eth\n'
+    written += "VLLM_LOGGING_CONFIG_PATH=conf/log.json\nMY_LIBRARY_PATH=a/b:c\n"
+    found = load(tmp_path, written, shell={"VLLM_CACHE_ROOT": "./cache", "MY_WORD": "a/b"})
+    child = found.child_environment("run")
+    assert child["VLLM_LOGGING_CONFIG_PATH"] == str(tmp_path / "conf/log.json")
+    assert child["MY_LIBRARY_PATH"] == "a/b:c"
+    assert child["VLLM_CACHE_ROOT"] == str(Path.cwd() / "cache")
+    assert child["MY_WORD"] == "a/b"
+    assert child["HF_HUB_CACHE"] == str(tmp_path / "hub")
+    assert child["TMPDIR"] == str(Path.home() / "tmp")
+    assert child["NCCL_SOCKET_IFNAME"] == ".eth"
 
 
 def test_second_line_of_a_name_is_reported_with_both_lines_and_counts(tmp_path: Path) -> None:
@@ -304,3 +353,99 @@ def test_run_time_always_has_a_bound_on_compilers_and_a_build_has_its_own(tmp_pa
     assert int(found.child_environment("run")["MAX_JOBS"]) >= 1
     assert "MAX_JOBS" not in found.child_environment("build")
     assert load(tmp_path, "MAX_JOBS=3\n").child_environment("run")["MAX_JOBS"] == "3"
+
+
+def test_variables_in_dotenv_are_resolved_as_in_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    found = load(
+        tmp_path,
+        'BASE=/data\nHF_HOME=$HOME/models\nWORKSPACE_CACHE_DIR="${HOME}/dl"\n'
+        "CUDA_HOME=$BASE/cuda\nHF_HUB_CACHE=$BASE/hub\nLITERAL='$HOME/x'\nRPATH=$ORIGIN/lib\n"
+        "VLLM_API_KEY=pa$HOME\n",
+    )
+    assert found.text("HF_HOME") == "/home/ada/models"
+    assert found.text("WORKSPACE_CACHE_DIR") == "/home/ada/dl"
+    assert found.text("CUDA_HOME") == "/data/cuda"
+    passed = {name: value.text for name, value in found.passed.items()}
+    assert passed["HF_HUB_CACHE"] == "/data/hub"
+    assert (passed["LITERAL"], passed["RPATH"]) == ("$HOME/x", "$ORIGIN/lib")
+    # A password may have a $ in it.
+    assert found.text("VLLM_API_KEY") == "pa$HOME"
+
+
+@pytest.mark.parametrize("text", ["$HOEM/models", "${HOEM}/models", '"$HOEM/models"'])
+def test_path_with_a_variable_that_is_not_set_stops_with_its_line(
+    tmp_path: Path, text: str
+) -> None:
+    with pytest.raises(SettingsError, match=r"line 2: HF_HOME needs the variable HOEM") as caught:
+        load(tmp_path, f"# mine\nHF_HOME={text}\n")
+    assert "+2 .env" in (caught.value.hint or "")
+
+
+def test_home_sign_in_a_path_is_resolved_for_programs_that_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    found = load(tmp_path, "HF_HOME=~/models\nTRITON_PTXAS_PATH=~/ptxas\n")
+    environment = found.child_environment("run")
+    assert environment["HF_HOME"] == "/home/ada/models"
+    assert environment["TRITON_PTXAS_PATH"] == "/home/ada/ptxas"
+
+
+@pytest.mark.parametrize("name", ["HF_HOME", "CUDA_HOME", "WORKSPACE_CACHE_DIR"])
+@pytest.mark.parametrize("text", ["$HOME/models", "$(pwd)/models", "`pwd`/models", "${HOME}/x"])
+def test_path_of_the_shell_or_in_quotes_with_a_variable_in_it_is_refused(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"{name} in the shell: .* is not a path in which"):
+        load(tmp_path, "", shell={name: text})
+    with pytest.raises(SettingsError, match=rf"\.env, line 1: {name}: "):
+        load(tmp_path, f"{name}='{text.replace('${HOME}', '$HOME')}'\n")
+
+
+def test_home_that_cannot_be_written_gives_caches_in_the_clone(tmp_path: Path) -> None:
+    (tmp_path / "closed").touch()
+    for shell in ({"HOME": str(tmp_path / "closed")}, {"XDG_CACHE_HOME": f"{tmp_path}/closed/x"}):
+        found = load(tmp_path, "", shell=shell)
+        assert found.cache == here().state / "cache" / "vllm-workspace"
+        environment = found.child_environment("plain")
+        assert environment["UV_CACHE_DIR"] == str(here().state / "cache" / "uv")
+        # Models that are there already can still be read.
+        assert "HF_HOME" not in found.child_environment("run")
+    fine = load(tmp_path, "", shell={"HOME": str(tmp_path)})
+    assert fine.cache == tmp_path / ".cache" / "vllm-workspace"
+    assert "UV_CACHE_DIR" not in fine.child_environment("plain")
+    own = load(tmp_path, "", shell={"HOME": str(tmp_path / "closed"), "UV_CACHE_DIR": "/mine"})
+    assert own.child_environment("plain")["UV_CACHE_DIR"] == "/mine"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("UV_CONSTRAINT", "UV_BUILD_CONSTRAINT", "UV_OVERRIDE", "PIP_CONSTRAINT", "UV_NO_BUILD"),
+        *("UV_REQUIRE_HASHES", "UV_PRERELEASE", "UV_RESOLUTION", "UV_TARGET", "PIP_NO_BINARY"),
+        *("UV_NO_INSTALLER_METADATA", "UV_NO_BUILD_ISOLATION", "UV_NO_BINARY_PACKAGE"),
+    ],
+)
+def test_setting_of_uv_or_pip_that_changes_what_is_installed_is_kept_from_children(
+    tmp_path: Path, name: str
+) -> None:
+    found = load(tmp_path, f"{name}=/mine\n", shell={name: "/mine"})
+    assert all(name not in found.child_environment(phase) for phase in ("plain", "build"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("UV_DEFAULT_INDEX", "UV_FIND_LINKS", "UV_OFFLINE", "UV_EXCLUDE_NEWER", "UV_NO_CONFIG"),
+        *("UV_PYTHON_DOWNLOADS", "UV_PYTHON_PREFERENCE", "UV_NATIVE_TLS", "PIP_CONFIG_FILE"),
+        *("UV_INDEX_STRATEGY", "UV_CONCURRENT_DOWNLOADS", "UV_LINK_MODE"),
+    ],
+)
+def test_setting_of_uv_that_says_where_packages_come_from_is_passed_on(
+    tmp_path: Path, name: str
+) -> None:
+    found = load(tmp_path, "", shell={name: "mine"})
+    assert found.child_environment("plain")[name] == "mine"

@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,53 @@ def test_verbs_with_nothing_to_do_do_not_ask_the_gpu(built: World) -> None:
     assert not asked.exists()
     built.run("doctor", "--offline", env=driver)
     assert asked.exists()
+
+
+BROKEN_DRIVERS = {
+    "mismatch": "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18",
+    "no contact": 'echo "NVIDIA-SMI couldn\'t communicate with the NVIDIA driver."; exit 9',
+    "no devices": "echo 'No devices were found'; exit 6",
+    "no devices, exit 0": "echo 'No devices were found'",
+    "container": "echo 'Failed to initialize NVML: Unknown Error'; exit 255",
+}
+
+
+def with_driver(world: World, script: str) -> dict[str, str]:
+    """Variables of a machine whose driver is there and fails, and that leaves the choice to us."""
+    folder = Path(tempfile.mkdtemp(dir=world.folder))
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    env = {"PATH": f"{folder}:{world.env['PATH']}", "DEVICE": "auto"}
+    if gpu.is_library_there({}):
+        # As in tests/machine/conftest.py: the program answers on a machine with a GPU, too.
+        (folder / gpu.LIBRARY).write_text("not a library")
+        env["LD_LIBRARY_PATH"] = str(folder)
+    return env
+
+
+@pytest.mark.parametrize("script", BROKEN_DRIVERS.values(), ids=BROKEN_DRIVERS)
+def test_machine_whose_driver_fails_is_not_built_for_the_cpu(world: World, script: str) -> None:
+    ended = world.run("bootstrap", env=with_driver(world, script))
+    assert ended.code == 6, ended.output
+    assert "--device cpu" in ended.err
+    assert not world.layout.environment.exists()
+    assert list(world.layout.vllm.iterdir()) == []
+    assert not world.layout.dotenv.exists()
+
+
+def test_other_verbs_do_not_take_a_failed_driver_for_a_cpu(world: World) -> None:
+    env = with_driver(world, BROKEN_DRIVERS["mismatch"])
+    world.run("env.init", env=env)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in world.layout.dotenv.read_text()
+    doctor = world.run("doctor", "--offline", env=env)
+    assert doctor.code == 6
+    assert "Driver/library version mismatch" in doctor.output
+
+
+def test_clone_built_for_the_cpu_stays_so_beside_a_failed_driver(built: World) -> None:
+    env = with_driver(built, BROKEN_DRIVERS["mismatch"])
+    assert "nothing to do" in built.run("bootstrap", env=env).err
+    assert built.run("status", env=env).code == 0
 
 
 def test_bootstrap_from_git_fetches_the_pin_without_the_history_of_files(

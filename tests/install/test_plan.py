@@ -12,6 +12,8 @@ from workspace.core import settings
 from workspace.core.errors import SettingsError
 from workspace.core.paths import Layout
 from workspace.install import bootstrap, plan, stamp, status
+from workspace.machine import gpu
+from workspace.machine.machine import Machine
 from workspace.machine.torch import TorchBuild
 from workspace.repo.git import Git
 
@@ -218,3 +220,68 @@ def test_price_is_named_for_the_attention_library_only() -> None:
     sentence = status.driver_sentence(stamp.Stamp(inputs={}, outcome=outcome))
     assert sentence is not None
     assert "compiler-minutes" not in sentence
+
+
+def driver_rows(world: World, tmp_path: Path, script: str, **env: str) -> tuple[list[str], ...]:
+    """Return what status and doctor say of a driver whose nvidia-smi is `script`."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir(exist_ok=True)
+    smi.write_text(f"#!/bin/sh\necho >> {tmp_path}/asked\n{script}\n")
+    smi.chmod(0o755)
+    environ = {**world.env, "PATH": f"{smi.parent}:{world.env['PATH']}", "DEVICE": "auto", **env}
+    if gpu.is_library_there({}):
+        # As in tests/machine/conftest.py: the program answers on a machine with a GPU, too.
+        (smi.parent / gpu.LIBRARY).write_text("not a library")
+        environ["LD_LIBRARY_PATH"] = str(smi.parent)
+    machine = Machine(world.layout, settings.load(world.layout, environ=environ))
+    found = (status.device_rows(machine), status.device_rows(machine, queries_driver=True))
+    return tuple([row.text for row in rows] for rows in found)
+
+
+ANSWERS = "echo 'NVIDIA GB10, 12.1, 580.95.05'"
+MISMATCH = "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18"
+
+
+def away(world: World) -> None:
+    """Record that no driver answered when the environment was made."""
+    path = world.layout.stamp("environment")
+    recorded = stamp.read(path)
+    assert recorded is not None
+    stamp.write(path, replace(recorded, outcome={stamp.DRIVER: stamp.AWAY}))
+
+
+def test_clone_built_for_the_cpu_without_a_driver_says_when_the_driver_is_back(
+    built: World, tmp_path: Path
+) -> None:
+    away(built)
+    in_status, in_doctor = driver_rows(built, tmp_path, ANSWERS)
+    assert "now an NVIDIA driver is installed" in in_status[0]
+    assert "now NVIDIA GB10 answers" in in_doctor[0]
+    assert driver_rows(built, tmp_path, ANSWERS, DEVICE="cpu") == ([], [])
+    # A driver that still fails is a fault of its own: another row of the doctor has it.
+    assert driver_rows(built, tmp_path, MISMATCH)[1] == []
+
+
+def test_status_of_a_cpu_build_never_asks_the_driver(built: World, tmp_path: Path) -> None:
+    away(built)
+    driver_rows(built, tmp_path, ANSWERS, DEVICE="cpu")
+    environ = {**built.env, "PATH": f"{tmp_path}/bin:{built.env['PATH']}", "DEVICE": "auto"}
+    machine = Machine(built.layout, settings.load(built.layout, environ=environ))
+    assert any(row.name == "device" for row in status._rows(built.layout, plan.observe_on(machine)))
+    assert not (tmp_path / "asked").exists()
+
+
+def test_cpu_build_beside_a_driver_that_answered_is_meant(built: World, tmp_path: Path) -> None:
+    path = built.layout.stamp("environment")
+    recorded = stamp.read(path)
+    assert recorded is not None
+    stamp.write(path, replace(recorded, outcome={}))
+    assert driver_rows(built, tmp_path, ANSWERS) == ([], [])
+
+
+def test_second_bootstrap_needs_less_disk_by_what_the_first_has_installed(tmp_path: Path) -> None:
+    assert bootstrap._used_gib(tmp_path / "none") == 0
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "lib").write_bytes(os.urandom(3 << 20))
+    (tmp_path / "link").symlink_to(tmp_path / "torch" / "lib")
+    assert bootstrap._used_gib(tmp_path) == pytest.approx(3 / 1024, rel=0.1)

@@ -14,6 +14,7 @@ from tests.machine.conftest import House, built, house
 from tests.small.materials import git
 from workspace.core.console import Row, State
 from workspace.core.errors import ToolchainError
+from workspace.core.process import Absent
 from workspace.install import stamp, triton_diagnosis, triton_fixes
 from workspace.install.precompiled import KernelSource
 from workspace.install.triton_diagnosis import Diagnosis, Stale
@@ -270,5 +271,5 @@ def test_script_without_a_shebang_is_refused_as_triton_would_be_stopped_by_it(ho
     os.chmod(program, 0o755)
     one = Assembler("ptxas", "TRITON_PTXAS_PATH", tmp_path / "bundled", True)
     assert dotenv.judge_ptxas(
-        one, house.settings(TRITON_PTXAS_PATH=str(program)), "12.1", lambda argv: None
+        one, house.settings(TRITON_PTXAS_PATH=str(program)), "12.1", lambda argv: Absent()
     ).is_refused

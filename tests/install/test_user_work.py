@@ -1,5 +1,9 @@
 """Every bootstrap keeps the user's work in the clone."""
 
+import subprocess
+import sys
+import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -142,3 +146,57 @@ def test_patches_that_were_killed_while_they_were_written_are_no_edits_of_the_us
     built.bootstrap()
     assert built.git("rev-parse", "HEAD") == tip
     assert built.git("status", "--porcelain") == ""
+
+
+def copied(built: World) -> Path:
+    """A copy of the whole clone, as `cp -a` makes it."""
+    copy = Path(tempfile.mkdtemp(dir=built.folder)) / "copy"
+    subprocess.run(["cp", "-a", built.root, copy], check=True)
+    return copy
+
+
+def verb_in(root: Path, world: World, *args: str) -> "subprocess.CompletedProcess[str]":
+    argv = [sys.executable, "-Es", "-B", root / "tasks.py", *args]
+    return subprocess.run(argv, env=world.env, text=True, capture_output=True, check=False)
+
+
+IMPORT = ("run", "--", "python", "-c", "import vllm; print('FROM', vllm.__file__)")
+
+
+@pytest.mark.parametrize("verb", [IMPORT, ("shell",), ("run", "--", "true")], ids=" ".join)
+def test_copied_clone_runs_no_code_of_the_original(built: World, verb: tuple[str, ...]) -> None:
+    copy = copied(built)
+    ended = verb_in(copy, built, *verb)
+    assert (ended.returncode, "FROM" in ended.stdout) == (8, False)
+    assert f".vllm imports vLLM from {built.layout.vllm}, not from this clone" in ended.stderr
+    assert "hint: ./scripts/inv bootstrap" in ended.stderr
+    # The original is not concerned.
+    assert built.run(*IMPORT).out.strip() == f"FROM {built.layout.vllm}/vllm/__init__.py"
+
+
+def test_copied_clone_runs_its_own_code_after_a_bootstrap(built: World) -> None:
+    copy = copied(built)
+    done = verb_in(copy, built, "bootstrap", "--no-first-token")
+    assert done.returncode == 0, done.stderr
+    ended = verb_in(copy, built, *IMPORT)
+    assert ended.stdout.strip() == f"FROM {copy}/vendor/vllm/vllm/__init__.py"
+
+
+def test_moved_clone_refuses_and_a_link_to_a_clone_does_not(built: World) -> None:
+    link = Path(tempfile.mkdtemp(dir=built.folder)) / "link"
+    link.symlink_to(built.root)
+    assert verb_in(link, built, *IMPORT).returncode == 0
+    copy = copied(built)
+    moved = copy.rename(copy.parent / "moved")
+    assert verb_in(moved, built, *IMPORT).returncode == 8
+
+
+def test_report_of_a_copied_clone_does_not_run_the_originals_collect_env(built: World) -> None:
+    copy = copied(built)
+    verb_in(copy, built, "report")
+    (bundle,) = (copy / ".workspace" / "reports").glob("*.tar.gz")
+    with tarfile.open(bundle) as archive:
+        (name,) = [name for name in archive.getnames() if name.endswith("collect-env.txt")]
+        member = archive.extractfile(name)
+        assert member is not None
+        assert "was copied or moved" in member.read().decode()

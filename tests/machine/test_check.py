@@ -265,7 +265,7 @@ def test_repeated_name_is_reported_and_the_hint_removes_the_line_without_effect(
 
 def test_variable_of_the_shell_that_hides_a_line_is_reported_with_both_values(house: House) -> None:
     row = judged(house, "MAX_JOBS=3\n", MAX_JOBS="2")["MAX_JOBS"]
-    assert (row.state, row.hint, row.is_reported) == ("warn", "unset MAX_JOBS", True)
+    assert (row.state, row.hint, row.is_sentence) == ("warn", "unset MAX_JOBS", True)
     assert "MAX_JOBS=2 in the shell hides MAX_JOBS=3" in row.text
 
 

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,12 +27,15 @@ def tree(house) -> Path:
     return house.layout.vllm
 
 
-def rows(house, settings, *, device="cpu", is_native=False, need=None) -> dict[str, Row]:
+def rows(
+    house, settings, *, device="cpu", is_native=False, need=None, is_environment_due=False
+) -> dict[str, Row]:
     found = doctor.preflight(
         Machine(house.layout, settings),
         device=device,
         is_native=is_native,
         need_gib=need or {house.layout.root: 0.001},
+        is_environment_due=is_environment_due,
     )
     assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its hint"
     return {row.name: row for row in found}
@@ -132,6 +136,36 @@ def test_missing_headers_of_the_systems_python_fail_where_code_is_compiled(
     house.program("python", text.removeprefix("#!/bin/sh\n"), folder=environment)
     row = rows(house, house.settings(), device=device, is_native=is_native)["headers"]
     assert (row.state, row.hint) == (state, "sudo apt install python3.12-dev")
+
+
+def test_bootstrap_does_not_demand_what_it_would_have_installed(house, built, tree):
+    settings = built()
+    settings = house.settings(PATH=str(house.bin))
+    for name in ("git", "g++", "env", "sh", "timeout", "df"):
+        (house.bin / name).unlink(missing_ok=True)
+        (house.bin / name).symlink_to(shutil.which(name))
+    assert house.layout.environment_python.exists()
+    unfinished = rows(house, settings, is_native=True)
+    assert {unfinished[name].state for name in ("cmake", "ninja")} == {"ok"}
+    house.layout.stamp("environment").parent.mkdir(parents=True, exist_ok=True)
+    house.layout.stamp("environment").write_text("{}")
+    finished = rows(house, settings, is_native=True)
+    assert {finished[name].state for name in ("cmake", "ninja")} == {"FAIL"}
+    # The tree may need another CMake than that of a finished environment: bootstrap brings it.
+    again = rows(house, settings, is_native=True, is_environment_due=True)
+    assert {again[name].state for name in ("cmake", "ninja")} == {"ok"}
+
+
+def test_headers_of_an_environment_that_is_made_again_are_those_of_its_next_python(
+    house, built, tree
+):
+    built()
+    unfinished = house.layout.environment / ".workspace" / "unfinished"
+    unfinished.parent.mkdir(exist_ok=True)
+    unfinished.touch()
+    fake_python(house, "3.12.3", headers=True)
+    row = rows(house, house.settings(), is_native=True)["headers"]
+    assert (row.state, row.text) == ("ok", "Python.h of 3.12.3")
 
 
 def test_missing_headers_of_a_python_that_may_be_replaced_are_a_warning_only(house, tree):

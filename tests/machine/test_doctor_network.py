@@ -31,12 +31,8 @@ def pinned(house, tmp_path):
 
 
 def repository(house, path):
-    assert (
-        Case(house.machine(), device="cpu", is_native=False)
-        .ask(["git", "init", "-q", "--bare", path])
-        .returncode
-        == 0
-    )
+    case = Case(house.machine(), device="cpu", is_native=False)
+    assert case.ask(["git", "init", "-q", "--bare", path]).value.returncode == 0
     return path
 
 

@@ -78,16 +78,21 @@ def test_nvml_answers_all_in_one_call_and_the_program_is_not_started(house: Hous
     driver = nvml(house).driver
     assert driver.gpus() == There((H100,))
     assert driver.cuda() == "13.0"
-    assert driver.memory() == Memory(80.0, 70.0)
+    assert driver.memories() == (Memory(80.0, 70.0),)
     assert driver.residents() == (Resident(4711, "/usr/bin/python3", 10.0),)
     assert driver.sensors() == (Sensors(1979, 1978, 41, 70.5, 4),)
     assert not log.exists()
 
 
+def test_process_is_listed_with_each_gpu_that_it_holds(house: House) -> None:
+    residents = nvml(house, count=2).driver.residents()
+    assert [(resident.pid, resident.gpu) for resident in residents] == [(4711, 0), (4711, 1)]
+
+
 def test_fact_that_nvml_does_not_report_is_none(house: House) -> None:
     driver = nvml(house, memory=3).driver
     assert driver.gpus() == There((H100,))
-    assert driver.memory() is None
+    assert driver.memories() == (None,)
 
 
 def test_nvml_that_fails_is_broken_with_its_message_and_the_program_is_not_asked(
@@ -98,7 +103,7 @@ def test_nvml_that_fails_is_broken_with_its_message_and_the_program_is_not_asked
     answer = driver.gpus()
     assert isinstance(answer, Broken)
     assert "mismatch" in answer.message
-    assert (driver.cuda(), driver.memory(), driver.residents()) == (None, None, ())
+    assert (driver.cuda(), driver.memories(), driver.residents()) == (None, (), ())
     assert nvml(house, count=0).driver.gpus() == Broken("the driver shows no GPU")
     assert not log.exists()
 
@@ -150,6 +155,10 @@ def test_each_answer_of_the_program_is_told_from_the_others(house: House) -> Non
         # These have memory of their own beside a large one of the machine.
         ("NVIDIA GH200 480GB", "9.0", "97871, 97000", True),
         ("NVIDIA GB300", "10.3", "284208, 280000", True),
+        # As much memory as the machine, by chance.
+        ("NVIDIA RTX PRO 6000 Blackwell", "12.0", "{machine}, 90000", True),
+        ("NVIDIA H100", "9.0", "{machine}, 70000", True),
+        ("NVIDIA Jetson AGX Orin", "[N/A]", "62841, 1000", False),
     ],
 )
 def test_gpu_that_shares_the_machines_memory_is_known_by_more_than_one_sign(
@@ -158,7 +167,30 @@ def test_gpu_that_shares_the_machines_memory_is_known_by_more_than_one_sign(
     memory = memory.format(machine=round(hardware.whole_memory_gib() * 1024))
     identity = f"{name}, {capability}, 580"
     recorded(house, f'case "$*" in *memory.total*) echo "{memory}";; *) echo "{identity}";; esac')
-    assert (house.machine().driver.memory() is not None) == has_own
+    assert (house.machine().driver.memories()[0] is not None) == has_own
+
+
+def test_each_gpu_has_a_decision_of_its_own(house: House) -> None:
+    recorded(
+        house,
+        'case "$*" in *memory.total*) echo "124610, 3820"; echo "24564, 24000";;\n'
+        "*uuid*) echo GPU-aa; echo GPU-bb;;\n"
+        '*) echo "NVIDIA GB10, 12.1, 580"; echo "NVIDIA GeForce RTX 4090, 8.9, 580";; esac',
+    )
+    driver = house.machine().driver
+    assert driver.memories() == (None, Memory(24564 / 1024, 24000 / 1024))
+    assert driver.uuids() == ("GPU-aa", "GPU-bb")
+
+
+def test_driver_with_fewer_rows_of_memory_than_gpus_says_nothing_of_the_others(
+    house: House,
+) -> None:
+    recorded(
+        house,
+        'case "$*" in *memory.total*) echo "24564, 24000";;\n'
+        '*) echo "NVIDIA L4, 8.9, 580"; echo "NVIDIA L4, 8.9, 580";; esac',
+    )
+    assert house.machine().driver.memories()[1] is None
 
 
 def test_doctor_asks_the_driver_each_thing_once(house: House) -> None:

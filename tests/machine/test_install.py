@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import functools
 import http.server
 import threading
@@ -80,7 +81,8 @@ def test_no_network_is_a_source_error_with_a_hint(house, built):
     ):
         with pytest.raises(SourceError, match="could not be reached") as caught:
             install(house, settings, "not-here")
-        assert "checks the network" in caught.value.hint
+        is_offline = settings.shell["UV_OFFLINE"] == "1"
+        assert ("unset UV_OFFLINE" if is_offline else "checks the network") in caught.value.hint
 
 
 def test_contradiction_is_a_build_error_and_not_blamed_on_the_index(house, built):
@@ -223,3 +225,63 @@ def test_index_that_refuses_the_password_is_not_reported_to_lack_the_package(hou
     house.program("uv", script, folder=house.layout.tools / "bin")
     with pytest.raises(SourceError, match="401 Unauthorized"):
         install(house, house.settings(), "leaf")
+
+
+@contextlib.contextmanager
+def index_without_dates(folder):
+    """Serve an index with a wheel of leaf 1.0, which does not say when it was uploaded."""
+    name = "leaf-1.0-py3-none-any.whl"
+    (folder / "www/simple/leaf/index.html").write_text(f'<a href="{name}">{name}</a>')
+    handler = functools.partial(_Index, directory=str(folder / "www"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://me:open%20sesame@127.0.0.1:{server.server_port}/simple"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "toml"),
+    [
+        ("UV_EXCLUDE_NEWER", "2024-01-01", 'exclude-newer = "2024-01-01"'),
+        ("UV_EXCLUDE_NEWER", "soon", 'exclude-newer = "1 day"'),
+        # The variable never reaches uv.
+        (None, "", "[pip]\nrequire-hashes = true"),
+        (None, "", "no-index = true"),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_setting_of_uv_that_leaves_a_version_out_is_named_and_not_the_index(
+    house, built, variable, value, toml, in_file, tmp_path
+):
+    built()
+    house.wheel("leaf", "1.0", folder=tmp_path / "www" / "simple" / "leaf")
+    if in_file or variable is None:
+        folder = tmp_path / "config" / "uv"
+        folder.mkdir(parents=True)
+        (folder / "uv.toml").write_text(toml + "\n")
+        shell, place = {"XDG_CONFIG_HOME": str(tmp_path / "config")}, str(folder / "uv.toml")
+    else:
+        shell, place = {variable: value}, variable
+    settings = house.settings(UV_OFFLINE="0", UV_FIND_LINKS="", **shell)
+    with index_without_dates(tmp_path) as url, pytest.raises(ToolchainError) as failure:
+        install(house, settings, "--default-index", url, "leaf==1.0")
+    assert f"({place}) stands in the way: " in failure.value.message
+    assert "index has no" not in failure.value.message
+    assert place in failure.value.hint
+
+
+def test_constraint_of_the_user_is_named_as_a_guess(house, built, tmp_path):
+    built()
+    house.wheel("leaf", "1.0")
+    folder = tmp_path / "config" / "uv"
+    folder.mkdir(parents=True)
+    (folder / "uv.toml").write_text('constraint-dependencies = ["leaf<1"]\n')
+    settings = house.settings(XDG_CONFIG_HOME=str(tmp_path / "config"))
+    with pytest.raises(BuildError) as failure:
+        install(house, settings, "leaf==1.0")
+    assert failure.value.message == (
+        "uv finds no versions that fit: Because you require leaf==1.0 and leaf<1, we can conclude"
+        " that your requirements are unsatisfiable."
+        f" (perhaps by {folder}/uv.toml, a setting of yours)"
+    )
+    assert (failure.value.hint or "").startswith(f"grep -n dependencies {folder}/uv.toml    shows")

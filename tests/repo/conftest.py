@@ -112,6 +112,11 @@ def make_archive(path: Path, work: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def upstream_url(upstream: Upstream) -> str:
+    return f"file://{upstream.bare}"
+
+
+@pytest.fixture(scope="session")
 def hostile_home(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
     """Return the home of a user whose configuration would change or break nearly everything.
 
@@ -173,6 +178,60 @@ def hostile_home(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -
         "i18n.commitEncoding": "ISO-8859-1",
         "fetch.recurseSubmodules": "true",
         "submodule.recurse": "true",
+        # A recommended hardening, which breaks each git in the store of commits.
+        "safe.bareRepository": "explicit",
+        "core.fsmonitor": "true",
+        "core.untrackedCache": "true",
+        "core.splitIndex": "true",
+        "core.logAllRefUpdates": "false",
+        "core.fileMode": "false",
+        "core.symlinks": "false",
+        "core.ignoreCase": "true",
+        "core.commentChar": "auto",
+        "core.abbrev": "no",
+        "core.worktree": "/nowhere",
+        "core.whitespace": "tab-in-indent,cr-at-eol",
+        "index.sparse": "true",
+        "index.version": "2",
+        "feature.manyFiles": "true",
+        "feature.experimental": "true",
+        "merge.conflictStyle": "zdiff3",
+        "merge.renames": "false",
+        "merge.ff": "only",
+        "rebase.autoStash": "true",
+        "rebase.instructionFormat": "%an",
+        "commit.cleanup": "verbatim",
+        "commit.verbose": "true",
+        "log.date": "relative",
+        "log.decorate": "full",
+        "log.follow": "true",
+        "log.mailmap": "false",
+        "column.ui": "always",
+        "diff.ignoreSubmodules": "all",
+        "diff.orderFile": "/nowhere",
+        "diff.relative": "true",
+        "diff.renames": "copies",
+        "diff.submodule": "log",
+        "format.attach": "true",
+        "format.coverLetter": "true",
+        "format.headers": "X-Mine: 1",
+        "format.outputDirectory": "mails",
+        "format.pretty": "oneline",
+        "format.subjectPrefix": "MINE",
+        "am.keepcr": "false",
+        "mailinfo.quotedCr": "strip",
+        "fetch.fsckObjects": "true",
+        "fetch.prune": "true",
+        "fetch.pruneTags": "true",
+        "gc.auto": "1",
+        "gc.pruneExpire": "now",
+        "init.defaultObjectFormat": "sha256",
+        "init.defaultRefFormat": "reftable",
+        "push.default": "nothing",
+        "checkout.workers": "0",
+        "worktree.guessRemote": "true",
+        "status.renames": "copies",
+        "submodule.propagateBranches": "true",
         f"url.file://{upstream.bare}.insteadOf": URL,
     }
     for key, value in settings.items():

@@ -39,7 +39,7 @@ def test_conflict_names_patch_place_and_paths_and_changes_nothing(
         PatchConflict, match=r"patch 2 of 3, patches/vllm/XX-to-YY\.patch"
     ) as failure:
         checked_out.apply()
-    assert failure.value.details == ("conflict in vllm/lines.py",)
+    assert failure.value.details == ("git: patch failed: vllm/lines.py:17",), "nothing is unmerged"
     assert checked_out.stack().state is State.UNAPPLIED
     assert {
         name: entry for name, entry in snapshot(checked_out.vllm).items() if "/.git" not in name

@@ -79,9 +79,13 @@ def test_branch_has_one_signed_commit_on_main_without_the_status(
         (),
     )
     before = left(either_applied)
-    with pytest.raises(CheckoutError, match="has a branch fix/twenty already"):
-        run(either_applied, "fix/twenty", next(iter(upstream.patches)))
+    first = next(iter(upstream.patches))
+    with pytest.raises(CheckoutError, match="has a branch fix/twenty already") as failure:
+        run(either_applied, "fix/twenty", first)
     assert left(either_applied) == before
+    hint = f"./scripts/inv patch.export --branch fix/twenty-2 --patch {first}"
+    assert failure.value.hint == hint
+    run(either_applied, "fix/twenty-2", first)
 
 
 @pytest.mark.usefixtures("user")
@@ -94,7 +98,7 @@ def test_conflict_with_main_leaves_nothing_behind(
     before = left(applied)
     first = next(iter(upstream.patches))
     with pytest.raises(
-        PatchConflict, match=r"conflicts \(vllm/lines.py\) with upstream's main"
+        PatchConflict, match=r"conflicts \(vllm/lines.py\) on upstream's main"
     ) as failure:
         run(applied, "fix", first, VLLM_MIRROR=str(other))
     assert failure.value.hint

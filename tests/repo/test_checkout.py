@@ -211,25 +211,20 @@ def test_checkout_of_the_other_kind_is_kept_and_reported(
     with pytest.raises(CheckoutError, match=f"SOURCE requests {requested}") as failure:
         workspace.ensure(requested)
     assert (workspace.vllm / "mine.txt").read_text() == "mine\n"
-    (workspace.vllm / "mine.txt").unlink()
-    assert failure.value.hint
-    removal = failure.value.hint.split("to replace it: ")[1].split(" && ")[0]
-    subprocess.run(
-        removal,
-        shell=True,
-        cwd=workspace.layout.root,
-        check=True,
-        env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"},
-    )
-    assert workspace.ensure(requested).kind.value == requested
+    keeping, clone = (failure.value.hint or "").split("    keeps using it; or, in a clone beside")
+    assert keeping == "./scripts/inv bootstrap --source auto"
+    environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
+    command, bootstrap = clone.split(": ", 1)[1].split(" && ")
+    subprocess.run(command, shell=True, cwd=workspace.layout.root, check=True, env=environ)
+    assert bootstrap == f"../clone-{requested}/scripts/inv bootstrap --source {requested}"
+    assert (workspace.layout.root.parent / f"clone-{requested}" / "vendor" / "pins.toml").is_file()
 
 
 def test_folder_with_the_users_files_is_left_alone(workspace: Workspace) -> None:
     write(workspace.vllm, {"notes.txt": "mine\n"})
     with pytest.raises(CheckoutError, match="not a git checkout") as failure:
         workspace.ensure("auto")
-    assert failure.value.hint
-    assert "mv vendor/vllm" in failure.value.hint
+    assert (failure.value.hint or "").startswith("ls -lA vendor/vllm    shows what is there; once")
     assert (workspace.vllm / "notes.txt").read_text() == "mine\n"
 
 
@@ -251,6 +246,22 @@ def test_broken_git_folder_does_not_pass_for_the_superproject(
     assert (found.kind, found.head) == (Kind.FOREIGN, None)
 
 
+def test_submodule_that_was_moved_is_connected_by_the_hint(workspace: Workspace) -> None:
+    workspace.ensure("git")
+    mine = commit(workspace.vllm, "mine", {"vllm/mine.py": "mine\n"})
+    aside = workspace.layout.root.parent / "aside"
+    workspace.vllm.rename(aside)
+    assert sh_git(aside, "log", "-1", check=False) == "", "its .git has a relative path"
+    aside.rename(workspace.vllm)
+    (workspace.vllm / ".git").write_text("gitdir: ../.git/modules/vllm\n")
+    with pytest.raises(CheckoutError, match="a folder whose .git is no repository") as failure:
+        workspace.ensure("auto")
+    command, following = (failure.value.hint or "").split(" && ")
+    subprocess.run(command, shell=True, cwd=workspace.layout.root, check=True)
+    assert following == "./scripts/inv patch"
+    assert workspace.observe().head == mine
+
+
 def test_repository_without_the_pin_is_foreign_and_the_hint_gives_it_the_pin(
     workspace: Workspace, upstream: Upstream
 ) -> None:
@@ -259,7 +270,7 @@ def test_repository_without_the_pin_is_foreign_and_the_hint_gives_it_the_pin(
     with pytest.raises(CheckoutError, match=r"a repository without v1\.0\.0") as failure:
         workspace.ensure("auto")
     assert failure.value.hint
-    command = failure.value.hint.split("    ")[0]
+    command = failure.value.hint.split(" && ")[0]
     subprocess.run(command, shell=True, cwd=workspace.layout.root, check=True, capture_output=True)
     assert workspace.observe().kind is Kind.GIT
     assert workspace.observe().head == mine
@@ -429,7 +440,9 @@ def test_checkout_of_another_user_has_a_hint_to_trust_it(
     with pytest.raises(CheckoutError, match="belongs to another user") as failure:
         checked_out.observe()
     assert failure.value.hint
-    assert "safe.directory" in failure.value.hint
+    # First what changes no file; for root, who would take the clone from its user, only that.
+    assert failure.value.hint.startswith("git config --global --add safe.directory ")
+    assert ("chown" in failure.value.hint) == (os.geteuid() != 0)
     sh_git(hostile.parent, "config", "--file", str(hostile), "safe.directory", "*")
     assert checked_out.apply().state.value == "applied"
 

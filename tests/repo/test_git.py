@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.repo.conftest import Snapshot, Workspace, commit, sh_git, write
-from workspace.core.errors import BuildError, CheckoutError, ToolchainError
+from workspace.core.errors import BuildError, CheckoutError, SourceError, ToolchainError
 from workspace.repo.git import Git, worktree
 from workspace.repo.git.command import first_line, refusal_of_disk
 
@@ -174,6 +174,66 @@ def test_first_line_names_the_reason() -> None:
     assert first_line("warning: x\nhint: y\nfatal: it broke\nmore\n") == "it broke"
     assert first_line("only this\n") == "only this"
     assert first_line("") == ""
+
+
+LOST = "fatal: Could not read from remote repository.\n\nPlease make sure you have the correct"
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("git@github.com: Permission denied (publickey).", None),
+        ("Warning: Permanently added 'x' to the list of known hosts.\nx: denied", "x: denied"),
+        ("@ WARNING: HAS CHANGED @\nHost verification failed.", "Host verification failed."),
+        ("ssh: Could not resolve hostname git.invalid: Name or service not known", None),
+        ("bash: line 1: git-upload-pack: command not found", None),
+        ("", "Could not read from remote repository."),
+    ],
+)  # fmt: skip
+def test_reason_of_the_program_that_git_started_is_passed_on(
+    before: str, reason: str | None
+) -> None:
+    assert first_line(f"{before}\n{LOST}\n") == (reason or before)
+
+
+def test_transfer_that_stopped_is_reported_by_its_cause() -> None:
+    output = "error: RPC failed; curl 56 recv failure\nfatal: early EOF\nfatal: index-pack failed"
+    assert first_line(output) == "RPC failed; curl 56 recv failure"
+    assert first_line("fatal: early EOF\nfatal: write error: No space left on device") == (
+        "write error: No space left on device"
+    )
+
+
+def test_refusal_of_ssh_is_in_the_sentence_of_a_fetch(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text(
+        "#!/bin/sh\necho 'git@x.invalid: Permission denied (publickey).' >&2; exit 255\n"
+    )
+    ssh.chmod(0o755)
+    monkeypatch.setenv("GIT_SSH_COMMAND", str(ssh))
+    url = "ssh://git@x.invalid/vllm.git"
+    with pytest.raises(SourceError, match=r"cannot be read: git@x.invalid: Permission denied"):
+        workspace.ensure("git", VLLM_MIRROR=url)
+    workspace.ensure("git")
+    git = Git(workspace.vllm, failure=SourceError)
+    with pytest.raises(SourceError, match=r"git fetch in .*: git@x.invalid: Permission denied"):
+        git.talk(("fetch", url), workspace.settings(), workspace.run_log, lambda _: None)
+
+
+def test_full_disk_of_a_fetch_is_not_the_networks(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.ensure("git")
+    git = Git(workspace.vllm, failure=SourceError)
+    alias = "!echo 'fatal: write error: No space left on device' >&2; exit 128"
+    with pytest.raises(ToolchainError, match="No space left on device") as failure:
+        git.talk(
+            ("-c", f"alias.fill={alias}", "fill"),
+            workspace.settings(),
+            workspace.run_log,
+            lambda _: None,
+        )
+    assert (failure.value.hint or "").startswith("df -h ")
 
 
 def test_full_disk_is_distinguished_from_a_patch_that_does_not_apply() -> None:

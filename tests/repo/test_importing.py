@@ -1,6 +1,7 @@
 """Imports of files, URLs and pull requests, and refusals with nothing changed."""
 
 import http.server
+import io
 import re
 import threading
 from collections.abc import Iterator
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.repo.conftest import LINES, Snapshot, Upstream, Workspace, commit, export, sh_git, write
+from workspace.core.console import Console
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
     PatchDrift,
     SettingsError,
     SourceError,
+    WorkspaceError,
 )
-from workspace.repo import importing
+from workspace.repo import importing, overview
 from workspace.repo.export import Export
 from workspace.repo.patches import State
 
@@ -193,23 +196,6 @@ def test_patch_that_changes_nothing_is_upstreamed(
     assert state(applied, snapshot) == before
 
 
-def test_second_patch_of_a_name_is_refused_before_anything_moves(
-    applied: Workspace, mails: Path, snapshot: Snapshot, tmp_path: Path
-) -> None:
-    take(applied, mails / "first.patch")
-    again = (
-        (mails / "second.patch")
-        .read_bytes()
-        .replace(b"Subject: A second one", b"Subject: [Core] first one!")
-    )
-    (tmp_path / "x.patch").write_bytes(again)
-    before = state(applied, snapshot)
-    with pytest.raises(PatchDrift, match="another patch is named") as failure:
-        take(applied, tmp_path / "x.patch")
-    assert "rebase -i" in (failure.value.hint or "")
-    assert state(applied, snapshot) == before
-
-
 def test_edits_an_unapplied_series_and_a_missing_checkout_are_in_the_way(
     release: Workspace, mails: Path, snapshot: Snapshot
 ) -> None:
@@ -236,17 +222,12 @@ def test_missing_checkout_is_reported(workspace: Workspace, mails: Path) -> None
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (
-            b"diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n",
-            "is a diff without author and message",
-        ),
-        (b"--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n", "is a diff without author and message"),
-        (b"<!DOCTYPE html><html>\n--- x\n</html>", "is not a mail"),
-        (b"", "is not a mail"),
-        (b"\xff\0" * 100, "is not a mail"),
+        (b"<!DOCTYPE html><html>\n--- x\n</html>", "is neither a mail"),
+        (b"", "is neither a mail"),
+        (b"\xff\0" * 100, "is neither a mail"),
     ],
 )
-def test_content_that_is_no_mail_is_refused_with_a_hint(
+def test_content_that_is_no_patch_is_refused_with_a_hint(
     applied: Workspace, tmp_path: Path, content: bytes, match: str
 ) -> None:
     (tmp_path / "x.patch").write_bytes(content)
@@ -259,7 +240,7 @@ def test_mail_without_a_diff_and_missing_file_are_refused(
     applied: Workspace, tmp_path: Path
 ) -> None:
     (tmp_path / "x.patch").write_bytes(b"From: a <a@b>\nSubject: x\n\nonly words\n")
-    with pytest.raises(PatchConflict, match="is no patch that git can read"):
+    with pytest.raises(SettingsError, match="has no diff, so there is nothing to import"):
         take(applied, tmp_path / "x.patch")
     with pytest.raises(SettingsError, match="cannot be read"):
         take(applied, tmp_path / "nothing.patch")
@@ -382,3 +363,39 @@ def test_no_credentials_of_the_user_are_sent_and_failures_are_sentences(
 )
 def test_addresses_of_github_lead_to_the_mail(source: str, fetched: str | None) -> None:
     assert importing.public_of(source) == fetched
+
+
+ESCAPES = """From 1111111111111111111111111111111111111111 Mon Sep 17 00:00:00 2001
+From: =?utf-8?q?Eve=1B=5B2J?= <eve@example.com>
+Date: Mon, 1 Jun 2026 10:00:00 +0000
+Subject: [PATCH] =?utf-8?q?case_=1B=5B31mRED=1B=5D0=3Bpwn=07?=
+
+---
+diff --git a/case_esc.txt b/case_esc.txt
+new file mode 100644
+index 0000000..257cc56
+--- /dev/null
++++ b/case_esc.txt
+@@ -0,0 +1 @@
++foo
+--
+2.39
+"""
+
+
+def test_escape_sequences_of_a_mail_do_not_reach_the_terminal(
+    applied: Workspace, tmp_path: Path
+) -> None:
+    (tmp_path / "esc.patch").write_text(ESCAPES)
+    out, err = io.StringIO(), io.StringIO()
+    console = Console(out=out, err=err)
+    try:
+        take(applied, tmp_path / "esc.patch")
+    except WorkspaceError as exc:
+        console.error(exc)
+    entries = overview.entries(applied.layout, "vllm", applied.pin, applied.observe())
+    console.table([(entry.state, entry.subject) for entry in entries])
+    shown = out.getvalue() + err.getvalue() + applied.err.getvalue()
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    assert "case" in shown

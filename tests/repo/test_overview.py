@@ -306,4 +306,4 @@ def test_next_command_for_a_folder_without_git_does_not_touch_the_clone_around_i
     workspace.vllm.mkdir(parents=True, exist_ok=True)
     (workspace.vllm / "mine.txt").write_text("mine")
     following = overview.next_command(workspace.layout, workspace.pin, workspace.stack())
-    assert following == "mv vendor/vllm vendor-vllm.mine && ./scripts/inv bootstrap"
+    assert following.startswith("ls -lA vendor/vllm    shows what is there")

@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from workspace.core.paths import Layout, here
 from workspace.core.settings import load
 from workspace.machine import run_environment
 from workspace.machine.machine import Machine
-from workspace.server import fit, models
+from workspace.server import models, verbs
 
 FETCHED = """import json, os, pathlib, sys
 assert sys.argv[1] == "openai/gpt-oss-20b", sys.argv
@@ -108,7 +109,7 @@ def test_model_is_fetched_once_and_then_needs_no_hub(clone: Clone) -> None:
     clone.fetch()
     assert [line.split()[0] for line in clone.output.splitlines()[:2]] == ["skipped", "skipped"]
     out = io.StringIO()
-    fit.show_recipes(
+    verbs.show_recipes(
         Machine(clone.layout, load(clone.layout, environ=clone.shell)),
         console=Console(out=out, err=out),
         as_json=True,
@@ -118,6 +119,21 @@ def test_model_is_fetched_once_and_then_needs_no_hub(clone: Clone) -> None:
         clone.layout.root / "hf/hub/models--openai--gpt-oss-20b/snapshots/abc1"
     )
     assert rows["gpt-oss-120b"]["on_disk"] is None
+
+
+def test_revision_is_fetched_and_then_found_by_its_name(clone: Clone) -> None:
+    clone.probe(
+        FETCHED.replace('"metal/*"]', '"metal/*", "--revision", "v2"]').replace(
+            '"refs" / "main"', '"refs" / "v2"'
+        )
+    )
+    settings = load(clone.layout, environ=clone.shell)
+    recipe = replace(models.named(clone.layout, "gpt-oss-20b"), revision="v2")
+    console = Console(out=io.StringIO(), err=io.StringIO())
+    assert models.found_weights(clone.layout, settings, recipe) is None
+    models.fetch_weights(clone.layout, settings, recipe, console=console)
+    assert models.found_weights(clone.layout, settings, recipe) is not None
+    assert models.found_weights(clone.layout, settings, replace(recipe, revision=None)) is None
 
 
 @pytest.mark.parametrize(

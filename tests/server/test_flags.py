@@ -5,6 +5,8 @@ the real parser.
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from workspace.core.errors import SettingsError, ToolchainError
 from workspace.core.paths import Layout
@@ -51,6 +53,93 @@ class EngineArgs:
         group.add_argument("--tensor-parallel-size", "-tp", type=int)
         group.add_argument("--log-stats", action=argparse.BooleanOptionalAction)
 """
+PATHS = (
+    # Flags of vLLM 0.31 that name a file or a folder.
+    (("--ssl-certfile", "cert.pem"), ("--ssl-certfile", "{at}/cert.pem")),
+    (("--ssl_keyfile=key.pem",), ("--ssl_keyfile={at}/key.pem",)),
+    (("--ssl-ca-certs", "../ca.pem"), ("--ssl-ca-certs", "{at}/../ca.pem")),
+    (("--allowed-local-media-path", "."), ("--allowed-local-media-path", "{at}")),
+    (("--download-dir", "weights"), ("--download-dir", "{at}/weights")),
+    (("--chat-template", "mine.jinja"), ("--chat-template", "{at}/mine.jinja")),
+    (("--tool-parser-plugin", "plugin.py"), ("--tool-parser-plugin", "{at}/plugin.py")),
+    (("--reasoning-parser-plugin=plugin.py",), ("--reasoning-parser-plugin={at}/plugin.py",)),
+    (("--tokenizer", "./tok"), ("--tokenizer", "{at}/tok")),
+    (("--hf-config-path", "lora"), ("--hf-config-path", "{at}/lora")),
+    (("--generation-config", "./g"), ("--generation-config", "{at}/g")),
+    (
+        ("--lora-modules", "a=./lora", '{"name": "b", "path": "lora"}', "--port", "80"),
+        ("--lora-modules", "a={at}/lora", '{"name": "b", "path": "{at}/lora"}', "--port", "80"),
+    ),
+    (("--lora-modules=a=lora",), ("--lora-modules=a={at}/lora",)),
+    (("--default-mm-loras", '{"audio": "lora"}'), ("--default-mm-loras", '{"audio": "{at}/lora"}')),
+    (
+        ("--speculative-config", '{"model": "./draft", "method": "eagle3"}'),
+        ("--speculative-config", '{"model": "{at}/draft", "method": "eagle3"}'),
+    ),
+    (("--speculative-config.model", "./draft"), ("--speculative-config.model", "{at}/draft")),
+    (("-sc.model=./draft",), ("-sc.model={at}/draft",)),
+    (
+        ("--kv-transfer-config", '{"kv_connector_extra_config": {"shared_storage_path": "kv"}}'),
+        (
+            "--kv-transfer-config",
+            '{"kv_connector_extra_config": {"shared_storage_path": "{at}/kv"}}',
+        ),
+    ),
+    (("-cc.cache_dir=c",), ("-cc.cache_dir={at}/c",)),
+    (("--compilation-config", '{"debug_dump_path": "d"}'), None),
+    (
+        ("--profiler-config.torch_profiler_dir", "p"),
+        ("--profiler-config.torch_profiler_dir", "{at}/p"),
+    ),
+    (("--logging-config.pylogging_config_file", "l.json"), None),
+    (
+        ("--dataset-path", "data.json", "--seed", "-1"),
+        ("--dataset-path", "{at}/data.json", "--seed", "-1"),
+    ),
+)
+NO_PATHS = (
+    ("--chat-template", "{% for m in messages %}./x{% endfor %}"),
+    ("--chat-template", "tool_chat_template.jinja"),
+    ("--tokenizer", "acme/other"),
+    ("--generation-config", "auto"),
+    ("--tool-parser-plugin", "my.module"),
+    ("--lora-modules", "a=acme/adapter"),
+    ("--root-path", "../api"),
+    ("--served-model-name", "./tiny"),
+    ("--profiler-config.torch_profiler_dir", "gs://bucket/p"),
+    ("--speculative-config", '{"model":"acme/draft"}'),
+    ("--hf-overrides", '{"architectures": ["A"]}'),
+    ("--middleware", "my.module.run"),
+    ("--ssl-certfile", "/etc/cert.pem"),
+    ("--max-model-len", "-1", "--seed", "lora"),
+)
+
+
+@pytest.mark.parametrize(("typed", "made"), PATHS)
+def test_path_means_the_folder_in_which_it_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: tuple[str, ...], made: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    for name in ("mine.jinja", "plugin.py"):
+        (tmp_path / name).touch()
+    found = flags.typed_paths(typed)
+    assert str(tmp_path) in found[-1] + found[1 % len(found)]
+    if made:
+        assert found == tuple(part.replace("{at}", str(tmp_path)) for part in made)
+    # Another folder may be meant, such as that of a recipe.
+    assert flags.typed_paths(typed, Path("/other")) != found
+
+
+@pytest.mark.parametrize("args", NO_PATHS)
+def test_value_that_names_no_file_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    assert flags.typed_paths(args) == args
+
+
 GUIDE = (
     *(
         "--async-scheduling",
@@ -231,3 +320,23 @@ def test_tree_without_a_command_line_is_an_error(tmp_path: Path) -> None:
     (package / "engine" / "arg_utils.py").mkdir(parents=True)
     with pytest.raises(ToolchainError):
         flags.known(Layout(tmp_path))
+
+
+VALUES = st.text(max_size=12) | st.sampled_from(
+    ("./a", "../a", "~/a", ".", "a=./b", '{"model": "./a"}', '["./a"]', "[", "-1", "--", "a/b", "=")
+)
+FLAGS = st.sampled_from(
+    ("--lora-modules", "--tokenizer", "--ssl-certfile", "-tp", "--speculative-config.model", "--x")
+)
+
+
+@given(st.lists(FLAGS | VALUES | st.tuples(FLAGS, VALUES).map("=".join)))
+def test_typed_paths_keep_every_argument_and_are_the_same_when_typed_again(
+    args: list[str],
+) -> None:
+    once = flags.typed_paths(args, Path("/folder"))
+    assert flags.typed_paths(once, Path("/other")) == once
+    assert [arg.split("=")[0] for arg in once if arg.startswith("-")] == [
+        arg.split("=")[0] for arg in args if arg.startswith("-")
+    ]
+    assert len(once) == len(args)

@@ -228,8 +228,9 @@ def apply_series(layout: Layout, start: str, files: Sequence[Path], *, descripti
     if done.tip is None:
         raise PatchConflict(
             f"{description}: {files[done.position - 1].name} does not apply:"
-            f" {', '.join(done.conflicted)}",
+            f" {', '.join(done.paths)}",
             hint=hints.text("inv.patch"),
+            details=done.details,
         )
     return done.tip
 

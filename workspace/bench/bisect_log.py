@@ -413,8 +413,9 @@ def _tip(layout: Layout, git: Git, context: Context) -> str:
     if made.tip is None:
         name = context.patches[made.position - 1].name
         raise PatchConflict(
-            f"patches/vllm/{name} does not apply: {', '.join(made.conflicted)}",
+            f"patches/vllm/{name} does not apply: {', '.join(made.paths)}",
             hint=hints.text("inv.patch_apply"),
+            details=made.details,
         )
     slugs = git.slugs(context.base, made.tip)
     if len(slugs) != len(context.patches):

@@ -293,7 +293,7 @@ def read_samples(
     """Read the samples of a result file. Raises WorkspaceError where it has none."""
     try:
         document = records.load(result, dict[str, object]) or {}
-        return results.samples(work.kind, document, at=at)
+        return subject.samples(work.kind, document, at=at)
     except ValueError as exc:
         raise WorkspaceError(
             f"vllm bench {work.kind} measured nothing: {exc}",
@@ -419,8 +419,9 @@ def _name(pid: int) -> str:
 
 def _on_gpus(settings: Settings, ours: Collection[int]) -> tuple[str, ...]:
     """Return a phrase for each other process that the driver lists on a GPU."""
-    return tuple(
+    others = dict.fromkeys(
         f"{resident.name.rpartition('/')[2]} ({resident.pid}) holds a GPU"
         for resident in Driver(settings).residents()
         if resident.pid not in ours
-    )[:SHOWN]
+    )
+    return tuple(others)[:SHOWN]

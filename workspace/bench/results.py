@@ -7,11 +7,9 @@ damaged, or that a newer workspace wrote, is refused.
 
 import datetime
 import json
-import math
 import re
 import statistics
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,9 +18,21 @@ from workspace.core import hints, records, settings
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 from workspace.core.records import DecodeError, NewerSchema
 
+# Keys by which the result files of other programs are known: vllm/benchmarks/{serve,latency,
+# throughput,startup}.py and lib/utils.py, guidellm, llama-benchy, lm-eval, pytest-benchmark.
+_ORIGINS: Mapping[str, set[str]] = {
+    "`vllm bench serve`": {"completed", "request_throughput", "output_throughput"},
+    "`vllm bench latency`": {"avg_latency", "latencies", "percentiles"},
+    "`vllm bench throughput`": {"elapsed_time", "num_requests", "tokens_per_second"},
+    "`vllm bench startup`": {"avg_cold_startup_time", "avg_warm_startup_time"},
+    "vLLM in PyTorch's benchmark format": {"benchmark", "model", "metric"},
+    "lm-eval": {"results", "versions", "n-shot"},
+    "pytest-benchmark": {"machine_info", "commit_info", "benchmarks"},
+    "guidellm or llama-benchy": {"benchmarks"},
+}
 Kind = Literal["latency", "throughput", "serve", "startup"]
 Better = Literal["lower", "higher"]
 # A label is part of a file name and of a command line.
@@ -79,77 +89,6 @@ def concurrency(name: str) -> int | None:
     """Return the requests at once of a sweep's metric, None for other metrics."""
     at = name.partition("@")[2]
     return int(at) if at else None
-
-
-def samples(
-    kind: str, result: Mapping[str, object], *, at: int | None = None
-) -> dict[str, tuple[float, ...]]:
-    """Return the samples in a result file of `vllm bench` by metric; `at`: a sweep's concurrency.
-
-    Raises ValueError for a file without samples, and for a server with failed requests.
-    """
-    found: dict[str, Iterable[object]] = {}
-    if kind == "latency":
-        found["latency"] = _list(result.get("latencies"))
-    elif kind == "throughput":
-        found = {name: [result.get(name)] for name in ("requests_per_second", "tokens_per_second")}
-    elif kind == "startup":
-        found = {
-            f"{phase}_{step}": _list(result.get(f"{phase}_{step}_times"))
-            for phase in ("cold", "warm")
-            for step in ("startup", "compilation")
-        }
-    else:
-        found = _served(result)
-    suffix = f"@{at}" if at else ""
-    kept = {
-        f"{name}{suffix}": tuple(float(value) for value in values if _is_sample(value))
-        for name, values in found.items()
-    }
-    kept = {name: values for name, values in kept.items() if values}
-    if not kept:
-        raise ValueError("its result file has no measured number")
-    return kept
-
-
-def _served(result: Mapping[str, object]) -> dict[str, Iterable[object]]:
-    completed, failed = result.get("completed"), result.get("failed", 0)
-    if not isinstance(completed, int) or completed <= 0:
-        raise ValueError(f"no request was completed, {failed} failed")
-    if failed:
-        raise ValueError(
-            f"{failed} of {completed + failed if isinstance(failed, int) else failed} requests"
-            " failed: the times of the others mean little"
-        )
-    found: dict[str, Iterable[object]] = {
-        name: [result.get(name)] for name in ("request_throughput", "output_throughput")
-    }
-    first, between = (
-        _list(result.get("ttfts")),
-        [[gap for gap in _list(gaps) if _is_sample(gap)] for gaps in _list(result.get("itls"))],
-    )
-    found["ttft"] = [time * 1000 for time in first if _is_sample(time)]
-    found["itl"] = [gap * 1000 for gaps in between for gap in gaps]
-    found["tpot"] = [statistics.fmean(gaps) * 1000 for gaps in between if gaps]
-    found["e2el"] = [
-        (time + sum(gaps)) * 1000
-        for time, gaps in zip(first, between, strict=False)
-        if _is_sample(time)
-    ]
-    return found
-
-
-def _list(found: object) -> Sequence[object]:
-    return found if isinstance(found, list) else ()
-
-
-def _is_sample(found: object) -> typing.TypeGuard[float]:
-    return (
-        isinstance(found, int | float)
-        and not isinstance(found, bool)
-        and math.isfinite(found)
-        and found > 0
-    )
 
 
 def percentile(numbers: Sequence[float], percent: int) -> float:
@@ -335,10 +274,45 @@ def read(path: Path, *, place: str) -> Record:
     except NewerSchema as exc:
         raise SettingsError(f"{place} {exc}", hint=hints.text("bench.git_pull")) from exc
     except DecodeError as exc:
+        if origin := _foreign(path):
+            raise SettingsError(
+                f"{path.name} is {origin}: it names neither machine nor tree, so it is no"
+                " record here",
+                hint=hints.text("bench.measure_again"),
+            ) from exc
         raise SettingsError(
             f"{place} is no complete record of a benchmark: {exc}",
-            hint=hints.text("bench.set_aside", path=place),
+            hint=hints.text("bench.measure_again"),
         ) from exc
+
+
+def _foreign(path: Path) -> str | None:
+    """Return which other program wrote a result file, None if no known one did.
+
+    The file may hold one result, a list of results, or one result a line (--append-result).
+    """
+    content = read_regular(path)
+    try:
+        documents = [records.parse(content)]
+    except DecodeError:
+        try:
+            documents = [records.parse(line) for line in content.splitlines() if line.strip()]
+        except DecodeError:
+            return None
+    found = [each for part in documents for each in (part if isinstance(part, list) else [part])]
+    origins = {_origin(each) for each in found}
+    origin = origins.pop() if len(origins) == 1 else None
+    return (
+        f"{len(found)} results of {origin}"
+        if origin and len(found) > 1
+        else (f"a result of {origin}" if origin else None)
+    )
+
+
+def _origin(document: object) -> str | None:
+    """Return the program that wrote a document with these keys."""
+    keys = document.keys() if isinstance(document, dict) else set()
+    return next((origin for origin, known in _ORIGINS.items() if known <= keys), None)
 
 
 def decode(content: bytes) -> Record:
@@ -384,7 +358,7 @@ def find(layout: Layout, name: str) -> Entry:
 
     Raises SettingsError where no record or several have the name, and for an unreadable record.
     """
-    place = Path(name)
+    place = typed(name)
     if name.endswith(".json") and place.is_file():
         return Entry(place, read(place, place=name))
     paths = sorted(layout.results.glob("*/*.json"))

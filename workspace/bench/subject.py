@@ -1,14 +1,17 @@
-"""The subject of a benchmark: the workload that vLLM runs, and the description of tree, kernels,
-machine and software that a record holds.
+"""The subject of a benchmark: the workload that vLLM runs, the samples in its result file, and the
+description of tree, kernels, machine and software that a record holds.
 
 It measures nothing. Of files it writes only a missing built-in model.
 """
 
 import datetime
 import hashlib
+import math
 import platform
 import re
-from collections.abc import Mapping
+import statistics
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +21,16 @@ from workspace.core import hints
 from workspace.core.console import RunLog
 from workspace.core.errors import SettingsError
 from workspace.core.files import sha256
-from workspace.core.paths import Layout
+from workspace.core.known_settings import is_secret
+from workspace.core.paths import Layout, typed
 from workspace.core.redaction import Redactor
-from workspace.core.settings import Settings, is_secret
+from workspace.core.settings import Settings
 from workspace.install import plan
 from workspace.install.precompiled import text_of
 from workspace.machine import hardware
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
-from workspace.server import models
+from workspace.server import flags, models, start
 from workspace.server.command import built_environment
 
 KINDS: tuple[Kind, ...] = ("latency", "throughput", "serve", "startup")
@@ -192,8 +196,12 @@ def _workload(
     elif model == "smollm2":
         place = str(models.smollm2(layout, settings, run_log=run_log))
         recipe = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
-    elif Path(model).is_dir():
-        place, model = str(Path(model).resolve()), _called(Path(model).resolve())
+    elif (folder := typed(model)).is_dir():
+        place, model = str(folder.resolve()), _called(folder.resolve())
+    named = flags.references(engine, place)
+    if not all(start.is_here(settings, reference) for reference in named):
+        given.pop("HF_HUB_OFFLINE", None)
+        recipe = {name: text for name, text in recipe.items() if name != "HF_HUB_OFFLINE"}
     work = (_TINY_WORK if model == TINY else _WORK)[kind]
     loads = SWEEP if options.has_sweep else (CONCURRENCY,)
     return Workload(
@@ -365,3 +373,74 @@ def _machine_digest() -> str:
     return hashlib.sha256(f"vllm workspace {own or platform.node()}".encode()).hexdigest()[
         :NAME_DIGITS
     ]
+
+
+def samples(
+    kind: str, result: Mapping[str, object], *, at: int | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Return the samples in a result file of `vllm bench` by metric; `at`: a sweep's concurrency.
+
+    Raises ValueError for a file without samples, and for a server with failed requests.
+    """
+    found: dict[str, Iterable[object]] = {}
+    if kind == "latency":
+        found["latency"] = _list(result.get("latencies"))
+    elif kind == "throughput":
+        found = {name: [result.get(name)] for name in ("requests_per_second", "tokens_per_second")}
+    elif kind == "startup":
+        found = {
+            f"{phase}_{step}": _list(result.get(f"{phase}_{step}_times"))
+            for phase in ("cold", "warm")
+            for step in ("startup", "compilation")
+        }
+    else:
+        found = _served(result)
+    suffix = f"@{at}" if at else ""
+    kept = {
+        f"{name}{suffix}": tuple(float(value) for value in values if _is_sample(value))
+        for name, values in found.items()
+    }
+    kept = {name: values for name, values in kept.items() if values}
+    if not kept:
+        raise ValueError("its result file has no measured number")
+    return kept
+
+
+def _served(result: Mapping[str, object]) -> dict[str, Iterable[object]]:
+    completed, failed = result.get("completed"), result.get("failed", 0)
+    if not isinstance(completed, int) or completed <= 0:
+        raise ValueError(f"no request was completed, {failed} failed")
+    if failed:
+        raise ValueError(
+            f"{failed} of {completed + failed if isinstance(failed, int) else failed} requests"
+            " failed: the times of the others mean little"
+        )
+    found: dict[str, Iterable[object]] = {
+        name: [result.get(name)] for name in ("request_throughput", "output_throughput")
+    }
+    first, between = (
+        _list(result.get("ttfts")),
+        [[gap for gap in _list(gaps) if _is_sample(gap)] for gaps in _list(result.get("itls"))],
+    )
+    found["ttft"] = [time * 1000 for time in first if _is_sample(time)]
+    found["itl"] = [gap * 1000 for gaps in between for gap in gaps]
+    found["tpot"] = [statistics.fmean(gaps) * 1000 for gaps in between if gaps]
+    found["e2el"] = [
+        (time + sum(gaps)) * 1000
+        for time, gaps in zip(first, between, strict=False)
+        if _is_sample(time)
+    ]
+    return found
+
+
+def _list(found: object) -> Sequence[object]:
+    return found if isinstance(found, list) else ()
+
+
+def _is_sample(found: object) -> typing.TypeGuard[float]:
+    return (
+        isinstance(found, int | float)
+        and not isinstance(found, bool)
+        and math.isfinite(found)
+        and found > 0
+    )

@@ -261,7 +261,8 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
         return
     inputs = {**environment.inputs, "place": str(layout.environment)}
     stamp.write(
-        layout.stamp("environment"), stamp.Stamp(inputs=inputs, packages=environment.packages)
+        layout.stamp("environment"),
+        stamp.Stamp(inputs=inputs, outcome=environment.outcome, packages=environment.packages),
     )
     with run_log.console.step("verify") as view:
         try:

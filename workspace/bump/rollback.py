@@ -259,7 +259,8 @@ def _restore_versions(
                 if name != "vllm"
             }
             stamp.write(
-                layout.stamp("environment"), stamp.Stamp(inputs=before.inputs, packages=packages)
+                layout.stamp("environment"),
+                stamp.Stamp(inputs=before.inputs, outcome=before.outcome, packages=packages),
             )
         view.reason = f"{len(differing)} packages at the versions of {wanted.name}"
 

@@ -402,7 +402,7 @@ def conflict(bump_sandbox: BumpSandbox, tree: Git, done: Applied | None = None) 
     from workspace.repo.git import am
 
     names, position = series_names(bump_sandbox), am.position(tree)
-    done = done or Applied(None, position.number if position else 1, am.unmerged(tree))
+    done = done or am.stopped_at(tree, position.number if position else 1)
     # The `am` of a recovered run has only the rest of the series.
     name = names[-position.last if position else 0 :][done.position - 1]
     return series.sentence(

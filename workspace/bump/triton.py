@@ -168,7 +168,7 @@ def _apply_series(layout: Layout, tree: Git, base: str) -> str:
             f"patch {done.position} of {len(files)}, patches/triton/{names[done.position - 1]},"
             f" does not apply to {base[:12]}; nothing was changed",
             hint=hints.text("bump.triton_patch"),
-            details=tuple(f"conflict in {path}" for path in done.conflicted),
+            details=done.details,
         )
     return done.tip
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from workspace.core import process, records
 from workspace.core.errors import ToolchainError
 from workspace.core.process import Completed
+from workspace.machine.gpu import Memory
 from workspace.machine.hardware import Host
 from workspace.server import process_tree
 
@@ -141,9 +142,12 @@ def is_part(line: str) -> bool:
     return bool(_BEGINS.search(line) or _CONTINUES.match(line) or line.startswith(_ENDS))
 
 
-def lanes(host: Host) -> int:
-    """Return how many probes may run at once on this machine."""
-    return max(1, min(MOST_LANES, host.cores, int(host.available_gib / LANE_GIB)))
+def lanes(host: Host, memory: Memory | None = None) -> int:
+    """Return how many probes may run at once on this machine; `memory` is the own memory of the GPU
+    that they share, None without one.
+    """
+    free_gib = min(host.available_gib, memory.free_gib if memory else host.available_gib)
+    return max(1, min(MOST_LANES, host.cores, int(free_gib / LANE_GIB)))
 
 
 @dataclass(frozen=True)

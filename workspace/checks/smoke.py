@@ -157,11 +157,11 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
     A smoke runs if none has passed on this tree and build.
     """
     from workspace.install.status import require_built
-    from workspace.repo import patching
+    from workspace.repo import export, patching
 
     for project, tree in (("vllm", layout.vllm), ("triton", layout.triton)):
         if project == "vllm" or (tree / ".git").exists():
-            patching.export(
+            done = patching.export(
                 layout,
                 settings,
                 project,
@@ -169,6 +169,7 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
                 wait=False,
                 check=True,
             )
+            export.show_unpatched(done, console=console)
     observed = require_built(Machine(layout, settings))
     if registry.is_record_of(registry.last_record(layout), registry.tree_of(layout, observed)):
         console.info("the smoke has passed on this tree and build")
@@ -204,7 +205,7 @@ def _install(name: str, folder: Path, script: str) -> tuple[State, str, str]:
         if os.path.lexists(kept):
             raise SettingsError(
                 f"your hook cannot be kept as {kept}: that file exists",
-                hint=hints.text("checks.move_hook", path=kept),
+                hint=hints.text("checks.compare_hooks", kept=kept, hook=hook),
             )
         # Link before replacing: the repository never lacks a hook.
         os.link(hook, kept, follow_symlinks=False)

@@ -25,7 +25,7 @@ from workspace.core.errors import (
     ToolchainError,
     WorkspaceError,
 )
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 from workspace.install import plan
 from workspace.machine import hardware, interpreter
 from workspace.machine.machine import Machine
@@ -133,7 +133,8 @@ class _Suite:
             frozenset({"gpu", "architectures"}) if expected.device == "cpu" else frozenset()
         )
         self._device = ("--device", expected.device)
-        self._lanes = probe_runs.lanes(machine.host())
+        own = machine.driver.memories()[:1] if expected.device == "cuda" else ()
+        self._lanes = probe_runs.lanes(machine.host(), *own)
         self._pool = ThreadPoolExecutor(self._lanes)
         self._begun: list[Future[_Found] | Future[Answer]] = []
         self._shared = SharedImport(
@@ -307,7 +308,9 @@ class _Suite:
     def _begin_named_model(self) -> "Future[_Found]":
         """Begin to judge parity of the model that the user named."""
         model = self._options.model
-        folders = self._smollm2("model") if model == "smollm2" else {"model": model}
+        folder = typed(model)
+        named = {"model": str(folder) if folder.is_dir() else model}
+        folders = self._smollm2("model") if model == "smollm2" else named
 
         def judge() -> _Found:
             answer = self._parity(folders, "model", "model")

@@ -14,7 +14,7 @@ from workspace.checks.upstream_trial import FileCheck, Sorted
 from workspace.core import hints
 from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings
 from workspace.install import plan
 from workspace.machine.machine import Machine
@@ -132,8 +132,8 @@ def _named(layout: Layout, path_args: Sequence[str]) -> tuple[tuple[str, ...], t
     """Return the sources and the test files that the user named; of a folder all files below."""
     sources: dict[str, None] = {}
     tests: dict[str, None] = {}
-    for path_arg in path_args:
-        path = Path(path_arg.removeprefix("vendor/vllm/")).as_posix()
+    paths = [_in_tree(layout, path_arg) for path_arg in path_args]
+    for path_arg, path in zip(path_args, paths, strict=True):
         place = layout.vllm / path
         if Path(path).is_absolute() or ".." in Path(path).parts or not place.exists():
             raise SettingsError(
@@ -145,8 +145,16 @@ def _named(layout: Layout, path_args: Sequence[str]) -> tuple[tuple[str, ...], t
             is_test = file.startswith("tests/") and found.name.startswith("test_")
             (tests if is_test else sources)[file] = None
     # What tests share counts only if it is named itself, not as a part of a folder.
-    kept = (name for name in sources if not name.startswith("tests/") or name in path_args)
+    kept = (name for name in sources if not name.startswith("tests/") or name in paths)
     return tuple(kept), tuple(tests)
+
+
+def _in_tree(layout: Layout, path_arg: str) -> str:
+    """Return a path relative to vendor/vllm; it may also be typed relative to the user's folder."""
+    own, top = typed(path_arg).resolve(), layout.vllm.resolve()
+    if own.exists() and own.is_relative_to(top):
+        return own.relative_to(top).as_posix()
+    return Path(path_arg.removeprefix("vendor/vllm/")).as_posix()
 
 
 def show(selection: Selection, console: Console) -> None:

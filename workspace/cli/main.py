@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 from workspace.core import files, hints, settings
 from workspace.core.console import Console
 from workspace.core.errors import INTERRUPTED_EXIT_CODE, ToolchainError, WorkspaceError
-from workspace.core.paths import Layout, here
+from workspace.core.paths import Layout, here, user_name
 from workspace.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 # Line ends, and the surrogates by which Python represents bytes that are not text.
 _UNWRITABLE = re.compile("[\n\r\ud800-\udfff]")
+LAST_RESORT = 6
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Another file or folder is in the place of a file of the workspace.
@@ -57,13 +58,12 @@ def console() -> Console:
     return Console()
 
 
-def load_settings(
-    layout: Layout, *, flags: Mapping[str, str | None] | None = None, is_quiet: bool = False
-) -> Settings:
-    """Read the settings of a verb and print each of their warnings once in a process.
+def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = None) -> Settings:
+    """Read the settings of a verb. A verb that starts something prints their warnings
+    (machine/check.py); the others, such as `inv patch`, do not repeat them.
 
-    With `is_quiet` the verb shows the warnings itself. Raises SettingsError, and WorkspaceError for
-    a clone in a folder whose name fits neither into a log nor into pyvenv.cfg.
+    Raises SettingsError, and WorkspaceError for a clone in a folder whose name fits neither into a
+    log nor into pyvenv.cfg.
     """
     if _UNWRITABLE.search(str(layout.root)):
         raise WorkspaceError(
@@ -72,9 +72,19 @@ def load_settings(
         )
     settings.forget_outer_git()
     loaded = settings.load(layout, flags=flags, also_known=lambda: _registered(layout))
-    for warning in () if is_quiet else loaded.warnings:
-        _warn(warning)
+    if sentence := sudo_warning(loaded, layout.root.stat().st_uid, os.geteuid()):
+        _warn(sentence)
     return loaded
+
+
+def sudo_warning(loaded: Settings, owner: int, user: int) -> str | None:
+    """Return a sentence for `sudo inv` in the clone of a user; `owner` is the user of the clone."""
+    if "SUDO_UID" not in loaded.shell or user != 0 or owner == 0:
+        return None
+    return (
+        f"sudo was typed before inv: what it writes belongs to root, and {user_name(owner)}"
+        " cannot change it afterwards"
+    )
 
 
 def opened(flags: Mapping[str, str | None] | None = None) -> tuple[Layout, Settings]:
@@ -117,6 +127,9 @@ def run(work: Callable[[], object]) -> int:
     settings.forget_odd_terminal()
     _make_streams_usable()
     try:
+        # The entrances start without a handler: ^C during their imports leaves no traceback.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with _ending_signals():
             work()
         sys.stdout.flush()
@@ -219,29 +232,35 @@ def _readers_are_gone() -> bool:
 
 @contextlib.contextmanager
 def _ending_signals() -> Iterator[None]:
-    """Turn the first SIGTERM or SIGHUP into an exception, so that `finally` blocks run.
+    """Turn the first ^C, SIGTERM or SIGHUP into an exception, so that `finally` blocks run.
 
-    Later signals are ignored during the cleanup.
+    Later ones would leave the cleanup half done, and are ignored until the process ends; only
+    process.py counts them while it ends a program. With the LAST_RESORT-th ^C this process ends at
+    once, and the guards end its programs.
     """
-    # An ignored SIGHUP (nohup) stays ignored.
-    numbers = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) == signal.SIG_DFL
-    ]
+    # An ignored SIGHUP (nohup) or SIGINT (a background job) stays ignored.
+    former = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    }
+    arrived: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise _Ended(signal.Signals(number))
+        arrived.append(number)
+        if arrived.count(signal.SIGINT) == LAST_RESORT:
+            os._exit(INTERRUPTED_EXIT_CODE)
+        if len(arrived) == 1:
+            raise KeyboardInterrupt if number == signal.SIGINT else _Ended(signal.Signals(number))
 
-    for number in numbers:
+    for number in former:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in former.items():
+            # At its exit Python gives up handlers of its own, but not this one.
+            signal.signal(number, signal.SIG_IGN if arrived else handler)
 
 
 WAIT = "wait for another verb instead of stopping"

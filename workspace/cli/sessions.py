@@ -4,6 +4,12 @@ Each session parses its arguments and calls one function of the library, as a ve
 The function returns the exit code of the session.
 """
 
+# As in tasks.py: before main.run catches it, ^C leaves no traceback.
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -114,6 +120,7 @@ def bench_session(argv: Sequence[str]) -> int:
     """Measure the built vLLM with its own benchmarks."""
     from workspace.bench import measure, results, subject
     from workspace.bench.compare import MIN_STARTS
+    from workspace.server import flags
 
     own, for_vllm = _split(argv)
     parser = _parser(
@@ -142,7 +149,7 @@ def bench_session(argv: Sequence[str]) -> int:
         arguments.label,
         arguments.repeat,
         arguments.sweep,
-        tuple(for_vllm),
+        flags.typed_paths(for_vllm),
     )
     return _run(
         lambda layout, settings: measure.run(layout, settings, options, console=main.console())
@@ -152,6 +159,7 @@ def bench_session(argv: Sequence[str]) -> int:
 def ab_session(argv: Sequence[str]) -> int:
     """Measure the working tree and a base in turn, and judge whether the tree is slower."""
     from workspace.bench import ab, ab_trees, compare
+    from workspace.server import flags
 
     own, for_vllm = _split(argv)
     parser = _ab_parser()
@@ -173,7 +181,7 @@ def ab_session(argv: Sequence[str]) -> int:
             compare.parsed_factor(arguments.factor),
             arguments.each_patch,
             arguments.allow_busy,
-            tuple(for_vllm),
+            flags.typed_paths(for_vllm),
         )
         ab.run(layout, settings, options, console=main.console())
 

@@ -221,8 +221,7 @@ def bench_report(_: Context, first: str = "", second: str = "") -> None:
 def env_check(_: Context, json: bool = False) -> None:
     """Show each setting: value, source, verdict."""
     here = paths.here()
-    # The rows hold the warnings.
-    settings = main.load_settings(here, is_quiet=True)
+    settings = main.load_settings(here)
     from workspace.machine import check
     from workspace.machine.machine import Machine
 
@@ -240,7 +239,7 @@ def env_init(_: Context, replace: bool = False) -> None:
 @task(name="export")
 def env_export(_: Context) -> None:
     """Print shell lines for eval; inv and nox on PATH."""
-    from workspace.server import command as verb
+    from workspace.server import verbs as verb
 
     verb.export_variables(*main.opened(), console=main.console())
 
@@ -248,7 +247,7 @@ def env_export(_: Context) -> None:
 @task
 def run(_: Context) -> None:
     """Run a command in the built environment: -- CMD."""
-    from workspace.server import command as verb
+    from workspace.server import verbs as verb
 
     verb.run_command(*main.opened(), after_dashes(), console=main.console())
 
@@ -256,7 +255,7 @@ def run(_: Context) -> None:
 @task
 def shell(_: Context) -> None:
     """Open a shell in the built environment."""
-    from workspace.server import command as verb
+    from workspace.server import verbs as verb
 
     verb.open_shell(*main.opened(), console=main.console())
 
@@ -346,7 +345,7 @@ def serve(
 @task(name="status", help={"json": JSON})
 def serve_status(_: Context, json: bool = False) -> None:
     """Show the server: ready, since when, memory."""
-    from workspace.server import start as verb
+    from workspace.server import verbs as verb
 
     verb.status(*main.opened(), console=main.console(), as_json=json)
 
@@ -357,7 +356,7 @@ def serve_status(_: Context, json: bool = False) -> None:
 )
 def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
     """Print the server's log; --follow prints new lines."""
-    from workspace.server import start as verb
+    from workspace.server import verbs as verb
 
     verb.logs(*main.opened(), console=main.console(), lines=lines, follow=follow)
 
@@ -365,7 +364,7 @@ def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
 @task(name="stop")
 def serve_stop(_: Context) -> None:
     """Stop the server; wait for port and memory."""
-    from workspace.server import start as verb
+    from workspace.server import verbs as verb
 
     verb.stop(paths.here(), console=main.console())
 
@@ -373,9 +372,9 @@ def serve_stop(_: Context) -> None:
 @task(name="list", help={"json": JSON})
 def serve_list(_: Context, json: bool = False) -> None:
     """List recipes: does it fit, is it on disk."""
-    from workspace.server import fit
+    from workspace.server import verbs as verb
 
-    fit.show_recipes(main.machine(), console=main.console(), as_json=json)
+    verb.show_recipes(main.machine(), console=main.console(), as_json=json)
 
 
 @task(

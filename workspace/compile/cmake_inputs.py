@@ -18,8 +18,8 @@ from pathlib import Path
 from workspace.compile import ninja
 from workspace.compile.project import Device
 from workspace.core import files
+from workspace.core.known_settings import is_secret
 from workspace.core.paths import Layout
-from workspace.core.settings import is_secret
 from workspace.machine import interpreter, toolchain
 from workspace.machine.machine import Machine
 from workspace.machine.torch import TorchBuild

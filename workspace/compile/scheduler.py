@@ -372,6 +372,7 @@ def listen(folder: Path) -> socket.socket:
     try:
         (folder / "socket").unlink(missing_ok=True)
         listener.bind(f"/proc/self/fd/{place}/socket")
+        (folder / "socket").chmod(0o600)
     finally:
         os.close(place)
     listener.listen(4096)
@@ -385,9 +386,12 @@ def accept_client(listener: socket.socket, number: int) -> Client | None:
     except BlockingIOError:
         return None
     connection.setblocking(False)
-    pid, _, _ = struct.unpack(
+    pid, user, _ = struct.unpack(
         "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     )
+    if user not in (os.geteuid(), 0):
+        connection.close()
+        return None
     group = 0
     with contextlib.suppress(OSError):
         group = os.getpgid(pid)

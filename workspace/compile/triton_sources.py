@@ -11,9 +11,7 @@ import os
 import platform
 import re
 import shutil
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from workspace.core import hints, records
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, CheckoutError, SettingsError, SourceError
-from workspace.core.files import download, sha256
+from workspace.core.files import download, sha256, unpack
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, patches, pins
@@ -413,12 +411,7 @@ def _unpack(one: Download, archive: Path) -> None:
     one.root.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=one.root.parent, prefix=".unpacking-"))
     try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as zipped:
-                zipped.extractall(scratch)
-        else:
-            with tarfile.open(archive) as packed:
-                packed.extractall(scratch, filter="data")
+        unpack(archive, scratch)
         is_own = one.place == one.root
         if not is_own and not (scratch / one.place.name).is_dir():
             raise SourceError(
@@ -428,11 +421,9 @@ def _unpack(one: Download, archive: Path) -> None:
         shutil.rmtree(one.place, ignore_errors=True)
         os.replace(scratch if is_own else scratch / one.place.name, one.place)
         (one.place / "version.txt").write_text(one.url, encoding="utf-8")
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as exc:
-        raise SourceError(
-            f"{archive.name} cannot be unpacked: {exc}",
-            hint=hints.text("compile.delete_archive", path=archive),
-        ) from exc
+    except SourceError as exc:
+        exc.hint = hints.text("compile.delete_archive", path=archive)
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

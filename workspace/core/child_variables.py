@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, cache_home, here
 
 # plain: no settings; build: the settings of a build, no secrets; run: those of a running vLLM.
 Base = Literal["plain", "build", "run"]
@@ -134,6 +134,15 @@ def _toolkit_first(name: str, below: str) -> Callable[[Child], str | None]:
         return child.first(name, child.cuda_home / below)
 
     return value
+
+
+def _uv_cache(child: Child) -> str | None:
+    """Return a cache for uv where its usual one cannot be written: uv stops there."""
+    try:
+        place = cache_home(child.environment)
+    except RuntimeError:
+        return None
+    return str(place / "uv") if place.is_relative_to(here().root) else None
 
 
 def _of_base(*bases: Base) -> tuple[Phase, ...]:
@@ -262,6 +271,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("PYTHONUNBUFFERED", "1", "constant", ("triton",), "the progress is shown at once"),
     Variable("UV_HTTP_TIMEOUT UV_HTTP_CONNECT_TIMEOUT UV_HTTP_RETRIES", GIVEN, "verb",
              ("plain", "build"), "short where uv only looks whether something is there"),
+    Variable("UV_CACHE_DIR", _uv_cache, "machine", ("plain", "build", "install", "shell"),
+             "a cache below .workspace where the home folder is read-only", is_default=True),
     Variable("UV_INDEX_*", GIVEN, "setting", ("plain", "install"),
              "user and password of an index, which no argument and no log may show"),
     Variable("GIT_* LC_ALL", GIVEN, "constant", ("git", "build"),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from workspace.core.errors import WorkspaceError
+from workspace.core.errors import WorkspaceError, printable
 from workspace.core.lock import Held
 
 if TYPE_CHECKING:
@@ -108,17 +108,17 @@ class Step:
         """Move the bar; `done` and `total` share a unit, which `text` names."""
         if self._progress is not None:
             self._progress.update(
-                self._progress.task_ids[0], completed=done, total=total, detail=text
+                self._progress.task_ids[0], completed=done, total=total, detail=printable(text)
             )
 
     def line(self, text: str) -> None:
         """Show the newest output line of a command beside the spinner."""
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], detail=text.strip()[:60])
+            self._progress.update(self._progress.task_ids[0], detail=printable(text.strip()[:60]))
 
 
 class Console:
-    """The terminal or file behind stdout and stderr."""
+    """The terminal or file behind stdout and stderr. Every text passes `printable`."""
 
     def __init__(self, *, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self._out = out or sys.stdout
@@ -136,7 +136,7 @@ class Console:
 
     def data(self, text: str) -> None:
         """Print data that a program may read."""
-        print(text, file=self._out, flush=True)
+        print(printable(text), file=self._out, flush=True)
 
     def record(self, text: str) -> None:
         """Print a record for a program; a terminal already shows its rows, and a file has it."""
@@ -145,6 +145,7 @@ class Console:
 
     def info(self, text: str, *, style: str | None = None) -> None:
         """Print a message line as it is, without markup."""
+        text = printable(text)
         if self._rich is not None:
             self._rich.print(text, style=style, markup=False)
         else:
@@ -164,6 +165,7 @@ class Console:
         It is never wrapped, so that a person can copy it.
         """
         if hint:
+            hint = printable(hint)
             if self.width and indent + len(hint) + len("$ ") > self.width:
                 indent = min(indent, _BELOW)
             label = f"{' ' * indent}$" if indent else "hint:"
@@ -185,6 +187,7 @@ class Console:
 
         Away from a terminal it is one line, which a program can search.
         """
+        text = printable(text)
         if self.width is None:
             return [text]
         room = max(_NARROWEST, self.width - indent)
@@ -210,12 +213,13 @@ class Console:
         A reason that did not matter hides its hint too. `least` is the least width of the names.
         """
         shown = tuple(rows)
-        name_width = max([least, *(len(row.name) + 1 for row in shown)])
-        between = _widths([row.cells[1:] for row in shown], most=_CELL_WIDTH)
+        cells = [_cells(row.cells) for row in shown]
+        name_width = max([least, *(len(name) + 1 for name, *_ in cells)])
+        between = _widths([row[1:] for row in cells], most=_CELL_WIDTH)
         indent = STATE_WIDTH + name_width
-        for row in shown:
+        for row, columns in zip(shown, cells, strict=True):
             widths = (STATE_WIDTH, name_width, *between)
-            self._line((row.state, *row.cells), widths, style=_STYLES[row.state.gravity])
+            self._line((row.state, *columns), widths, style=_STYLES[row.state.gravity])
             if row.why and row.state.gravity <= State.OK.gravity:
                 continue
             for line in self.wrapped(row.why, indent=indent) if row.why else ():
@@ -231,8 +235,9 @@ class Console:
 
         The last cell is text.
         """
-        widths = _widths(lines)
-        for cells in lines:
+        shown = [_cells(line) for line in lines]
+        widths = _widths(shown)
+        for cells in shown:
             self._line(cells, widths, right=right)
 
     def _line(
@@ -296,18 +301,23 @@ class Console:
 
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self._rich, transient=True) as progress:
-            progress.add_task(step.title, total=None, detail="")
+            progress.add_task(printable(step.title), total=None, detail="")
             step._progress = progress
             try:
                 yield
             finally:
                 step._progress = None
+
+
+def _cells(cells: Iterable[str]) -> tuple[str, ...]:
+    """Return cells as they are shown; a line end in one, such as a file's name, forges no row."""
+    return tuple(printable(cell).replace("\n", "\\n") for cell in cells)
 
 
 def _widths(lines: Sequence[Sequence[str]], *, most: int | None = None) -> list[int]:
@@ -381,10 +391,10 @@ class RunLog:
         """Write one line to the log, secrets masked."""
         file = self._opened()
         if self._phase:
-            print(f"== {self._phase} · {_now()}", file=file)
+            print(printable(f"== {self._phase} · {_now()}"), file=file)
             self._phase = ""
         with _naming(file):
-            print(self.redact(text), file=file, flush=True)
+            print(printable(self.redact(text)), file=file, flush=True)
 
     def redact(self, text: str) -> str:
         for secret in self._secrets:

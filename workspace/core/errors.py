@@ -4,9 +4,18 @@ Raised where the failure is known, caught in cli/main.py, which prints message a
 with `exit_code`. Any other exception is a bug and keeps its traceback.
 """
 
+import re
 from typing import ClassVar
 
 INTERRUPTED_EXIT_CODE = 130
+# What a terminal obeys instead of showing: C0 but for tab and line end, DEL, C1 (ECMA-48), and the
+# marks that turn the direction of a line around (CVE-2021-42574).
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters as backslash escapes: others wrote parts of it."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class WorkspaceError(Exception):

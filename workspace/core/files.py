@@ -1,24 +1,41 @@
 """Files on disk and from the network: complete or absent, verified by hash.
 
-Also folders that appear with one rename, and copies that share blocks.
+Also archives of others, folders that appear with one rename, and copies that share blocks.
 """
 
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
+import math
 import os
+import re
 import shutil
 import stat
 import tempfile
+import threading
+import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from workspace.core import hints
 from workspace.core.errors import SourceError, ToolchainError
 
+if TYPE_CHECKING:
+    import zipfile
+
+    import requests
+
 CHUNK_BYTES = 1 << 20
+# The bound of every answer: its bytes, and its time beside that of the slowest useful line.
+LARGEST_FILE = 16 << 30
+LARGEST_PAGE = 64 << 20
+ANSWER_S = 30.0
+SLOWEST_BYTES_PER_S = 16 << 10
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
@@ -121,7 +138,7 @@ def download(
         _transfer(url, part, timeout_s, on_progress)
     except requests.RequestException as exc:
         raise SourceError(
-            f"{destination.name} could not be fetched: {_reason(exc)}",
+            f"{destination.name} could not be fetched: {reason_of(exc)}",
             hint=hints.text("core.network_resumes"),
         ) from exc
     found = sha256(part)
@@ -147,38 +164,204 @@ def _transfer(
     have = part.stat().st_size if part.exists() else 0
     # With a transfer coding the byte counts, and so the resume, would be wrong.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=timeout_s) as reply:
+    with opened(url, timeout_s=timeout_s, headers=headers) as reply:
         if have and reply.status_code == requests.codes.requested_range_not_satisfiable:
             return
         reply.raise_for_status()
         if reply.status_code != requests.codes.partial_content:
             have = 0
-        length = reply.headers.get("Content-Length")
-        total = have + int(length) if length else None
+        length = _length(reply)
+        total = have + length if length else None
         with part.open("ab" if have else "wb") as file:
-            for chunk in reply.iter_content(CHUNK_BYTES):
+            for chunk in received(reply, LARGEST_FILE):
                 file.write(chunk)
                 have += len(chunk)
                 if on_progress:
                     on_progress(have, total)
             file.flush()
             os.fsync(file.fileno())
-        if total is not None and have < total:
-            raise requests.ConnectionError(f"the transfer ended after {have} of {total} bytes")
 
 
-def _reason(exc: BaseException) -> str:
-    """Return the innermost cause: requests wraps an unresolved name four times.
+@contextlib.contextmanager
+def opened(
+    url: str,
+    *,
+    timeout_s: float,
+    headers: Mapping[str, str] | None = None,
+    session: "requests.Session | None" = None,
+    check_redirect: Callable[[str], object] | None = None,
+) -> Iterator["requests.Response"]:
+    """Request a URL and follow its redirects; `received` then reads the content.
+
+    `timeout_s` bounds a connection and each read. `check_redirect` gets the address of each
+    redirect, and raises for one that must not be requested. Raises requests.RequestException.
+    """
+    import requests
+
+    with contextlib.ExitStack() as stack:
+        client = session or stack.enter_context(requests.Session())
+        for _ in range(client.max_redirects):
+            get = functools.partial(client.get, url, headers=headers, timeout=timeout_s)
+            # The content of a redirect, which may be endless, is not read.
+            reply = _in_time(functools.partial(get, stream=True, allow_redirects=False))
+            stack.callback(reply.close)
+            target = client.get_redirect_target(reply)
+            if target is None:
+                yield reply
+                return
+            url = requests.compat.urljoin(url, target)
+            if check_redirect:
+                check_redirect(url)
+        raise requests.TooManyRedirects(f"more than {client.max_redirects} redirects")
+
+
+def received(
+    reply: "requests.Response", largest_bytes: int, *, longest_s: float = math.inf
+) -> Iterator[bytes]:
+    """Yield the content of an answer as it arrives, within one bound on bytes and time.
+
+    Raises requests.RequestException where there are more bytes, where they come more slowly than
+    SLOWEST_BYTES_PER_S after the first ANSWER_S seconds, and where the connection breaks.
+    """
+    import requests
+    from urllib3.exceptions import HTTPError
+
+    expected, began, have = _length(reply), time.monotonic(), 0
+    while have <= largest_bytes and expected <= largest_bytes:
+        try:
+            # iter_content would wait until a whole chunk is there.
+            chunk = reply.raw.read1(CHUNK_BYTES, decode_content=True)
+        except (HTTPError, OSError) as exc:
+            raise requests.ConnectionError(str(exc), request=reply.request) from exc
+        if not chunk:
+            if have < expected and "Content-Encoding" not in reply.headers:
+                raise requests.ConnectionError(f"it ended after {have} of {expected} bytes")
+            return
+        have += len(chunk)
+        spent_s = time.monotonic() - began
+        if spent_s > min(longest_s, ANSWER_S + have / SLOWEST_BYTES_PER_S):
+            raise requests.Timeout(f"only {have} bytes came in {spent_s:.0f} s")
+        yield chunk
+    raise requests.ConnectionError(f"it is larger than {largest_bytes >> 20} MiB")
+
+
+def _length(reply: "requests.Response") -> int:
+    """Return the bytes that an answer announces, 0 for none or an absurd number."""
+    text = reply.headers.get("Content-Length", "")
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
+
+
+def _in_time(get: "Callable[[], requests.Response]") -> "requests.Response":
+    """Return an answer; a name that is not resolved, or headers that drip, know no limit."""
+    import requests
+
+    is_given_up = threading.Event()
+    answers: list[requests.Response] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(get())
+        except BaseException as exc:
+            failures.append(exc)
+        if is_given_up.is_set():
+            for late in answers:
+                late.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    if failures:
+        raise failures[0]
+    if not answers:
+        is_given_up.set()
+        raise requests.Timeout(f"no answer in {ANSWER_S:g} s")
+    return answers[0]
+
+
+def reason_of(exc: BaseException) -> str:
+    """Return why a request failed: the innermost cause, because requests wraps it four times.
 
     A status comes without the sentence of requests, which holds the address and any password in it.
+    A proxy of the environment is named: it may be the cause, and no cause names it.
     """
     import requests
 
     if isinstance(exc, requests.HTTPError) and exc.response is not None:
         return f"the server answers {exc.response.status_code} {exc.response.reason}"
+    request = exc.request if isinstance(exc, requests.RequestException) else None
     while exc.__context__ is not None:
         exc = exc.__context__
-    return str(exc) or type(exc).__name__
+    cause = str(exc) or type(exc).__name__
+    url = str(request.url) if request is not None else ""
+    proxies = requests.utils.get_environ_proxies(url) if url else {}
+    if proxy := requests.utils.select_proxy(url, proxies):
+        name = f"{url.partition(':')[0].upper()}_PROXY"
+        cause += f" (through the proxy {proxy.rpartition('@')[2]}, {name} or ALL_PROXY)"
+    return cause
+
+
+def inner_path(name: str) -> PurePosixPath:
+    """Return where a member of an archive belongs below the folder that it is unpacked into.
+
+    Raises ValueError, with the fault, for a name that leads elsewhere on any file system: absolute,
+    upwards, cut by a zero byte, or into a .git, which would configure the repository around it.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+        raise ValueError("is a path outside of it")
+    if "\0" in name:
+        raise ValueError("has a zero byte in its name")
+    for part in path.parts:
+        # Case, marks without width, and blanks and dots at the end do not count everywhere, and a
+        # short name of Windows is the same folder (git's verify_path, CVE-2014-9390).
+        seen = "".join(letter for letter in part if unicodedata.category(letter) != "Cf")
+        if seen.casefold().rstrip(". ").partition(":")[0] in (".git", "git~1"):
+            raise ValueError("is a path outside of it: git's own folder")
+    return path
+
+
+def check_zip(archive: "zipfile.ZipFile") -> None:
+    """Raise ValueError where a member of a zip file or a wheel leads elsewhere or is no file."""
+    for item in archive.infolist():
+        try:
+            inner_path(item.filename)
+            if stat.S_IFMT(item.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise ValueError("is neither file nor folder")
+        except ValueError as exc:
+            raise ValueError(f"{item.filename!r} {exc}") from None
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip or tar file of others into a folder; no member leaves it, or has more rights.
+
+    Raises SourceError for an archive that is damaged or has another member.
+    """
+    import tarfile
+    import zipfile
+    import zlib
+
+    def checked(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        inner_path(member.name)
+        return tarfile.data_filter(member, path)
+
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as zipped:
+                check_zip(zipped)
+                zipped.extractall(folder)
+        else:
+            with tarfile.open(archive) as packed:
+                packed.extractall(folder, filter=checked)
+    except (
+        *(tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError),
+        # A member below another one that is a file.
+        *(FileExistsError, NotADirectoryError, IsADirectoryError),
+    ) as exc:
+        raise SourceError(
+            f"{archive.name} cannot be unpacked: {exc}",
+            hint=hints.text("core.what_it_is", path=archive),
+        ) from exc
 
 
 def differences(

@@ -1,14 +1,18 @@
-"""The table of all settings: name, kind, default, phase and meaning of each; and families of other
-variables that a tool reads.
+"""The table of all settings: name, kind, default, phase and meaning of each; families of other
+variables that a tool reads; and the names and values that are secret.
 
 A new setting is one row here and one line in .env.example; core/settings.py reads its value.
 """
 
+import difflib
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from workspace.core.paths import typed
 
 Kind = Literal["text", "path", "url", "mirror", "python", "count", "switch", "choice", "archs"]
 # workspace: read here and kept from children; build, run: given to children of that phase; both: to
@@ -219,6 +223,9 @@ SETTINGS: tuple[Setting, ...] = (
 KNOWN: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
 
 TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
+# A URL, or host:path.
+_ADDRESS = re.compile(r"[a-z+]+://|[^/]+:")
+_OF_A_PATH = re.compile(r"_(PATH|DIR|HOME|FILE|FOLDER|CACHE)$")
 _ARCH = re.compile(r"\d+\.\d+[af]?(\+PTX)?")
 # The longest time-out that poll(2) can count in ms; more than any number of compilers or GiB.
 LARGEST_COUNT = 1_000_000
@@ -253,6 +260,9 @@ def expected(setting: Setting, text: str) -> str | None:
         wanted = "one line"
     elif setting.kind == "mirror" and not _is_address_or_path(text):
         wanted = "a URL such as https://host/vllm.git, or a path: begin a path with / or ./"
+    elif setting.kind in ("path", "mirror") and re.search(r"\$[A-Za-z_{(]|`", text):
+        # Nobody else resolves it: a folder of that name would be made where one stands.
+        wanted = "a path in which nothing is left to a shell to resolve"
     elif (setting.kind in ("path", "mirror") or setting.name == "KERNELS") and not expands(text):
         wanted = "below a home folder that is known here"
     return wanted
@@ -276,6 +286,70 @@ def expands(text: str) -> bool:
     return True
 
 
+def is_relative(text: str) -> bool:
+    """Return whether a text is a path whatever it stands for: it begins with ./ or ../ or ~/."""
+    return text.startswith(("./", "../", "~/")) or text in (".", "..", "~")
+
+
+def absolute(setting: Setting, text: str, folder: Path | None) -> str:
+    """Return a value with an absolute path, where it is a path on this machine; a relative one
+    counts from `folder`: see paths.typed.
+    """
+    is_path = (
+        setting.kind == "path"
+        or (setting.kind == "mirror" and not _ADDRESS.match(text))
+        or (setting.name == "KERNELS" and text.endswith(".whl"))
+    )
+    return str(typed(text, folder)) if text and is_path else text
+
+
+def passed_on(name: str, text: str, folder: Path) -> str:
+    """Return a value of .env for children, an absolute path where it is a path."""
+    is_path = _OF_A_PATH.search(name) and "/" in text and ":" not in text
+    return str(typed(text, folder)) if is_relative(text) or is_path else text
+
+
+_USUAL_NAMES = Path(__file__).with_name("library_names.txt")
+# A name of such a family that is nearer to a known name than this is a typing error. Measured on 40
+# real names: TRITON_HOME is at 0.76 to TRITON_REF.
+_TYPING_ERROR = 0.77
+
+
+def is_of_library(name: str, known: Iterable[str]) -> bool:
+    """Return whether CUDA, torch or a library may read the variable, and it is no typing error."""
+    usual = usual_names()
+    if not OF_LIBRARIES.match(name) or name in usual:
+        return name in usual
+    others = [each for each in known if not each.startswith("VLLM_")]
+    is_near = difflib.get_close_matches(name, others, n=1, cutoff=_TYPING_ERROR)
+    return not is_near and not any(_is_typing_error(name, each) for each in usual)
+
+
+@functools.cache
+def usual_names() -> frozenset[str]:
+    """Return the variables of libraries that people set most: few typing errors lead elsewhere."""
+    return frozenset(_USUAL_NAMES.read_text(encoding="ascii").split())
+
+
+def _is_typing_error(typed: str, meant: str) -> bool:
+    """Return whether one letter is missing, added, wrong, or has changed its place with the next.
+
+    A digit counts as right: names of a series differ in it.
+    """
+    start = _alike(typed, meant)
+    end = _alike(typed[start:][::-1], meant[start:][::-1])
+    one, other = typed[start : len(typed) - end], meant[start : len(meant) - end]
+    is_swapped = len(one) == 2 and one == other[::-1]
+    is_one = max(len(one), len(other)) == 1 and not (one + other).isdigit()
+    return typed != meant and (is_swapped or is_one)
+
+
+def _alike(one: str, other: str) -> int:
+    """Return how many letters two names have in common at their beginnings."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 # Read by CMake, setup.py, cargo and the build of Triton only (setup.py, cmake/, tools/).
 BUILD_ONLY = re.compile(
     r"(\w+_SRC_DIR|VLLM_(VERSION_OVERRIDE|MAIN_CUDA_VERSION|DOCKER_BUILD_CONTEXT"
@@ -291,8 +365,78 @@ RUN_ONLY = re.compile(
     r"(VLLM_(?!CONFIG_ROOT$)\w+|HF_\w+|HUGGING_?FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+"
     r"|TORCHDYNAMO_\w+|TORCHINDUCTOR_\w+|FLASHINFER_\w+|TRITON_CACHE_DIR)$"
 )
-# Families of variables of CUDA, torch and the libraries that vLLM runs with: too many to list.
+# Variables of CUDA, torch, the libraries that vLLM runs with, and the system: by their beginnings,
+# for they are too many to list.
 OF_LIBRARIES = re.compile(
-    r"(CUDA|NCCL|OMP|TORCH|PYTORCH|TORCHDYNAMO|TORCHINDUCTOR|TRITON|FLASHINFER|HF|HUGGING_?FACE"
-    r"|TRANSFORMERS|TIKTOKEN)_\w+$"
+    r"(CUDA|CUDNN|CUBLAS|CUBLASLT|CUTE_DSL|CUTLASS|NVIDIA|NVCC|NVTE|NVSHMEM|NCCL|GLOO|UCX|UCC|IBV"
+    r"|RDMAV|MLX5|OMPI|OMP|GOMP|KMP|MKL|ONEDNN|DNNL|OPENBLAS|BLIS|NUMEXPR|NUMBA|ATEN|TORCH|PYTORCH"
+    r"|TORCHDYNAMO|TORCHINDUCTOR|AOTINDUCTOR|TORCHELASTIC|TRITON|FLASHINFER|FLASH_ATTN(TION)?|DG"
+    r"|DEEP_?GEMM|DEEPEP|TVM|TVM_FFI|TILELANG|RAY|HF|HUGGING_?FACE|TRANSFORMERS|TOKENIZERS"
+    r"|SAFETENSORS|DATASETS|MODELSCOPE|TIKTOKEN|XGRAMMAR|LMCACHE|MOONCAKE|NIXL|OTEL|PROMETHEUS"
+    r"|CCACHE|SCCACHE|LD|MALLOC|MIMALLOC|TCMALLOC|SSL|XDG|LC)_\w+$"
+    r"|(PYTHON\w+|GLIBC_TUNABLES|LANG|TZ|TMPDIR|NO_COLOR|MASTER_(ADDR|PORT)|(LOCAL_)?RANK|WORLD_SIZE"
+    r"|(CURL|REQUESTS)_CA_BUNDLE|(?i:https?|all|no|ftp)_(?i:proxy))$"
 )
+
+# Parts of a name that make its value secret. Tokens of a language model are not secret.
+SECRET_PARTS = (
+    r"(?<!TIK)TOKEN(?!IZER|S_PER)|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL"
+    r"|(?:API|ACCESS|ACCOUNT|PRIVATE|SIGNING|ENCRYPTION)[_-]?KEY"
+)
+# Words of a name that do the same: OPENAI_KEY, DB_PASS, GITLAB_PAT, MYSQL_PWD, SSHPASS.
+SECRET_NOUNS = r"(?:KEYS?|(?:SSH)?PASS|PATS?|PWD|O?AUTH|CREDS?|COOKIES?|JWT|PSK|DSN|BEARER|WEBHOOK)"
+# What follows such a word where the value is a place, a kind or a size: SSH_AUTH_SOCK.
+_LABEL = (
+    r"[_-](?:FILE|PATH|DIR|FOLDER|SOCK|SOCKET|PREFIX|NAME|ID|TYPE|METHOD|MODE|SIZE|LEN|LENGTH"
+    r"|COUNT|TIMEOUT|PROVIDER|RING|MAP|BITS|ALGORITHM)S?(?![A-Z])"
+)
+# Both as they stand in other text, where `cache_key = x` is what a report is about.
+_MODEL = r"[_-](?:ids?|ind|budget|count|len|num|log|type|limit|emb|pos|per|size|prob|mask|str)"
+SECRET_TERM = (
+    r"(?:(?:(?<!unexpected )(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!tik)"
+    rf"token(?!{_MODEL})|(?!token)(?:{SECRET_PARTS}|auth[_-]?key|secret[_-]?key))s?(?![a-z])"
+    rf"|(?<=[_-])(?!(?-i:key)){SECRET_NOUNS}(?![a-z])(?!{_LABEL}))"
+)
+_SECRET_PART = re.compile(SECRET_PARTS, re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    rf"{SECRET_PARTS}|(?<![A-Z]){SECRET_NOUNS}(?![A-Z])(?!{_LABEL})", re.IGNORECASE
+)
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+# User and password of an address, as written: https://user:password@host, https://token@host.
+_URL_LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/\"'@:]*):?([^\s/\"']*)@")
+SHORTEST_SECRET = 4
+# A user without a password that is shorter is a name, such as git.
+_SHORTEST_TOKEN = 16
+
+
+def is_secret(name: str) -> bool:
+    """Return whether the value of a variable is secret, by its name."""
+    setting = KNOWN.get(name)
+    if setting or name in ("PWD", "OLDPWD"):
+        return setting is not None and setting.secret
+    return bool(_SECRET_NAME.search(_HUMP.sub("_", name)))
+
+
+def secrets_of(named: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Return the secret values among names and values, and passwords in addresses, longest first.
+
+    A path such as MY_KEY=/home/me/key is left out: messages need it.
+    """
+    found: set[str] = set()
+    for name, text in named:
+        if is_secret(name) and (_SECRET_PART.search(name) or not text.startswith("/")):
+            found.add(text)
+        found.update(_logins(text))
+    return tuple(sorted((text for text in found if len(text) >= SHORTEST_SECRET), key=len)[::-1])
+
+
+def has_login(text: str) -> bool:
+    """Return whether a text has an address with a password or a token in it."""
+    return any(_logins(text))
+
+
+def _logins(text: str) -> Iterator[str]:
+    """Yield the password of each address in a text, or its user where that is a token."""
+    for user, password in _URL_LOGIN.findall(text):
+        if password or len(user) >= _SHORTEST_TOKEN:
+            yield password or user

@@ -1,5 +1,9 @@
-"""Every path of the workspace, defined here and nowhere else."""
+"""Every path of the workspace, defined here and nowhere else; and who can change a path."""
 
+import os
+import pwd
+import stat
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,6 +156,63 @@ class Layout:
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
 
+def typed(text: str, folder: Path | None = None) -> Path:
+    """Return the absolute path that a user means: `~` is the home folder, and a relative path
+    counts from `folder`, by default the folder in which the command was typed.
+
+    That is the working folder: scripts/inv leaves it alone, and noxfile.py starts the sessions
+    there. Links and `..` stay as they are.
+    """
+    return (folder or Path.cwd()) / os.path.expanduser(text)
+
+
 def here() -> Layout:
     """Return the layout of the clone that holds this package."""
     return Layout(Path(__file__).resolve().parents[2])
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number as sudo takes it where the system has no name."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
+
+
+def is_changed_only_by(path: Path, owners: Collection[int]) -> bool:
+    """Return whether only these users, by ID, can change or replace a file or a folder."""
+    return open_place(path, owners=owners, by_others=0o022) is None
+
+
+def open_place(
+    path: Path, *, owners: Collection[int] | None = None, by_others: int = 0o002
+) -> Path | None:
+    """Return where others can change or replace a path: itself, its target, or a folder above.
+
+    `by_others` are the bits of a mode that let others write; `owners` None accepts every owner.
+    """
+    real = path.resolve()
+    # A link of others on the way would point elsewhere later.
+    places = (path, real, *path.parents, *real.parents)
+    return next(
+        (place for place in places if not _is_kept(os.lstat(place), owners, by_others)), None
+    )
+
+
+def _is_kept(place: os.stat_result, owners: Collection[int] | None, by_others: int) -> bool:
+    # In a sticky folder such as /tmp, only the owner of a file replaces it; a link has no mode.
+    is_sticky = stat.S_ISDIR(place.st_mode) and place.st_mode & stat.S_ISVTX
+    is_open = place.st_mode & by_others and not is_sticky and not stat.S_ISLNK(place.st_mode)
+    return (owners is None or place.st_uid in owners) and not is_open
+
+
+def cache_home(environment: Mapping[str, str]) -> Path:
+    """Return the user's cache folder (XDG Base Directory Specification), or one of this clone where
+    that cannot be written, as in a home folder that is read-only.
+
+    Raises RuntimeError where there is no home folder.
+    """
+    base, home = environment.get("XDG_CACHE_HOME"), environment.get("HOME")
+    usual = Path(base) if base else (Path(home) if home else Path.home()) / ".cache"
+    existing = next(place for place in (usual, *usual.parents) if os.path.lexists(place))
+    return usual if os.access(existing, os.W_OK | os.X_OK) else here().state / "cache"

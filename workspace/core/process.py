@@ -33,6 +33,7 @@ SHOWN_TAIL_LINES = 15
 KILL_S = 0.5
 # Exit statuses of timeout(1): it ended the program, or had to kill it.
 TIMED_OUT = (124, 128 + signal.SIGKILL, -signal.SIGKILL)
+_KILLED = (*TIMED_OUT[1:], 128 + signal.SIGTERM, -signal.SIGTERM)
 # How uv, pip, CMake, ninja, gcc, nvcc, cargo and Python begin the line with the cause.
 _ERROR_LINE = re.compile(
     r"(?:^|\s)(?:error|fatal error|fatal|CMake Error|FAILED|ptxas"
@@ -61,9 +62,13 @@ class Absent:
 
 @dataclass(frozen=True)
 class Broken:
-    """The answer of a program or a driver that is there and fails, with a line of its message."""
+    """The answer of a program or a driver that is there and fails, with a line of its message.
+
+    `is_killed`: another program ended it, as earlyoom does; that proves nothing about the program.
+    """
 
     message: str
+    is_killed: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ Answer = There[Value] | Absent | Broken | Slow
 
 
 class NoAnswer(ToolchainError):
-    """A program ran longer than its limit."""
+    """A program ran longer than its limit, or was killed: nothing is known about it."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +131,10 @@ def ask(
 
     timeout(1) kills the program soon after `limit_s` seconds, whatever signals it traps.
     """
-    path = env.get("PATH", os.defpath)
-    if shutil.which(os.fspath(argv[0]), path=path) is None:
-        return Absent()
+    path, program = env.get("PATH", os.defpath), os.fspath(argv[0])
+    if shutil.which(program, path=path) is None:
+        is_there = "/" in program and os.path.lexists(program)
+        return Broken(f"{program} cannot be executed") if is_there else Absent()
     timeout = shutil.which("timeout", path=path)
     bound = [timeout, "-k", f"{KILL_S:g}", f"{limit_s:g}"] if timeout else []
     began = time.monotonic()
@@ -150,8 +156,30 @@ def output_of(answer: Answer[Completed]) -> Answer[str]:
     done = answer.value
     if done.returncode == 0:
         return There(done.stdout)
+    status = describe_status(done.returncode)
+    if done.returncode in _KILLED:
+        return Broken(status, is_killed=True)
     lines = [line.strip() for line in [*done.stdout.splitlines(), *done.stderr.splitlines()]]
-    return Broken(next((line for line in lines if line), describe_status(done.returncode)))
+    return Broken(next((line for line in lines if line), status))
+
+
+def require_not_killed(done: Completed, what: str) -> None:
+    """Raise NoAnswer where another program ended this one: its status then proves nothing."""
+    if done.returncode in _KILLED:
+        raise NoAnswer(f"{what} {describe_status(done.returncode)}")
+
+
+def certain(answer: Answer[Value], program: Argument) -> Value | None:
+    """Return the value of an answer that decides something; None where there is no such program,
+    or a broken one.
+
+    Raises NoAnswer where the program was slow, or was killed: neither shows that it is missing.
+    """
+    if isinstance(answer, Slow):
+        raise NoAnswer(f"{os.fspath(program)} gave no answer in {answer.limit_s:g} s")
+    if isinstance(answer, Broken) and answer.is_killed:
+        raise NoAnswer(f"{os.fspath(program)} {answer.message}")
+    return answer.value if isinstance(answer, There) else None
 
 
 def run(
@@ -382,21 +410,48 @@ def _end_group(child: "subprocess.Popen[str]", first: signal.Signals) -> None:
     ]
     for thread in drains:
         thread.start()
-    for number, grace_s in (
-        (first, INTERRUPT_GRACE_S),
-        (signal.SIGTERM, TERMINATE_GRACE_S),
-        (signal.SIGKILL, TERMINATE_GRACE_S),
-    ):
-        try:
+    with _counted_interrupts() as interrupts:
+        for number, grace_s in (
+            (first, INTERRUPT_GRACE_S),
+            (signal.SIGTERM, TERMINATE_GRACE_S),
+            (signal.SIGKILL, TERMINATE_GRACE_S),
+        ):
+            # Before the signal, to which a person may answer at once.
+            deadline, before = time.monotonic() + grace_s, len(interrupts)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, number)
-            deadline = time.monotonic() + grace_s
-            while time.monotonic() < deadline:
+            while time.monotonic() < deadline and len(interrupts) == before:
                 if child.poll() is not None and not _group_lives(child.pid):
                     return
                 time.sleep(0.02)
-        except KeyboardInterrupt:
-            continue
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let ^C raise KeyboardInterrupt in a cleanup, which otherwise ignores it (cli/main.py)."""
+    with _interrupts_to(signal.default_int_handler):
+        yield
+
+
+@contextlib.contextmanager
+def _counted_interrupts() -> Iterator[list[int]]:
+    """Record each ^C instead of raising it anywhere in a cleanup."""
+    arrived: list[int] = []
+    with _interrupts_to(lambda number, _: arrived.append(number)):
+        yield arrived
+
+
+@contextlib.contextmanager
+def _interrupts_to(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        # Python calls handlers in the main thread only.
+        yield
+        return
+    former = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def _drain(stream: object) -> None:

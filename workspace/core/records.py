@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from workspace.core.errors import printable
 from workspace.core.files import read_regular, write_atomic
 
 T = TypeVar("T")
@@ -141,7 +142,7 @@ def read(path: Path, kind: type[T]) -> T | None:
 
 @functools.cache
 def _warn(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def _fields(record: Any) -> dict[str, object]:

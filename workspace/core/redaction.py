@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, quote_plus
 
+from workspace.core.known_settings import SECRET_NOUNS, SECRET_PARTS, SECRET_TERM
+
 MASK = "****"
 ROUNDS = 8
 # A URL in a URL in a URL.
@@ -71,27 +73,25 @@ _KEY_END = re.compile(
     r" ]*PRIVATE KEY[A-Z ]*-----"
 )
 
-# The tokens of a language model are no secrets.
-_MODEL = r"[_-](?:ids?|ind|budget|count|len|num|log|type|limit|emb|pos|per|size|prob|mask|str)"
-_SECRET_TERM = (
-    r"(?:(?<!unexpected )(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!tik)"
-    rf"token(?!{_MODEL})|secrets?|passwords?|passwd|passphrase"
-    r"|(?:api|access|private|auth|secret)[_-]?keys?|credentials?)(?![a-z])"
-)
 _HAS_SECRET_TERM = re.compile(
-    r"token|secret|passw|passphrase|key|credential|bearer|authorization|cookie", re.IGNORECASE
+    rf"{SECRET_PARTS}|[_-]{SECRET_NOUNS}|key|bearer|authorization|cookie", re.IGNORECASE
 )
 _PAIR = re.compile(
-    r"(?P<head>" + _SECRET_TERM + r"[\w.-]{0,40}\\*[\"']?[ \t]*(?:=>|=(?!=)|:)[ \t]*\[?[ \t]*)"
+    rf"(?P<head>{SECRET_TERM}"
+    r"[\w.-]{0,40}\\*[\"']?[ \t]*(?:=>|=(?!=)|:)[ \t]*\[?[ \t]*)"
     r"(?P<value>(?P<escaped>(?P<slashes>\\+)[\"']).*?(?:(?<!\\)(?P=slashes)[\"']|$)|\"(?:[^\"\\]"
     r"|\\.)*\"?|'(?:[^'\\]|\\.)*'?|[^\s\"'{(\[][^\s\"']*)",
     re.IGNORECASE,
 )
-_FLAG = re.compile(
-    r"(--[a-z-]{0,40}?" + _SECRET_TERM + r"[a-z-]{0,40}[ \t]+)(?!-)\S+", re.IGNORECASE
-)
+_FLAG = re.compile(rf"(--[a-z-]{{0,40}}?{SECRET_TERM}[a-z-]{{0,40}}[ \t]+)(?!-)\S+", re.IGNORECASE)
 _HEADER = re.compile(
     r"((?:authorization|(?:set-)?cookie)\\*[\"']?[ \t]*[:=][ \t]*\\*[\"']?)[^\"'\\]*", re.IGNORECASE
+)
+# A line of ~/.netrc.
+_NETRC = re.compile(
+    r"(\b(?:login|machine)[ \t]+\S+[ \t]+(?:account[ \t]+\S+[ \t]+)?password[ \t]+"
+    r"|^[ \t]*password[ \t]+(?=\S+$))\S+",
+    re.IGNORECASE,
 )
 _BEARER = re.compile(r"(bearer[ \t]+)[\w.~+/=-]{6,}", re.IGNORECASE)
 _CURL_USER = re.compile(r"((?:^|\s)(?:-u|--user|--proxy-user)[ \t=]+)[^\s:]+:\S+")
@@ -281,16 +281,8 @@ class Redactor:
         if ":" in line and "/" in line:
             line = _URL_HOST.sub(_url_host, _URL_USER.sub(rf"\g<1>{MASK}@", line))
         if _HAS_SECRET_TERM.search(line):
-            line = _PAIR.sub(
-                _pair,
-                _FLAG.sub(
-                    rf"\g<1>{MASK}",
-                    _BEARER.sub(rf"\g<1>{MASK}", _HEADER.sub(rf"\g<1>{MASK}", line)),
-                ),
-            )
-        if "-u" in line or "user" in line:
-            line = _CURL_USER.sub(rf"\g<1>{MASK}", line)
-        line = _TOKEN.sub(MASK, line)
+            line = _PAIR.sub(_pair, _masked(line, _HEADER, _BEARER, _FLAG, _NETRC))
+        line = _TOKEN.sub(MASK, _masked(line, _CURL_USER))
         if "@" in line:
             line = _EMAIL.sub(
                 lambda match: match[0] if _is_reserved(match[1]) else "<email>",
@@ -327,6 +319,13 @@ class Redactor:
         ):
             return match[0]
         return "<ip>"
+
+
+def _masked(line: str, *patterns: re.Pattern[str]) -> str:
+    """Mask what follows the first group of each pattern."""
+    for pattern in patterns:
+        line = pattern.sub(rf"\g<1>{MASK}", line)
+    return line
 
 
 def _is_secret(text: str) -> bool:

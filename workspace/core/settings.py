@@ -8,7 +8,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,15 +19,21 @@ from workspace.core.files import read_regular
 from workspace.core.known_settings import (
     BUILD_ONLY,
     KNOWN,
-    OF_LIBRARIES,
     RUN_ONLY,
     SETTINGS,
     TRUE,
     Setting,
+    absolute,
     expands,
     expected,
+    is_of_library,
+    is_relative,
+    is_secret,
+    passed_on,
+    secrets_of,
+    usual_names,
 )
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, cache_home, typed
 
 Source = Literal["flag", "shell", ".env", "default"]
 
@@ -52,25 +58,24 @@ class Value:
     source: Source
 
 
-# Tokens of a language model are not secrets.
-_SECRET_NAME = re.compile(
-    r"(?<!TIK)TOKEN(?!IZER|S_PER)|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE
-)
-
 # Variables that point a child to another interpreter, checkout or build.
 _FOREIGN = re.compile(
     r"(PYTHON(PATH|HOME|STARTUP|SAFEPATH|INSPECT|USERBASE)|VIRTUAL_ENV(_PROMPT)?|CONDA_.*"
-    r"|UV_(PYTHON|TORCH_BACKEND|PROJECT.*|SYSTEM_PYTHON|WORKING_DIR.*)|PIP_(TARGET|PREFIX|USER"
-    r"|REQUIRE_VIRTUALENV)|MAKEFLAGS|MAKELEVEL"
+    r"|UV_(PYTHON|TORCH_BACKEND|PROJECT.*|SYSTEM_PYTHON|WORKING_DIR.*|TARGET|PREFIX|ENV_FILE"
+    # What says which versions and files to install; the pin and the tree say it here.
+    r"|(BUILD_)?CONSTRAINT|OVERRIDE|EXCLUDE|REQUIRE_HASHES|NO_VERIFY_HASHES|PRERELEASE|RESOLUTION"
+    r"|FORK_STRATEGY|NO_DEPS|NO_BINARY.*|NO_BUILD.*|NO_SOURCES.*|NO_INSTALLER_METADATA|DRY_RUN"
+    r"|ISOLATED|FROZEN|LOCKED|BREAK_SYSTEM_PACKAGES)"
+    r"|PIP_(TARGET|PREFIX|ROOT|USER|REQUIRE_VIRTUALENV|(BUILD_)?CONSTRAINT|REQUIRE_HASHES|NO_DEPS"
+    r"|PRE|NO_BINARY|ONLY_BINARY|NO_BUILD_ISOLATION|DRY_RUN)|MAKEFLAGS|MAKELEVEL"
     r"|VLLM_USE_PRECOMPILED.*|VLLM_PRECOMPILED_.*|VLLM_TARGET_DEVICE|VLLM_VERSION_OVERRIDE"
     r"|SETUPTOOLS_SCM_.*)$"
 )
-# A name of such a family that is nearer to a known name than this is a typing error. Measured on 40
-# real names: TRITON_HOME is at 0.76 to TRITON_REF.
-_TYPING_ERROR = 0.77
+_VARIABLE = re.compile(r"\$(?:\{(?P<braced>\w+)\}|(?P<plain>[A-Za-z_]\w*))")
 _GIT_LOCAL = re.compile(
     r"GIT_(DIR|WORK_TREE|INDEX_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR"
-    r"|NAMESPACE|PREFIX|QUARANTINE_PATH"
+    r"|NAMESPACE|PREFIX|QUARANTINE_PATH|SHALLOW_FILE|GRAFT_FILE|ATTR_SOURCE|DEFAULT_HASH"
+    r"|DEFAULT_REF_FORMAT|(LITERAL|GLOB|NOGLOB|ICASE)_PATHSPECS|CONFIG"
     r"|CONFIG_(PARAMETERS|COUNT|KEY_\d+|VALUE_\d+)|CEILING_DIRECTORIES)$"
 )
 
@@ -97,11 +102,12 @@ class Settings:
         return int(self.text(name)) if self.text(name) else None
 
     def path(self, name: str) -> Path | None:
-        return Path(self.text(name)).expanduser() if self.text(name) else None
+        """Return a path, which is absolute: see `load`."""
+        return typed(self.text(name)) if self.text(name) else None
 
     @property
     def cache(self) -> Path:
-        """Downloads shared by all clones of this user (XDG Base Directory Specification)."""
+        """Downloads shared by all clones of this user, see paths.cache_home."""
         own = self.path("WORKSPACE_CACHE_DIR")
         base = self.shell.get("XDG_CACHE_HOME")
         if not own and not base and not expands("~"):
@@ -109,7 +115,7 @@ class Settings:
                 "there is no home folder to keep downloads in: HOME is not set",
                 hint=hints.text("core.cache_folder"),
             )
-        return own or (Path(base) if base else Path("~/.cache").expanduser()) / "vllm-workspace"
+        return own or cache_home(self.shell) / "vllm-workspace"
 
     @property
     def index_url(self) -> str | None:
@@ -126,16 +132,8 @@ class Settings:
     @property
     def secrets(self) -> tuple[str, ...]:
         """Values that no log and no screen may show, longest first."""
-        named = {
-            name: value.text for name, value in (*self.values.items(), *self.passed.items())
-        } | dict(self.shell)
-        return tuple(
-            sorted(
-                {text for name, text in named.items() if is_secret(name) and len(text) >= 4},
-                key=len,
-                reverse=True,
-            )
-        )
+        own = ((name, value.text) for name, value in (*self.values.items(), *self.passed.items()))
+        return secrets_of((*own, *self.shell.items()))
 
     def masked(self, text: str) -> str:
         """Return the text without secrets, at full length."""
@@ -180,7 +178,8 @@ class Settings:
     def _inherited(self, base: Base) -> dict[str, str]:
         """Return the variables of the shell that a child may see."""
         environment = {
-            name: text
+            # A child may run in another folder.
+            name: str(typed(text)) if base != "plain" and is_relative(text) else text
             for name, text in self.shell.items()
             if not _FOREIGN.match(name)
             and not _GIT_LOCAL.match(name)
@@ -224,11 +223,6 @@ def is_set_by_the_workspace(name: str) -> bool:
     return bool(_FOREIGN.match(name))
 
 
-def is_secret(name: str) -> bool:
-    setting = KNOWN.get(name)
-    return setting.secret if setting else bool(_SECRET_NAME.search(name))
-
-
 def load(
     layout: Layout,
     *,
@@ -240,22 +234,26 @@ def load(
 
     `flags` maps names of settings to values of the command line, None where the flag is absent.
     `also_known` returns further names that need no warning, such as the registry of the pinned
-    tree; it is called only where .env has an unknown name. Raises SettingsError for an unreadable
-    .env and for a bad value, and names the line or the flag.
+    tree; it is called only where .env has an unknown name. A relative path in .env counts from the
+    folder of .env, another from the folder in which the command was typed. Raises SettingsError for
+    an unreadable .env and for a bad value, and names the line or the flag.
     """
     shell = dict(os.environ if environ is None else environ)
     written = _read_dotenv(layout.dotenv)
     # .env may put a secret into any other value: DEVICE=${HF_TOKEN}.
     named = [*shell.items(), *((name, text) for name, (text, _) in written.items())]
-    secrets = sorted(
-        {text for name, text in named if is_secret(name) and len(text) >= 4}, key=len, reverse=True
-    )
+    secrets = secrets_of(named)
     values = {
-        setting.name: _value(setting, flags or {}, shell, written, secrets) for setting in SETTINGS
+        setting.name: _absolute(
+            setting, _value(setting, flags or {}, shell, written, secrets), layout.root
+        )
+        for setting in SETTINGS
     }
     unknown = {name: text for name, (text, _) in written.items() if name not in KNOWN}
     passed = {
-        name: Value(shell.get(name, text), "shell" if name in shell else ".env")
+        name: Value(shell[name], "shell")
+        if name in shell
+        else Value(passed_on(name, text, layout.root), ".env")
         for name, text in unknown.items()
     }
     known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
@@ -276,14 +274,8 @@ def _warnings(
         for line in lines[:-1]:
             yield f".env, line {line}: {name} {AGAIN} {lines[-1]}, which counts"
     for name, (_, lines) in written.items():
-        if name not in known and not BUILD_ONLY.match(name) and not _is_of_library(name, known):
+        if name not in known and not BUILD_ONLY.match(name) and not is_of_library(name, known):
             yield _unknown(name, lines[-1], known)
-
-
-def _is_of_library(name: str, known: Iterable[str]) -> bool:
-    """Return whether CUDA, torch or a library may read the variable, and no known name is near."""
-    others = (each for each in known if not each.startswith("VLLM_"))
-    return bool(OF_LIBRARIES.match(name)) and not nearest(name, others, cutoff=_TYPING_ERROR)
 
 
 def _value(
@@ -312,6 +304,12 @@ def _value(
             f"{place}: {shown} is not {wanted}", hint=_example(setting, is_flag=flag is not None)
         )
     return value
+
+
+def _absolute(setting: Setting, value: Value, root: Path) -> Value:
+    """Return the value with an absolute path, where it is a path on this machine."""
+    folder = root if value.source == ".env" else None
+    return replace(value, text=absolute(setting, value.text, folder))
 
 
 def _example(setting: Setting, *, is_flag: bool) -> str:
@@ -360,7 +358,7 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | N
 def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
     """Return name, value and lines of each setting; the last line counts.
 
-    python-dotenv resolves ${HOME}.
+    Variables are resolved as in a shell: $HOME and ${HOME}.
     """
     from dotenv.main import DotEnv
     from dotenv.parser import parse_stream
@@ -379,6 +377,7 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
         ) from exc
     text = _dotenv_text(raw)
     lines: dict[str, list[int]] = {}
+    resolvable = ""
     for binding in parse_stream(io.StringIO(text)):
         line = (
             binding.original.line
@@ -395,10 +394,33 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
             )
         if binding.key is not None:
             lines.setdefault(binding.key, []).append(line)
-    resolved = DotEnv(
-        dotenv_path=None, stream=io.StringIO(text), interpolate=True, override=False
-    ).dict()
+        resolvable += _with_braces(binding.original.string, binding.key or "", line, {*lines})
+    stream = io.StringIO(resolvable)
+    resolved = DotEnv(dotenv_path=None, stream=stream, interpolate=True, override=False).dict()
     return {name: (value, lines[name]) for name, value in resolved.items() if value is not None}
+
+
+def _with_braces(string: str, name: str, line: int, earlier: Collection[str]) -> str:
+    """Return an assignment of .env with ${NAME} for $NAME: python-dotenv resolves only that form.
+
+    Single quotes and secrets keep a $ as it is, and so does the name of no variable. Raises
+    SettingsError for a path with such a name: a folder called $HOME would be made.
+    """
+    if is_secret(name) or string.partition("=")[2].lstrip().startswith("'"):
+        return string
+
+    def braced(found: re.Match[str]) -> str:
+        variable = found["braced"] or found["plain"]
+        if variable in os.environ or variable in earlier:
+            return f"${{{variable}}}"
+        if name in KNOWN and KNOWN[name].kind in ("path", "mirror", "url"):
+            raise SettingsError(
+                f".env, line {line}: {name} needs the variable {variable}, which is not set",
+                hint=hints.text("core.edit_dotenv", line=line),
+            )
+        return found[0]
+
+    return _VARIABLE.sub(braced, string)
 
 
 def _dotenv_text(raw: bytes) -> str:
@@ -455,7 +477,7 @@ def _hidden(name: str, shell_text: str, text: str) -> str:
 
 
 def _unknown(name: str, line: int, known: Iterable[str]) -> str:
-    like = nearest(name, known)
+    like = nearest(name, {*known, *usual_names()})
     follows = (
         "./scripts/inv env shows how it is used."
         if name.startswith("VLLM_")

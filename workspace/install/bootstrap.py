@@ -5,6 +5,7 @@ After an interruption, the next run resumes from the verified layers.
 """
 
 import contextlib
+import os
 import tempfile
 import threading
 import time
@@ -312,10 +313,11 @@ _FIRST_TOKEN_STEPS: stages.Steps = (("first token", _generate),)
 
 def _preflight(observed: plan.Observation, console: Console) -> None:
     """Stop before any change where the machine lacks what this bootstrap needs."""
-    has_environment = observed.environment.state == "ok"
-    machine = observed.machine
+    machine, is_due = observed.machine, observed.environment.state != "ok"
+    # What an interrupted bootstrap has installed is there already.
+    missing = NEEDED_GIB[observed.device] - _used_gib(machine.layout.environment)
     need = {
-        machine.layout.root: 1.0 if has_environment else NEEDED_GIB[observed.device],
+        machine.layout.root: max(1.0, missing) if is_due else 1.0,
         machine.settings.cache: NEEDED_CACHE_GIB,
     }
     with console.step("preflight") as view:
@@ -324,9 +326,20 @@ def _preflight(observed: plan.Observation, console: Console) -> None:
             device=observed.device,
             is_native=observed.kernels_wanted.source.is_native,
             need_gib=need,
+            is_environment_due=is_due,
         )
         view.reason = f"{sum(row.state == 'ok' for row in rows)} of {len(rows)} checks ok"
     stages.require_rows(rows, console, what="bootstrap")
+
+
+def _used_gib(folder: Path) -> float:
+    """Return the GiB that the files below a folder occupy; 0 without the folder."""
+    size = 0
+    for top, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(top, name)).st_blocks * 512
+    return size / 2**30
 
 
 def _show_skipped(stage: Stage, console: Console) -> None:

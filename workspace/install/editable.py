@@ -18,7 +18,7 @@ from pathlib import Path
 from workspace.core import hints
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, SourceError
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.files import check_zip, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.install.plan import Observation
 from workspace.machine import interpreter
@@ -100,14 +100,16 @@ def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
+            # The tree's setup.py writes members where their names lead.
+            check_zip(archive)
             members = {
                 item.filename: (item.file_size, item.CRC)
                 for item in archive.infolist()
                 if item.filename.startswith("vllm/")
             }
-    except (zipfile.BadZipFile, OSError) as exc:
+    except (zipfile.BadZipFile, ValueError, OSError) as exc:
         raise SourceError(
-            f"{wheel.name} cannot be read as a wheel: {exc}",
+            f"{wheel.name} cannot be used as a wheel: {exc}",
             hint=hints.text("install.precompiled"),
         ) from exc
     compiled = {
@@ -133,7 +135,13 @@ def complete(wheel: Path, tree: Path) -> None:
     ]
     with zipfile.ZipFile(wheel) as archive:
         for name in left:
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            folder = (tree / name).parent
+            if not folder.resolve().is_relative_to(tree.resolve()):
+                raise SourceError(
+                    f"{folder} is a link to a folder outside of {tree}: {wheel.name} was not used",
+                    hint=hints.text("core.list_folder", folder=folder),
+                )
+            folder.mkdir(parents=True, exist_ok=True)
             write_atomic(tree / name, archive.read(name), mode=0o755)
 
 

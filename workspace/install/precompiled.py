@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from workspace.core import hints, records
 from workspace.core.errors import SettingsError, SourceError
 from workspace.core.files import sha256
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings, Value
 from workspace.machine.arch import parse
 from workspace.repo import index, pins
@@ -184,7 +184,7 @@ def _own_wheel(settings: Settings, choice: str) -> Kernels:
     wheel = None
     # A name that is too long, or a link in a loop, names no wheel either.
     with contextlib.suppress(OSError, RuntimeError):
-        named = Path(choice).expanduser().resolve()
+        named = typed(choice).resolve()
         wheel = named if _is_wheel(named) else None
     if wheel is None:
         raise SettingsError(

@@ -34,7 +34,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stages, stamp, status, verify
 from workspace.install.precompiled import KernelSource, text_of
-from workspace.machine import doctor, venv
+from workspace.machine import check, doctor, venv
 from workspace.machine.machine import Machine
 from workspace.repo import moves, pins
 from workspace.repo.git import Git, remotes
@@ -382,6 +382,7 @@ def run(
     machine = Machine(layout, settings)
     bounds = _bounds(machine, options) if has_bounds else None
     observed = plan.observe_on(machine)
+    check.require(machine, console=console, device=observed.device)
     _require_context(observed, is_sandbox=is_sandbox)
     if options.clean and not options.plan_only:
         _clean(layout, console, wait=wait)

@@ -136,9 +136,12 @@ def install_accelerators(run: Run, view: Step) -> None:
             "the environment is missing after its installation", hint=hints.text("inv.status")
         )
     files = plan.digested_files(Git(run.layout.vllm), inputs)
+    # A build for the CPU reports a driver that answers later: status.device_row.
+    away = run.observed.device == "cpu" and not run.observed.machine.gpus
+    outcome = {stamp.DRIVER: stamp.AWAY} if away else {}
     stamp.write(
         run.layout.stamp("environment"),
-        stamp.Stamp(inputs=inputs, packages=provided.packages, files=files),
+        stamp.Stamp(inputs=inputs, outcome=outcome, packages=provided.packages, files=files),
     )
     view.reason = provided.summary
 

@@ -22,6 +22,8 @@ from workspace.install.precompiled import DAMAGED, KernelSource
 RECORD = "workspace.json"
 # Bytes of workspace.json: for a release with DeepGEMM for each Python, 20 libraries take 4 KB.
 _LONGEST = 1 << 20
+# In the outcome of an environment for the CPU: no driver answered when it was made.
+DRIVER, AWAY = "driver", "away"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 

@@ -10,12 +10,13 @@ from workspace.core import hints, records
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import PatchDrift, SmokeError
 from workspace.core.paths import Layout
+from workspace.core.process import There
 from workspace.install import plan, precompiled, stamp
 from workspace.install.precompiled import text_of
-from workspace.machine import doctor, torch
+from workspace.machine import doctor, gpu, torch
 from workspace.machine.machine import Machine
 from workspace.machine.torch import Installed, TorchBuild
-from workspace.repo import checkout, overview, patches, pins
+from workspace.repo import checkout, overview, patches, pins, series
 
 # The key in the stamp's outcome: the libraries of which this GPU runs only PTX
 # (device_code.driver_work), empty if there are none.
@@ -153,6 +154,7 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
                 layer.why if layer.state != "ok" else texts[layer.name],
             )
         )
+    rows.extend(device_rows(observed.machine))
     if sentence := driver_sentence(built):
         rows.append(Row(State.OK, "first use", sentence))
     if found := triton_row(layout, observed.torch):
@@ -183,14 +185,14 @@ def driver_sentence(built: stamp.Stamp | None) -> str | None:
 
 
 def show_doctor(machine: Machine, *, console: Console, as_json: bool, offline: bool) -> None:
-    """Print the doctor's rows, and one on code that the driver compiles at its first use."""
+    """Print the doctor's rows, and those on a driver that came back and on its first use."""
     doctor.show(
         machine,
         console=console,
         as_json=as_json,
         offline=offline,
         is_native=precompiled.is_native(machine.settings),
-        more=first_use(machine.layout),
+        more=(*device_rows(machine, queries_driver=True), *first_use(machine.layout)),
     )
 
 
@@ -199,6 +201,29 @@ def first_use(layout: Layout) -> tuple[Row, ...]:
     sentence = driver_sentence(stamp.read(layout.stamp("vllm")))
     why = "the first request waits for it; inv bootstrap ends with a first token, which compiles it"
     return (Row(State.OK, "first use", sentence, why),) if sentence else ()
+
+
+def device_rows(machine: Machine, *, queries_driver: bool = False) -> tuple[Row, ...]:
+    """Return the row of a CPU build that was made while no driver answered, once one is here again.
+
+    Status only looks for the driver's files; the doctor queries the driver. DEVICE=cpu is a choice.
+    """
+    recorded = stamp.read(machine.layout.stamp("environment"))
+    is_away = recorded is not None and recorded.outcome.get(stamp.DRIVER) == stamp.AWAY
+    environment = machine.settings.child_environment("plain")
+    if not is_away or machine.settings.text("DEVICE") == "cpu" or not gpu.is_installed(environment):
+        return ()
+    here, again = "an NVIDIA driver is installed", hints.text("install.build_for_gpu")
+    if queries_driver:
+        answer = machine.driver.gpus()
+        if not isinstance(answer, There):
+            return ()
+        here = f"{answer.value[0].name} answers"
+    text = (
+        f"built for the CPU when no driver answered; now {here}. DEVICE=cpu in .env keeps the CPU"
+    )
+    why = "vLLM uses a GPU only where it was built for one"
+    return (Row(State.WARN, "device", text, why if queries_driver else "", again),)
 
 
 def _pin(layout: Layout, observed: plan.Observation) -> Row:
@@ -230,6 +255,8 @@ def patches_row(stack: patches.Stack | None) -> Row:
         if stack.dirty
         else ""
     )
+    if stack.untracked:
+        edited += f"; {series.named_untracked(stack.untracked)}"
     texts: dict[patches.State, tuple[State, str]] = {
         patches.State.APPLIED: (State.OK, f"{count} applied"),
         patches.State.UNAPPLIED: (

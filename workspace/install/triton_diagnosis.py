@@ -140,7 +140,8 @@ def _tree(layout: Layout) -> str:
 def try_kernel(layout: Layout, settings: Settings, capability: str) -> Kernel:
     """Compile a kernel for this capability with the installed Triton, without any cache.
 
-    On a GPU, also run it and compare the result with torch's.
+    On a GPU, also run it and compare the result with torch's. Raises NoAnswer where it takes longer
+    than PROBE_S or is killed.
     """
     with tempfile.TemporaryDirectory(prefix="triton-probe-") as folder:
         environment = settings.child_environment("run", {"TRITON_CACHE_DIR": folder})
@@ -151,7 +152,11 @@ def try_kernel(layout: Layout, settings: Settings, capability: str) -> Kernel:
         ]
         try:
             done = process.capture(argv, env=environment, cwd=Path(folder), timeout_s=PROBE_S)
+            process.require_not_killed(done, "the compilation of the test kernel")
             report = records.decode(done.stdout, dict[str, Any])
+        except process.NoAnswer:
+            # Nothing is known to be wrong with Triton: no fix may follow.
+            raise
         except ToolchainError as exc:
             return Kernel(exc.message, "", "", None)
         except records.DecodeError:

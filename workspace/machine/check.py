@@ -16,13 +16,12 @@ from workspace.core import hints
 from workspace.core.child_variables import fitting_jobs
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import SettingsError
-from workspace.core.known_settings import KNOWN, SETTINGS
+from workspace.core.known_settings import KNOWN, SETTINGS, is_secret
 from workspace.core.settings import (
     AGAIN,
     UNKNOWN,
     Settings,
     is_for,
-    is_secret,
     is_set_by_the_workspace,
     similar,
 )
@@ -34,10 +33,10 @@ from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
 # Variables of the shell that concern vLLM although no setting has their name.
 _OF_INTEREST = re.compile(
     r"VLLM_\w+|HF_\w+|HUGGING_FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+|TRITON_\w+|FLASHINFER_\w+"
-    r"|TORCHINDUCTOR_\w+|PYTORCH_\w+|VERBOSE"
+    r"|TORCHINDUCTOR_\w+|PYTORCH_\w+|VERBOSE|(UV|PIP)_(CONSTRAINT|OVERRIDE|REQUIRE_HASHES)"
 )
 _HIDES = re.compile(r"(?P<name>\w+)(=.*)? in the shell hides ", re.DOTALL)
-_UNKNOWN = re.compile(rf"\.env, line \d+: (?P<name>\w+) {UNKNOWN}")
+_UNKNOWN = re.compile(rf"\.env, line (?P<line>\d+): (?P<name>\w+) {UNKNOWN}")
 _REPEATED = re.compile(rf"\.env, line (?P<line>\d+): (?P<name>\w+) {AGAIN}")
 _ON = ("1", "true", "yes", "on")
 # Variables that name a file or folder to read, without those that vLLM creates itself.
@@ -197,13 +196,13 @@ def _torch(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
 class SettingRow(Row):
     """One setting.
 
-    `value` is safe to print, `text` explains the state; `is_reported` means that the command line
-    has already printed it.
+    `value` is safe to print, `text` explains the state; `is_sentence` means that the text names the
+    variable and its place.
     """
 
     value: str = ""
     source: str = ""
-    is_reported: bool = False
+    is_sentence: bool = False
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -230,15 +229,16 @@ def require(
     recipe: Mapping[str, str] | None = None,
     device: str | None = None,
 ) -> None:
-    """Print the warnings that are not reported yet. Raises SettingsError for an unusable setting.
+    """Print each warning once in a process. Raises SettingsError for an unusable setting.
 
     `recipe` is the environment of a recipe, `device` the device of the build, where the caller has
     it.
     """
     rows = judge(Case(machine, device=device), recipe=recipe)
     for row in rows:
-        if row.state == State.WARN and not row.is_reported:
-            _warn(console, f"{_called(row)}: {row.text}", row.hint)
+        if row.state == State.WARN:
+            text = row.text if row.is_sentence else f"{_called(row)}: {row.text}"
+            _warn(console, text, row.hint)
     _stop(rows)
 
 
@@ -268,11 +268,11 @@ def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Setti
                 state=State.FAIL if finding.is_error else State.WARN,
                 text=settings.masked(finding.message),
                 hint=_removal(row) if finding.hint is None else finding.hint,
-                is_reported=False,
+                is_sentence=False,
             )
     is_judged = bool(run_environment.known_variables(case.layout))
     return tuple(
-        _with_reported(
+        _with_warning(
             settings,
             row,
             is_judged=is_judged and bool(run_environment.VARIABLE.fullmatch(row.name)),
@@ -370,29 +370,31 @@ def _out_of_phase(rows: Mapping[str, SettingRow]) -> Iterator[Finding]:
             )
 
 
-def _with_reported(settings: Settings, row: SettingRow, *, is_judged: bool) -> SettingRow:
-    """Add the command line's own warning of a variable, else the phase that the variable is for.
+def _with_warning(settings: Settings, row: SettingRow, *, is_judged: bool) -> SettingRow:
+    """Add the settings' own warning of a variable, else the phase that the variable is for.
 
-    The command line warns where the shell hides .env, and of repeated and unknown names; for the
-    latter the pinned tree's own answer (`is_judged`) is better.
+    They warn where the shell hides .env, and of repeated and unknown names; for the latter the
+    pinned tree's own answer (`is_judged`) is better.
     """
     if row.state != State.OK:
         return row
     for warning in settings.warnings:
         hidden, repeated = _HIDES.match(warning), _REPEATED.match(warning)
-        found = hidden or repeated or (None if is_judged else _UNKNOWN.match(warning))
+        unknown = None if is_judged else _UNKNOWN.match(warning)
+        found = hidden or repeated or unknown
         if found and found["name"] == row.name:
+            # An unknown name may be right: nothing removes it, an editor shows it.
             hint = (
-                hints.text("machine.drop_line", line=repeated["line"])
-                if repeated
-                else _removal(row)
+                hints.text("core.edit_dotenv", line=unknown["line"])
+                if unknown
+                else hints.text("machine.unset", name=row.name)
             )
             return replace(
                 row,
                 state=State.WARN,
                 text=re.sub(r"; `unset .*$", "", warning),
-                hint=hints.text("machine.unset", name=row.name) if hidden else hint,
-                is_reported=True,
+                hint=hints.text("machine.drop_line", line=repeated["line"]) if repeated else hint,
+                is_sentence=True,
             )
     return row if row.text else replace(row, text=f"for {_phase(row.name)}")
 

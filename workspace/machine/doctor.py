@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import hints
+from workspace.core import hints, process
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import ToolchainError, WorkspaceError
+from workspace.core.process import There
 from workspace.core.settings import without_user
 from workspace.machine import (
     doctor_host,
@@ -24,7 +25,7 @@ from workspace.machine import (
     toolchain,
 )
 from workspace.machine.doctor_toolchain import required_compiler
-from workspace.machine.machine import Case, Machine
+from workspace.machine.machine import Case, Machine, unanswered
 
 __all__ = ["CHECKS", "examine", "preflight", "required_compiler", "show"]
 
@@ -67,15 +68,15 @@ def ccache(case: Case) -> Iterator[Row]:
 
 def _ccache(case: Case, program: str) -> Row:
     environment = toolchain.cache_configuration(case.layout, case.settings)
-    listed = case.ask([program, "--show-config"], extra=environment)
-    lines = _CONFIG_LINE.finditer(listed.stdout) if listed else ()
+    listed = process.output_of(case.ask([program, "--show-config"], extra=environment))
+    lines = _CONFIG_LINE.finditer(listed.value) if isinstance(listed, There) else ()
     config = {line["key"]: (line["value"].strip(), line["origin"]) for line in lines}
     why = "a build takes objects of former builds from it"
-    if not config or listed is None or listed.returncode != 0:
+    if not config:
         seen = f"{program} does not print its configuration"
-        return Row(
-            State.WARN, "ccache", seen, why, hints.text("machine.ccache_config", program=program)
-        )
+        look = hints.text("machine.ccache_config", program=program)
+        row = Row(State.WARN, "ccache", seen, why, look)
+        return row if isinstance(listed, There) else unanswered(row, listed, look=look)
     limit_gib = size_gib(config.get("max_size", ("", ""))[0])
     facts = ", ".join(_ccache_facts(case, program, config, limit_gib))
     seen = f"{case.layout.relative(Path(program))}: {facts}"
@@ -91,7 +92,8 @@ def _ccache_facts(
 ) -> Iterator[str]:
     """Yield the facts that decide about hits: size, limit, and the settings of the hash."""
     done = case.ask([program, "--print-stats"])
-    stats = dict(re.findall(r"^(\w+)\t(\d+)$", done.stdout if done else "", re.MULTILINE))
+    printed = done.value.stdout if isinstance(done, There) else ""
+    stats = dict(re.findall(r"^(\w+)\t(\d+)$", printed, re.MULTILINE))
     value = {name: text for name, (text, _) in config.items()}
     used_gib = int(stats.get("cache_size_kibibyte", "0")) / 1024**2
     if "cache_size_kibibyte" not in stats:
@@ -161,13 +163,14 @@ def _sccache(case: Case, program: str) -> Row:
         "a build takes objects of former builds from it; with ccache instead, the workspace"
         " measures compilers and lowers their priority"
     )
-    if version is None:
+    if not isinstance(version, There):
         seen = f"{program} does not run, and vLLM would compile through it"
-        return Row(State.WARN, "ccache", seen, why, hints.text("machine.no_sccache"))
+        look = hints.text("machine.no_sccache")
+        return unanswered(Row(State.WARN, "ccache", seen, why, look), version, look=look)
     limit = environment.get("SCCACHE_CACHE_SIZE") or "10G"
     remotes = sorted(name for name in environment if _SCCACHE_REMOTES.match(name))
     folder = environment.get("SCCACHE_DIR") or case.cache_home / "sccache"
-    seen = f"{version}: limit {limit}, {folder}"
+    seen = f"{version.value}: limit {limit}, {folder}"
     seen += f", remote by {', '.join(remotes)}" if remotes else ""
     limit_gib, need = size_gib(limit), CACHE_GIB[case.device]
     if not remotes and limit_gib is not None and limit_gib < need * 0.9:
@@ -197,6 +200,8 @@ def _check(look: Callable[[Case], Iterator[Row]], *purposes: Purpose) -> Check:
 CHECKS: tuple[Check, ...] = (
     _check(doctor_host.disk, "cpu", "cuda", "native"),
     _check(doctor_host.folders, "cpu", "cuda", "native"),
+    _check(doctor_host.owner),
+    _check(doctor_host.rights),
     _check(doctor_host.architecture),
     _check(doctor_host.cores, "native", "serve"),
     _check(doctor_host.memory, "native", "serve"),
@@ -220,6 +225,7 @@ CHECKS: tuple[Check, ...] = (
     _check(doctor_toolchain.running_programs, "native", "serve"),
     _check(doctor_host.token),
     _check(doctor_host.settings),
+    _check(doctor_host.proxy, "network"),
     _check(doctor_host.vllm, "network"),
     _check(doctor_host.triton, "network"),
     _check(doctor_host.index, "network"),
@@ -234,10 +240,12 @@ def preflight(
     is_native: bool,
     need_gib: Mapping[Path, float],
     for_serving: bool = False,
+    is_environment_due: bool = False,
 ) -> tuple[Row, ...]:
     """Check what a verb needs, disk first: for a bootstrap or, with `for_serving`, for a server.
 
-    With `is_native` the verb compiles; `need_gib` maps folders to GiB.
+    With `is_native` the verb compiles; with `is_environment_due` it installs what `.vllm` lacks.
+    `need_gib` maps folders to GiB.
     """
     wanted: set[Purpose] = {"serve"} if for_serving else {"cuda" if device == "cuda" else "cpu"}
     if is_native and not for_serving:
@@ -247,6 +255,7 @@ def preflight(
         device=device,
         is_native=is_native,
         places=doctor_host.preflight_places(need_gib),
+        is_environment_due=is_environment_due,
     )
     return examine(case, [check for check in CHECKS if check.purposes & wanted])
 

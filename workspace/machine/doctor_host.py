@@ -4,15 +4,21 @@ memory, disk, remotes and package indexes. They only read.
 
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from workspace.core import hints, records
+from workspace.core import files, hints, records
+from workspace.core import settings as settings_of
 from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.core.console import Row, State
+from workspace.core.known_settings import has_login, is_secret
+from workspace.core.paths import open_place, user_name
+from workspace.core.process import Absent, Answer, Broken, Slow, There
 from workspace.core.settings import without_user
 from workspace.machine import hardware, interpreter, torch
 from workspace.machine.machine import Case, Place, hub_home
@@ -22,6 +28,7 @@ RELEASED_FOR = ("aarch64", "x86_64")
 # Free memory with which a bootstrap and a smoke run comfortably.
 COMFORT_GIB = {"cpu": 4.0, "cuda": 16.0}
 OOM_DAEMONS = ("earlyoom", "systemd-oomd", "nohang")
+PROXIES = ("https_proxy", "http_proxy", "all_proxy")
 INITS = ("systemd", "init")
 LARGEST_PROGRAMS = "ps -eo pid,rss,args --sort=-rss | head"
 # A small page that every package index has.
@@ -70,6 +77,9 @@ def memory(case: Case) -> Iterator[Row]:
     seen = f"{host.memory_gib:.1f} GiB, {host.available_gib:.1f} GiB available"
     if host.memory_gib < whole_gib - 0.1:
         seen += f"; the control group's limit, the machine has {whole_gib:.1f} GiB"
+    if fault := _limit_fault():
+        why = "a build may use more memory than the control group allows"
+        yield Row(State.WARN, "memory limit", fault, why, hints.text("machine.control_group"))
     if case.is_native and case.device == "cuda" and host.available_gib < LARGEST_COMPILER_GIB:
         why = f"one nvcc of this tree takes up to {LARGEST_COMPILER_GIB} GiB"
         yield Row(State.FAIL, "memory", seen, why, LARGEST_PROGRAMS)
@@ -79,6 +89,19 @@ def memory(case: Case) -> Iterator[Row]:
     else:
         why = "torch, compilers and models share it; on a Spark the GPU too"
         yield Row(State.OK, "memory", seen, why)
+
+
+def _limit_fault() -> str | None:
+    """Return why a limit of a control group cannot be read, though its file is there, else None."""
+    names = {1: "memory.limit_in_bytes", 2: "memory.max"}
+    for version, folder in hardware.control_groups():
+        try:
+            (folder / names[version]).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            return f"{exc.filename} cannot be read: {exc.strerror}"
+    return None
 
 
 def swap(case: Case) -> Iterator[Row]:
@@ -152,6 +175,77 @@ def folders(case: Case) -> Iterator[Row]:
             yield Row(state, "folder", seen, why, hints.text("machine.own_folder", folder=nearest))
 
 
+def rights(case: Case) -> Iterator[Row]:
+    """Check that others cannot read files with secrets or change what is used; else no row."""
+    written = settings_of.written(case.layout).items()
+    has_secret = any(text and (is_secret(name) or has_login(text)) for name, text in written)
+    token = case.settings.child_environment("run").get("HF_TOKEN_PATH")
+    private = [Path(token) if token else hub_home(case) / "token", case.home / ".netrc"]
+    for path in [*([case.layout.dotenv] if has_secret else []), *private]:
+        mode = path.stat().st_mode & 0o777 if path.is_file() else 0
+        if mode & 0o077:
+            shown = case.layout.relative(path)
+            seen = f"{shown} has mode {mode:04o}"
+            hint = hints.text("machine.close_file", path=shown)
+            yield Row(State.WARN, "rights", seen, "others can read the secrets in it", hint)
+    places = [(place.label or "folder", place.path) for place in case.places]
+    reported: set[Path] = set()
+    for label, path in (*places, ("HOME", case.home), (".env", case.layout.dotenv)):
+        found = open_place(hardware.existing(path))
+        if found and found not in reported:
+            reported.add(found)
+            seen = f"{found} is writable by everybody, without the sticky bit ({label})"
+            is_own = os.geteuid() in (found.stat().st_uid, 0)
+            as_root = hints.text("machine.close_folder_as_root", folder=found)
+            hint = hints.text("machine.close_folder", folder=found) if is_own else as_root
+            yield Row(State.WARN, "rights", seen, "others can replace what is used there", hint)
+
+
+def owner(case: Case) -> Iterator[Row]:
+    """Check that the files of the clone belong to the user of the clone; else one row."""
+    root = case.layout.root
+    uid = root.stat().st_uid
+    name = user_name(uid)
+    if os.geteuid() == 0 and uid != 0:
+        seen = f"you are root, and the clone belongs to {name}"
+        why = f"what a verb writes now belongs to root, and {name} cannot change it"
+        yield Row(State.WARN, "owner", seen, why, hints.text("machine.as_owner", user=name))
+        return
+    inner = (".", ".git", ".git/objects", ".workspace", ".vllm", "vendor", "vendor/vllm", "patches")
+    entries = (entry for folder in inner for entry in _entries(root / folder))
+    other = [case.layout.relative(entry) for entry in entries if entry.lstat().st_uid == 0 != uid]
+    if other:
+        why = "a verb was typed with sudo; verbs without it cannot change these files"
+        hint = hints.text("machine.own_files_of_root", folder=root)
+        seen = f"{files.listed(other)} belong{'s' if len(other) == 1 else ''} to root"
+        yield Row(State.WARN, "owner", seen, why, hint)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() and os.access(folder, os.R_OK) else []
+
+
+def proxy(case: Case) -> Iterator[Row]:
+    """Check that something listens at each proxy of the environment; without one no row."""
+    environment = case.settings.child_environment("plain")
+    why = "downloads, git and uv go through it"
+    for name in sorted(name for name in environment if name.lower() in PROXIES):
+        text = environment.get(name, "")
+        if not text:
+            continue
+        address = urlsplit(text if "://" in text else f"http://{text}")
+        shown = f"{name}: {address.hostname}:{address.port or 80}"
+        try:
+            place = (address.hostname or "", address.port or 80)
+            socket.create_connection(place, timeout=_connect_timeout_s(case)).close()
+        except OSError as exc:
+            state = State.WARN if case.is_built else State.FAIL
+            hint = hints.text("machine.unset", name=name)
+            yield Row(state, "proxy", f"{shown}: {exc.strerror or exc}", why, hint)
+        else:
+            yield Row(State.OK, "proxy", f"{shown} answers", why)
+
+
 def _named(place: Place) -> str:
     return f"{place.label} {place.path}" if place.label else str(place.path)
 
@@ -199,7 +293,7 @@ def settings(case: Case) -> Iterator[Row]:
             yield Row(State.WARN, "settings", seen, why, hints.text("machine.unset", name=found[1]))
         else:
             line = re.match(r"\.env, line (\d+)", warning)
-            hint = hints.text("machine.edit_dotenv", line=line[1] if line else 1)
+            hint = hints.text("core.edit_dotenv", line=line[1] if line else 1)
             yield Row(State.WARN, "settings", seen, "such a line has no effect", hint)
     if not case.settings.warnings:
         exists = case.layout.dotenv.exists()
@@ -235,21 +329,33 @@ def _remote(case: Case, name: str, setting: str, *, why: str, failed_state: Stat
         yield Row(State.FAIL, f"{name} git", seen, "the pins name the remote", hint)
         return
     if mirror:
-        fault, shown = _git_fault(case, mirror), without_user(mirror)
-        row, used = f"{name} mirror", f"{setting} is used before any other source"
-        if not fault:
-            yield Row(State.OK, row, f"{shown} answers", used)
-            return
+        shown, used = without_user(mirror), f"{setting} is used before any other source"
         hint = hints.text("machine.ls_remote", url=shown, setting=setting)
-        yield Row(failed_state, row, f"{shown}: {fault}", used, hint)
-    fault, shown = _git_fault(case, url), without_user(url)
-    if not fault:
-        yield Row(State.OK, f"{name} git", f"{shown} answers", why)
-        return
+        row = Row(failed_state, f"{name} mirror", shown, used, hint)
+        yield (judged := _judged(row, _ask_remote(case, mirror), look=hint))
+        if judged.state is State.OK:
+            return
+    shown = without_user(url)
     hint = hints.text("machine.set_url", setting=setting)
     # With a mirror set, git never contacts the pinned remote.
-    state = State.WARN if mirror else failed_state
-    yield Row(state, f"{name} git", f"{shown}: {fault}", why, hint)
+    row = Row(State.WARN if mirror else failed_state, f"{name} git", shown, why, hint)
+    yield _judged(
+        row, _ask_remote(case, url), look=hints.text("machine.ls_remote_plain", url=shown)
+    )
+
+
+def _judged(row: Row, answer: Answer[None], *, look: str) -> Row:
+    """Return the row of an address, of which `row` is the one for a failure.
+
+    A slow network or a slow server is a warning, with `look` as its hint: it changes nothing.
+    """
+    if isinstance(answer, There):
+        return replace(row, state=State.OK, text=f"{row.text} answers", hint=None)
+    if isinstance(answer, Slow):
+        text = f"{row.text}: no answer in {answer.limit_s:g} s"
+        return replace(row, state=State.WARN, text=text, hint=look)
+    message = answer.message if isinstance(answer, Broken) else "the program to ask is missing"
+    return replace(row, text=f"{row.text}: {message}")
 
 
 def index(case: Case) -> Iterator[Row]:
@@ -258,36 +364,33 @@ def index(case: Case) -> Iterator[Row]:
 
     endpoint = case.settings.index_url or PYPI_SIMPLE_ENDPOINT
     shown = without_user(case.settings.index_url) if case.settings.index_url else "the default one"
-    fault, why = (
-        _index_fault(case, endpoint),
-        "it serves source archive, precompiled wheel and packages",
-    )
-    if fault is None:
-        yield Row(State.OK, "index", f"{shown} answers", why)
-        return
+    answer, why = _ask_index(case, endpoint), "it serves source archive, wheel and packages"
     hint = hints.text("machine.set_index")
     state = State.FAIL
-    if case.is_built:
+    if case.is_built and not isinstance(answer, There):
         # A finished workspace does not need the index; a first bootstrap does.
         state, why = State.WARN, ".vllm has everything now; a changed requirement needs the index"
-    yield Row(state, "index", f"{shown}: {without_user(fault)}", why, hint)
+    look = hints.text("machine.doctor")
+    yield _judged(Row(state, "index", shown, why, hint), answer, look=look)
 
 
-def _index_fault(case: Case, endpoint: str) -> str | None:
-    """Return why a package index does not serve a page; None where it does."""
+def _ask_index(case: Case, endpoint: str) -> Answer[None]:
+    """Ask a package index for a page."""
     import requests
 
     if endpoint.startswith("file://"):
         folder = Path(unquote(urlsplit(endpoint).path))
-        return None if folder.is_dir() else f"{folder} does not exist"
+        return There(None) if folder.is_dir() else Broken(f"{folder} does not exist")
     url, timeout_s = f"{endpoint.rstrip('/')}/{SMALL_PROJECT}/", _connect_timeout_s(case)
     try:
-        with requests.get(url, timeout=timeout_s, stream=True) as reply:
-            return None if reply.ok else f"answers {reply.status_code} {reply.reason}"
+        with files.opened(url, timeout_s=timeout_s) as reply:
+            if reply.ok:
+                return There(None)
+            return Broken(f"answers {reply.status_code} {reply.reason}")
     except requests.Timeout:
-        return f"gave no answer in {timeout_s:g} s"
+        return Slow(timeout_s)
     except requests.RequestException as exc:
-        return _innermost(exc)
+        return Broken(without_user(files.reason_of(exc)))
 
 
 def _connect_timeout_s(case: Case) -> float:
@@ -297,27 +400,24 @@ def _connect_timeout_s(case: Case) -> float:
 def torch_index(case: Case) -> Iterator[Row]:
     """Check the source of torch with a dry run of uv that resolves torch only."""
     wanted, there = torch.plan("torch", device=case.device, settings=case.settings), case.torch()
-    fault, why = (
-        _torch_fault(case, wanted.requirement, wanted.arguments),
-        "torch is installed from there",
-    )
-    if fault is None:
-        yield Row(State.OK, "torch index", f"{wanted.description}: answers", why)
-        return
-    seen = f"{wanted.description}: {fault}"
-    if any(_torch_fault(case, wanted.requirement, other) is None for other in wanted.alternatives):
-        yield Row(State.OK, "torch index", seen, "another index that has torch is used")
-        return
+    answer = _ask_for_torch(case, wanted.requirement, wanted.arguments)
     hint = hints.text("machine.set_torch_index")
-    if there:
+    row = Row(State.FAIL, "torch index", wanted.description, "torch is installed from there", hint)
+    if there and not isinstance(answer, There):
         why = f"{there.version} is in .vllm; no other version can be installed"
-        yield Row(State.WARN, "torch index", seen, why, hint)
-    else:
-        yield Row(State.FAIL, "torch index", seen, why, hint)
+        row = replace(row, state=State.WARN, why=why)
+    judged = _judged(row, answer, look=hints.text("machine.doctor"))
+    if judged.state is not State.OK and any(
+        isinstance(_ask_for_torch(case, wanted.requirement, other), There)
+        for other in wanted.alternatives
+    ):
+        why = "another index that has torch is used"
+        judged = replace(judged, state=State.OK, why=why, hint=None)
+    yield judged
 
 
-def _torch_fault(case: Case, requirement: str, arguments: tuple[str, ...]) -> str | None:
-    """Return why uv cannot resolve torch with these arguments; None where it can."""
+def _ask_for_torch(case: Case, requirement: str, arguments: tuple[str, ...]) -> Answer[None]:
+    """Ask uv to resolve torch with these arguments."""
     timeout_s = _connect_timeout_s(case)
     haste = {
         "UV_HTTP_TIMEOUT": f"{timeout_s:.0f}",
@@ -330,49 +430,50 @@ def _torch_fault(case: Case, requirement: str, arguments: tuple[str, ...]) -> st
         if not case.settings.shell.get("UV_OFFLINE"):
             options += ["--refresh-package", "torch"]
         program = interpreter.uv(case.layout)
-        done = case.ask(
+        answer = case.ask(
             [program, "pip", "install", *options, "--target", folder, *arguments, requirement],
             extra=haste,
             timeout_s=timeout_s + UV_ANSWER_S,
         )
-    if done is None:
-        return f"no answer in {timeout_s + UV_ANSWER_S:.0f} s"
-    if done.returncode == 0:
-        return None
+    if not isinstance(answer, There):
+        return answer
+    if answer.value.returncode == 0:
+        return There(None)
     lines = [
         re.sub(r"^(error|cause|Caused by): ", "", line.strip(" ×╰─▶├│"))
-        for line in done.stderr.splitlines()
+        for line in answer.value.stderr.splitlines()
     ]
     # uv prints the cause last, and hints after it.
     causes = [line for line in lines if line and not line.startswith(("hint:", "warning:"))]
-    return without_user(causes[-1] if causes else "uv prints no cause")
+    return Broken(without_user(causes[-1] if causes else "uv prints no cause"))
 
 
-def _git_fault(case: Case, url: str) -> str | None:
-    """Return git's error message for a remote; None where it answers.
+def _ask_remote(case: Case, url: str) -> Answer[None]:
+    """Ask a remote for its HEAD; a broken one has git's own message.
 
     git runs as it would for a fetch, with the user's own configuration and without prompts.
     """
     timeout_s = _connect_timeout_s(case)
-    program = case.which("git")
-    if program is None:
-        return "git is missing"
-    done = case.ask(
-        [program, "ls-remote", "--", url, "HEAD"],
+    answer = case.ask(
+        ["git", "ls-remote", "--", url, "HEAD"],
         extra={"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"},
         timeout_s=timeout_s,
     )
-    if done is None:
-        return f"no answer in {timeout_s:g} s (CONNECT_TIMEOUT_S)"
+    if isinstance(answer, Absent):
+        return Broken("git is missing")
+    if not isinstance(answer, There):
+        return answer
+    done = answer.value
     if done.returncode == 0:
-        return None
+        return There(None)
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     message = next(
         (line for line in lines if line.startswith(("fatal:", "error:"))),
         lines[0] if lines else f"git exited with {done.returncode}",
     )
     # Without the address, which the row shows already, and without the words before the reason.
-    return re.sub(r"^(fatal|error): (unable to access '[^']*': )?", "", without_user(message))
+    shown = re.sub(r"^(fatal|error): (unable to access '[^']*': )?", "", without_user(message))
+    return Broken(shown)
 
 
 def _pinned(pins: Path, name: str) -> str | None:
@@ -383,10 +484,3 @@ def _pinned(pins: Path, name: str) -> str | None:
         return None
     url = table.get("url") if isinstance(table, dict) else None
     return url if isinstance(url, str) else None
-
-
-def _innermost(exc: BaseException) -> str:
-    """Return the message of the innermost cause: requests wraps a failed name lookup four times."""
-    while exc.__context__ is not None:
-        exc = exc.__context__
-    return str(exc) or type(exc).__name__

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workspace.core import hints
+from workspace.core import hints, process
 from workspace.core.console import Row, State
 from workspace.core.errors import WorkspaceError
-from workspace.core.process import Absent, Broken, Slow, There
+from workspace.core.process import Absent, Broken, NoAnswer, Slow, There
 from workspace.machine import arch, dotenv, interpreter, requirements, toolchain
 from workspace.machine.arch import OLDEST_CAPABILITY, key
-from workspace.machine.machine import Case
+from workspace.machine.machine import Case, unanswered
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -49,30 +49,30 @@ def python(case: Case) -> Iterator[Row]:
 
 def git(case: Case) -> Iterator[Row]:
     """Check that git runs."""
-    program = case.which("git")
-    version = case.first_line([program, "version"]) if program else None
-    yield Row(
-        State.OK if version else State.FAIL,
-        "git",
-        version or "missing",
-        "the tree and its patches are a git repository",
-        None if version else hints.text("machine.apt_git"),
+    answer, why = case.first_line(["git", "version"]), "the tree and its patches are git's"
+    missing = Row(State.FAIL, "git", "missing", why, hints.text("machine.apt_git"))
+    yield (
+        Row(State.OK, "git", answer.value, why)
+        if isinstance(answer, There)
+        else unanswered(missing, answer, look=hints.text("machine.git_version"))
     )
 
 
 def uv(case: Case) -> Iterator[Row]:
     """Check that uv runs."""
+    why = "it makes .vllm and installs the packages in it"
+    hint = hints.text("machine.renew_tools")
+    missing = Row(State.FAIL, "uv", "missing", why, hint)
     try:
-        version = case.first_line([str(interpreter.uv(case.layout)), "--version"])
+        program = interpreter.uv(case.layout)
     except WorkspaceError:
-        version = None
-    hint = None if version else hints.text("machine.renew_tools")
-    yield Row(
-        State.OK if version else State.FAIL,
-        "uv",
-        version or "missing, or does not run",
-        "it makes .vllm and installs the packages in it",
-        hint,
+        yield missing
+        return
+    answer = case.first_line([program, "--version"])
+    yield (
+        Row(State.OK, "uv", answer.value, why)
+        if isinstance(answer, There)
+        else unanswered(missing, answer, look=hint)
     )
 
 
@@ -81,11 +81,13 @@ def headers(case: Case) -> Iterator[Row]:
 
     Before `.vllm` exists, check the interpreter that bootstrap will choose; this fetches nothing.
     """
-    if facts := case.python():
+    if interpreter.is_finished(case.layout) and (facts := case.python()):
         yield _headers_row(case, facts.version, facts.headers, base=facts.base, is_certain=True)
         return
     try:
         choice = interpreter.foresee(case.layout, case.settings, supported=_supported(case))
+    except NoAnswer:
+        raise
     except WorkspaceError as exc:
         why = "the Python of .vllm is unknown without it"
         yield Row(State.FAIL, "headers", exc.message, why, exc.hint)
@@ -127,12 +129,16 @@ def _headers_row(
 
 def compiler(case: Case) -> Iterator[Row]:
     """Check g++, or the compiler in CXX, against the version that the pinned tree requires."""
-    found = toolchain.compiler_version(case.settings)
+    argv, answer = toolchain.ask_compiler(case.settings)
     required = required_compiler(case.layout.vllm, device=case.device)
     why = f"the tree needs {required} or newer" if required else "it compiles the kernels"
-    if found is None:
-        yield Row(case.missing_state, "compiler", "no g++ runs", why, hints.text("machine.apt_gxx"))
-    elif required and key(found) < key(required):
+    if not isinstance(answer, There):
+        hint = hints.text("machine.apt_gxx")
+        missing = Row(case.missing_state, "compiler", f"no {argv[0]} runs", why, hint)
+        yield unanswered(missing, answer, look=hint)
+        return
+    found = answer.value
+    if required and key(found) < key(required):
         major = key(required)[0] + (1 if "." in required else 0)
         hint = hints.text("machine.apt_gxx_major", major=major)
         yield Row(case.missing_state, "compiler", f"g++ {found}", why, hint)
@@ -142,18 +148,19 @@ def compiler(case: Case) -> Iterator[Row]:
 
 def cmake(case: Case) -> Iterator[Row]:
     """Check the CMake that a build uses: the one in `.vllm`, else the one on PATH."""
-    if not case.layout.environment_python.exists():
+    if case.is_environment_due:
         yield Row(State.OK, "cmake", "not in .vllm yet", "bootstrap installs a suitable one there")
         return
     found = _built_or_on_path(case, "cmake")
-    line = case.first_line([found, "--version"]) if found else None
-    version = re.search(r"version (\d+(?:\.\d+)+)", line or "")
+    line = case.first_line([found or "cmake", "--version"])
+    version = re.search(r"version (\d+(?:\.\d+)+)", line.value if isinstance(line, There) else "")
     why = f"vLLM needs {CMAKE_FROM} or newer, Triton in the same environment below {CMAKE_BELOW}"
     hint = hints.text("machine.pip_cmake", uv=case.uv, least=CMAKE_FROM, below=CMAKE_BELOW)
     own = case.layout.relative(Path(found)) if found else ""
     if version is None:
-        seen = f"{own} does not run" if found else "missing"
-        yield Row(case.missing_state, "cmake", seen, why, hint)
+        seen = f"{own} prints no version" if found else "missing"
+        row = Row(case.missing_state, "cmake", seen, why, hint)
+        yield row if isinstance(line, There) else unanswered(row, line, look=hint)
     elif key(version[1]) < key(CMAKE_FROM):
         yield Row(case.missing_state, "cmake", f"{version[1]}, {own}", why, hint)
     elif key(version[1]) < key(CMAKE_BELOW):
@@ -164,17 +171,18 @@ def cmake(case: Case) -> Iterator[Row]:
 
 def ninja(case: Case) -> Iterator[Row]:
     """Check the ninja that a build uses: the one in `.vllm`, else the one on PATH."""
-    if not case.layout.environment_python.exists():
+    if case.is_environment_due:
         yield Row(State.OK, "ninja", "not in .vllm yet", "bootstrap installs one there")
         return
     found = _built_or_on_path(case, "ninja")
-    version = case.first_line([found, "--version"]) if found else None
+    answer = case.first_line([found or "ninja", "--version"])
     why = "it runs the compilers, FlashInfer's at run time too"
-    if found and version:
-        yield Row(State.OK, "ninja", f"{version}, {case.layout.relative(Path(found))}", why)
-    else:
+    if found and isinstance(answer, There):
+        yield Row(State.OK, "ninja", f"{answer.value}, {case.layout.relative(Path(found))}", why)
+    elif not isinstance(answer, There):
         hint = hints.text("machine.pip_ninja", uv=case.uv)
-        yield Row(case.missing_state, "ninja", "missing, or does not run", why, hint)
+        missing = Row(case.missing_state, "ninja", "missing", why, hint)
+        yield unanswered(missing, answer, look=hint)
 
 
 def patch(case: Case) -> Iterator[Row]:
@@ -305,7 +313,9 @@ def toolkit(case: Case) -> Iterator[Row]:
             else "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
         )
         hint = hints.text("machine.apt_toolkit", package=package, folder=wanted)
-        yield Row(case.missing_state, "toolkit", seen, why, hint)
+        missing = Row(case.missing_state, "toolkit", seen, why, hint)
+        answer = toolchain.ask_toolkit(case.settings)
+        yield missing if isinstance(answer, There) else unanswered(missing, answer, look=hint)
     elif found.version.split(".")[0] != CUDA_MAJOR:
         hint = hints.text("machine.cuda_home_after", folder=wanted, package=package)
         why = f"torch is built for CUDA {CUDA_MAJOR}"
@@ -336,7 +346,9 @@ def agreement(case: Case) -> Iterator[Row]:
     newer = [name for name, cuda in wanted.items() if key(cuda)[0] > key(supported)[0]]
     ahead = [name for name, cuda in wanted.items() if key(cuda)[:2] > key(supported)[:2]]
     if newer:
-        state = State.FAIL if "torch" in newer else case.missing_state
+        # A bootstrap that has torch still to install replaces the present one.
+        is_kept = not case.is_environment_due or case.settings.switch("USE_EXISTING_TORCH")
+        state = State.FAIL if "torch" in newer and is_kept else case.missing_state
         why = f"code of {' and '.join(newer)} does not start on a driver of an older major version"
         yield Row(
             state, "cuda fit", seen, why, hints.text("machine.upgrade_driver", release=DRIVER)
@@ -383,9 +395,10 @@ def _arch_fault(
     fault = arch.fault_of(entries, capabilities, toolkit_version=found.version if found else None)
     if fault or found is None:
         return fault
-    done = case.ask([found.nvcc, "--list-gpu-arch"])
-    listing = done.stdout if done and done.returncode == 0 else ""
-    unsupported = arch.unsupported(entries, arch.archs_of_nvcc(listing))
+    listing = process.certain(
+        process.output_of(case.ask([found.nvcc, "--list-gpu-arch"])), found.nvcc
+    )
+    unsupported = arch.unsupported(entries, arch.archs_of_nvcc(listing or ""))
     return (
         f"nvcc {found.version} does not support {' and '.join(unsupported)}"
         if unsupported

@@ -19,6 +19,7 @@ from workspace.core.console import Console, Row, State
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
+from workspace.core.process import Answer, There
 from workspace.core.settings import Settings
 from workspace.machine import torch
 from workspace.machine.arch import (
@@ -117,8 +118,8 @@ def change(layout: Layout, changes: Mapping[str, str | None], *, why: str) -> tu
 WHY = "by inv env.init, for this machine"
 _PROBE = ".version {ptx}\n.target {target}\n.address_size 64\n.visible .entry probe() {{ ret; }}\n"
 
-# Run a program that only reads; the result is None where it does not start or gives no answer.
-Ask = Callable[[Sequence[process.Argument]], process.Completed | None]
+# Run a program that only reads.
+Ask = Callable[[Sequence[process.Argument]], Answer[process.Completed]]
 
 
 @dataclass(frozen=True)
@@ -193,20 +194,23 @@ def judge_ptxas(assembler: Assembler, settings: Settings, capability: str, ask: 
 
 
 def try_ptxas(program: Path, capability: str, ask: Ask) -> Trial | None:
-    """Assemble a kernel for a GPU of this capability; None where the program is no assembler."""
-    answer = ask([program, "--version"])
-    output = answer.stdout if answer and answer.returncode == 0 else ""
-    release = re.search(r"release (\d+\.\d+)", output)
+    """Assemble a kernel for a GPU of this capability; None where the program is no assembler.
+
+    Raises NoAnswer where it is slow or was killed: no other assembler takes its place then.
+    """
+    output = process.certain(process.output_of(ask([program, "--version"])), program)
+    release = re.search(r"release (\d+\.\d+)", output or "")
     if release is None:
         return None
     target, ptx = target_of(capability)
     with tempfile.TemporaryDirectory(prefix="ptxas-") as folder:
         source, cubin = Path(folder) / "probe.ptx", Path(folder) / "probe.cubin"
         source.write_text(_PROBE.format(ptx=ptx, target=target), encoding="ascii")
-        done = ask([program, f"--gpu-name={target}", "-o", cubin, source])
-        is_assembled = done is not None and done.returncode == 0 and cubin.is_file()
-        if is_assembled and cubin.read_bytes()[:4] == b"\x7fELF":
+        answer = ask([program, f"--gpu-name={target}", "-o", cubin, source])
+        is_assembled = process.certain(process.output_of(answer), program) is not None
+        if is_assembled and cubin.is_file() and cubin.read_bytes()[:4] == b"\x7fELF":
             return Trial(program, release[1], "")
+    done = answer.value if isinstance(answer, There) else None
     lines = (done.stderr + done.stdout).strip().splitlines() if done else []
     complaint = re.sub(r"^ptxas fatal *: *", "", lines[0]) if lines else "it wrote no cubin"
     return Trial(program, release[1], complaint)

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,9 +35,12 @@ _ROOT = Path(__file__).resolve().parents[2]
 _NOT_REPORTED = ("n/a", "not supported", "unknown error", "not found")
 # GPUs without memory of their own: Xavier, Orin, Thor and GB10 (CUDA GPU compute capability).
 _UNIFIED_CAPABILITIES = ("7.2", "8.7", "10.1", "11.0", "12.1")
+# Every GPU of these has its own, however much memory its machine has: Volta to RTX 50, with GH200
+# and GB300.
+_OWN_CAPABILITIES = ("7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0")
 _UNIFIED_NAMES = re.compile(r"\b(GB10|Xavier|Orin|Thor)\b")
 # A GPU that reports so nearly the machine's own memory reports the machine's own memory.
-_SAME_MEMORY = 0.02
+_SAME_MEMORY = 0.1
 _SENSORS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 # Drivers before 535 have only the second name.
 _LIMITS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
@@ -63,12 +67,13 @@ class Memory:
 @dataclass(frozen=True)
 class Resident:
     """A process that holds a GPU; `held_gib` is None where the driver does not report it, as on
-    unified memory.
+    unified memory. `gpu` is the number of the GPU on a machine with several.
     """
 
     pid: int
     name: str
     held_gib: float | None
+    gpu: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,12 @@ class Sensors:
 
 @dataclass(frozen=True)
 class _Report:
-    """All that NVML reports in one call; `memory` is the first GPU's."""
+    """All that NVML reports in one call; `memories` and `uuids` are those of `gpus`, in order."""
 
     cuda: str | None
     gpus: tuple[Gpu, ...]
-    memory: Memory | None
+    memories: tuple[Memory | None, ...]
+    uuids: tuple[str | None, ...]
     sensors: tuple[Sensors, ...]
     residents: tuple[Resident, ...]
 
@@ -115,7 +121,8 @@ class Driver:
         self._report = Once(self._ask_nvml)
         self.gpus = Once(self._gpus)
         self.cuda = Once(self._cuda)
-        self.memory = Once(self._memory)
+        self.memories = Once(self._memories)
+        self.uuids = Once(self._uuids)
         self.residents = Once(self._residents)
         self.sensors = Once(self._sensors)
 
@@ -168,42 +175,46 @@ class Driver:
         found = re.search(r"<cuda_version>\s*(\d+\.\d+)\s*</cuda_version>", text)
         return found[1] if found else None
 
-    def _memory(self) -> Memory | None:
-        """Return the first GPU's own memory; None where it has none, or no GPU answers.
+    def _memories(self) -> tuple[Memory | None, ...]:
+        """Return each GPU's own memory; None for a GPU that has none, or reports none.
 
         Some drivers report the machine's memory as the GPU's, so more than one sign counts.
         """
         gpus = _value_of(self.gpus(), ())
-        reported = self._reported_memory() if gpus else None
-        if reported is None or not reported.total_gib:
-            return None
-        machine_gib = hardware.whole_memory_gib()
-        is_unified = (
-            gpus[0].capability in _UNIFIED_CAPABILITIES
-            or _UNIFIED_NAMES.search(gpus[0].name) is not None
-            or abs(reported.total_gib - machine_gib) <= machine_gib * _SAME_MEMORY
+        reported = self._reported_memories() if gpus else ()
+        return tuple(
+            None if _is_unified(gpu, memory) else memory
+            for gpu, memory in zip(gpus, [*reported, *[None] * len(gpus)], strict=False)
         )
-        return None if is_unified else reported
 
-    def _reported_memory(self) -> Memory | None:
+    def _reported_memories(self) -> tuple[Memory | None, ...]:
         if isinstance(report := self._report(), There):
-            return report.value.memory
+            return report.value.memories
         rows = _value_of(self._rows("--query-gpu=memory.total,memory.free", nounits=True), ())
-        figures = [_gib(field) for field in rows[0]] if rows else []
-        if len(figures) != 2 or figures[0] is None or figures[1] is None:
-            return None
-        return Memory(figures[0], figures[1])
+        return tuple(_read_memory(row) for row in rows)
+
+    def _uuids(self) -> tuple[str | None, ...]:
+        """Return the UUID of each GPU, by which CUDA_VISIBLE_DEVICES may name it."""
+        if isinstance(report := self._report(), There):
+            return report.value.uuids
+        return tuple(row[0] for row in _value_of(self._rows("--query-gpu=uuid"), ()))
 
     def _residents(self) -> tuple[Resident, ...]:
         """Return the processes that compute on a GPU."""
         if isinstance(report := self._report(), There):
             return report.value.residents
+        uuids = self.uuids() if len(_value_of(self.gpus(), ())) > 1 else ()
         query = "--query-compute-apps=pid,process_name,used_memory"
-        rows = _value_of(self._rows(query, nounits=True), ())
+        rows = _value_of(self._rows(query + (",gpu_uuid" if uuids else ""), nounits=True), ())
         return tuple(
-            Resident(int(row[0]), row[1] or "a process", _gib(row[2]) if len(row) == 3 else None)
+            Resident(
+                int(row[0]),
+                row[1] or "a process",
+                _gib(row[2]) if len(row) > 2 else None,
+                uuids.index(row[3]) if len(row) > 3 and row[3] in uuids else None,
+            )
             for row in rows
-            if len(row) in (2, 3) and row[0].isdigit()
+            if len(row) in (2, 3, 4) and row[0].isdigit()
         )
 
     def _sensors(self) -> tuple[Sensors, ...]:
@@ -234,6 +245,12 @@ class Driver:
 
 def _value_of(answer: Answer[_Value], otherwise: _Value) -> _Value:
     return answer.value if isinstance(answer, There) else otherwise
+
+
+def is_installed(environment: Mapping[str, str]) -> bool:
+    """Return whether a driver is loaded, or its program installed; this asks and loads nothing."""
+    program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
+    return program is not None or hardware.has_nvidia_module()
 
 
 def is_library_there(environment: Mapping[str, str]) -> bool:
@@ -276,6 +293,26 @@ def _read_sensors(row: Sequence[str]) -> Sensors:
     return Sensors(sm, memory, celsius, watts, limits)
 
 
+def _read_memory(row: Sequence[str]) -> Memory | None:
+    figures = [_gib(field) for field in row]
+    if len(figures) != 2 or figures[0] is None or figures[1] is None:
+        return None
+    return Memory(figures[0], figures[1])
+
+
+def _is_unified(gpu: Gpu, reported: Memory | None) -> bool:
+    """Return whether a GPU has no memory of its own: by its capability or its name, or because it
+    reports none, or that of the machine.
+    """
+    if gpu.capability in _UNIFIED_CAPABILITIES or _UNIFIED_NAMES.search(gpu.name):
+        return True
+    if reported is None or not reported.total_gib:
+        return True
+    machine_gib = hardware.whole_memory_gib()
+    is_same = abs(reported.total_gib - machine_gib) <= machine_gib * _SAME_MEMORY
+    return is_same and gpu.capability not in _OWN_CAPABILITIES
+
+
 def _number(field: str) -> float | None:
     try:
         return float(field)
@@ -305,21 +342,23 @@ def _observe_nvml(nvml: ModuleType) -> _Report:
     version = _known(nvml.nvmlSystemGetDriverVersion)
     cuda = _known(nvml.nvmlSystemGetCudaDriverVersion)
     handles = [nvml.nvmlDeviceGetHandleByIndex(at) for at in range(nvml.nvmlDeviceGetCount())]
-    residents = {
-        running.pid: Resident(
+    residents = [
+        Resident(
             running.pid,
             _known(nvml.nvmlSystemGetProcessName, running.pid) or "a process",
             None if running.usedGpuMemory is None else running.usedGpuMemory / GIB,
+            at if len(handles) > 1 else None,
         )
-        for handle in handles
+        for at, handle in enumerate(handles)
         for running in _known(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()
-    }
+    ]
     return _Report(
         f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else None,
         tuple(_gpu_of_nvml(nvml, handle, version) for handle in handles),
-        _memory_of_nvml(nvml, handles[0]) if handles else None,
+        tuple(_memory_of_nvml(nvml, handle) for handle in handles),
+        tuple(_known(nvml.nvmlDeviceGetUUID, handle) for handle in handles),
         tuple(_sensors_of_nvml(nvml, handle) for handle in handles),
-        tuple(residents.values()),
+        tuple(residents),
     )
 
 

@@ -22,8 +22,10 @@ from workspace.core import hints, process
 from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
-from workspace.core.paths import PROJECTS, Layout
-from workspace.core.settings import Settings, is_secret
+from workspace.core.known_settings import secrets_of
+from workspace.core.paths import PROJECTS, Layout, is_changed_only_by
+from workspace.core.process import Broken
+from workspace.core.settings import Settings
 
 if TYPE_CHECKING:
     from workspace.core.redaction import Private
@@ -35,13 +37,12 @@ _PROC = Path("/proc")
 # The page cache, and the kernel's cache of names (proc_sys_vm(5)).
 ASSIGNMENT = "vm.drop_caches=3"
 PATIENCE_S = 120.0
-USUAL_SYSCTL = "/usr/sbin/sysctl"
+# Root's own PATH (sudoers(5), secure_path), without /usr/local, into which staff may write.
+ROOT_PATH = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 SUDOERS = "/etc/sudoers.d/vllm-workspace"
 _ASSIGNMENT = re.compile(
     r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=[ \t]*(.*?)\s*$", re.MULTILINE
 )
-# A shell has more secrets than settings name: an access key, a cookie, a personal access token.
-_KEY_NAME = re.compile(r"(^|_)(KEY|PAT|AUTH|COOKIE|PASS|PASSPHRASE|PWD)(_|$)")
 _LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/\"'@:]*):?([^\s/\"']*)@")
 _URL_HOST = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/\"']*@)?([A-Za-z0-9_.-]+)|\b[\w.+-]+@([A-Za-z0-9.-]+):"
@@ -109,6 +110,11 @@ def free_gib(path: Path) -> float:
     """
     state = os.statvfs(existing(path))
     return state.f_bavail * state.f_frsize / GIB
+
+
+def has_nvidia_module() -> bool:
+    """Return whether the kernel has loaded NVIDIA's driver."""
+    return (_PROC / "driver/nvidia/version").exists()
 
 
 def existing(path: Path) -> Path:
@@ -201,38 +207,33 @@ def memory_limits() -> Iterator[tuple[float, float]]:
 
 
 def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[float, float]]:
-    try:
-        limit, used, stat = (
-            (folder / name).read_text(encoding="ascii").strip()
-            for name in (limit_name, used_name, "memory.stat")
-        )
-    except OSError:
-        return
-    if limit.isdigit():
+    """Yield limit and use of a group. A limit counts although its use cannot be read."""
+    limit, used = (_found(folder / name, r"^(\d+)$") for name in (limit_name, used_name))
+    if limit:
         # The kernel frees the page cache of unused files when a program requests memory.
-        cached = next(
-            (
-                line.split()[1]
-                for line in stat.splitlines()
-                if line.startswith(("inactive_file ", "total_inactive_file "))
-            ),
-            "0",
-        )
-        yield float(limit), max(0.0, float(used) - float(cached))
+        cached = _found(folder / "memory.stat", r"^(?:total_)?inactive_file (\d+)$")
+        yield float(limit), max(0.0, float(used or 0) - float(cached or 0))
 
 
-def drop_caches(settings: Settings, *, console: Console, is_root: bool | None = None) -> None:
+def drop_caches(
+    settings: Settings, *, console: Console, is_root: bool | None = None, sysctl: str | None = None
+) -> None:
     """Write dirty pages to the disk, drop the page cache, and report how much memory that frees.
 
-    Raises ToolchainError where this user may not; nothing is changed then.
+    Raises ToolchainError where this user may not; nothing is changed then. `sysctl` is the program,
+    by default that of root.
     """
     environment = settings.child_environment("plain")
-    path = os.pathsep.join([environment.get("PATH", ""), "/usr/sbin", "/sbin"])
-    sysctl = shutil.which("sysctl", path=path) or USUAL_SYSCTL
+    sysctl = sysctl or root_program("sysctl")
+    if sysctl is None:
+        raise ToolchainError(
+            f"there is no sysctl that only root can change in {', '.join(ROOT_PATH)}",
+            hint=hints.text("machine.apt_procps"),
+        )
     argv = command(sysctl, is_root=os.geteuid() == 0 if is_root is None else is_root)
     before = free_memory_gib(read_meminfo())
-    if argv[0] == "sudo" and not _may(argv, environment):
-        raise _refused(sysctl, "sudo does not allow it without a password")
+    if argv[0] == "sudo" and (why := _sudo_fault(argv, environment)):
+        raise _refused(sysctl, why)
     # A dirty page cannot be dropped.
     os.sync()
     console.command(shlex.join(argv))
@@ -243,6 +244,15 @@ def drop_caches(settings: Settings, *, console: Console, is_root: bool | None = 
     after = free_memory_gib(read_meminfo())
     freed = max(0.0, after - before)
     console.info(f"freed {freed:.1f} GiB: {after:.1f} GiB are free now, {before:.1f} before")
+
+
+def root_program(name: str, folders: Iterable[str] = ROOT_PATH) -> str | None:
+    """Return the path of a program that root alone can change, None where there is none.
+
+    Only such a program may get a right by sudo: whoever can write it would become root.
+    """
+    found = (shutil.which(name, path=folder) for folder in folders)
+    return next((path for path in found if path and is_changed_only_by(Path(path), {0})), None)
 
 
 def command(sysctl: str, *, is_root: bool) -> list[str]:
@@ -285,26 +295,26 @@ def droppable_gib(meminfo: Mapping[str, int]) -> float:
     return max(0, held + meminfo.get("SReclaimable", 0)) * 1024 / GIB
 
 
-def _may(argv: list[str], environment: Mapping[str, str]) -> bool:
-    """Return whether sudo runs the command without a password; `-l` only lists the right."""
+def _sudo_fault(argv: list[str], environment: Mapping[str, str]) -> str | None:
+    """Return why sudo does not run the command without a password; `-l` only lists the right.
+
+    Raises NoAnswer where sudo is slow.
+    """
     query = ["sudo", "-n", "-l", *argv[2:]]
-    try:
-        done = process.capture(query, env=environment, timeout_s=PATIENCE_S)
-    except ToolchainError:
-        return False
-    return done.returncode == 0
+    answer = process.output_of(process.ask(query, env=environment, limit_s=PATIENCE_S))
+    if process.certain(answer, "sudo -n -l") is not None:
+        return None
+    if isinstance(answer, Broken):
+        return f"sudo does not allow it without a password: {answer.message}"
+    return "there is no sudo"
 
 
 def _refused(sysctl: str, why: str) -> ToolchainError:
-    try:
-        user = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        user = f"#{os.getuid()}"
-    line = sudoers_line(user, sysctl)
-    hint = hints.text("machine.sudoers", line=line, path=SUDOERS)
+    # A name could be one that sudoers(5) reads as a group, as everybody, or not at all.
+    line = sudoers_line(f"#{os.getuid()}", sysctl)
     return ToolchainError(
         f"the page cache was not dropped: {why}",
-        hint=hint,
+        hint=hints.text("machine.sudoers", line=line, path=SUDOERS),
         details=(f"it needs this one right in {SUDOERS}:", line),
     )
 
@@ -343,16 +353,8 @@ def _sorted(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _secrets(layout: Layout, settings: Settings) -> set[str]:
-    """Return the values of secret settings, and of the shell's variables that look like secrets."""
-    return {
-        *settings.secrets,
-        *(value for name, value in assignments(layout.dotenv) if is_secret(name)),
-        *(
-            text
-            for name, text in settings.shell.items()
-            if _KEY_NAME.search(name) and len(text) >= 8 and not text.startswith("/")
-        ),
-    }
+    """Return the values of secret settings and variables, also of a broken .env."""
+    return {*settings.secrets, *secrets_of(assignments(layout.dotenv))}
 
 
 def _places(layout: Layout, settings: Settings, homes: set[str]) -> tuple[tuple[str, str], ...]:

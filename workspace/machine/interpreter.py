@@ -20,6 +20,7 @@ from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
+from workspace.core.process import Answer, Broken, There
 from workspace.core.settings import Settings
 from workspace.machine import toolchain
 from workspace.machine.arch import key
@@ -27,7 +28,8 @@ from workspace.machine.arch import key
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
-ANSWER_S = 20.0
+# `.vllm` is made again where its Python does not run: a loaded machine gets time to start it.
+ANSWER_S = 60.0
 KEPT_LINES = 400
 _FACTS = (
     "import json, sys, sysconfig; v = sys.version_info; print(json.dumps({'version': '%d.%d.%d' %"
@@ -83,18 +85,19 @@ def uv(layout: Layout) -> Path:
 def describe(layout: Layout, settings: Settings) -> PythonFacts | None:
     """Return the facts of the Python in `.vllm`.
 
-    None where it is missing, does not run, or belongs to another environment.
+    None where it is missing, does not run, or belongs to another environment. Raises NoAnswer where
+    it is slow or was killed: `.vllm` would be made again.
     """
     if not os.access(layout.environment_python, os.X_OK):
         return None
-    facts = _facts(layout.environment_python, settings)
+    facts = _certain(layout.environment_python, settings)
     # A Python linked into a plain folder would install into the machine's own packages.
     return facts[0] if facts and facts[1].resolve() == layout.environment.resolve() else None
 
 
 def headers_of(python: Path, settings: Settings) -> Path | None:
     """Return the folder with this interpreter's Python.h, None where it is missing."""
-    facts = _facts(python, settings)
+    facts = _certain(python, settings)
     return facts[0].headers if facts else None
 
 
@@ -160,13 +163,15 @@ def foresee(
     for version in dict.fromkeys(found[0] for found in ranked):
         # A shim gives way to its interpreter: the choice must not depend on the folder that a
         # version manager reads.
-        running = [
-            facts
-            for candidate, path in ranked
-            if candidate == version and (facts := _facts(path, settings, follow=True))
-        ]
-        if running:
-            best = next((facts for facts, _ in running if facts.headers), running[0][0])
+        paths = [path for candidate, path in ranked if candidate == version]
+        answers = [(path, _facts(path, settings, follow=True)) for path in paths]
+        running = [answer.value[0] for _, answer in answers if isinstance(answer, There)]
+        if not running:
+            # A slow Python does not make way for another version.
+            for path, answer in answers:
+                process.certain(answer, path)
+        else:
+            best = next((facts for facts in running if facts.headers), running[0])
             bound = wheel_pythons if fitting else None
             return Choice(
                 best.path, best.version, _reason(best.version, preferred, supported, bound)
@@ -301,7 +306,7 @@ def install(
         )
     except failure as exc:
         known = toolchain.classify_uv_failure(
-            output, layout=layout, is_build=phase == "install", otherwise=exc
+            output, layout=layout, env=environment, is_build=phase == "install", otherwise=exc
         )
         if known is exc:
             raise
@@ -371,32 +376,37 @@ def site_packages(layout: Layout) -> tuple[Path, ...]:
     )
 
 
+def _certain(python: Path, settings: Settings) -> tuple[PythonFacts, Path] | None:
+    return process.certain(_facts(python, settings), python)
+
+
 def _facts(
     python: Path, settings: Settings, *, follow: bool = False
-) -> tuple[PythonFacts, Path] | None:
-    """Return the facts and the prefix of an interpreter.
+) -> Answer[tuple[PythonFacts, Path]]:
+    """Return the facts and the prefix of an interpreter; one that is no final release is broken.
 
-    None where it does not run, or is no final release. With `follow` the interpreter behind a shim
-    takes its place.
+    With `follow` the interpreter behind a shim takes its place.
     """
+    environment = settings.child_environment("plain")
+    answer = process.output_of(
+        process.ask([python, "-I", "-c", _FACTS], env=environment, limit_s=ANSWER_S)
+    )
+    if not isinstance(answer, There):
+        return answer
     try:
-        done = process.capture(
-            [python, "-I", "-c", _FACTS],
-            env=settings.child_environment("plain"),
-            timeout_s=ANSWER_S,
-        )
-        facts = records.decode(done.stdout, dict[str, str])
-    except (ToolchainError, records.DecodeError):
-        return None
-    if done.returncode != 0 or facts["level"] != "final":
-        return None
+        facts = records.decode(answer.value, dict[str, str])
+    except records.DecodeError:
+        return Broken("it prints something else")
+    if facts["level"] != "final":
+        return Broken(f"Python {facts['version']} is no final release")
     include = Path(facts["include"])
-    return PythonFacts(
+    found = PythonFacts(
         path=Path(facts["executable"]) if follow and facts["executable"] else python,
         version=facts["version"],
         headers=include if (include / "Python.h").is_file() else None,
         base=Path(facts["base"]),
-    ), Path(facts["prefix"])
+    )
+    return There((found, Path(facts["prefix"])))
 
 
 def _reason(

@@ -5,23 +5,21 @@ and what the verb will do there, and the row that a check returns.
 import copy
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from workspace.core import process
-from workspace.core.console import State
+from workspace.core.console import Row, State
 from workspace.core.errors import ToolchainError
 from workspace.core.paths import Layout
-from workspace.core.process import Absent, There
+from workspace.core.process import Absent, Answer, Broken, Slow, There
 from workspace.core.settings import Settings
 from workspace.machine import hardware, interpreter, toolchain, torch
 from workspace.machine.gpu import Driver, Gpu
 from workspace.machine.hardware import Once
 
-# For a driver that may hang. A program that must work gets more time, because the machine may be
-# loaded.
-ANSWER_S = 3.0
+# A healthy program answers within a second; a loaded machine takes many times as long.
 PATIENCE_S = 20.0
 
 
@@ -33,6 +31,24 @@ class Place:
     path: Path
     need_gib: float
     is_vital: bool = True
+
+
+def unanswered(row: Row, answer: Absent | Broken | Slow, *, look: str) -> Row:
+    """Return the row of a program that gave no good answer: `row` is the one for a missing program.
+
+    A broken program gets its own message and `look`, a command that shows it; a slow one a warning
+    without a hint: nothing is known to be wrong.
+    """
+    if isinstance(answer, Slow) or (isinstance(answer, Broken) and answer.is_killed):
+        seen = (
+            f"no answer in {answer.limit_s:g} s: the machine is busy"
+            if isinstance(answer, Slow)
+            else f"it {answer.message}"
+        )
+        return replace(row, state=State.WARN, text=seen, hint=None)
+    if isinstance(answer, Broken):
+        return replace(row, text=f"does not run: {answer.message}", hint=look)
+    return row
 
 
 @dataclass(frozen=True)
@@ -104,7 +120,8 @@ class Machine:
 class Case:
     """A machine, and what a verb will do there.
 
-    `device` None means: detect it. With `is_native` the verb compiles.
+    `device` None means: detect it. With `is_native` the verb compiles. With `is_environment_due` it
+    completes `.vllm` first: what is missing there comes then.
     """
 
     def __init__(
@@ -114,8 +131,12 @@ class Case:
         device: str | None = None,
         is_native: bool = False,
         places: tuple[Place, ...] | None = None,
+        is_environment_due: bool = False,
     ) -> None:
         self.machine = machine
+        self.is_environment_due = (
+            is_environment_due or not machine.layout.stamp("environment").is_file()
+        )
         self.layout, self.settings = machine.layout, machine.settings
         self.is_native = is_native
         self.host, self.toolkit, self.programs = machine.host, machine.toolkit, machine.programs
@@ -168,24 +189,20 @@ class Case:
         argv: Sequence[process.Argument],
         *,
         extra: Mapping[str, str] | None = None,
-        timeout_s: float = ANSWER_S,
-    ) -> process.Completed | None:
-        """Run a program that only reads; return None where it does not start or exceeds the time.
-
-        timeout(1) then kills the program, whatever signals it traps.
-        """
+        timeout_s: float | None = None,
+    ) -> Answer[process.Completed]:
+        """Run a program that only reads, as a build would; the default limit is PATIENCE_S."""
         environment = self.settings.child_environment("build", extra)
-        answer = process.ask(argv, env=environment, cwd=self._folder(), limit_s=timeout_s)
-        return answer.value if isinstance(answer, There) else None
+        limit_s = PATIENCE_S if timeout_s is None else timeout_s
+        return process.ask(argv, env=environment, cwd=self._folder(), limit_s=limit_s)
 
-    def first_line(self, argv: Sequence[process.Argument]) -> str | None:
-        """Return the first line of output of a program that succeeds, else None."""
-        done = self.ask(argv, timeout_s=PATIENCE_S)
-        return (
-            done.stdout.strip().splitlines()[0]
-            if done and done.returncode == 0 and done.stdout.strip()
-            else None
-        )
+    def first_line(self, argv: Sequence[process.Argument]) -> Answer[str]:
+        """Return the first line of output of a program; without any it is broken."""
+        answer = process.output_of(self.ask(argv))
+        if not isinstance(answer, There):
+            return answer
+        lines = answer.value.strip().splitlines()
+        return There(lines[0]) if lines else Broken("it prints nothing")
 
     def _folder(self) -> Path | None:
         """Return the root of the clone: uv and git read the folder that they run in."""
@@ -214,7 +231,8 @@ def grown(case: Case) -> tuple[Place, ...]:
     growth = (1.0 if case.is_built else GROWTH_GIB[case.device]) + (
         NATIVE_GIB[case.device] if case.is_native else 0.0
     )
-    uv_cache = Path(environment.get("UV_CACHE_DIR") or case.cache_home / "uv")
+    of_uv = case.settings.child_environment("plain").get("UV_CACHE_DIR")
+    uv_cache = Path(of_uv or case.cache_home / "uv")
     is_linked = (
         hardware.existing(uv_cache).stat().st_dev
         == hardware.existing(case.layout.root).stat().st_dev

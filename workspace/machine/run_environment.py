@@ -18,11 +18,11 @@ from typing import Any, Literal
 from workspace.core import hints, process, records
 from workspace.core.child_variables import Phase
 from workspace.core.console import Row, State
-from workspace.core.errors import ToolchainError
+from workspace.core.errors import SmokeError, ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, shortened
-from workspace.machine import interpreter, jit_caches
+from workspace.machine import interpreter, jit_caches, torch
 from workspace.machine.arch import key
 from workspace.machine.machine import Case
 
@@ -128,7 +128,8 @@ def misread_values(
         sys.executable,
         "-I",
         "-S",
-        layout.probes / "variables.py",
+        layout.probes / "imports.py",
+        "variables",
         _source(layout),
         *sorted(values),
     ]
@@ -177,6 +178,23 @@ def built_environment(
     return settings.child_environment(
         phase, {**facts, **(given or {})}, layout=layout, recipe=recipe
     )
+
+
+def require_own_tree(layout: Layout) -> None:
+    """Raise SmokeError where vLLM is installed from the tree of another clone.
+
+    `cp -a` and `mv` keep the path of an editable installation: the edits in this clone would have
+    no effect, and those in the other one would.
+    """
+    version = interpreter.installed(layout).get("vllm")
+    for folder in interpreter.site_packages(layout) if version else ():
+        origin, place = torch.origin_of(folder / f"vllm-{version}.dist-info")
+        if origin == "editable" and Path(place).resolve() != layout.vllm.resolve():
+            raise SmokeError(
+                f"environment stale: .vllm imports vLLM from {place}, not from this clone, which"
+                " was copied or moved",
+                hint=hints.text("inv.bootstrap"),
+            )
 
 
 def missing_vocabularies(folder: Path) -> tuple[str, ...]:
@@ -292,3 +310,41 @@ def _libraries(folder: Path) -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(name[0] for name in found if name and name[1])
+
+
+def published_vocabularies(layout: Layout) -> dict[str, tuple[str, str]]:
+    """Return address and SHA-256 of each vocabulary from the source of the tiktoken in `.vllm`.
+
+    Raises ToolchainError if they are not in the source.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for folder in interpreter.site_packages(layout):
+        try:
+            tree = ast.parse(read_regular(folder / "tiktoken_ext" / "openai_public.py"))
+        except (OSError, SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Call)
+                and node.args
+                and isinstance(node.args[0], ast.Constant)
+                and isinstance(node.args[0].value, str)
+            ):
+                digest = next(
+                    (
+                        keyword.value.value
+                        for keyword in node.keywords
+                        if keyword.arg == "expected_hash"
+                        and isinstance(keyword.value, ast.Constant)
+                    ),
+                    None,
+                )
+                name = node.args[0].value.rpartition("/")[2]
+                if isinstance(digest, str) and name in VOCABULARIES:
+                    found[name] = (node.args[0].value, digest)
+    if missing := [name for name in VOCABULARIES if name not in found]:
+        raise ToolchainError(
+            f"the tiktoken in .vllm has no address and hash of {' and '.join(missing)}",
+            hint=hints.text("inv.bootstrap"),
+        )
+    return found

@@ -16,14 +16,16 @@ from typing import Any, Literal
 from workspace.core import hints, process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
-from workspace.core.files import write_atomic
+from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
+from workspace.core.process import Absent, Answer, Broken, Slow, There
 from workspace.core.settings import Settings
 
 USUAL_HOME = Path("/usr/local/cuda")
-ANSWER_S = 20.0
+# What decides how vLLM is built gets more time than it needs even on a loaded machine.
+ANSWER_S = 60.0
 # uv starts every Python and every shim that it finds: seconds where there are many.
-LIST_S = 60.0
+LIST_S = 120.0
 # Without a network uv gives up within this time, twice: on its own mirror, then on GitHub.
 FETCH_ANSWER_S = 4
 FETCH_S = 240.0
@@ -63,53 +65,64 @@ class Toolkit:
 
 
 def find_toolkit(settings: Settings) -> Toolkit | None:
-    """Find the CUDA toolkit.
+    """Find the CUDA toolkit; None where no nvcc runs. Raises NoAnswer where one is only slow."""
+    return process.certain(ask_toolkit(settings), "nvcc --version")
+
+
+def ask_toolkit(settings: Settings) -> Answer[Toolkit]:
+    """Ask for the CUDA toolkit.
 
     CUDA_HOME alone counts where it is set; else nvcc on PATH, then /usr/local/cuda.
     """
     if home := settings.path("CUDA_HOME"):
         return _toolkit(home / "bin" / "nvcc", settings, home=home)
     found = shutil.which("nvcc", path=settings.child_environment("plain").get("PATH", ""))
-    return (_toolkit(Path(found), settings, home=None) if found else None) or _toolkit(
-        USUAL_HOME / "bin" / "nvcc", settings, home=USUAL_HOME
-    )
+    answer = _toolkit(Path(found), settings, home=None) if found else Absent()
+    if isinstance(answer, There | Slow):
+        return answer
+    usual = _toolkit(USUAL_HOME / "bin" / "nvcc", settings, home=USUAL_HOME)
+    return answer if isinstance(usual, Absent) else usual
 
 
 def compiler_version(settings: Settings) -> str | None:
-    """Return the version of g++, or of the program in CXX, such as 12.2.0, else None."""
-    environment = settings.child_environment("build")
-    try:
-        argv = shlex.split(environment.get("CXX") or "g++")
-    except ValueError:
-        return None
-    return _answer([*argv, "-dumpfullversion"], settings, pattern=_VERSION_LINE)
+    """Return the version of the C++ compiler, such as 12.2.0; None where none runs.
 
-
-def _toolkit(nvcc: Path, settings: Settings, *, home: Path | None) -> Toolkit | None:
-    if not nvcc.is_file():
-        return None
-    version = _answer([str(nvcc), "--version"], settings, pattern=_RELEASE)
-    if version is None:
-        return None
-    if home is None:
-        top = _answer([str(nvcc), "--dryrun", "x.cu"], settings, pattern=_TOP)
-        home = Path(top).resolve() if top else nvcc.resolve().parent.parent
-    return (
-        Toolkit(home, version, home / "bin" / "nvcc") if (home / "bin" / "nvcc").is_file() else None
-    )
-
-
-def _answer(argv: list[str], settings: Settings, *, pattern: re.Pattern[str]) -> str | None:
-    """Return what `pattern` finds in the output of a program.
-
-    None where the program does not run, fails, or prints something else.
+    Raises NoAnswer where it is only slow.
     """
+    argv, answer = ask_compiler(settings)
+    return process.certain(answer, shlex.join(argv))
+
+
+def ask_compiler(settings: Settings) -> tuple[list[str], Answer[str]]:
+    """Ask g++, or the program in CXX, for its version; return the command and the answer."""
+    text = settings.child_environment("build").get("CXX") or "g++"
     try:
-        done = process.capture(argv, env=settings.child_environment("build"), timeout_s=ANSWER_S)
-    except ToolchainError:
-        return None
-    found = pattern.search(done.stdout + done.stderr) if done.returncode == 0 else None
-    return found[1].strip() if found else None
+        argv = [*shlex.split(text), "-dumpfullversion"]
+    except ValueError as exc:
+        return [text], Broken(f"CXX is no command: {exc}")
+    return argv, _answer(argv, settings, pattern=_VERSION_LINE)
+
+
+def _toolkit(nvcc: Path, settings: Settings, *, home: Path | None) -> Answer[Toolkit]:
+    version = _answer([str(nvcc), "--version"], settings, pattern=_RELEASE)
+    if not isinstance(version, There):
+        return version
+    if home is None:
+        answer = _answer([str(nvcc), "--dryrun", "x.cu"], settings, pattern=_TOP)
+        top = process.certain(answer, nvcc)
+        home = Path(top).resolve() if top else nvcc.resolve().parent.parent
+    real = home / "bin" / "nvcc"
+    return There(Toolkit(home, version.value, real)) if real.is_file() else Absent()
+
+
+def _answer(argv: list[str], settings: Settings, *, pattern: re.Pattern[str]) -> Answer[str]:
+    """Return what `pattern` finds in the output of a program; other output is a broken one."""
+    answer = process.ask(argv, env=settings.child_environment("build"), limit_s=ANSWER_S)
+    printed = process.output_of(answer)
+    if not isinstance(answer, There) or not isinstance(printed, There):
+        return printed
+    found = pattern.search(answer.value.stdout + answer.value.stderr)
+    return There(found[1].strip()) if found else Broken("it prints something else")
 
 
 @dataclass(frozen=True)
@@ -221,8 +234,84 @@ class NotOffered(SourceError):
     """The index answers and has no suitable version: a retry does not help."""
 
 
+# Settings of uv with which it refuses what the index has: what it prints, key, variable.
+_UV_SETTINGS = (
+    (re.compile(r"`?exclude-newer`?"), "exclude-newer", "UV_EXCLUDE_NEWER"),
+    (re.compile(r"`--require-hashes` mode"), "require-hashes", "UV_REQUIRE_HASHES"),
+    (re.compile(r"building from source is disabled"), "no-build", "UV_NO_BUILD"),
+    (re.compile(r"index lookups were disabled"), "no-index", "UV_NO_INDEX"),
+)
+# Keys of uv.toml; the variables that say the same never reach uv (core/settings.py).
+_UV_CONSTRAINTS = (
+    "constraint-dependencies",
+    "override-dependencies",
+    "exclude-dependencies",
+)
+
+
+def _place_of(names: Sequence[str], layout: Layout, environment: Mapping[str, str]) -> str | None:
+    """Return the variable, or the file, that has one of these settings of uv, or None."""
+    if found := next((name for name in names if environment.get(name)), None):
+        return found
+    home = environment.get("HOME", "/")
+    files: tuple[str, ...] = (
+        *((environment["UV_CONFIG_FILE"],) if environment.get("UV_CONFIG_FILE") else ()),
+        *(f"{folder}/uv.toml" for folder in (layout.root, *layout.root.parents)),
+        f"{environment.get('XDG_CONFIG_HOME') or f'{home}/.config'}/uv/uv.toml",
+        "/etc/uv/uv.toml",
+    )
+    keys = "|".join(re.escape(name) for name in names if name.islower())
+    for file in files:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if re.search(rf"^\s*({keys})\s*=", read_regular(Path(file)).decode(), re.MULTILINE):
+                return file
+    return None
+
+
+def _without(place: str, key: str) -> str:
+    """Return the hint for a setting of uv in a variable or in a file."""
+    if key == "exclude-newer":
+        return (
+            hints.text("machine.newer_in_file", path=place)
+            if "/" in place
+            else hints.text("machine.newer", name=place)
+        )
+    if "/" in place:
+        return hints.text("machine.uv_setting_in_file", key=key, path=place)
+    return hints.text("machine.uv_setting", name=place)
+
+
+def _refused_by_setting(
+    verdict: Sequence[str],
+    *,
+    layout: Layout,
+    environment: Mapping[str, str],
+    otherwise: WorkspaceError,
+) -> WorkspaceError | None:
+    """Return the error for what a setting of uv leaves out, with uv's own line, or None."""
+    for pattern, key, variable in _UV_SETTINGS:
+        line = next((line for line in verdict if pattern.search(line)), None)
+        place = _place_of((variable, key), layout, environment) if line else None
+        # Our own arguments may ask for the same, except for this one.
+        if line is None or (place is None and key != "exclude-newer"):
+            continue
+        own = re.sub(r"^\w+: ", "", line)
+        where = f" ({place})" if place else ""
+        return ToolchainError(
+            f"uv's setting {key}{where} stands in the way: {own}",
+            hint=_without(place or variable, key),
+            details=otherwise.details,
+        )
+    return None
+
+
 def classify_uv_failure(
-    output: Sequence[str], *, layout: Layout, is_build: bool, otherwise: WorkspaceError
+    output: Sequence[str],
+    *,
+    layout: Layout,
+    env: Mapping[str, str],
+    is_build: bool,
+    otherwise: WorkspaceError,
 ) -> WorkspaceError:
     """Turn the output of a failed uv into an error with a hint, `otherwise` for unknown output.
 
@@ -246,17 +335,47 @@ def classify_uv_failure(
         hint = hints.text("machine.own_environment", folder=layout.environment)
         message = f"a folder is not writable: {_last_disk_error(verdict)}"
         return ToolchainError(message, hint=hint, details=otherwise.details)
-    if _NO_NETWORK.search(text):
-        first = re.sub(r"^\w+: ", "", next(line for line in verdict if _NO_NETWORK.search(line)))
-        hint = hints.text("machine.network_or_index")
-        message = f"the package index could not be reached: {first}"
-        return SourceError(message, hint=hint, details=otherwise.details)
+    if refused := _refused_by_setting(verdict, layout=layout, environment=env, otherwise=otherwise):
+        return refused
+    return _unreached(verdict, layout, env, otherwise) or _unsolved(verdict, layout, env, otherwise)
+
+
+def _unreached(
+    verdict: Sequence[str], layout: Layout, env: Mapping[str, str], otherwise: WorkspaceError
+) -> WorkspaceError | None:
+    """Return the error for an index that did not answer, or None."""
+    line = next((line for line in verdict if _NO_NETWORK.search(line)), None)
+    if line is None:
+        return None
+    first = re.sub(r"^\w+: ", "", line)
+    hint = hints.text("machine.network_or_index")
+    offline = _place_of(("UV_OFFLINE", "offline"), layout, env)
+    if "disabled" in first and offline:
+        hint = _without(offline, "offline")
+    message = f"the package index could not be reached: {first}"
+    return SourceError(message, hint=hint, details=otherwise.details)
+
+
+def _unsolved(
+    verdict: Sequence[str], layout: Layout, env: Mapping[str, str], otherwise: WorkspaceError
+) -> WorkspaceError:
+    """Return the error for versions that do not exist or contradict each other, or `otherwise`."""
+    text = "\n".join(verdict)
     if missing := _NO_VERSION.search(text):
         # uv writes the marker of a dependency after its name, in braces.
         name = next(group for group in missing.groups() if group).split("{")[0]
         message = f"the package index has no {name} that fits"
         hint = hints.text("machine.other_index")
         return NotOffered(message, hint=hint, details=otherwise.details)
+    if "No solution found" in text:
+        cause = next((line for line in verdict if "ecause " in line), verdict[0])
+        place = _place_of(_UV_CONSTRAINTS, layout, env)
+        return type(otherwise)(
+            f"uv finds no versions that fit: {re.sub(r'^[^B]*', '', cause)}"
+            + (f" (perhaps by {place}, a setting of yours)" if place else ""),
+            hint=_without(place, "dependencies") if place else otherwise.hint,
+            details=otherwise.details,
+        )
     return otherwise
 
 

@@ -25,7 +25,7 @@ from workspace.machine.requirements import COMPANIONS
 # Linux as well.
 CUDA_BACKEND = "cu130"
 IMPORT_S = 300.0
-PIP_ANSWER_S = 20.0
+PIP_ANSWER_S = 60.0
 _VERSION = re.compile(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 _CUDA = re.compile(r"^cuda(?:\s*:[^=]+)?\s*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 
@@ -85,10 +85,13 @@ def load(layout: Layout, settings: Settings) -> TorchBuild:
             env=settings.child_environment("run"),
             timeout_s=IMPORT_S,
         )
+    except process.NoAnswer:
+        raise
     except ToolchainError as exc:
         raise BuildError(
             f"torch in .vllm cannot be imported: {exc.message}", hint=hints.text("inv.bootstrap")
         ) from exc
+    process.require_not_killed(done, "the import of torch")
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [process.describe_status(done.returncode)]
         raise BuildError(
@@ -236,7 +239,7 @@ def requirements_of(layout: Layout, name: str, there: Mapping[str, str]) -> dict
 
 def _editable(described: Path) -> Iterator[Path]:
     """Yield the package folder of a torch that is installed editable (PEP 610)."""
-    origin, place = _origin(described)
+    origin, place = origin_of(described)
     if origin == "editable":
         yield Path(place) / "torch"
 
@@ -299,14 +302,12 @@ def _wheel_folders(settings: Settings) -> list[Path]:
 
 
 def _pip_places(environment: Mapping[str, str]) -> list[str]:
-    try:
-        done = process.capture(
-            ["python3", "-m", "pip", "config", "list"], env=environment, timeout_s=PIP_ANSWER_S
-        )
-    except ToolchainError:
-        return []
+    # A machine without pip has no such places; a pip that is only slow may have them.
+    argv = ["python3", "-m", "pip", "config", "list"]
+    answer = process.ask(argv, env=environment, limit_s=PIP_ANSWER_S)
+    printed = process.certain(process.output_of(answer), "pip config list") or ""
     places: list[str] = []
-    for value in re.findall(r"^(?:global|install)\.find-links=(.+)$", done.stdout, re.MULTILINE):
+    for value in re.findall(r"^(?:global|install)\.find-links=(.+)$", printed, re.MULTILINE):
         with contextlib.suppress(ValueError, SyntaxError):
             # pip prints the value as Python would; line ends or blanks separate several places.
             places += str(ast.literal_eval(value)).split()
@@ -351,7 +352,7 @@ def observe_triton(layout: Layout) -> Installed | None:
     for folder in interpreter.site_packages(layout):
         described = folder / f"triton-{version}.dist-info"
         if described.is_dir():
-            origin, place = _origin(described)
+            origin, place = origin_of(described)
             # Triton's layouts: the package is below python/, or at the root of the tree.
             roots = (Path(place) / "python", Path(place)) if origin == "editable" else (folder,)
             package = next(
@@ -388,7 +389,7 @@ class _DirectUrl:
     dir_info: Mapping[str, object] = field(default_factory=dict)
 
 
-def _origin(described: Path) -> tuple[Origin, str]:
+def origin_of(described: Path) -> tuple[Origin, str]:
     """Return the origin of a package from an installer's notes (PEP 610)."""
     with contextlib.suppress(ValueError):
         if noted := records.load(described / "direct_url.json", _DirectUrl):

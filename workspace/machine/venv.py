@@ -404,6 +404,7 @@ def _broken_companions(layout: Layout, settings: Settings, here: list[str]) -> l
         env=settings.child_environment("run"),
         timeout_s=IMPORT_S,
     )
+    process.require_not_killed(done, "the import of torch's companions")
     if done.returncode != 0:
         return here
     errors = records.decode(done.stdout, dict[str, str | None])

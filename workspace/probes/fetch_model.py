@@ -44,13 +44,13 @@ class Refused(Exception):
         self.kind = kind
 
 
-def fetch(model: str, ignored: list[str]) -> dict[str, object]:
+def fetch(model: str, ignored: list[str], revision: str | None) -> dict[str, object]:
     """Fetch the missing files of a model. Raises Refused."""
     import httpx
     from huggingface_hub import errors
 
     try:
-        return _fetch(model, ignored)
+        return _fetch(model, ignored, revision)
     except errors.GatedRepoError as exc:
         raise Refused("gated", first(exc)) from exc
     except (
@@ -72,10 +72,10 @@ def fetch(model: str, ignored: list[str]) -> dict[str, object]:
         raise Refused("disk" if exc.errno in DISK else "network", first(exc)) from exc
 
 
-def _fetch(model: str, ignored: list[str]) -> dict[str, object]:
+def _fetch(model: str, ignored: list[str], revision: str | None) -> dict[str, object]:
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    info = HfApi().model_info(model, files_metadata=True)
+    info = HfApi().model_info(model, revision=revision, files_metadata=True)
     if info.gated:
         HfApi().auth_check(model)
     wanted = [
@@ -93,7 +93,7 @@ def _fetch(model: str, ignored: list[str]) -> dict[str, object]:
     with Watch(blobs, sizes, total):
         blobs.mkdir(parents=True, exist_ok=True)
         fetch_all_large(model, info, [file for file in wanted if file.lfs], blobs)
-        folder = snapshot_download(model, ignore_patterns=ignored or None)
+        folder = snapshot_download(model, revision=revision, ignore_patterns=ignored or None)
     return {"folder": folder, "commit": info.sha, "bytes": total, "fetched": missing}
 
 
@@ -134,7 +134,8 @@ def fetch_large(model: str, commit: str, name: str, blob: Path, size: int) -> No
         idle = 0
         while (have := file.seek(0, os.SEEK_END)) < size:
             try:
-                receive(hf_hub_url(model, name, revision=commit), build_hf_headers(), file, have)
+                url = hf_hub_url(model, name, revision=commit)
+                receive(url, build_hf_headers(), file, have, size)
             except httpx.TransportError:
                 idle = 0 if file.seek(0, os.SEEK_END) > have else idle + 1
                 if idle >= PATIENCE:
@@ -152,8 +153,11 @@ def fetch_large(model: str, commit: str, name: str, blob: Path, size: int) -> No
         part.rename(blob)
 
 
-def receive(url: str, headers: dict[str, str], file: BinaryIO, have: int) -> None:
-    """Append the missing bytes; start again if the server ignores the range."""
+def receive(url: str, headers: dict[str, str], file: BinaryIO, have: int, size: int) -> None:
+    """Append the missing bytes; start again if the server ignores the range.
+
+    Raises Refused where there are more bytes than `size`.
+    """
     import httpx
     from huggingface_hub.utils import hf_raise_for_status
 
@@ -170,6 +174,8 @@ def receive(url: str, headers: dict[str, str], file: BinaryIO, have: int) -> Non
             file.truncate(0)
         for chunk in response.iter_raw():
             file.write(chunk)
+            if file.tell() > size:
+                raise Refused("network", f"the server sends more than {size} bytes: not used")
 
 
 def present(blobs: Path, sizes: dict[str, int]) -> int:
@@ -234,13 +240,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fetch a model from the hub.")
     parser.add_argument("model")
     parser.add_argument("--ignore", action="append", default=[], metavar="GLOB")
+    parser.add_argument("--revision", help="a branch, a tag or a commit (default: main)")
     arguments = parser.parse_args()
     # Libraries print to stdout: only the document may stay there.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     record: dict[str, object]
     try:
-        record = {"schema": SCHEMA, "error": None, **fetch(arguments.model, arguments.ignore)}
+        fetched = fetch(arguments.model, arguments.ignore, arguments.revision)
+        record = {"schema": SCHEMA, "error": None, **fetched}
     except Refused as exc:
         record = {"schema": SCHEMA, "error": {"kind": exc.kind, "said": str(exc)}}
     print(json.dumps(record), file=out, flush=True)

@@ -1,16 +1,19 @@
-"""Imports of this interpreter: `imports.py companions|origin|torch`, one JSON object on stdout; and
+"""Imports of this interpreter: `imports.py companions|origin|torch`, one JSON object on stdout;
+`imports.py variables ENVS.PY NAME…`, values that a tree's own vllm/envs.py misreads; and
 `imports.py share SOCKET`, one import of vLLM for many probes.
 
 companions: each installed companion of torch, with null if it can be imported beside this torch,
 else its error in a line. origin: the file from which vLLM would be imported. torch: version, CUDA
-version (null without CUDA) and file of the imported torch. share: import vLLM, then run a probe in
-a forked child for each connection, until this process is ended.
+version (null without CUDA) and file of the imported torch. variables: the values are in the
+environment; any Python can run it without site-packages. share: import vLLM, then run a probe in a
+forked child for each connection, until this process is ended.
 """
 
 import argparse
 import contextlib
 import ctypes
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -20,10 +23,12 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 NOT_INITIALIZED = 3
+ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -60,6 +65,59 @@ def torch_build() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "file": torch.__file__,
     }
+
+
+def misread(path: str, names: list[str]) -> dict[str, object]:
+    """Return which of the named variables the registry of this file refuses or misunderstands."""
+    spec = importlib.util.spec_from_file_location("envs", path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path} is no Python module")
+    envs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(envs)
+    refused, ignored = [], []
+    for name in names:
+        getter = envs.environment_variables.get(name)
+        text = os.environ.get(name)
+        if getter is None or text is None:
+            continue
+        try:
+            value = getter()
+        except Exception as exc:
+            if isinstance(exc, ImportError):
+                # Some getters need torch or another package that is missing here, one of them only
+                # to describe a wrong value.
+                if not isinstance(exc.__context__, ValueError):
+                    continue
+                exc = exc.__context__
+            refused.append({"name": name, "said": str(exc) or type(exc).__name__})
+            continue
+        if problem := ignored_value(name, getter, value, text):
+            ignored.append({"name": name, "said": problem})
+    return {"error": None, "refused": refused, "ignored": ignored}
+
+
+def ignored_value(name: str, getter: Callable[[], object], value: object, text: str) -> str | None:
+    """Return the problem with a switch that vLLM reads otherwise than it is meant.
+
+    A switch that only knows 1 silently takes `yes` for off.
+    """
+    if not isinstance(value, bool):
+        return None
+    state = text.strip().lower()
+    if state not in ON and state not in OFF:
+        return f"it is a switch, and {'on' if value else 'off'} with this value; write 1 or 0"
+    if value == (state in ON):
+        return None
+    os.environ[name] = "1" if state in ON else "0"
+    try:
+        # Some switches are off with any value, because of another variable.
+        return (
+            f"vLLM takes this value for {'on' if value else 'off'}; write {os.environ[name]}"
+            if getter() != value
+            else None
+        )
+    finally:
+        os.environ[name] = text
 
 
 class Compilers:
@@ -151,6 +209,8 @@ def share(place: str) -> None:
         sys.exit("the import of vLLM has started the CUDA driver: no child could use the GPU")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{place}.new")
+        # A connection runs programs as this user.
+        os.chmod(f"{place}.new", 0o600)
         listener.listen(64)
         os.rename(f"{place}.new", place)
         while True:
@@ -209,15 +269,20 @@ def perform(request: dict[str, Any]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print what can be imported, or share an import.")
-    parser.add_argument("subject", choices=("companions", "origin", "torch", "share"))
-    parser.add_argument("place", nargs="?", help="the socket of share")
+    parser.add_argument("subject", choices=("companions", "origin", "torch", "variables", "share"))
+    parser.add_argument("place", nargs="?", help="the socket of share; the file of variables")
+    parser.add_argument("names", nargs="*", help="the variables")
     arguments = parser.parse_args()
     if arguments.subject == "share":
         share(arguments.place)
-    elif arguments.subject == "companions":
-        print(json.dumps(companions()))
-    else:
-        print(json.dumps(origin() if arguments.subject == "origin" else torch_build()))
+        return
+    answers: dict[str, Callable[[], object]] = {
+        "companions": companions,
+        "origin": origin,
+        "torch": torch_build,
+        "variables": lambda: misread(arguments.place, arguments.names),
+    }
+    print(json.dumps(answers[arguments.subject]()))
 
 
 if __name__ == "__main__":

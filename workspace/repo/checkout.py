@@ -391,17 +391,20 @@ def _refspecs(pin: Pin, references: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def keeping_command(name: str) -> str:
-    """Return the command that keeps a foreign folder and makes the checkout."""
-    return hints.text("repo.set_checkout_aside", path=name, other=f"{name.replace('/', '-')}.mine")
+    """Return the command to begin with where a foreign folder is in the place of a checkout."""
+    return hints.text("repo.foreign_folder", path=name)
 
 
 def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
-    name = layout.relative(folder_of(layout, pin))
+    path = folder_of(layout, pin)
+    name, modules = layout.relative(path), _modules(layout, pin)
     hint = keeping_command(name)
     if found.head:
-        hint = hints.text(
-            "repo.fetch_or_set_aside", path=name, url=pin.url, commit=pin.commit, command=hint
-        )
+        hint = hints.text("repo.fetch_pin", path=name, url=pin.url, commit=pin.commit)
+    elif (path / ".git").is_file() and modules and (modules / "HEAD").is_file():
+        # A submodule's .git names its repository by a relative path, wrong after a move.
+        place = os.path.relpath(modules, path)
+        hint = hints.text("repo.connect_submodule", path=name, place=place)
     return CheckoutError(
         f"{name} is {found.detail}, expected a checkout of {pin.name} {pin.tag}; it was not"
         " changed",
@@ -411,14 +414,10 @@ def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
 
 def _other_kind(layout: Layout, pin: Pin, found: Checkout, choice: Choice) -> CheckoutError:
     name = layout.relative(folder_of(layout, pin))
-    other = f"{name.replace('/', '-')}.{found.kind.value}"
-    remove = hints.text("repo.rename", path=name, other=other)
-    if found.kind is Kind.GIT and (folder_of(layout, pin) / ".git").is_file():
-        # Its commits stay in the superproject's git directory; deinit refuses if there are edits.
-        remove = hints.text("repo.deinit", path=name)
+    other = f"../{layout.root.name}-{choice}"
     return CheckoutError(
         f"{name} is {found.detail}, SOURCE requests {choice}; it was not changed",
-        hint=hints.text("repo.keep_or_replace", command=remove, choice=choice),
+        hint=hints.text("repo.keep_or_clone", other=other, choice=choice),
     )
 
 

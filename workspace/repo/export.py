@@ -23,7 +23,7 @@ from workspace.core.paths import Layout
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, series
 from workspace.repo.checkout import Checkout, Kind
-from workspace.repo.git import Git
+from workspace.repo.git import Git, repository
 from workspace.repo.git import am as mails
 from workspace.repo.git.am import Commit
 from workspace.repo.mail import Patches
@@ -46,7 +46,8 @@ class Export:
     """Result of an export: `names` of the series, and the files that were written and removed.
 
     `kept_copies` are copies of edited patches that no commit holds, `unlisted` patch files that are
-    not in the series, `edits` uncommitted paths in the checkout.
+    not in the series, `edits` uncommitted paths in the checkout, `untracked` files that git does
+    not track there.
     """
 
     names: tuple[str, ...]
@@ -57,6 +58,8 @@ class Export:
     edits: tuple[str, ...]
     folder: str
     tree: str
+    untracked: tuple[str, ...]
+    checkout: str
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Prepared:
     plan: _Plan
     former: Mapping[str, bytes]
     edits: tuple[str, ...]
+    untracked: tuple[str, ...]
 
 
 def run(
@@ -134,6 +138,7 @@ def prepare(
     _refuse_foreign(git, base, head, stack, shown)
     with ThreadPoolExecutor(2) as pool:
         # git reads the state of 7,400 files while it makes mails of the commits.
+        others = pool.submit(repository.untracked, git)
         edits, differences = pool.submit(git.edits), pool.submit(mails.differences, git, base, head)
         patches = mail.patches_of(git, base, stack, shown=shown)
         plan = _plan(folder, pin.commit, patches)
@@ -148,6 +153,7 @@ def prepare(
         plan=plan,
         former=_former(git) if plan.gone or is_rewritten else {},
         edits=edits.result(),
+        untracked=others.result(),
     )
     _refuse_unapplied(layout, prepared)
     _refuse_edited(layout, prepared)
@@ -185,6 +191,8 @@ def _done(layout: Layout, prepared: Prepared, kept_copies: tuple[Path, ...]) -> 
         edits=prepared.edits,
         folder=layout.relative(prepared.folder),
         tree=prepared.tree,
+        untracked=prepared.untracked,
+        checkout=layout.relative(prepared.git.path),
     )
 
 
@@ -201,10 +209,18 @@ def show(done: Export, *, console: Console) -> None:
         console.info(f"kept a copy of an edited patch that no commit holds: {path}")
     for name in done.unlisted:
         console.info(f"{done.folder}/{name} is not in the series; it was not changed")
+    show_unpatched(done, console=console)
+    console.info(count if done.written or done.removed else f"nothing to do: {count}")
+
+
+def show_unpatched(done: Export, *, console: Console) -> None:
+    """Print what the checkout has and no patch: edits and files that git does not track."""
     if done.edits:
         more = f" and {len(done.edits) - 3} more" if len(done.edits) > 3 else ""
         console.warn(f"uncommitted edits are in no patch: {', '.join(done.edits[:3])}{more}")
-    console.info(count if done.written or done.removed else f"nothing to do: {count}")
+    if done.untracked:
+        console.warn(series.named_untracked(done.untracked))
+        console.hint(series.taking_hint(done.checkout, done.untracked))
 
 
 def series_of(git: Git, base: str, tip: str) -> Patches:
@@ -361,12 +377,12 @@ def _refuse_edited(layout: Layout, prepared: Prepared) -> None:
             raise PatchDrift(
                 f"{place}/{name} is no longer a patch that git can read, since it was applied;"
                 " nothing was written",
-                hint=hints.text("repo.file_or_commit", folder=place, name=name),
+                hint=hints.text("repo.stash_patch", path=f"{place}/{name}"),
             )
         raise PatchDrift(
             f"{place}/{name} was changed since it was applied, and its commit in"
             f" {layout.relative(prepared.git.path)} was not; nothing was written",
-            hint=hints.text("repo.take_file_or_commit", folder=place, name=name),
+            hint=hints.text("repo.take_file_or_commit", path=f"{place}/{name}"),
         )
 
 

@@ -5,13 +5,18 @@ cannot be a patch, is refused with nothing changed.
 """
 
 import contextlib
+import functools
+import ipaddress
 import re
 import shlex
+import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from email.utils import format_datetime, localtime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from workspace.core import hints
 from workspace.core.errors import (
@@ -22,13 +27,15 @@ from workspace.core.errors import (
     SourceError,
     WorkspaceError,
 )
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.files import opened, read_regular, reason_of, received, write_atomic
+from workspace.core.paths import typed
 from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
 from workspace.repo import export, mail, moves, patches, series
 from workspace.repo.git import AM_BY_HAND, Git, am
 from workspace.repo.git import am as mails
 from workspace.repo.git.am import Commit
+from workspace.repo.git.command import file_stems
 from workspace.repo.patches import Session
 from workspace.repo.series import TIP_REF, Stack, State
 
@@ -37,7 +44,7 @@ if TYPE_CHECKING:
 
 # A patch of 5 MB is large; a larger file is a release, or a mistake.
 LARGEST_BYTES = 64 << 20
-_CHUNK_BYTES = 1 << 16
+LONGEST_S = 120.0
 _GITHUB = re.compile(
     r"(?:https?://|ssh://)?(?:[^/@]*@)?github\.com[:/]([A-Za-z0-9_.-]+)/"
     r"([A-Za-z0-9_-][A-Za-z0-9_.-]*?)(?:\.git)?/?"
@@ -45,6 +52,19 @@ _GITHUB = re.compile(
 _ON_GITHUB = re.compile(
     r"(https?://github\.com/[^/]+/[^/]+)/"
     r"(?:pull/\d+/commits/([0-9a-f]{7,40})|(pull/\d+|commit/[0-9a-f]{7,40}))(?:[./?#].*)?"
+)
+
+
+# Messages of git about content that differs, not about a patch that it cannot read.
+_UNFITTING = re.compile(
+    r"^patch failed: |does not exist|already exists|does not match|No such file|does not apply"
+)
+# As much as patch(1) demands: what a merge brought stands around the lines of a later commit.
+_LITTLE_CONTEXT = ("-C1",)
+# What `git show` and `git log -1 --patch` print before a diff.
+_SHOWN = re.compile(
+    rb"commit [0-9a-f]{40}.*\n(?:Merge: .*\n)?Author: +(.+)\n(?:Author)?Date: +(.+)\n(?:.*\n)??\n"
+    rb"((?: {4}.*\n|\n)+)"
 )
 
 
@@ -59,13 +79,18 @@ class Origin:
 
 @dataclass(frozen=True)
 class _Import:
-    """An import: its origin, one file per mail, and the command line that applies it by hand."""
+    """An import: its origin, one file per mail, and what applies or checks it by hand.
+
+    `by_hand` is a command line, `check` a hint.
+    """
 
     git: Git
     origin: Origin
     parts: Sequence[Path]
     by_hand: str
+    check: str
     place: Path
+    notes: list[str]
 
 
 def run(session: Session, source: str) -> export.Export:
@@ -87,11 +112,17 @@ def run(session: Session, source: str) -> export.Export:
     origin = _origin(session, source)
     # The user may have to apply it by hand.
     kept = layout.state / "imported" / f"{origin.name}.patch"
-    write_atomic(kept, _as_mail(origin))
-    by_hand = f"git -C {shown} {AM_BY_HAND} ../../{layout.relative(kept)}"
+    raw, notes = _as_mail(origin, git)
+    write_atomic(kept, raw)
+    file = f"../../{layout.relative(kept)}"
+    by_hand = f"git -C {shown} {AM_BY_HAND} {shlex.quote(file)}"
+    check = hints.text("repo.check_diff", shown=shown, path=file)
     with tempfile.TemporaryDirectory(prefix="workspace-import-") as folder:
-        parts = mails.split_mails(git, kept, Path(folder))
-        work = _Import(git, origin, parts, by_hand, layout.state / f"{project}-stack")
+        parts = _readable(mails.split_mails(git, kept, Path(folder)), origin, git, notes)
+        if (readable := b"".join(part.read_bytes() for part in parts)) != raw:
+            write_atomic(kept, readable)
+        place = layout.state / f"{project}-stack"
+        work = _Import(git, origin, parts, by_hand, check, place, notes)
         tip = stack.head if _is_applied(work, stack) else _tip_on(work, stack.head)
     try:
         prepared = export.prepare(layout, project, session.pin, replace(session.checkout, head=tip))
@@ -103,6 +134,8 @@ def run(session: Session, source: str) -> export.Export:
     git.set_ref(TIP_REF, tip)
     moves.move(layout, project, git, tip, run_log=run_log)
     done = export.finish(layout, prepared)
+    for note in notes:
+        run_log.console.info(note)
     export.show(done, console=run_log.console)
     return done
 
@@ -126,14 +159,11 @@ def _is_applied(work: _Import, stack: Stack) -> bool:
     """
     if stack.state is not State.UNEXPORTED or not stack.base or not stack.head:
         return False
-    slugs, wanted = (
-        work.git.slugs(stack.base, stack.head),
-        tuple(mail.read_mail(part).slug for part in work.parts),
-    )
+    wanted = file_stems(mail.read_mail(part).slug for part in work.parts)
     below = work.git.resolve(f"{stack.head}~{len(wanted)}")
-    if not below or slugs[-len(wanted) :] != wanted:
+    if not below or work.git.slugs(below, stack.head) != wanted:
         return False
-    with contextlib.suppress(PatchConflict, PatchDrift):
+    with contextlib.suppress(PatchConflict, PatchDrift, SettingsError):
         return _tip_on(work, below) == stack.head
     return False
 
@@ -147,19 +177,16 @@ def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
     """Make the commits on `head` with their original messages; no file and no reference changes."""
     origin, by_hand = work.origin, work.by_hand
     done = am.applied(work.git, head, work.parts, place=work.place)
+    if done.position > 1 and mail.lack_changes([part.read_bytes() for part in work.parts]):
+        done = am.applied(work.git, head, work.parts, place=work.place, flags=_LITTLE_CONTEXT)
+        if done.tip:
+            work.notes.append(
+                f"{origin.name}: main was merged between its commits, so they were placed by fewer"
+                f" lines of context: look at them with git -C vendor/vllm log -p {head[:12]}.."
+            )
     subjects = [mail.read_mail(part).subject for part in work.parts]
     if done.tip is None:
-        reason = (
-            f"conflicts ({', '.join(done.conflicted)})"
-            if done.conflicted
-            else "is no patch that git can read"
-        )
-        raise PatchConflict(
-            f"{origin.name}: patch {done.position} of {len(subjects)},"
-            f" {subjects[done.position - 1]!r}, {reason}; nothing was changed",
-            hint=hints.text("repo.by_hand_conflict", command=by_hand),
-            details=tuple(f"conflict in {path}" for path in done.conflicted),
-        )
+        raise _not_applied(work, done, subjects)
     made = mails.commits(work.git, head, done.tip)
     if len(made) != len(subjects):
         found = [" ".join(commit.message.split("\n\n")[0].split()) for commit in made]
@@ -174,6 +201,27 @@ def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
             ),
         )
     return made
+
+
+def _not_applied(work: _Import, done: am.Applied, subjects: Sequence[str]) -> WorkspaceError:
+    """Return the error for a patch that does not apply, or that git cannot read."""
+    which = (
+        f"{work.origin.name}: patch {done.position} of {len(subjects)},"
+        f" {subjects[done.position - 1]!r},"
+    )
+    if not done.conflicted and not _UNFITTING.search(done.reason):
+        return SettingsError(
+            f"{which} is refused by git am: {done.reason}; nothing was changed",
+            hint=work.check,
+        )
+    hint = hints.text("repo.by_hand_conflict", command=work.by_hand)
+    if done.position > 1 and work.origin.url and public_of(work.origin.url):
+        # A merge of main is in no mail, so the commits after it need not apply.
+        url = f"{work.origin.url}.diff"
+        hint = hints.text("repo.net_change", url=url, command=work.by_hand)
+    return PatchConflict(
+        f"{which} {done.cause}; nothing was changed", hint=hint, details=done.details
+    )
 
 
 def _with_status(git: Git, head: str, made: Sequence[Commit], origin: Origin) -> str:
@@ -208,9 +256,11 @@ def _origin(session: Session, source: str) -> Origin:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", public.split("://", 1)[1].removesuffix(".patch"))[
             -80:
         ].strip("-.")
-        raw = _fetched(f"{page}.patch" if page else source, session.settings)
+        # Its .diff is the net change, its .patch has a mail for each commit.
+        suffix = ".diff" if source.endswith(".diff") else ".patch"
+        raw = _fetched(f"{page}{suffix}" if page else source, session.settings)
         return Origin(raw, name, public)
-    path = Path(source).expanduser()
+    path = typed(source)
     try:
         return Origin(read_regular(path), path.name.removesuffix(".patch"), None)
     except OSError as exc:
@@ -254,65 +304,116 @@ def _fetched(url: str, settings: Settings) -> bytes:
 
     shown = without_user(url)
     hint = hints.text("repo.address_or_file")
+    timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or 5)
+    check = functools.partial(_check_redirect, url)
     try:
         with requests.Session() as session:
             # Without this, requests would send the credentials that ~/.netrc has for the host.
             session.auth = _no_credentials
-            with session.get(
-                url, stream=True, timeout=float(settings.count("CONNECT_TIMEOUT_S") or 5)
-            ) as response:
-                response.raise_for_status()
-                raw = b""
-                for chunk in response.iter_content(_CHUNK_BYTES):
-                    raw += chunk
-                    if len(raw) > LARGEST_BYTES:
-                        raise SourceError(
-                            f"{shown} is larger than {LARGEST_BYTES >> 20} MiB, too large for a"
-                            " patch",
-                            hint=hint,
-                        )
-                return raw
+            with opened(url, timeout_s=timeout_s, session=session, check_redirect=check) as reply:
+                reply.raise_for_status()
+                return b"".join(received(reply, LARGEST_BYTES, longest_s=LONGEST_S))
     except requests.HTTPError as exc:
-        raise SourceError(
-            f"{shown}: the server answers {exc.response.status_code} {exc.response.reason}",
-            hint=hint,
-        ) from exc
+        raise SourceError(f"{shown}: {reason_of(exc)}", hint=hint) from exc
     except (requests.RequestException, ValueError) as exc:
-        raise SourceError(f"{shown} could not be fetched: {_reason(exc)}", hint=hint) from exc
+        reason = without_user(reason_of(exc))
+        raise SourceError(f"{shown} could not be fetched: {reason}", hint=hint) from exc
+
+
+def _check_redirect(typed: str, target: str) -> None:
+    """Raise ValueError for a redirect to what only this machine or its network reaches.
+
+    A public page must not choose an address at which a service of this machine, or the metadata of
+    a cloud (169.254.169.254), answers. The host that the user typed may be such a host.
+    """
+    old, new = urlsplit(typed), urlsplit(target)
+    if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
+        raise ValueError(f"it redirects to {new.scheme}, which is refused")
+    is_same = new.hostname == old.hostname and (new.port or 443) in (old.port or 443, 443)
+    if not is_same and is_near(new.hostname or ""):
+        raise ValueError(f"it redirects to {new.netloc}, which is not public")
+
+
+def is_near(host: str) -> bool:
+    """Return whether a host is not on the public internet; an unknown name is nowhere."""
+    try:
+        found = socket.getaddrinfo(host.rstrip("."), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    addresses = [ipaddress.ip_address(str(place[0])) for *_, place in found]
+    plain = [getattr(each, "ipv4_mapped", None) or each for each in addresses]
+    return any(not each.is_global or each.is_multicast for each in plain)
 
 
 def _no_credentials(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
     return request
 
 
-def _reason(exc: BaseException) -> str:
-    """Return the innermost cause, whose message does not contain the URL."""
-    while exc.__context__ is not None:
-        exc = exc.__context__
-    return without_user(str(exc)) or type(exc).__name__
+def _as_mail(origin: Origin, git: Git) -> tuple[bytes, list[str]]:
+    """Return the mails with git's line ends, made of a diff if need be, and notes on what is new.
 
-
-def _as_mail(origin: Origin) -> bytes:
-    """Return the mails with git's line ends. Raises SettingsError for other content."""
+    Raises SettingsError for other content, and for a diff where the user has no name in git.
+    """
     raw = origin.raw
     head = raw.partition(b"\n\n")[0].partition(b"\r\n\r\n")[0]
     if head.partition(b"\n")[0].endswith(b"\r"):
         # A program has written such line ends in the whole mail.
         raw, head = raw.replace(b"\r\n", b"\n"), head.replace(b"\r\n", b"\n")
-    if all(
-        re.search(rb"^%b: " % name, head, re.MULTILINE | re.IGNORECASE)
+    has = {
+        name
         for name in (b"From", b"Subject")
-    ):
-        return raw
-    if re.search(rb"^(diff --git |--- \S)", raw, re.MULTILINE) and not raw.lstrip().startswith(
-        b"<"
-    ):
+        if re.search(rb"^%b: " % name, head, re.MULTILINE | re.IGNORECASE)
+    }
+    if len(has) == 2:
+        return raw, []
+    if not mail.has_diff(raw) or raw.lstrip().startswith(b"<"):
         raise SettingsError(
-            f"{origin.name} is a diff without author and message, expected a mail of git"
-            " format-patch",
-            hint=hints.text("repo.apply_by_hand"),
+            f"{origin.name} is neither a mail of git format-patch nor a diff",
+            hint=hints.text("repo.github_patch"),
         )
-    raise SettingsError(
-        f"{origin.name} is not a mail of git format-patch",
-        hint=hints.text("repo.github_patch"),
+    if found := _SHOWN.search(raw):
+        author, date = (text.decode(errors="surrogateescape") for text in found.groups()[:2])
+        message = re.sub(rb"^ {4}", b"", found[3], flags=re.MULTILINE).strip(b"\n")
+        return mail.made(author, date, message, raw[found.end() :]), []
+    name, email = patches.user(git)
+    author = f"{name} <{email}>"
+    if has:
+        return b"From: " + author.encode() + b"\n" + raw, [f"{origin.name} has no author: {author}"]
+    subject = re.sub(r"\.(diff|txt)$", "", origin.name)
+    note = (
+        f"{origin.name} is a diff without author and message: it is a commit of {author},"
+        f" {subject!r}; another message: git -C vendor/vllm commit --amend &&"
+        " ./scripts/inv patch.export"
     )
+    return mail.made(author, format_datetime(localtime()), subject.encode(), raw), [note]
+
+
+def _readable(
+    parts: Sequence[Path], origin: Origin, git: Git, notes: list[str]
+) -> tuple[Path, ...]:
+    """Return the mails that have a diff, each with an author and prefixes that git can read.
+
+    What is changed or left out is added to `notes`. Raises SettingsError where no diff is left.
+    """
+    kept = []
+    for part in parts:
+        raw = part.read_bytes()
+        read = mail.parse(raw)
+        if not (read.diff or mail.has_diff(raw) or b"base64" in raw.lower()):
+            notes.append(f"{origin.name}: {read.subject!r} changes no file and is left out")
+            continue
+        changed = mail.with_prefixes(raw)
+        if not re.search(r"<[^<>\s]+>|\S@\S", read.author):
+            name = read.author.replace("<>", "").strip()
+            author = f"{name} <unknown>" if name else "{} <{}>".format(*patches.user(git))
+            changed = mail.with_author(changed, author)
+            notes.append(f"{origin.name}: {read.author!r} has no address; the author is {author}")
+        if changed != raw:
+            part.write_bytes(changed)
+        kept.append(part)
+    if not kept:
+        raise SettingsError(
+            f"{origin.name} has no diff, so there is nothing to import",
+            hint=hints.text("repo.github_patch"),
+        )
+    return tuple(kept)

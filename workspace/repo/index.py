@@ -17,7 +17,7 @@ from workspace.repo.pins import PRECOMPILED_KEYS, Pin, PrecompiledWheel
 
 if TYPE_CHECKING:
     from packaging.version import Version
-    from pypi_simple import DistributionPackage, ProjectPage
+    from pypi_simple import DistributionPackage, ProjectPage, PyPISimple
 
 READ_TIMEOUT_S = 30.0
 
@@ -108,14 +108,14 @@ def project_page(project: str, settings: Settings) -> "ProjectPage":
     connect_timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or READ_TIMEOUT_S)
     try:
         with PyPISimple(endpoint) as client:
-            return client.get_project_page(project, timeout=(connect_timeout_s, READ_TIMEOUT_S))
+            return _page(client, project, min(connect_timeout_s, READ_TIMEOUT_S))
     except NoSuchProjectError as exc:
         raise _unavailable(f"the package index has no project {project}") from exc
     except requests.HTTPError as exc:
         status = exc.response.status_code
         raise _unavailable(f"the package index answered {status} for {project}") from exc
     except requests.RequestException as exc:
-        reason = _innermost(exc)
+        reason = files.reason_of(exc)
         raise _unavailable(f"the package index cannot be reached for {project}: {reason}") from exc
     except (
         UnsupportedContentTypeError,
@@ -126,6 +126,21 @@ def project_page(project: str, settings: Settings) -> "ProjectPage":
         raise _unavailable(
             f"the package index answered for {project} with content that is no index page"
         ) from exc
+
+
+def _page(client: "PyPISimple", project: str, timeout_s: float) -> "ProjectPage":
+    """Fetch a page within the bound of every answer; the client itself has none."""
+    from pypi_simple import NoSuchProjectError, ProjectPage
+
+    url = client.get_project_url(project)
+    headers = {"Accept": client.accept}
+    with files.opened(url, timeout_s=timeout_s, headers=headers, session=client.s) as reply:
+        if reply.status_code == 404:
+            raise NoSuchProjectError(project, url)
+        reply.raise_for_status()
+        # `content`, which from_response reads, would have no bound.
+        reply._content = b"".join(files.received(reply, files.LARGEST_PAGE))
+        return ProjectPage.from_response(reply, project)
 
 
 def _unavailable(message: str) -> SourceError:
@@ -193,12 +208,6 @@ def _version(filename: str) -> str:
         return parse_filename(filename)[1]
     except UnparsableFilenameError:
         return "of unknown version"
-
-
-def _innermost(exc: BaseException) -> str:
-    while exc.__context__ is not None:
-        exc = exc.__context__
-    return str(exc) or type(exc).__name__
 
 
 # Projects that publish compiled libraries, by device; the present pins name the same projects.

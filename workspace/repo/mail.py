@@ -15,7 +15,8 @@ from workspace.core.errors import PatchDrift, SettingsError
 from workspace.core.files import read_regular
 from workspace.repo.git import Git
 from workspace.repo.git import am as mails
-from workspace.repo.git.am import Commit
+from workspace.repo.git.am import SEPARATOR, Commit
+from workspace.repo.git.command import file_stems
 from workspace.repo.series import BASE_REF
 
 TRAILER = "Upstream-Status"
@@ -36,6 +37,11 @@ _END = re.compile(rb"^(?:diff -|Index: |---[ \t\r\f\v]*$|--- \S)", re.MULTILINE)
 # Compare is_from_line in git's mailsplit: the time of day and a year.
 _NEXT = re.compile(r"From .*\d.\d\d:\d\d\s*(?:9[1-9]|[1-9]\d\d+)[^:]*")
 _DIFF = re.compile(rb"^diff --git ", re.MULTILINE)
+_HAS_DIFF = re.compile(rb"^(?:diff --git |--- \S.*\n\+\+\+ \S)", re.MULTILINE)
+_BLOBS = re.compile(
+    rb"^diff --git (.+)\n(?:(?!diff --git ).*\n){0,4}?index ([0-9a-f]{7,40})\.\.([0-9a-f]{7,40})",
+    re.MULTILINE,
+)
 _HUNK = re.compile(rb"(@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@).*", re.DOTALL)
 _INDEX = re.compile(rb"index [0-9a-f]+\.\.[0-9a-f]+")
 # Messages that git surely reads back from a mail unchanged: no blanks that git removes, no text
@@ -205,6 +211,81 @@ def unfit(message: str) -> str | None:
     return None
 
 
+def has_diff(raw: bytes) -> bool:
+    """Return whether a mail has a diff; a cover letter and an empty commit have none."""
+    return bool(_HAS_DIFF.search(raw))
+
+
+def lack_changes(parts: Sequence[bytes]) -> bool:
+    """Return whether a mail was made from another content of a file than the mail before it left.
+
+    So it is after a merge, which has no mail.
+    """
+    left: dict[bytes, bytes] = {}
+    for part in parts:
+        for path, before, after in _BLOBS.findall(part):
+            known = left.get(path, before)
+            if not (known.startswith(before) or before.startswith(known)):
+                return True
+            left[path] = after
+    return False
+
+
+def made(author: str, date: str, message: bytes, diff: bytes) -> bytes:
+    """Return a mail of a diff; the first paragraph of the message is the subject."""
+    head = f"From: {author}\nDate: {date}\nSubject: ".encode(errors="surrogateescape")
+    subject, _, text = message.partition(b"\n\n")
+    body = b" ".join(subject.split()) + b"\n\n" + text + b"\n---\n"
+    return SEPARATOR + head + body + with_prefixes(diff)
+
+
+def with_author(raw: bytes, author: str) -> bytes:
+    """Return a mail with another From header."""
+    header = f"From: {author}".encode(errors="surrogateescape")
+    return re.sub(
+        rb"^From:.*(?:\n[ \t].*)*",
+        lambda _: header,
+        raw,
+        count=1,
+        flags=re.MULTILINE | re.IGNORECASE,
+    )
+
+
+def with_prefixes(raw: bytes) -> bytes:
+    """Return a mail or a diff with a/ and b/ before paths, as `git diff --no-prefix` omits them."""
+    lines = raw.split(b"\n")
+    old = new = 0
+    is_bare = False
+    for index, line in enumerate(lines):
+        if old > 0 or new > 0:
+            old -= line[:1] in (b" ", b"-", b"")
+            new -= line[:1] in (b" ", b"+", b"")
+        elif found := _HUNK.match(line):
+            old, new = (1 if count is None else int(count) for count in found.groups()[1:])
+        elif line.startswith(b"diff --git "):
+            pair = _bare_pair(lines[index : index + 5])
+            is_bare = pair is not None
+            lines[index] = b"diff --git a/%b b/%b" % pair if pair else line
+        elif line.startswith(b"--- ") and lines[index + 1 : index + 2] == [b"+++ " + line[4:]]:
+            is_bare = True
+        if is_bare and line[:4] in (b"--- ", b"+++ ") and line[4:] != b"/dev/null":
+            lines[index] = line[:4] + (b"a/" if line[:1] == b"-" else b"b/") + line[4:]
+    return b"\n".join(lines)
+
+
+def _bare_pair(head: Sequence[bytes]) -> tuple[bytes, bytes] | None:
+    """Return the two paths that the head of a file's diff has without prefixes, or None."""
+    text = head[0].removeprefix(b"diff --git ")
+    names = {
+        line.split(b" ", 2)[1]: line.split(b" ", 2)[2]
+        for line in head[1:]
+        if line.startswith((b"rename ", b"copy "))
+    }
+    path = text[: len(text) // 2]
+    pair = (names[b"from"], names[b"to"]) if {b"from", b"to"} <= names.keys() else (path, path)
+    return pair if text == b"%b %b" % pair else None
+
+
 def _headers(raw: bytes) -> tuple[dict[str, str], bytes]:
     """Return the headers by lower-case name, the first of each, and the rest of the mail."""
     head, _, body = raw.partition(b"\n\n")
@@ -287,9 +368,6 @@ def _changes(diff: bytes, *, anywhere: bool) -> list[bytes]:
 
 
 Patches = tuple[tuple[str, bytes], ...]
-# As series.read_series accepts it.
-_LONGEST_NAME = 200
-_SLUG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 class Unfit(PatchDrift):
@@ -315,13 +393,8 @@ def patches_of(git: Git, base: str, stack: Sequence[Commit], *, shown: str) -> P
         ]
         refuse(git, base, shown, empty or [(stack[-1], "git does not make one mail of it")])
     slugs, carried = _carried(git, base, shown, stack, raw)
-    faults = [
-        (commit, reason)
-        for index, commit in enumerate(stack)
-        if (reason := _name_fault(slugs[index], slugs[:index]))
-    ]
-    refuse(git, base, shown, faults)
-    return tuple((f"{slug}.patch", content) for slug, content in zip(slugs, carried, strict=True))
+    names = [f"{stem}.patch" for stem in file_stems(slugs)]
+    return tuple(zip(names, carried, strict=True))
 
 
 def _carried(
@@ -389,22 +462,6 @@ def _fault(commit: Commit) -> str | None:
     if status is None:
         return f"its message lacks the line `{TRAILER}: Pending`, or another of: {VOCABULARY}"
     return None if is_status(status) else f"its line `{TRAILER}: {status}` is none of: {VOCABULARY}"
-
-
-def _name_fault(slug: str, taken: Sequence[str]) -> str | None:
-    """Return why a subject gives no file name for the series, or None."""
-    if not _SLUG.fullmatch(slug):
-        return (
-            f"its subject gives the file name {slug + '.patch'!r}; a name must begin with an ASCII"
-            " letter or digit"
-        )
-    if len(slug) + len(".patch") > _LONGEST_NAME:
-        return f"its subject is too long for a file name of {_LONGEST_NAME} letters"
-    return (
-        f"another patch is named {slug}.patch already; it needs a better subject"
-        if slug in taken
-        else None
-    )
 
 
 def refuse(git: Git, base: str, shown: str, faults: Sequence[tuple[Commit, str]]) -> None:

@@ -19,7 +19,6 @@ from workspace.repo import mail, moves, patches, pins, series
 from workspace.repo.checkout import Checkout
 from workspace.repo.git import Git, am, command, repository, worktree
 from workspace.repo.git import am as mails
-from workspace.repo.git.am import Applied
 from workspace.repo.git.command import first_line
 from workspace.repo.pins import Pin
 from workspace.repo.series import BASE_REF, LEFT_REF, TIP_REF, Attempt, Stack, State
@@ -79,6 +78,8 @@ def _columns(row: Entry) -> list[str]:
 def next_command(layout: Layout, pin: Pin, stack: Stack) -> str:
     """Return the command line to type next."""
     path = checkouts.folder_of(layout, pin)
+    if stack.untracked and stack.state in (State.APPLIED, State.UNEXPORTED):
+        return series.taking_hint(layout.relative(path), stack.untracked)
     if stack.state is State.APPLIED:
         return hints.text("repo.export_later", path=layout.relative(path))
     if stack.state in (State.UNAPPLIED, State.UNEXPORTED):
@@ -246,9 +247,9 @@ def _commits(
     if len(written) != len(found):
         written = [None] * len(found)
     named: dict[str, tuple[str, bytes | None]] = {}
-    for commit, content in zip(found, written, strict=True):
-        name = f"{commit.slug}.patch"
-        named[commit.oid if name in named else name] = (commit.oid, content)
+    stems = command.file_stems(commit.slug for commit in found)
+    for stem, commit, content in zip(stems, found, written, strict=True):
+        named[f"{stem}.patch"] = (commit.oid, content)
     return named
 
 
@@ -272,6 +273,7 @@ def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack
         f"{count} for {place}",
         details.get(stack.state, ""),
         move.text if move else "",
+        series.named_untracked(stack.untracked) if stack.untracked else "",
     ]
     return Entry(
         stack.state.value, "stack", "; ".join(part for part in parts if part), None, stack.dirty
@@ -373,7 +375,7 @@ def resume_in(
         return None
     unmerged = am.unmerged(git)
     if waiting == "am" and (stopped := am.position(git)) and (stopped != before or unmerged):
-        raise _stopped(git, stopped, base, names, shown)
+        raise _stopped(git, stopped, answer, base, names, shown)
     if unmerged:
         raise _unresolved(unmerged, waiting or operation, shown)
     if answer.status != 0:
@@ -447,13 +449,16 @@ def _require_resolved(
 
 
 def _stopped(
-    git: Git, stopped: am.Position, base: str, names: Sequence[str], shown: str
+    git: Git,
+    stopped: am.Position,
+    answer: command.Answer,
+    base: str,
+    names: Sequence[str],
+    shown: str,
 ) -> PatchConflict:
-    diff = git.path_of("rebase-apply/patch")
-    conflicted = am.unmerged(git) or (git.patch_paths(diff) if diff.exists() else ())
     return series.sentence(
         git,
-        Applied(None, stopped.number, conflicted),
+        am.stopped_at(git, stopped.number, answer),
         count=stopped.last,
         patch=_patch(stopped, names),
         shown=shown,

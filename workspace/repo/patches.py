@@ -9,7 +9,7 @@ from pathlib import Path
 
 from workspace.core import hints, records
 from workspace.core.console import RunLog
-from workspace.core.errors import PatchDrift
+from workspace.core.errors import PatchDrift, SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
@@ -85,7 +85,15 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
     else:
         state = State.FOREIGN
     return Stack(
-        state, checkout.base, checkout.head, tree, expected, wanted.names, dirty, interrupted
+        state,
+        checkout.base,
+        checkout.head,
+        tree,
+        expected,
+        wanted.names,
+        dirty,
+        interrupted,
+        repository.untracked(git),
     )
 
 
@@ -242,6 +250,17 @@ def _check(project: str, git: Git, stack: Stack, base: str, tip: str) -> None:
             " changed",
             hint=hints.text("inv.bootstrap"),
         )
+
+
+def user(git: Git) -> tuple[str, str]:
+    """Return the configured name and address of the user. Raises SettingsError."""
+    configured = am.user(git)
+    if not configured:
+        raise SettingsError(
+            "user.name and user.email are not set in git, and a commit of yours needs them",
+            hint=hints.text("repo.set_name"),
+        )
+    return configured["GIT_AUTHOR_NAME"], configured["GIT_AUTHOR_EMAIL"]
 
 
 def _keep(git: Git, base: str, tip: str) -> None:

@@ -4,9 +4,10 @@ The work itself is in patches, export, importing and overview; a patch as a bran
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog, Step
@@ -27,6 +28,9 @@ from workspace.repo.git import am as mails
 from workspace.repo.git.am import Commit
 from workspace.repo.patches import Session, Stack, State
 
+if TYPE_CHECKING:
+    from workspace.repo.export import Export
+
 
 def put_on_upstream(session: Session, name: str, patch: str) -> Path:
     """Make branch `name` with one patch on upstream's main, and return its working tree.
@@ -45,8 +49,8 @@ def put_on_upstream(session: Session, name: str, patch: str) -> Path:
             hint=hints.text("inv.bootstrap"),
         )
     file = _patch(layout, session.project, patch)
-    user = _user(git)
-    _refuse_taken(layout, git, name, path, shown)
+    user = patches.user(git)
+    _refuse_taken(layout, git, name, shown, patch)
     main = _main(session, git)
     try:
         with run_log.console.step("working tree") as view:
@@ -92,32 +96,27 @@ def _patch(layout: Layout, project: str, patch: str) -> Path:
     return file
 
 
-def _user(git: Git) -> tuple[str, str]:
-    """Return the configured name and address of the user. Raises SettingsError."""
-    session = am.user(git)
-    if not session:
-        raise SettingsError(
-            "user.name and user.email are not set in git, and a Signed-off-by needs them",
-            hint=hints.text("repo.set_name"),
-        )
-    return session["GIT_AUTHOR_NAME"], session["GIT_AUTHOR_EMAIL"]
-
-
-def _refuse_taken(layout: Layout, git: Git, name: str, path: Path, shown: str) -> None:
+def _refuse_taken(layout: Layout, git: Git, name: str, shown: str, patch: str) -> None:
     if not remotes.is_branch_name(git, name):
         raise SettingsError(
             f"{name!r} is not a valid branch name",
             hint=hints.text("repo.branch_name"),
         )
-    if git.resolve(f"refs/heads/{name}"):
-        raise CheckoutError(
-            f"{shown} has a branch {name} already; it was not changed",
-            hint=hints.text("repo.branch_exists", shown=shown),
+    folder = layout.state / "branches"
+
+    def is_taken(name: str) -> bool:
+        return bool(git.resolve(f"refs/heads/{name}")) or (folder / name).exists()
+
+    if is_taken(name):
+        free = next(other for n in itertools.count(2) if not is_taken(other := f"{name}-{n}"))
+        where = (
+            f"{shown} has a branch {name}"
+            if git.resolve(f"refs/heads/{name}")
+            else f"{layout.relative(folder / name)} exists"
         )
-    if path.exists():
         raise CheckoutError(
-            f"{layout.relative(path)} exists already; it was not changed",
-            hint=hints.text("repo.worktree_exists", shown=shown),
+            f"{where} already; it was not changed",
+            hint=hints.text("repo.other_branch", branch=free, patch=patch),
         )
 
 
@@ -147,12 +146,11 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
     done = am.applied(git, main, [file], place=layout.state / f"{project}-stack")
     if done.tip is None:
         raise PatchConflict(
-            f"{file.name} conflicts ({', '.join(done.conflicted)}) with upstream's main,"
-            f" {main[:12]}; nothing was left behind",
+            f"{file.name} {done.cause} on upstream's main, {main[:12]}; nothing was left behind",
             hint=hints.text(
                 "repo.am_by_hand", project=project, commit=main[:12], am=AM_BY_HAND, file=file
             ),
-            details=tuple(f"conflict in {path}" for path in done.conflicted),
+            details=done.details,
         )
     made = mails.commits(git, main, done.tip)
     if len(made) != 1:
@@ -216,7 +214,7 @@ def export(
     console: Console,
     wait: bool,
     check: bool = False,
-) -> None:
+) -> "Export":
     """Write the commits on the pin as patches; with `check` only compare.
 
     Raises what export.run raises.
@@ -224,12 +222,11 @@ def export(
     from workspace.repo import export as work
 
     with _opened(layout, settings, project, "inv patch.export", console, wait=wait) as session:
-        work.show(
-            work.run(
-                layout, project, session.pin, session.checkout, run_log=session.run_log, check=check
-            ),
-            console=console,
+        done = work.run(
+            layout, project, session.pin, session.checkout, run_log=session.run_log, check=check
         )
+        work.show(done, console=console)
+        return done
 
 
 def make_branch(

@@ -7,7 +7,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from workspace.core import files, hints, records
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
@@ -406,7 +406,10 @@ def _unpack(
             if len(parts) == 1 or member.isdir() or _is_generated(parts[1:], pin):
                 continue
             path = folder.joinpath(*parts[1:])
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise _refused(source, member.name, "is below a file of it") from None
             if member.issym():
                 links.append((path, member.linkname))
             else:
@@ -426,16 +429,10 @@ def _unpack(
 
 
 def _parts(member: tarfile.TarInfo, source: Path) -> tuple[str, ...]:
-    path = PurePosixPath(member.name)
-    # A .git in the archive would configure the repository that is made around it.
-    if (
-        path.is_absolute()
-        or not path.parts
-        or ".." in path.parts
-        or any(part.lower() == ".git" for part in path.parts)
-    ):
-        raise _refused(source, member.name, "is a path outside of it")
-    return path.parts
+    try:
+        return files.inner_path(member.name).parts
+    except ValueError as exc:
+        raise _refused(source, member.name, str(exc)) from None
 
 
 def _is_generated(parts: tuple[str, ...], pin: Pin) -> bool:

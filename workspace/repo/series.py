@@ -46,9 +46,7 @@ def read_series(folder: Path, *, pin: str) -> Series:
         lines = read_regular(folder / SERIES_FILE).decode().split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise PatchDrift(
-            f"{shown} cannot be read: {reason}", hint=hints.text("repo.restore_file", path=shown)
-        ) from exc
+        raise PatchDrift(f"{shown} cannot be read: {reason}", hint=_restored(shown)) from exc
     base = _base(lines, shown, folder, pin)
     names: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -60,12 +58,17 @@ def read_series(folder: Path, *, pin: str) -> Series:
     return Series(base, tuple(names))
 
 
+def _restored(shown: str) -> str:
+    """Return the command line that restores a committed file and keeps its edits in a stash."""
+    return hints.text("repo.restore_file", path=shown)
+
+
 def _base(lines: Sequence[str], shown: str, folder: Path, pin: str) -> str:
     bases = [found[1] for line in lines if (found := _BASE.fullmatch(line.strip()))]
     if len(bases) != 1:
         raise PatchDrift(
             f"{shown} has {len(bases)} lines `# base: <40 hex>`, expected one",
-            hint=hints.text("repo.restore_file", path=shown),
+            hint=_restored(shown),
         )
     if bases[0] != pin:
         raise PatchDrift(
@@ -129,9 +132,7 @@ def text_of(folder: Path) -> str:
         return ""
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise SettingsError(
-            f"{shown} cannot be read: {reason}", hint=hints.text("repo.restore_file", path=shown)
-        ) from exc
+        raise SettingsError(f"{shown} cannot be read: {reason}", hint=_restored(shown)) from exc
 
 
 def validate_text(folder: Path, pin: str) -> None:
@@ -218,6 +219,7 @@ class Stack:
 
     `dirty` are tracked paths with edits, in any state; DIRTY means that they block the application.
     `interrupted`: the git operation that an ended run left; the state is then IN_PROGRESS.
+    `untracked` are files that git does not track, so that no patch has them.
     """
 
     state: State
@@ -228,9 +230,11 @@ class Stack:
     names: tuple[str, ...]
     dirty: tuple[str, ...]
     interrupted: Attempt | None = None
+    untracked: tuple[str, ...] = ()
 
 
 _SHOWN_FILES = 3
+_NAMED_FILES = 20
 # A file may have hundreds of commits; the newest are enough.
 _SHOWN_COMMITS = 5
 
@@ -292,6 +296,18 @@ def kept(shown: str, git: Git, commit: str | None, command: str) -> str:
     return hints.text("repo.branch_then", shown=shown, branch=kept_as(commit), command=command)
 
 
+def named_untracked(paths: Sequence[str]) -> str:
+    """Return a sentence on files that git does not track."""
+    return f"files that git does not track are in no patch: {_few(paths)}"
+
+
+def taking_hint(shown: str, paths: Sequence[str]) -> str:
+    """Return the command line that takes untracked files into a commit and a patch."""
+    if len(paths) <= _NAMED_FILES:
+        return hints.text("repo.take_files", shown=shown, paths=list(paths))
+    return hints.text("repo.take_all_files", shown=shown)
+
+
 def kept_as(commit: str) -> str:
     """Return the name of the branch that keeps a commit; each commit has its own.
 
@@ -306,7 +322,7 @@ def refused(project: str, name: str, stack: Stack, applied: Applied) -> PatchCon
         f"patch {applied.position} of {len(stack.names)}, patches/{project}/{name}, does not apply"
         f" to {(stack.base or '')[:12]}; nothing was changed",
         hint=hints.text("repo.stop_or_drop", project=project),
-        details=tuple(f"conflict in {path}" for path in applied.conflicted),
+        details=applied.details,
     )
 
 
@@ -320,21 +336,19 @@ def sentence(
     base: str,
     old: str | None = None,
 ) -> PatchConflict:
-    """Return the error for a conflict at which an `am` waits in the checkout `shown`.
+    """Return the error for a patch at which an `am` waits in the checkout `shown`.
 
     `patch` is its file as a user would type it, or its subject. `old` is the base that the patches
     were made for: if its history is available, each path lists the upstream commits since then.
     """
-    from workspace.repo.git import am
-
-    touched = _touching(git, old, base, applied.conflicted)
+    touched = _touching(git, old, base, applied.paths)
+    kind = "conflict in" if applied.conflicted else "not applied:"
     details = [
-        line
-        for path in applied.conflicted
-        for line in (f"conflict in {path}", *touched.get(path, ()))
+        line for path in applied.paths for line in (f"{kind} {path}", *touched.get(path, ()))
     ]
-    paths = list(applied.conflicted)
-    if am.unmerged(git):
+    paths = list(applied.paths)
+    where = "the conflict" if applied.conflicted else f"it (git: {applied.reason})"
+    if applied.conflicted:
         hint = hints.text("repo.resolve", shown=shown, paths=paths, files=_few(paths))
     else:
         # git lacks the contents that the patch was made from, so it merged and changed no file
@@ -343,7 +357,7 @@ def sentence(
         hint = hints.text("repo.apply_hunks", shown=shown, path=diff, paths=paths)
     return PatchConflict(
         f"patch {applied.position} of {count}, {patch}, does not apply to {base[:12]}; {shown}"
-        " waits at the conflict",
+        f" waits at {where}",
         hint=hint,
         details=tuple(details),
     )

@@ -446,6 +446,6 @@ def _commit_id(file: Path, pin: Pin) -> str | None:
                 and member.name.split("/")[1:] == [pin.name, "_version.py"]
                 and (content := packed.extractfile(member))
             ):
-                found = _COMMIT_ID.search(content.read())
+                found = _COMMIT_ID.search(content.read(1 << 16))
                 return found[1].decode() if found else None
     return None

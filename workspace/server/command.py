@@ -10,29 +10,30 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import hints, process
+from workspace.core import hints, paths, process, records
 from workspace.core.child_variables import Phase
-from workspace.core.console import Console
-from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
-from workspace.core.known_settings import KNOWN
+from workspace.core.errors import SettingsError, WorkspaceError
+from workspace.core.files import read_regular
+from workspace.core.known_settings import KNOWN, has_login, is_relative, is_secret, secrets_of
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings, is_secret
-from workspace.machine import check, jit_caches, run_environment
+from workspace.core.process import There
+from workspace.core.settings import Settings
+from workspace.machine import hardware, jit_caches, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
-from workspace.server import flags
+from workspace.server import flags, models
 from workspace.server.observation import Address
 from workspace.server.recipes import Recipe
 
-USUAL_SHELL = "/bin/sh"
-UNKNOWN_TREE = "none"
 # Lists of folders: our folders go before those of the shell that evaluates the lines.
 _LISTS = ("PATH", "LD_LIBRARY_PATH")
 # bash refuses to set these, and then evaluates no other line either.
 _READ_ONLY = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS")
+_LONG_SECRET = 8
+UNKNOWN_TREE = "none"
 LOCAL, USUAL_PORT = "127.0.0.1", 8000
 # Flags that inv serve refuses, each with the name of its hint.
 REFUSED = {
@@ -52,93 +53,21 @@ _COUNTS = (
     "--max-num-batched-tokens",
     "--pipeline-parallel-size",
 )
+# Settings that name a file to read, a place to write to, and a module.
+_READ = re.compile(r"ssl_(certfile|keyfile|ca_certs)|(py)?log\w*_config_file|\w+_fp8_scale_path")
+_WRITTEN = re.compile(r"\w+_dir|debug_dump_path|\w+_save_path|shared_storage_path")
+_MODULES = re.compile(
+    r"middleware|model_class_overrides|logits_processors|scheduler_cls|worker_cls|worker_extension_cls|\w+_module_path"
+    r"|(tool|reasoning)_parser_plugin"
+)
+_FIND = (
+    "import sys, importlib.util as util;"
+    " print(*(name for name in sys.argv[1:] if not util.find_spec(name)))"
+)
+ANSWER_S = 20.0
+# vllm/config/lora.py.
+DEFAULT_LORA_RANK = 16
 _LENGTH = re.compile(r"[1-9]\d*|\d+(\.\d+)?[kKmMgG]|auto|-1")
-
-
-def run_command(
-    layout: Layout, settings: Settings, argv: Sequence[str], *, console: Console
-) -> None:
-    """Replace this process with the command, in the built environment.
-
-    Raises ToolchainError if the program does not exist.
-    """
-    if not argv:
-        raise SettingsError(
-            "there is no command to run",
-            hint=hints.text("server.run_command"),
-        )
-    process.become(argv, env=_ready(layout, settings, console))
-
-
-def open_shell(layout: Layout, settings: Settings, *, console: Console) -> None:
-    """Replace this process with the user's shell, in the built environment."""
-    program = settings.shell.get("SHELL") or USUAL_SHELL
-    environment = _ready(layout, settings, console)
-    console.info(
-        f"{program} in the built environment; `exit` leaves it. The shell's own start-up files may"
-        " change the environment."
-    )
-    process.become([program], env=environment)
-
-
-def export_variables(layout: Layout, settings: Settings, *, console: Console) -> None:
-    """Print lines for `eval "$(inv env.export)"` in sh: variables of a running vLLM that this shell
-    lacks, and scripts/ on PATH. Secrets are left out.
-    """
-    machine = Machine(layout, settings)
-    check.require(machine, console=console)
-    environment = built_environment(machine, "shell", is_shown=True)
-    for line in lines(layout, environment, settings.shell):
-        console.data(line)
-    secrets = [
-        name
-        for name, text in environment.items()
-        if is_secret(name) and settings.shell.get(name) != text
-    ]
-    if secrets:
-        console.info(
-            f"left out, because they are secret: {', '.join(sorted(secrets))}; inv run and inv"
-            " shell set them for their programs"
-        )
-
-
-def lines(
-    layout: Layout, environment: Mapping[str, str], outer: Mapping[str, str]
-) -> Iterator[str]:
-    """Yield lines of sh that turn `outer` into `environment`. Secrets, names that no shell can
-    export and the built interpreter's folder are left out.
-    """
-    for name, text in sorted(environment.items()):
-        if (
-            name not in (*_LISTS, *_READ_ONLY, "VIRTUAL_ENV")
-            and outer.get(name) != text
-            and not is_secret(name)
-            and name.isidentifier()
-            and name.isascii()
-        ):
-            yield f"export {name}={shlex.quote(text)}"
-    ours = {"PATH": [str(layout.root / "scripts")], "LD_LIBRARY_PATH": []}
-    for name in _LISTS:
-        present = outer.get(name, "").split(os.pathsep)
-        added = [
-            entry
-            for entry in environment.get(name, "").split(os.pathsep)
-            if entry and entry != str(layout.environment / "bin")
-        ]
-        front = [entry for entry in (*ours[name], *added) if entry not in present]
-        if front:
-            yield f'export {name}={shlex.quote(os.pathsep.join(front))}"${{{name}:+:${name}}}"'
-
-
-def _ready(layout: Layout, settings: Settings, console: Console) -> dict[str, str]:
-    if not os.access(layout.environment_python, os.X_OK):
-        raise ToolchainError(
-            "there is no built environment: .vllm/bin/python is missing",
-            hint=hints.text("inv.bootstrap"),
-        )
-    machine = Machine(layout, settings)
-    check.require(machine, console=console)
-    return built_environment(machine, "shell")
 
 
 @dataclass(frozen=True)
@@ -166,7 +95,8 @@ def compose(
     Raises SettingsError for a flag that is unknown or refused here, a value that is not valid, and
     a server open to others without a key.
     """
-    users = flags.judge(extra, known)
+    judged = flags.judge(extra, known)
+    users = replace(judged, args=flags.typed_paths(judged.args))
     own = [flags.judge(args, known) for args in _by_flag(recipe, users.args)]
     args = [arg for judged in own for arg in judged.args] + list(users.args)
     for arg in users.args:
@@ -245,22 +175,16 @@ def shown(
     if removed:
         yield f"unset {' '.join(removed)}"
     yield from lines(layout, environment, settings.shell)
-    for name, text in sorted(environment.items()):
-        if is_secret(name):
-            yield f"# {name} is {'set, and not shown' if text else 'empty'}"
+    for name in secret_names(environment):
+        yield f"# {name} is {'set, and not shown' if environment[name] else 'empty'}"
     yield settings.masked(shlex.join(argv))
 
 
 def folder_of(name: str) -> Path | None:
     """Return the folder that a path on the command line means, None if it is no path."""
-    path = Path(os.path.expanduser(name))
-    return (
-        path.absolute()
-        if name.startswith(("/", "./", "../", "~"))
-        or name in (".", "..")
-        or ("/" in name and path.is_dir())
-        else None
-    )
+    path = paths.typed(name)
+    is_path = name.startswith(("/", "~")) or is_relative(name) or name.endswith(".gguf")
+    return path if is_path or ("/" in name and path.exists()) else None
 
 
 def _by_flag(recipe: Recipe, users: Sequence[str]) -> Iterator[list[str]]:
@@ -308,6 +232,135 @@ def _check_values(args: Sequence[str]) -> None:
         )
 
 
+def require_files(layout: Layout, settings: Settings, args: Sequence[str]) -> None:
+    """Check what flags point to: is it there, readable and of the form that vLLM needs, which vLLM
+    itself finds out during or after the load.
+
+    Raises SettingsError, naming the flag.
+    """
+    modules: dict[str, str] = {}
+    for flag, key, text in flags.leaves(args):
+        if not text or "://" in text:
+            continue
+        path = Path(text)
+        is_file = path.is_absolute() or text.endswith(".py")
+        if _MODULES.fullmatch(key) and not (is_file and key.endswith("_plugin")):
+            modules[re.split("[.:]", text)[0]] = f"{flag} {text}"
+        elif problem := _problem(layout, args, key, path):
+            raise SettingsError(
+                f"{flag}: {text} {problem}",
+                hint=hints.text("core.list_folder", folder=hardware.existing(path)),
+            )
+    _require_certificates(args)
+    _require_modules(layout, settings, modules)
+
+
+def _problem(layout: Layout, args: Sequence[str], key: str, path: Path) -> str | None:
+    """Return what is wrong with the file or folder of a setting, None if nothing is."""
+    if key == "chat_template":
+        return _problem_of_template(layout, path)
+    if _READ.fullmatch(key):
+        return _unreadable(path, is_json=key.endswith(("config_file", "scale_path")))
+    if path.suffix == ".py":
+        return _unreadable(paths.typed(str(path)))
+    if not path.is_absolute():
+        return None
+    if key == "allowed_local_media_path":
+        return None if path.is_dir() else "is no folder"
+    if _WRITTEN.fullmatch(key):
+        is_blocked = path.exists() and not path.is_dir() and key.endswith("dir")
+        place = hardware.existing(path)
+        if is_blocked or not os.access(place, os.W_OK):
+            return "is no folder" if is_blocked else "cannot be written"
+    wanted = {reference.name: reference for reference in flags.references(args, "")}
+    return _problem_of_folder(args, path, wanted[str(path)]) if str(path) in wanted else None
+
+
+def _problem_of_template(layout: Layout, path: Path) -> str | None:
+    # A text with these is the template itself, and a name is one of vLLM's (chat_utils.py).
+    if any(character in str(path) for character in "{}\n"):
+        return None
+    own = layout.vllm / "vllm" / "transformers_utils" / "chat_templates" / path
+    if not path.is_absolute() and not own.is_file():
+        return "is no file in this folder, and no template of vLLM's"
+    return _unreadable(own)
+
+
+def _problem_of_folder(args: Sequence[str], folder: Path, reference: flags.Reference) -> str | None:
+    if not folder.is_dir():
+        return "is no folder" if folder.exists() else "does not exist"
+    if not reference.needs:
+        lack = models.lack_of(folder)
+        return f"lacks {lack}" if lack else None
+    if not models.holds(folder, reference.needs):
+        return f"has no {' or '.join(reference.needs)}"
+    if flags.ADAPTER not in reference.needs:
+        return None
+    if not models.holds(folder, ("adapter_model.*", "new_embeddings.*")):
+        return "lacks the adapter's weights"
+    try:
+        rank = (records.load(folder / flags.ADAPTER, dict[str, object]) or {}).get("r")
+    except records.DecodeError as exc:
+        return f"has a damaged {flags.ADAPTER}: {exc}"
+    most = flags.last(args, "--max-lora-rank") or str(DEFAULT_LORA_RANK)
+    if isinstance(rank, int) and most.isdigit() and rank > int(most):
+        return f"has rank {rank}, and --max-lora-rank allows {most}"
+    return None
+
+
+def _unreadable(path: Path, *, is_json: bool = False) -> str | None:
+    """Return why a file of text cannot be read, None if it can."""
+    try:
+        text = read_regular(path).decode()
+        if is_json:
+            records.parse(text)
+    except OSError as exc:
+        return f"cannot be read: {exc.strerror}"
+    except UnicodeDecodeError:
+        return "is not UTF-8"
+    except records.DecodeError as exc:
+        return f"cannot be read: {exc}"
+    return None
+
+
+def _require_certificates(args: Sequence[str]) -> None:
+    """Load the certificates as the server does. Raises SettingsError."""
+    certificate, key = flags.last(args, "--ssl-certfile"), flags.last(args, "--ssl-keyfile")
+    authorities = flags.last(args, "--ssl-ca-certs")
+    if not certificate and not authorities:
+        return
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        if certificate:
+            # A key with a password would stop the start for it.
+            context.load_cert_chain(certificate, key or None, password=lambda: "")
+        if authorities:
+            context.load_verify_locations(authorities)
+    except (OSError, ValueError) as exc:
+        names = [name for name in (certificate, key) if name]
+        raise SettingsError(
+            f"{' and '.join(names) or authorities}: no certificate with its key: {exc}",
+            hint=hints.text("core.list_files", paths=names or [authorities]),
+        ) from exc
+
+
+def _require_modules(layout: Layout, settings: Settings, modules: Mapping[str, str]) -> None:
+    """Raise SettingsError for a module that the built interpreter cannot find."""
+    if not modules:
+        return
+    argv: list[process.Argument] = [layout.environment_python, "-I", "-c", _FIND, *modules]
+    answer = process.output_of(
+        process.ask(argv, env=settings.child_environment("run"), limit_s=ANSWER_S)
+    )
+    for name in answer.value.split() if isinstance(answer, There) else ():
+        raise SettingsError(
+            f"{modules[name]}: there is no module {name} in .vllm",
+            hint=hints.text("server.installed"),
+        )
+
+
 def _exposed(address: Address, *, has_key: bool, force: bool) -> str:
     reach = (
         f"--host {address.host} lets everyone who reaches port {address.port} of this machine use"
@@ -324,6 +377,48 @@ def _exposed(address: Address, *, has_key: bool, force: bool) -> str:
     return f"{reach} without a key (--force)"
 
 
+def secret_names(environment: Mapping[str, str]) -> list[str]:
+    """Return the variables that hold a secret: by name, with a password, or with another's value.
+
+    A short value, such as a password of four letters, is a part of many that are not secret.
+    """
+    secrets = [text for text in secrets_of(environment.items()) if len(text) >= _LONG_SECRET]
+    return sorted(
+        name
+        for name, text in environment.items()
+        if is_secret(name) or has_login(text) or any(secret in text for secret in secrets)
+    )
+
+
+def lines(
+    layout: Layout, environment: Mapping[str, str], outer: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield lines of sh that turn `outer` into `environment`. Secrets, names that no shell can
+    export and the built interpreter's folder are left out.
+    """
+    secret = secret_names(environment)
+    for name, text in sorted(environment.items()):
+        if (
+            name not in (*_LISTS, *_READ_ONLY, "VIRTUAL_ENV")
+            and outer.get(name) != text
+            and name not in secret
+            and name.isidentifier()
+            and name.isascii()
+        ):
+            yield f"export {name}={shlex.quote(text)}"
+    ours = {"PATH": [str(layout.root / "scripts")], "LD_LIBRARY_PATH": []}
+    for name in _LISTS:
+        present = outer.get(name, "").split(os.pathsep)
+        added = [
+            entry
+            for entry in environment.get(name, "").split(os.pathsep)
+            if entry and entry != str(layout.environment / "bin")
+        ]
+        front = [entry for entry in (*ours[name], *added) if entry not in present]
+        if front:
+            yield f'export {name}={shlex.quote(os.pathsep.join(front))}"${{{name}:+:${name}}}"'
+
+
 def built_environment(
     machine: Machine,
     phase: Phase,
@@ -335,9 +430,12 @@ def built_environment(
     """Return the environment of a vLLM that is to be started, or with `is_shown` only shown.
 
     For a start the folders of compiled kernels are recorded as this stack's. Runs git once, and
-    asks the driver if torch is built for CUDA. See run_environment.built_environment.
+    asks the driver if torch is built for CUDA. See run_environment.built_environment. Raises
+    SmokeError for a start in a copied or moved clone, whose .vllm has the vLLM of another one.
     """
     layout, settings = machine.layout, machine.settings
+    if not is_shown:
+        run_environment.require_own_tree(layout)
     stack = jit_caches.observe(machine, tree=tree_oid(layout))
     if not is_shown:
         jit_caches.record(layout, stack)

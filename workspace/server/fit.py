@@ -4,7 +4,6 @@ On a Spark GPU and processor share one memory: vLLM counts what the kernel calls
 (vllm/utils/mem_utils.py, psutil), droppable page cache included, while CUDA needs free memory.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import hints
-from workspace.core.console import Console, Row, State
-from workspace.core.errors import SettingsError
-from workspace.machine import hardware, run_environment
+from workspace.machine import hardware
 from workspace.machine.failures import Lack
-from workspace.machine.gpu import Resident
+from workspace.machine.gpu import Driver, Resident
 from workspace.machine.hardware import GIB
-from workspace.machine.machine import Case, Machine
-from workspace.repo import pins
-from workspace.server import flags, models, recipes
+from workspace.machine.machine import Machine
+from workspace.server import flags, models
 from workspace.server.command import Command, replaced, typed
 from workspace.server.recipes import DEFAULT_UTILIZATION, Recipe
 
@@ -38,8 +34,18 @@ STEP, LEAST_SHARE, LEAST_LENGTH = 0.1, 0.05, 256
 WORTHWHILE_GIB = 1.0
 # How many steps were taken already, the flag, and its next value.
 _Step = tuple[int, str, str]
-_STATES: dict[Verdict, State] = {"yes": State.OK, "after drop-caches": State.WARN, "no": State.WARN}
-_DEVICES = {"cuda": "on the GPU", "cpu": "on the processor"}
+# Worst last.
+_VERDICTS: tuple[Verdict, ...] = ("yes", "after drop-caches", "no")
+# vllm/engine/arg_utils.py.
+_SHORT = {
+    "tensor-parallel-size": "-tp",
+    "pipeline-parallel-size": "-pp",
+    "data-parallel-size": "-dp",
+    "data-parallel-size-local": "-dpl",
+    "data-parallel-rank": "-dpr",
+    "prefill-context-parallel-size": "-pcp",
+    "nnodes": "-n",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Free:
     memory of its own (`is_unified`).
 
     `available_gib` includes memory that the kernel frees on demand; `droppable_gib` of it is page
-    cache and not free yet.
+    cache and not free yet. `gpu` names the GPU on a machine that has several;
+    `host_gib` is available beside a GPU's own.
     """
 
     total_gib: float
@@ -56,6 +63,8 @@ class Free:
     droppable_gib: float
     is_unified: bool
     residents: tuple[Resident, ...] = ()
+    gpu: str = ""
+    host_gib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,24 +86,84 @@ class Fit:
     kv_gib: float | None = None
 
 
-def observe(machine: Machine, *, device: str) -> Free:
-    """Return the memory of machine and GPU; a driver that does not answer counts as no GPU."""
+def observe(
+    machine: Machine,
+    *,
+    device: str,
+    environment: Mapping[str, str] | None = None,
+    args: Sequence[str] = (),
+) -> tuple[Free, ...]:
+    """Return the memory of each GPU that environment and flags show to vLLM, in its order; without
+    a GPU the machine's. A driver that does not answer counts as no GPU.
+
+    CUDA_VISIBLE_DEVICES numbers the GPUs as the driver does where CUDA_DEVICE_ORDER is PCI_BUS_ID,
+    and vLLM asks for that where the GPUs differ (vllm/platforms/cuda.py).
+    """
     host = machine.host()
     droppable = hardware.droppable_gib(hardware.read_meminfo())
     shared = Free(
         host.memory_gib, host.available_gib, min(droppable, host.available_gib), is_unified=False
     )
     if device != "cuda" or not machine.gpus:
-        return shared
+        return (shared,)
     driver = machine.driver
-    own, residents = driver.memory(), tuple(map(_shortened, driver.residents()))
-    if own is None:
-        return replace(shared, is_unified=True, residents=residents)
-    return Free(own.total_gib, own.free_gib, 0.0, is_unified=False, residents=residents)
+    residents = tuple(map(_shortened, driver.residents()))
+    frees = []
+    shown = _visible(driver, (environment or {}).get("CUDA_VISIBLE_DEVICES"))
+    for number in _chosen(driver, shown, flags.last(args, "--device-ids")):
+        own = driver.memories()[number]
+        name = f"GPU {number}, {machine.gpus[number].name}" if len(machine.gpus) > 1 else ""
+        free = (
+            Free(own.total_gib, own.free_gib, 0.0, is_unified=False, host_gib=shared.available_gib)
+            if own
+            else replace(shared, is_unified=True)
+        )
+        here = tuple(each for each in residents if each.gpu in (None, number))
+        frees.append(replace(free, residents=here, gpu=name))
+    return tuple(frees)
+
+
+def _visible(driver: Driver, text: str | None) -> Sequence[int]:
+    """Return the numbers of the GPUs that CUDA_VISIBLE_DEVICES shows, all where it is not set.
+
+    CUDA stops at the first entry that names no GPU (CUDA C++ Programming Guide, environment).
+    """
+    count = len(driver.memories())
+    if text is None:
+        return range(count)
+    numbers: list[int] = []
+    for entry in (part.strip() for part in text.split(",")):
+        named = [
+            number
+            for number in range(count)
+            if str(number) == entry
+            or (entry.startswith("GPU-") and (driver.uuids()[number] or "").startswith(entry))
+        ]
+        if len(named) != 1:
+            break
+        numbers += named
+    return numbers
+
+
+def _chosen(driver: Driver, shown: Sequence[int], text: str | None) -> Sequence[int]:
+    """Return the GPUs of --device-ids: places in the visible ones, or UUIDs (arg_utils.py)."""
+    if not text:
+        return shown
+    entries = [entry.strip() for entry in text.split(",")]
+    if not all(entry.isdigit() for entry in entries):
+        return _visible(driver, text)
+    return [shown[int(entry)] for entry in entries if int(entry) < len(shown)]
 
 
 def _shortened(resident: Resident) -> Resident:
     return replace(resident, name=Path(resident.name).name)
+
+
+def weights_gib(folder: Path) -> float:
+    """Return the size of the weights that vLLM loads from a folder, or of one file."""
+    found = ([*folder.glob(pattern)] for pattern in models.WEIGHTS)
+    files = [folder] if folder.is_file() else next((files for files in found if files), [])
+    return sum(path.stat().st_size for path in files if path.is_file()) / GIB
 
 
 def needs_gib(recipe: Recipe, args: Sequence[str] = ()) -> float:
@@ -105,13 +174,120 @@ def needs_gib(recipe: Recipe, args: Sequence[str] = ()) -> float:
 
 def judge(
     recipe: Recipe,
+    frees: Sequence[Free],
+    *,
+    device: str,
+    environment: Mapping[str, str],
+    args: Sequence[str] = (),
+) -> Fit:
+    """Decide whether a model fits into the GPUs that its command line uses; `frees` are the visible
+    ones. The GPU with the worst verdict decides.
+
+    The environment is as for `judge_one`.
+    """
+    split = _split(recipe, args)
+    if device == "cuda" and split.local > len(frees):
+        return _too_few(recipe, frees, split, args)
+    weights, cache = _offloaded(recipe, args)
+    offloaded = weights * split.local + cache
+    if device == "cuda" and not frees[0].is_unified and offloaded > frees[0].host_gib:
+        sentence = (
+            f"does not fit: {offloaded:.1f} GiB are to be offloaded, and {frees[0].host_gib:.1f}"
+            " GiB of the machine's memory are available"
+        )
+        hint = hints.text("server.recipes_fit")
+        return Fit("no", needs_gib(recipe, args), offloaded, frees[0], sentence, hint)
+    used = frees[: split.local] if device == "cuda" else frees[:1]
+    judged = [
+        judge_one(
+            _part(recipe, args, split, free) if device == "cuda" else recipe,
+            free,
+            device=device,
+            environment=environment,
+            args=args,
+        )
+        for free in used
+    ]
+    return max(judged, key=lambda fit: _VERDICTS.index(fit.verdict))
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How a command line divides a model: `parts` hold it once, `local` GPUs work on this machine,
+    `sentence` has the factors.
+    """
+
+    parts: int
+    local: int
+    sentence: str
+
+
+def _split(recipe: Recipe, args: Sequence[str]) -> _Split:
+    sizes = {
+        name: max(1, int(_number(recipe, args, f"{name}-parallel-size", 1.0)))
+        for name in ("tensor", "pipeline", "data", "prefill-context")
+    }
+    parts = sizes["tensor"] * sizes["pipeline"]
+    nodes = max(1, int(_number(recipe, args, "nnodes", 1.0)))
+    # Every node runs its share of the data-parallel ranks, or of the parts.
+    ranks = int(_number(recipe, args, "data-parallel-size-local", float(sizes["data"])))
+    if _text(recipe, args, "data-parallel-rank"):
+        ranks = 1
+    is_elsewhere = _text(recipe, args, "distributed-executor-backend") == "ray"
+    local = 1 if is_elsewhere else max(1, parts * sizes["prefill-context"] * ranks // nodes)
+    factors = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return _Split(parts, local, factors)
+
+
+def _part(recipe: Recipe, args: Sequence[str], split: _Split, free: Free) -> Recipe:
+    """Return the recipe with the memory that one GPU holds: weights and cache are divided.
+
+    What is offloaded leaves a GPU with memory of its own, and stays in unified memory.
+    """
+    weights, cache = _offloaded(recipe, args)
+    memory = recipe.memory
+    part = replace(
+        memory,
+        weights_gib=max(
+            0.0, memory.weights_gib / split.parts - (0 if free.is_unified else weights)
+        ),
+        overhead_gib=memory.overhead_gib + (cache if free.is_unified else 0.0),
+        kv_kib_per_token=memory.kv_kib_per_token / split.parts,
+    )
+    return replace(recipe, memory=part)
+
+
+def _offloaded(recipe: Recipe, args: Sequence[str]) -> tuple[float, float]:
+    """Return the GiB of weights of each GPU, and of cache in all, that the machine's memory holds
+    (vllm/config/offload.py and cache.py).
+    """
+    weights = _number(recipe, args, "cpu-offload-gb", 0.0)
+    return weights, _number(recipe, args, "kv-offloading-size", 0.0)
+
+
+def _too_few(recipe: Recipe, frees: Sequence[Free], split: _Split, args: Sequence[str]) -> Fit:
+    visible = f"{len(frees)} {'is' if len(frees) == 1 else 'are'} visible"
+    factors = f" ({split.sentence})" if split.sentence else ""
+    return Fit(
+        "no",
+        needs_gib(recipe, args),
+        0.0,
+        frees[0] if frees else Free(0.0, 0.0, 0.0, is_unified=False),
+        f"takes {split.local} {'GPU' if split.local == 1 else 'GPUs'}{factors}, {visible}",
+        hints.text("server.gpus"),
+    )
+
+
+def judge_one(
+    recipe: Recipe,
     free: Free,
     *,
     device: str,
     environment: Mapping[str, str],
     args: Sequence[str] = (),
 ) -> Fit:
-    """Decide whether a model fits. `args` are flags that override the recipe's.
+    """Decide whether a model fits into one GPU, or into the machine. `args` are flags that override
+    the recipe's.
 
     `environment` is the vLLM's: without a GPU VLLM_CPU_KVCACHE_SPACE is the size of the cache.
     """
@@ -120,7 +296,7 @@ def judge(
     takes = max(needs, given)
     seen = (
         f"needs {needs:.1f} GiB, takes {takes:.1f} GiB; {free.available_gib:.1f} of"
-        f" {free.total_gib:.1f} GiB are available"
+        f" {free.total_gib:.1f} GiB are available{f' on {free.gpu}' if free.gpu else ''}"
     )
     residents = ", ".join(_named(resident) for resident in free.residents)
     holding = f"; the GPU is held by {residents}" if residents else ""
@@ -174,12 +350,21 @@ def _number(recipe: Recipe, args: Sequence[str], flag: str, otherwise: float) ->
     """Return a flag's value as a number, with a suffix as in 32k or 4G
     (vllm/utils/argparse_utils.py, human_readable_int).
     """
-    text = flags.last(args, f"--{flag}") or str(recipe.flags.get(flag, ""))
+    text = _text(recipe, args, flag)
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([kKmMgGtT]?)", text.strip())
     if found is None:
         return otherwise
     unit = 1000.0 if found[2].islower() else 1024.0
     return float(found[1]) * math.pow(unit, " kmgt".index(found[2].lower()) if found[2] else 0)
+
+
+def _text(recipe: Recipe, args: Sequence[str], flag: str) -> str:
+    """Return a flag's value, by its long or its short name, else the recipe's, else nothing."""
+    short = _SHORT.get(flag)
+    given = flags.last(args, f"--{flag}") or (flags.last(args, short) if short else None)
+    if flag == SHARE[2:]:
+        given = given or flags.last(args, "--device-memory-utilization")
+    return given or str(recipe.flags.get(flag, ""))
 
 
 def _suggestion(
@@ -290,69 +475,3 @@ def _number_or(value: object, otherwise: float) -> float:
         return float(str(value))
     except ValueError:
         return otherwise
-
-
-def _row(recipe: Recipe, fit: Fit, folder: Path | None, *, device: str) -> Row:
-    """Return the row of a recipe; `folder` holds its weights, None if they are not on disk."""
-    if folder:
-        place = f"on disk: {folder}"
-    elif recipe.fetch_gib:
-        place = f"{recipe.fetch_gib:.1f} GiB to fetch"
-    else:
-        place = "made at its first start"
-    if recipe.asks_for_remote_code:
-        place += "; runs code of the model's authors (trust-remote-code)"
-    return Row(
-        _STATES[fit.verdict],
-        recipe.name,
-        f"fits {_DEVICES[device]}: {fit.verdict}; needs {fit.needs_gib:.1f} GiB,"
-        f" {fit.free.available_gib:.1f} GiB are free; {place}",
-        hint=fit.hint if fit.hint and "serve.list" not in fit.hint else None,
-    )
-
-
-def _record(recipe: Recipe, fit: Fit, folder: Path | None) -> dict[str, object]:
-    return {
-        "name": recipe.name,
-        "model": recipe.model,
-        "summary": recipe.summary,
-        "fits": fit.verdict,
-        "needs_gib": round(fit.needs_gib, 2),
-        "takes_gib": round(fit.takes_gib, 2),
-        "on_disk": str(folder) if folder else None,
-        "fetch_gib": recipe.fetch_gib,
-        "hint": fit.hint,
-    }
-
-
-def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -> None:
-    """Print the recipes, or their records as JSON. A damaged recipe is a row with its error."""
-    layout, settings, device = machine.layout, machine.settings, Case(machine).device
-    free = observe(machine, device=device)
-    version = pins.load(layout.pins).vllm.version
-    records: list[dict[str, object]] = []
-    rows: list[Row] = []
-    for name in recipes.names(layout):
-        try:
-            recipe = recipes.load(layout, name, version=version)
-        except SettingsError as exc:
-            records.append({"name": name, "error": exc.message})
-            rows.append(Row(State.FAIL, name, exc.message))
-            continue
-        environment = run_environment.built_environment(
-            layout, settings, "serve", stack=None, recipe=recipe.environment
-        )
-        judged = judge(recipe, free, device=device, environment=environment)
-        folder = models.found_weights(layout, settings, recipe)
-        rows.append(_row(recipe, judged, folder, device=device))
-        records.append(_record(recipe, judged, folder))
-    if as_json:
-        memory = {
-            "total_gib": round(free.total_gib, 2),
-            "available_gib": round(free.available_gib, 2),
-            "droppable_gib": round(free.droppable_gib, 2),
-        }
-        document = {"schema": 1, "device": device, "memory": memory, "rows": records}
-        console.data(json.dumps(document, indent=1))
-    else:
-        console.rows(rows)

@@ -7,15 +7,17 @@ names. vLLM's parser checks the values.
 import ast
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workspace.core import hints
+from workspace.core import hints, records
 from workspace.core.errors import SettingsError, ToolchainError
 from workspace.core.files import read_regular
-from workspace.core.paths import Layout
+from workspace.core.known_settings import is_relative
+from workspace.core.paths import Layout, typed
 from workspace.core.settings import similar
 from workspace.machine import run_environment
 
@@ -26,6 +28,30 @@ _NUMBER = re.compile(r"-?\.?\d")
 # Defined by argparse, and by vLLM's own parser, which runs before argparse
 # (vllm/utils/argparse_utils.py).
 _ALWAYS, _ALWAYS_SHORT = ("--help", "--config"), ("-h", "-O")
+# Settings whose value is a path, and others that name something on the hub, in the tree or in the
+# environment where no file has that name; flags and keys of their JSON (vllm/config, cli_args.py).
+_PATHS = re.compile(r"\w+_(path|dir|file|keyfile|certfile|ca_certs|json)|cache_dir")
+_NAMES = re.compile(
+    r"(\w+_)?model|path|(\w+_)?tokenizer|hf_config_path|(\w+_)?lora_path|chat_template"
+    r"|generation_config|default_mm_loras|\w+_parser_plugin"
+)
+# A path of a URL, a module, and what clients call the model.
+_TEXTS = ("root_path", "kv_connector_module_path", "ec_connector_module_path", "served_model_name")
+_DRAFTER = ("--speculative-config", "-sc")
+# Files that vLLM reads in a folder; a tokenizer can be made from any of these.
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model*",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "*.tiktoken",
+)
+CONFIGURATIONS = ("config.json", "params.json")
+GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
+# The keys of these are names of the user's.
+_MAPS = ("default_mm_loras", "model_class_overrides")
 SPOILED = "no command line can be read from vendor/vllm"
 
 
@@ -156,6 +182,137 @@ def last(args: Sequence[str], name: str) -> str | None:
         elif arg.startswith(f"{name}="):
             found = arg.partition("=")[2]
     return found
+
+
+def typed_paths(args: Sequence[str], folder: Path | None = None) -> tuple[str, ...]:
+    """Return arguments with absolute paths; a relative path counts from `folder`, by default the
+    folder in which the command was typed. The server runs in another one.
+    """
+    made: list[str] = []
+    flag = ""
+    for arg in args:
+        head, equals, value = arg.partition("=")
+        if not arg.startswith("-") or _NUMBER.match(arg):
+            made.append(str(typed_value(flag, arg, folder)))
+        else:
+            flag = head
+            made.append(f"{head}={typed_value(flag, value, folder)}" if equals else arg)
+    return tuple(made)
+
+
+def typed_value(name: str, value: object, folder: Path | None = None) -> object:
+    """Return the value of a flag, or of a key in its JSON, with absolute paths."""
+    key = key_of(name)
+    if isinstance(value, dict):
+        return {
+            inner: typed_value(name if key in _MAPS else inner, part, folder)
+            for inner, part in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(typed_value(name, part, folder) for part in value)
+    if not isinstance(value, str):
+        return value
+    document = json_of(value)
+    if document is not None:
+        changed = typed_value(name, document, folder)
+        return value if changed == document else json.dumps(changed)
+    if key == "lora_modules" and "=" in value:
+        adapter, _, path = value.partition("=")
+        return f"{adapter}={typed_value('lora_path', path, folder)}"
+    return str(typed(value, folder)) if _is_path(key, value, folder) else value
+
+
+def leaves(args: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield each text in the values of flags, those in their JSON included: flag, key and text."""
+    flag = ""
+    for arg in args:
+        head, equals, value = arg.partition("=")
+        is_flag = arg.startswith("-") and not _NUMBER.match(arg)
+        if is_flag:
+            flag = head
+        if equals or not is_flag:
+            yield from ((flag, *leaf) for leaf in _leaves(flag, value if is_flag else arg))
+
+
+def _leaves(name: str, value: object) -> Iterator[tuple[str, str]]:
+    key = key_of(name)
+    if isinstance(value, dict):
+        for inner, part in value.items():
+            yield from _leaves(name if key in _MAPS else inner, part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _leaves(name, part)
+    elif isinstance(value, str):
+        document = json_of(value)
+        if document is not None:
+            yield from _leaves(name, document)
+        elif key == "lora_modules" and "=" in value:
+            yield "lora_path", value.partition("=")[2]
+        else:
+            yield key, value
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model, a tokenizer or the like that a flag names besides the model: a folder, or a name on
+    the hub. One file of the patterns in `needs` has to be there, without patterns a whole model.
+    """
+
+    flag: str
+    name: str
+    revision: str | None
+    needs: tuple[str, ...] = ()
+
+
+def references(args: Sequence[str], model: str) -> tuple[Reference, ...]:
+    """Return what arguments name besides the model (vllm/config/model.py, speculative.py)."""
+    found: list[Reference] = []
+    revision, code = last(args, "--revision"), last(args, "--code-revision")
+    of_tokenizer = last(args, "--tokenizer-revision")
+    if name := last(args, "--tokenizer"):
+        found.append(Reference("--tokenizer", name, of_tokenizer, TOKENIZERS))
+    elif of_tokenizer:
+        found.append(Reference("--tokenizer-revision", model, of_tokenizer, TOKENIZERS))
+    if code:
+        found.append(Reference("--code-revision", model, code, ("*.py",)))
+    if name := last(args, "--hf-config-path"):
+        found.append(Reference("--hf-config-path", name, revision, CONFIGURATIONS))
+    if (name := last(args, "--generation-config")) and name not in ("auto", "vllm"):
+        found.append(Reference("--generation-config", name, revision, (GENERATION,)))
+    for flag, key, text in leaves(args):
+        is_adapter = flag == "--lora-modules" and key in ("lora_path", "path")
+        if is_adapter or key == "default_mm_loras":
+            found.append(Reference(flag, text, None, (ADAPTER,)))
+    drafter = {key: text for flag, key, text in leaves(args) if flag.split(".")[0] in _DRAFTER}
+    # Other names are methods, such as ngram, and classes.
+    if "/" in (name := drafter.get("model", "")):
+        found.append(Reference("--speculative-config", name, drafter.get("revision")))
+    return tuple(found)
+
+
+def key_of(name: str) -> str:
+    """Return the name of a setting from its flag or its key: --a-b.some-dir is some_dir."""
+    return name.rpartition(".")[2].lstrip("-").replace("-", "_")
+
+
+def json_of(text: str) -> object | None:
+    """Return the object or list of a JSON text, None for any other text."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return records.parse(text)
+    except records.DecodeError:
+        return None
+
+
+def _is_path(key: str, text: str, folder: Path | None) -> bool:
+    if not text or "://" in text or "\n" in text or key in _TEXTS:
+        return False
+    if is_relative(text):
+        return True
+    if _NAMES.fullmatch(key):
+        return os.path.exists(typed(text, folder))
+    return bool(_PATHS.fullmatch(key))
 
 
 def args_of(name: str, value: object) -> list[str]:

@@ -257,13 +257,16 @@ def _hint(server: Server, reading: failures.Reading) -> str:
 
 
 def follow(log: Path) -> Iterator[str | None]:
-    """Yield the lines of a log as they are written, None each time when there is no new line."""
+    """Yield the lines of a log as they are written, None each time when there is no new line.
+
+    Of a progress bar, which returns to the begin of its line, the last state is the line.
+    """
     rest = ""
     with log.open("rb") as file:
         while True:
             rest += file.read(1 << 16).decode("utf-8", errors="replace")
             *lines, rest = rest.split("\n")
-            yield from (line.rstrip("\r") for line in lines)
+            yield from (line.rstrip("\r").rpartition("\r")[2] for line in lines)
             if not lines:
                 yield None
 

@@ -5,11 +5,10 @@ The huggingface_hub of the built environment fetches, because it also finds the 
 files are not fetched again; a broken transfer resumes; a complete model needs no hub.
 """
 
-import ast
 import hashlib
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,12 +24,13 @@ from workspace.core.errors import (
     WorkspaceError,
 )
 from workspace.core.files import download, read_regular, sha256
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings
 from workspace.machine import check, hardware, interpreter, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo import index, pins
 from workspace.server import recipes
+from workspace.server.flags import CONFIGURATIONS
 from workspace.server.recipes import Recipe
 
 Architecture = Literal["llama", "qwen3", "mixtral", "gpt-oss"]
@@ -39,8 +39,17 @@ SEED = 0
 PROBE = "small_model.py"
 # 10 s on two cores, most of it imports; SmolLM2 25 s.
 TIMEOUT_S = 300.0
-_PART = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)\.(safetensors|bin)")
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_PART = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)\.(?P<kind>safetensors|bin)")
+MOST_PARTS = 10_000
+# Weights and their index, in the order in which vLLM looks for them.
+WEIGHTS = {
+    "consolidated*.safetensors": "consolidated.safetensors.index.json",
+    "*.safetensors": "model.safetensors.index.json",
+    "*.bin": "pytorch_model.bin.index.json",
+    "*.pt": "pytorch_model.pt.index.json",
+    "*.gguf": "gguf.index.json",
+}
+_COMMIT = re.compile("[0-9a-f]{40}")
 # The files are small: a server that needs longer does not send them.
 VOCABULARY_TIMEOUT_S = 30.0
 # Space besides the model's files, for other files that are written during the fetch.
@@ -175,10 +184,10 @@ def found_weights(layout: Layout, settings: Settings, recipe: Recipe) -> Path | 
     """Return the folder from which vLLM can load the model offline, None if files are missing."""
     if recipe.origin == "built-in":
         return found_built_in(layout, recipe.model)
-    own = Path(recipe.model).expanduser()
+    own = typed(recipe.model)
     if recipe.model.startswith(("/", "./", "../", "~")):
-        return own if is_complete(own) else None
-    return snapshot(hub_cache(settings), recipe.model)
+        return own if own.is_file() or is_complete(own) else None
+    return snapshot(hub_cache(settings), recipe.model, recipe.revision)
 
 
 def hub_cache(settings: Settings) -> Path:
@@ -193,50 +202,80 @@ def hub_cache(settings: Settings) -> Path:
     return (Path(home).expanduser() if home else cache / "huggingface") / "hub"
 
 
-def snapshot(cache: Path, model: str) -> Path | None:
-    """Return the newest snapshot of a model in Hugging Face's cache, None if it lacks weights.
+def snapshot(cache: Path, model: str, revision: str | None = None) -> Path | None:
+    """Return a model's snapshot in Hugging Face's cache, None if it lacks weights."""
+    folder = cached(cache, model, revision)
+    return folder if folder and is_complete(folder) else None
+
+
+def cached(cache: Path, name: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a revision, by default main, in Hugging Face's cache, None without one.
 
     huggingface_hub links a file into the snapshot when it is complete.
     """
-    repository = cache / f"models--{model.replace('/', '--')}"
+    repository = cache / f"models--{name.replace('/', '--')}"
+    revision = revision or "main"
     try:
-        commit = read_regular(repository / "refs" / "main").decode().strip()
+        commit = read_regular(repository / "refs" / revision).decode().strip()
     except (OSError, ValueError):
-        return None
+        commit = revision if _COMMIT.fullmatch(revision) else ""
     folder = repository / "snapshots" / commit
-    return folder if commit and commit.isalnum() and is_complete(folder) else None
+    return folder if commit and commit.isalnum() and folder.is_dir() else None
+
+
+def holds(folder: Path, patterns: Sequence[str]) -> bool:
+    """Return whether a folder has a file of one of the patterns."""
+    return any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether a folder in Hugging Face layout has its configuration and all weights."""
+    """Return whether a folder has what vLLM needs to load a model."""
+    return lack_of(folder) is None
+
+
+def lack_of(folder: Path) -> str | None:
+    """Return what a model's folder lacks, in words, None if vLLM can load it.
+
+    The files are chosen as vLLM chooses them (model_loader/default_loader.py): Mistral's own layout
+    first, then the first kind of weights that is there; only the index of that kind counts.
+    """
     try:
-        if not (folder / "config.json").is_file():
-            return False
-        weights = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
-        parts = [part for path in weights if (part := _PART.fullmatch(path.name))]
-        listed = [name for index in folder.glob("*.index.json") for name in _listed(index)]
-    except OSError:
-        return False
-    counted = {(part["stem"], int(part["count"])) for part in parts}
-    has_all_parts = all(
-        sum(part["stem"] == stem and int(part["count"]) == count for part in parts) == count
-        for stem, count in counted
-    )
-    return (
-        bool(weights)
-        and has_all_parts
-        and all((folder / name).is_file() for name in listed)
-        and all(path.is_file() for path in weights)
-    )
+        if not holds(folder, CONFIGURATIONS):
+            return "config.json, or params.json in Mistral's own layout"
+        for pattern, index in WEIGHTS.items():
+            if weights := {path.name for path in folder.glob(pattern)}:
+                wanted = weights | _listed(folder / index) | _all_parts(weights)
+                missing = sorted(name for name in wanted if not (folder / name).is_file())
+                return _enumerated(missing) if missing else None
+        below = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+    except OSError as exc:
+        return f"a folder that can be read: {exc.strerror}"
+    # Where vLLM does not look, such as 1_Pooling of sentence-transformers.
+    return f"weights; those in {' and '.join(below)} are not the model's" if below else "weights"
 
 
-def _listed(index: Path) -> list[str]:
+def _all_parts(weights: Collection[str]) -> set[str]:
+    """Return the names of all parts of weights of which some parts are there."""
+    parts = [part for name in weights if (part := _PART.fullmatch(name))]
+    return {
+        f"{part['stem']}-{number:0{len(part['count'])}}-of-{part['count']}.{part['kind']}"
+        for part in parts
+        for number in range(1, min(int(part["count"]), MOST_PARTS) + 1)
+    }
+
+
+def _listed(index: Path) -> set[str]:
     try:
         document = records.load(index, object)
     except records.DecodeError:
-        return [f"{index.name}.damaged"]
+        return {f"{index.name} without damage"}
     named = document.get("weight_map") if isinstance(document, dict) else None
-    return [str(name) for name in set(named.values())] if isinstance(named, Mapping) else []
+    return {str(name) for name in named.values()} if isinstance(named, Mapping) else set()
+
+
+def _enumerated(missing: Sequence[str]) -> str:
+    more = len(missing) - 2
+    return ", ".join(missing[:2]) + (f" and {more} more of its weights" if more > 0 else "")
 
 
 def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) -> None:
@@ -293,8 +332,9 @@ def _weights(
     record = _fetch_from_hub(layout, settings, recipe, run_log, view)
     folder = found_weights(layout, settings, recipe)
     if folder is None:
+        lack = lack_of(Path(str(record.get("folder"))))
         raise SourceError(
-            f"{recipe.model} came without all of its weights: {record.get('folder')}",
+            f"{recipe.model} came without all of its weights: the hub has no {lack}",
             hint=hints.text("core.list_names", folder=record.get("folder")),
         )
     view.reason = (
@@ -320,16 +360,7 @@ def _make_built_in(
 def _require_hub(settings: Settings, recipe: Recipe) -> None:
     """Raise SettingsError if the hub may not be asked, ToolchainError if the disk is full."""
     if settings.switch("HF_HUB_OFFLINE"):
-        source = settings.source("HF_HUB_OFFLINE")
-        hint = (
-            hints.text("server.unset_offline")
-            if source == "shell"
-            else hints.text("server.online_dotenv")
-        )
-        raise SettingsError(
-            f"{recipe.model} is not on disk, and HF_HUB_OFFLINE ({source}) forbids to fetch it",
-            hint=hint,
-        )
+        raise offline(settings, recipe.model)
     cache = hub_cache(settings)
     if recipe.fetch_gib and hardware.free_gib(cache) < MARGIN_GIB:
         raise ToolchainError(
@@ -337,6 +368,16 @@ def _require_hub(settings: Settings, recipe: Recipe) -> None:
             " fetched",
             hint=hints.text("core.disk_of", folder=cache),
         )
+
+
+def offline(settings: Settings, name: str) -> SettingsError:
+    """Return the error for something that is missing while HF_HUB_OFFLINE is set."""
+    source = settings.source("HF_HUB_OFFLINE")
+    unset, online = hints.text("server.unset_offline"), hints.text("server.online_dotenv")
+    return SettingsError(
+        f"{name} is not on disk, and HF_HUB_OFFLINE ({source}) forbids to fetch it",
+        hint=unset if source == "shell" else online,
+    )
 
 
 def _fetch_from_hub(
@@ -353,6 +394,8 @@ def _fetch_from_hub(
     ]
     for pattern in recipe.ignored:
         argv += ["--ignore", pattern]
+    if recipe.revision:
+        argv += ["--revision", recipe.revision]
     documents: list[str] = []
     again = hints.text("server.resume_fetch", model=recipe.name or recipe.model)
     process.run(
@@ -432,7 +475,7 @@ def _vocabularies(layout: Layout, settings: Settings, recipe: Recipe, view: Step
     if built_in := installed.get("oss-harmony"):
         view.skip(f"not needed: oss-harmony {built_in} in .vllm contains them")
         return
-    known = _published(layout)
+    known = run_environment.published_vocabularies(layout)
     fetched = []
     for name in run_environment.VOCABULARIES:
         destination = layout.encodings / name
@@ -449,44 +492,6 @@ def _vocabularies(layout: Layout, settings: Settings, recipe: Recipe, view: Step
         )
     else:
         view.skip(f"on disk: {layout.encodings}")
-
-
-def _published(layout: Layout) -> dict[str, tuple[str, str]]:
-    """Return address and SHA-256 of each vocabulary from the source of the tiktoken in `.vllm`.
-
-    Raises ToolchainError if they are not in the source.
-    """
-    found: dict[str, tuple[str, str]] = {}
-    for folder in interpreter.site_packages(layout):
-        try:
-            tree = ast.parse(read_regular(folder / "tiktoken_ext" / "openai_public.py"))
-        except (OSError, SyntaxError, ValueError):
-            continue
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Call)
-                and node.args
-                and isinstance(node.args[0], ast.Constant)
-                and isinstance(node.args[0].value, str)
-            ):
-                digest = next(
-                    (
-                        keyword.value.value
-                        for keyword in node.keywords
-                        if keyword.arg == "expected_hash"
-                        and isinstance(keyword.value, ast.Constant)
-                    ),
-                    None,
-                )
-                name = node.args[0].value.rpartition("/")[2]
-                if isinstance(digest, str) and name in run_environment.VOCABULARIES:
-                    found[name] = (node.args[0].value, digest)
-    if missing := [name for name in run_environment.VOCABULARIES if name not in found]:
-        raise ToolchainError(
-            f"the tiktoken in .vllm has no address and hash of {' and '.join(missing)}",
-            hint=hints.text("inv.bootstrap"),
-        )
-    return found
 
 
 def _gib(record: dict[str, object], name: str) -> float:

@@ -13,7 +13,8 @@ from typing import Literal, cast
 from workspace.core import hints, records, settings
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
-from workspace.core.paths import Layout
+from workspace.core.known_settings import has_login, is_relative, is_secret
+from workspace.core.paths import Layout, typed
 from workspace.server import flags as engine_flags
 
 Origin = Literal["hub", "built-in"]
@@ -71,6 +72,7 @@ class Alternative:
 class Recipe:
     """One model and how it is served. `flags` have names without dashes in front; `fetch_gib` is
     the size of the files that `serve.fetch` fetches, `ignored` are patterns of files it skips.
+    `revision` is that of the user's flags, None for the newest.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Recipe:
     notes: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
+    revision: str | None = None
 
     @property
     def args(self) -> tuple[str, ...]:
@@ -125,8 +128,35 @@ def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
         raise SettingsError(f"there is no recipe {settings.shortened(name)!r}", hint=hint)
     place = layout.relative(path)
     table = read_table(path, place=place)
-    recipe = _recipe(name, _Table(place, "", table))
+    recipe = _with_paths(_recipe(name, _Table(place, "", table)), layout.root)
     return resolved(recipe, version) if version else recipe
+
+
+def _with_paths(recipe: Recipe, root: Path) -> Recipe:
+    """Return a recipe with absolute paths: relative ones count from the root of the clone."""
+
+    def flags(given: Mapping[str, FlagValue]) -> Mapping[str, FlagValue]:
+        return {
+            name: cast("FlagValue", engine_flags.typed_value(name, value, root))
+            for name, value in given.items()
+        }
+
+    def environment(given: Mapping[str, str]) -> Mapping[str, str]:
+        return {
+            name: str(typed(text, root)) if is_relative(text) else text
+            for name, text in given.items()
+        }
+
+    alternatives = tuple(
+        replace(other, flags=flags(other.flags), environment=environment(other.environment))
+        for other in recipe.alternatives
+    )
+    return replace(
+        recipe,
+        flags=flags(recipe.flags),
+        environment=environment(recipe.environment),
+        alternatives=alternatives,
+    )
 
 
 def resolved(recipe: Recipe, version: str) -> Recipe:
@@ -360,7 +390,7 @@ def _environment(table: _Table) -> Mapping[str, str]:
     for key, value in table.items():
         if not _VARIABLE.fullmatch(key):
             raise table.wrong(key, "the name of an environment variable")
-        if settings.is_secret(key):
+        if is_secret(key) or has_login(str(value)):
             raise table.wrong(key, "for a recipe, which is shared: put it into .env")
         if not isinstance(value, str) or not value.isprintable():
             raise table.wrong(key, "a text of one line; quote a number")

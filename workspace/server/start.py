@@ -1,49 +1,30 @@
 """`inv serve`: check before the load all that can be wrong, start one server, watch it until it can
-generate, then follow its log or leave it alone; and `serve.status`, `serve.logs`, `serve.stop`.
+generate, then follow its log or leave it alone.
 """
 
 import hashlib
-import json
+import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import hints, lock, records
-from workspace.core.console import Console, Row, State
-from workspace.core.errors import ServeError, SettingsError, SmokeError, WorkspaceError
+from workspace.core import hints, lock, process, records
+from workspace.core.console import Console
+from workspace.core.errors import ServeError, SmokeError, SourceError, WorkspaceError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
-from workspace.machine import check, failures
-from workspace.machine.hardware import GIB
+from workspace.machine import check, failures, interpreter
 from workspace.machine.machine import Case, Machine
-from workspace.server import (
-    command,
-    fit,
-    flags,
-    lifecycle,
-    models,
-    observation,
-    process_tree,
-    recipes,
-)
-from workspace.server.command import Command, tree_oid
+from workspace.server import command, fit, flags, lifecycle, models, recipes
+from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive
+from workspace.server.recipes import Recipe
 
-# A tokenizer can be made from any of these files.
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "*.tiktoken",
-)
 FOLLOW_S = 0.3
-LONGEST_TAIL = 1_000_000
+_GGUF = "vllm-gguf-plugin"
 
 
 @dataclass(frozen=True)
@@ -66,7 +47,7 @@ class _Session:
     machine: Machine
     console: Console
     options: ServeOptions
-    recipe: recipes.Recipe
+    recipe: Recipe
     command: Command
     device: str
 
@@ -78,6 +59,9 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     served, SmokeError if the build is missing or stale, and the errors of `models.fetch_weights`.
     """
     recipe = _recipe(layout, options.name)
+    if command.folder_of(options.name):
+        # Hints are typed in the root of the clone, wherever this command was typed.
+        options = replace(options, name=recipe.model)
     line = command.compose(
         recipe,
         options.extra,
@@ -85,6 +69,8 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
         has_key=bool(settings.text("VLLM_API_KEY")),
         force=options.force,
     )
+    recipe = replace(recipe, revision=flags.last(line.args, "--revision"))
+    command.require_files(layout, settings, line.args)
     machine = Machine(layout, settings)
     check.require(machine, console=console, recipe=recipe.environment)
     device = _device(machine, console, dry_run=options.dry_run)
@@ -95,12 +81,7 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     model = str(folder) if folder and is_a_folder else recipe.model
     if folder:
         _require_usable(folder, line)
-    environment = command.built_environment(
-        machine,
-        "serve",
-        recipe=({"HF_HUB_OFFLINE": "1"} if folder else {}) | dict(recipe.environment),
-        is_shown=options.dry_run,
-    )
+    environment = _environment(session, folder)
     argv = line.argv(layout, model)
     for text in command.shown(layout, settings, argv, environment):
         (console.data if options.dry_run else console.info)(text)
@@ -137,18 +118,89 @@ def _check(session: _Session) -> None:
         session.console.sentence(f"note: {note}")
     if not options.dry_run:
         _require_room(session.machine.layout, line)
-    free = fit.observe(session.machine, device=session.device)
     environment = command.built_environment(
         session.machine,
         "serve",
         recipe=recipe.environment,
         is_shown=True,
     )
+    device, args = session.device, line.args
+    names = {gpu.name for gpu in session.machine.gpus} if device == "cuda" else set()
+    if len(names) > 1 and environment.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        session.console.warn(
+            f"{' and '.join(sorted(names))} differ, and CUDA numbers the fastest first; the fit is"
+            " judged in the driver's order",
+            hint=hints.text("server.gpu_order"),
+        )
+    frees = fit.observe(session.machine, device=device, environment=environment, args=args)
     _require_memory(
-        fit.judge(recipe, free, device=session.device, environment=environment, args=line.args),
+        fit.judge(_sized(session), frees, device=device, environment=environment, args=args),
         session.console,
         is_required=not (options.dry_run or options.force),
     )
+
+
+def _environment(session: _Session, folder: Path | None) -> dict[str, str]:
+    """Return the server's environment. Only a start that needs nothing of the hub is kept from
+    asking it.
+    """
+    is_offline = not _missing(session) and folder is not None
+    return command.built_environment(
+        session.machine,
+        "serve",
+        recipe=({"HF_HUB_OFFLINE": "1"} if is_offline else {}) | dict(session.recipe.environment),
+        is_shown=session.options.dry_run,
+    )
+
+
+def _missing(session: _Session) -> bool:
+    """Return whether a flag names something that is not on this machine, and name each.
+
+    Raises SettingsError if HF_HUB_OFFLINE is set, under which vLLM cannot fetch it.
+    """
+    settings = session.machine.settings
+    missing = [
+        reference
+        for reference in flags.references(session.command.args, session.recipe.model)
+        if "://" not in reference.name and not is_here(settings, reference)
+    ]
+    for reference in missing:
+        at = f" at {reference.revision}" if reference.revision else ""
+        name = f"{reference.name}{at}, which {reference.flag} names,"
+        if settings.switch("HF_HUB_OFFLINE"):
+            raise models.offline(settings, name)
+        session.console.info(f"{name} is not on this machine: vLLM fetches it during the start")
+    return bool(missing)
+
+
+def _folder(settings: Settings, reference: flags.Reference) -> Path | None:
+    path, cache = Path(reference.name), models.hub_cache(settings)
+    return path if path.is_absolute() else models.cached(cache, reference.name, reference.revision)
+
+
+def is_here(settings: Settings, reference: flags.Reference) -> bool:
+    """Return whether what a flag names is on this machine, so that vLLM needs no hub for it."""
+    folder = _folder(settings, reference)
+    if folder is None:
+        return False
+    return models.holds(folder, reference.needs) if reference.needs else models.is_complete(folder)
+
+
+def _sized(session: _Session) -> Recipe:
+    """Return the recipe with the weights of what is on this machine: the model's, if the recipe has
+    none, and those of drafters and adapters.
+    """
+    layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
+    folders = [
+        _folder(settings, reference)
+        for reference in flags.references(session.command.args, recipe.model)
+        if reference.needs in ((), (flags.ADAPTER,))
+    ]
+    if not recipe.memory.weights_gib:
+        folders.append(models.found_weights(layout, settings, recipe))
+    weights = sum(fit.weights_gib(folder) for folder in folders if folder)
+    memory = replace(recipe.memory, weights_gib=recipe.memory.weights_gib + weights)
+    return replace(recipe, memory=memory)
 
 
 def _find_model(session: _Session) -> Path | None:
@@ -157,10 +209,16 @@ def _find_model(session: _Session) -> Path | None:
     None on a dry run with missing files.
     """
     layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
+    if ":" in recipe.model and not recipe.model.startswith("/"):
+        session.console.info(f"{recipe.model}: the plugin for GGUF fetches it during the start")
+        return None
     folder = models.found_weights(layout, settings, recipe)
+    if folder is None:
+        _require_no_adapter_of_hub(settings, recipe)
     if folder is None and session.options.dry_run:
+        at = f" at {recipe.revision}" if recipe.revision else ""
         session.console.info(
-            f"{recipe.model} is not on this machine; "
+            f"{recipe.model}{at} is not on this machine; "
             + (
                 "its folder is made at the first start"
                 if recipe.origin == "built-in"
@@ -168,7 +226,11 @@ def _find_model(session: _Session) -> Path | None:
             )
         )
     elif folder is None:
-        models.fetch_weights(layout, settings, recipe, console=session.console)
+        try:
+            models.fetch_weights(layout, settings, recipe, console=session.console)
+        except SourceError:
+            _require_no_adapter_of_hub(settings, recipe)
+            raise
         folder = models.found_weights(layout, settings, recipe)
     return folder
 
@@ -225,7 +287,8 @@ def end(server: Server, *, console: Console) -> None:
         return
     console.info(f"stopping {server.called}")
     try:
-        stopped = lifecycle.stop(server)
+        with process.interruptible():
+            stopped = lifecycle.stop(server)
     except KeyboardInterrupt:
         stopped = lifecycle.stop(server, at_once=True)
     how = "killed, because it did not end on SIGTERM" if stopped.was_killed else "ended"
@@ -255,31 +318,69 @@ def _follow(settings: Settings, server: Server, console: Console) -> None:
     console.info(f"{server.called} was stopped")
 
 
-def _recipe(layout: Layout, name: str) -> recipes.Recipe:
+def _recipe(layout: Layout, name: str) -> Recipe:
     folder = command.folder_of(name)
     if folder is None:
+        if ":" in name:
+            _require_gguf(layout, name)
         return models.named(layout, name)
+    if folder.suffix == ".gguf" and folder.is_file():
+        _require_gguf(layout, folder.name)
+        return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
     if not folder.is_dir():
+        what = "a file: name its folder" if folder.is_file() else "no folder with a model in it"
         raise ServeError(
-            f"{folder} is no folder with a model in it", hint=hints.text("server.recipes")
+            f"{folder} is {what}",
+            hint=hints.text("server.recipes"),
         )
-    try:
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
-    except OSError as exc:
+    if not os.access(folder, os.R_OK | os.X_OK):
         raise ServeError(
-            f"{folder} cannot be read: {exc.strerror}",
+            f"{folder} cannot be read: Permission denied",
             hint=hints.text("core.list_folder", folder=folder),
-        ) from exc
-    _require_config(folder)
-    if not models.is_complete(folder):
-        raise ServeError(
-            f"{folder} lacks a part of its weights", hint=hints.text("core.list_file", path=folder)
         )
-    return recipes.unnamed(str(folder), weights_gib=size)
+    _require_no_adapter(folder, str(folder))
+    _require_config(folder)
+    if lack := models.lack_of(folder):
+        raise ServeError(f"{folder} lacks {lack}", hint=hints.text("core.list_file", path=folder))
+    return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
+
+
+def _require_gguf(layout: Layout, name: str) -> None:
+    """Raise ServeError if this vLLM cannot read GGUF: since 0.31 a plugin does."""
+    loader = layout.vllm / "vllm" / "model_executor" / "model_loader" / "gguf_loader.py"
+    if not loader.is_file() and _GGUF not in interpreter.installed(layout):
+        raise ServeError(
+            f"{name} is in GGUF, which this vLLM reads with a plugin that .vllm lacks",
+            hint=hints.text("server.install_plugin", name=_GGUF),
+        )
+
+
+def _require_no_adapter_of_hub(settings: Settings, recipe: Recipe) -> None:
+    folder = models.cached(models.hub_cache(settings), recipe.model, recipe.revision)
+    if folder:
+        _require_no_adapter(folder, recipe.model)
+
+
+def _require_no_adapter(folder: Path, name: str) -> None:
+    """Raise ServeError for a LoRA adapter, which is served with its base model."""
+    if (folder / flags.CONFIGURATIONS[0]).is_file() or not (folder / flags.ADAPTER).is_file():
+        return
+    try:
+        known = records.load(folder / flags.ADAPTER, dict[str, object]) or {}
+    except records.DecodeError:
+        known = {}
+    base = known.get("base_model_name_or_path")
+    raise ServeError(
+        f"{name} is a LoRA adapter: it is served with {base or 'its base model'}",
+        hint=hints.text("server.adapter", model=base, adapter=f"{Path(name).name}={name}"),
+    )
 
 
 def _require_config(folder: Path) -> None:
-    path = folder / "config.json"
+    path = next(
+        (folder / name for name in flags.CONFIGURATIONS if (folder / name).is_file()),
+        folder / flags.CONFIGURATIONS[0],
+    )
     try:
         known = records.load(path, dict[str, object])
     except records.DecodeError as exc:
@@ -288,13 +389,16 @@ def _require_config(folder: Path) -> None:
         ) from exc
     if known is None:
         raise ServeError(
-            f"{folder} has no config.json: it is no model in Hugging Face's layout",
+            f"{folder} has no config.json: it is no model in Hugging Face's layout, nor, with"
+            " params.json, in Mistral's",
             hint=hints.text("core.list_names", folder=folder),
         )
 
 
 def _require_usable(folder: Path, line: Command) -> None:
     """Check the configuration and the tokenizer, which vLLM reads late. Raises ServeError."""
+    if folder.is_file():
+        return
     _require_config(folder)
     if any(
         arg.split("=")[0]
@@ -302,7 +406,7 @@ def _require_usable(folder: Path, line: Command) -> None:
         for arg in line.args
     ):
         return
-    if not any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+    if not models.holds(folder, flags.TOKENIZERS):
         raise ServeError(f"{folder} has no tokenizer", hint=hints.text("server.tokenizer"))
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         try:
@@ -362,11 +466,16 @@ def _explained(
     if reading.lack:
         # Another snapshot: the memory is not what it was before the start.
         now = Machine(session.machine.layout, settings)
-        free = fit.observe(now, device=server.facts["device"])
+        frees = fit.observe(
+            now,
+            device=server.facts["device"],
+            environment=settings.child_environment("run"),
+            args=session.command.args,
+        )
         attempt = fit.Attempt(
             options.name, session.recipe, session.command, _length(folder), detach=options.detach
         )
-        hint = fit.next_step(attempt, free, lack=reading.lack) or hint
+        hint = (fit.next_step(attempt, frees[0], lack=reading.lack) if frees else None) or hint
     details = tuple(settings.masked(text) for text in error.details)
     return ServeError(settings.masked(error.message), hint=hint, details=details)
 
@@ -374,125 +483,9 @@ def _explained(
 def _length(folder: Path | None) -> int | None:
     """Return the longest sequence of a model in tokens, None if its configuration has none."""
     try:
-        known = records.load(folder / "config.json", dict[str, object]) if folder else None
+        path = folder / "config.json" if folder and folder.is_dir() else None
+        known = records.load(path, dict[str, object]) if path else None
     except records.DecodeError:
         return None
     found = known.get("max_position_embeddings") if known else None
     return found if isinstance(found, int) else None
-
-
-def status(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
-    """Print one row: does a server run, does it answer, was it started from the present build."""
-    server = find(layout.server)
-    if server is None:
-        row = Row(State.MISSING, "server", "no server runs", hint=hints.text("server.recipes"))
-        _print(console, [row], {"schema": 1, "state": "none"}, as_json=as_json)
-        return
-    members = server.members()
-    condition, row = _judged(settings, server, members)
-    changed = _changed(layout, server) if members else None
-    record: dict[str, object] = {
-        "schema": 1,
-        "state": condition,
-        "name": server.name,
-        "url": f"{server.address.url}/v1",
-        "process": server.processes.supervisor_pid,
-        "since": server.since,
-        "memory_gib": round(process_tree.resident_bytes(members) / GIB, 2),
-        "log": str(server.log),
-        "changed": changed,
-    }
-    rows = [row]
-    if changed:
-        text = f"{changed} since its start; it still runs what it loaded"
-        hint = hints.text("server.stop_then", command=server.facts.get("typed"))
-        rows.append(Row(State.STALE, "server", text, hint=hint))
-    _print(console, rows, record, as_json=as_json)
-
-
-def logs(
-    layout: Layout, settings: Settings, *, console: Console, lines: str = "", follow: bool = False
-) -> None:
-    """Print the log of the present or the last server, secrets masked; with `follow` until it ends.
-
-    Raises ServeError if there is no log.
-    """
-    if lines and not (lines.isdigit() and 0 < int(lines) <= LONGEST_TAIL):
-        raise SettingsError(
-            f"--lines: {lines!r} is not a whole number from 1 to {LONGEST_TAIL}",
-            hint=hints.text("server.last_lines"),
-        )
-    server = find(layout.server)
-    kept = sorted((layout.server / "logs").glob("*.log"))
-    log = server.log if server else kept[-1] if kept else None
-    if log is None or not log.is_file():
-        raise ServeError(
-            "there is no log: no server was started here",
-            hint=hints.text("server.recipes"),
-        )
-    written = lifecycle.follow(log)
-    first = []
-    for line in written:
-        if line is None:
-            break
-        first.append(line)
-    for line in first[-int(lines) :] if lines else first:
-        console.data(settings.masked(line))
-    for line in written if follow else ():
-        if line is not None:
-            console.data(settings.masked(line))
-        elif server is None or not is_alive(server):
-            return
-        else:
-            time.sleep(FOLLOW_S)
-
-
-def stop(layout: Layout, *, console: Console) -> None:
-    """Stop all processes of the server and wait until port and memory are free.
-
-    No server is no error.
-    """
-    server = find(layout.server)
-    if server is None:
-        console.info("no server runs")
-    else:
-        end(server, console=console)
-
-
-def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str, Row]:
-    """Return the condition for programs, and the row for people."""
-    if not members:
-        message = settings.masked(lifecycle.failure(server).message)
-        return "ended", Row(State.FAIL, "server", message, hint=hints.text("server.logs_or_stop"))
-    at = (
-        f"{server.name} at {server.address.url}/v1, process {server.processes.supervisor_pid},"
-        f" since {server.since}"
-    )
-    if not is_alive(server):
-        text = f"{at}: its supervisor was killed, {len(members)} processes are left"
-        return "remains", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_stop"))
-    held = f"{process_tree.resident_bytes(members) / GIB:.1f} GiB in {len(members)} processes"
-    if not server.is_ready:
-        text = f"{at}: it is starting, {held}"
-        return "starting", Row(State.WARN, "server", text, hint=hints.text("server.follow"))
-    if not observation.is_healthy(server.address):
-        text = f"{at}: /health does not answer, {held}"
-        return "unhealthy", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_logs"))
-    names = observation.served_models(server.address, key=settings.text("VLLM_API_KEY") or None)
-    served = ", ".join(names) or "no model that it lists without its key"
-    return "ready", Row(State.OK, "server", f"{at}: serves {served}; {held}")
-
-
-def _changed(layout: Layout, server: Server) -> str | None:
-    if server.facts.get("built") != built(layout):
-        return "kernels or environment were built anew"
-    if server.facts.get("tree") != tree_oid(layout):
-        return "vendor/vllm has another tree"
-    return None
-
-
-def _print(console: Console, rows: list[Row], record: dict[str, object], *, as_json: bool) -> None:
-    if as_json:
-        console.data(json.dumps(record, indent=1))
-    else:
-        console.rows(rows)

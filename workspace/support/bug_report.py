@@ -29,13 +29,13 @@ from workspace.core import settings as core_settings
 from workspace.core.console import Console, State
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
-from workspace.core.known_settings import KNOWN
+from workspace.core.known_settings import KNOWN, is_secret
 from workspace.core.paths import PROJECTS, Layout
 from workspace.core.process import Slow, There
 from workspace.core.redaction import Redactor
-from workspace.core.settings import Settings, is_secret
+from workspace.core.settings import Settings
 from workspace.install import status
-from workspace.machine import doctor, hardware, interpreter
+from workspace.machine import doctor, hardware, interpreter, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
 
@@ -354,7 +354,7 @@ def _versions(machine: Machine) -> Files:
     for argv in _programs(machine):
         lines += _version(argv, machine.settings)
     driver = machine.driver
-    lines += ["", f"{driver.gpus()}, CUDA {driver.cuda()}, its own memory: {driver.memory()}"]
+    lines += ["", f"{driver.gpus()}, CUDA {driver.cuda()}, own memory: {driver.memories()}"]
     packages = "".join(
         f"{name}=={version}\n" for name, version in sorted(machine.packages().items())
     )
@@ -424,15 +424,14 @@ def _collect_env(machine: Machine) -> Files:
     layout, settings = machine.layout, machine.settings
     if not os.access(layout.environment_python, os.X_OK):
         raise ToolchainError("there is no .vllm for collect_env", hint=hints.text("inv.bootstrap"))
+    run_environment.require_own_tree(layout)
     inherited = settings.child_environment("run").get("PATH", "")
     # collect_env runs `uv pip list` and does not check its result.
     path = os.pathsep.join([str(layout.tools / "bin"), str(layout.environment / "bin"), inherited])
     variables = settings.child_environment("report", {"PATH": path}, layout=layout)
-    environment = {name: text for name, text in variables.items() if not is_secret(name)}
+    shown = {name: text for name, text in variables.items() if not is_secret(name)}
     argv = (str(layout.environment_python), "-m", "vllm.collect_env")
-    output = _output(
-        argv, settings, timeout_s=COLLECT_ENV_S, env=environment, cwd=layout.environment
-    )
+    output = _output(argv, settings, timeout_s=COLLECT_ENV_S, env=shown, cwd=layout.environment)
     return {"collect-env.txt": output}
 
 

@@ -1,7 +1,9 @@
 """Flags and values as read without torch, compared with the pinned tree's parser and registry."""
 
 import json
+import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,17 @@ for name in ("common", "launchers", "openai"):
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = module.make_arg_parser(FlexibleArgumentParser())
 options = {option: action.nargs for action in parser._actions for option in action.option_strings}
+helps = {
+    action.option_strings[0]: action.help or ""
+    for action in parser._actions
+    if action.option_strings and action.nargs != 0
+}
+import dataclasses, inspect, vllm.config
+fields = sorted({
+    field.name
+    for _, kind in inspect.getmembers(vllm.config, dataclasses.is_dataclass)
+    for field in dataclasses.fields(kind)
+})
 lines = []
 for argv in json.loads(sys.argv[1]):
     err = io.StringIO()
@@ -34,7 +47,9 @@ for argv in json.loads(sys.argv[1]):
         lines.append({"error": None, "values": values})
     except SystemExit:
         lines.append({"error": err.getvalue().splitlines()[-1]})
-print("\\n" + json.dumps({"options": options, "lines": lines}))
+print("\\n" + json.dumps(
+    {"options": options, "lines": lines, "helps": helps, "fields": fields}
+))
 """
 # One flag each on which both verdicts must agree.
 SPELLINGS = (
@@ -68,6 +83,26 @@ SPELLINGS = (
 )
 
 
+# Flags and settings whose name or help speaks of a file, and whose value is none; why.
+NO_FILES = {
+    # Refused by inv serve, or its own.
+    *("--config", "--uds", "--model", "--api-key", "--hf-token"),
+    # The path of a URL; a module or a class; a name of a plugin, of a format or of a method.
+    *("--root-path", "--disable-access-log-for-endpoints", "--middleware", "--scheduler-cls"),
+    *("--model-class-overrides", "--io-processor-plugin", "--load-format", "--tokenizer-mode"),
+    *("--moe-backend", "--quantization", "--safetensors-load-strategy", "--ssl-cert-reqs"),
+    *("--chat-template-content-format", "--renderer-num-workers", "--lora-target-modules"),
+    *("--safetensors-prefetch-num-threads", "--safetensors-prefetch-block-size"),
+    *("--mm-encoder-attn-dtype", "--mm-ipc-gpu-memory-gb", "--default-chat-template-kwargs"),
+    *("kv_connector_module_path", "ec_connector_module_path", "io_processor_plugin"),
+    # A folder that vLLM sets itself.
+    "local_cache_dir",
+}
+ABOUT_FILES = re.compile(
+    r"\b(path|paths|file|files|folder|directory|directories|template|plugin)\b"
+)
+
+
 @pytest.fixture(scope="module")
 def recipe_lines(layout: Layout) -> dict[str, list[str]]:
     version = pins.load(layout.pins).vllm.version
@@ -94,6 +129,35 @@ def parser(
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return document
+
+
+def test_every_flag_of_the_tree_that_names_a_file_means_the_users_folder(
+    parser: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    about = [
+        *(
+            name
+            for name, text in parser["helps"].items()
+            if ABOUT_FILES.search(f"{name.replace('-', ' ')} {text}".lower())
+        ),
+        *(name for name in parser["fields"] if re.search("_(path|dir|file|plugin)$", name)),
+    ]
+    assert len(about) > 20
+    values = {"--default-mm-loras": '{"audio": "own"}', "--lora-modules": "a=own"}
+    stay = [
+        name
+        for name in about
+        if name not in NO_FILES
+        and str(tmp_path)
+        not in " ".join(
+            flags.typed_paths([name, values.get(name, "own")])
+            if name.startswith("-")
+            else flags.typed_paths(["--any", json.dumps({name: "own"})])
+        )
+    ]
+    assert stay == []
 
 
 def test_the_same_flags_as_the_parser_has(layout: Layout, parser: dict[str, Any]) -> None:

@@ -168,7 +168,7 @@ def test_model_that_cannot_be_served_is_an_error(clone: World, tmp_path: Path) -
     for folder, output in (
         (no_config, "has no config.json"),
         (odd_config, "config.json cannot be read"),
-        (no_weights, "lacks a part of its weights"),
+        (no_weights, "lacks weights"),
         (no_tokenizer, "has no tokenizer"),
         (odd_tokenizer, "tokenizer.json cannot be read"),
         (tmp_path / "nowhere", "is no folder with a model"),

@@ -18,7 +18,14 @@ from workspace.core import files
 from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.repo.git import command
-from workspace.repo.git.command import Entries, first_line, index_entries, split, tree_entries
+from workspace.repo.git.command import (
+    Answer,
+    Entries,
+    first_line,
+    index_entries,
+    split,
+    tree_entries,
+)
 from workspace.repo.git.repository import Git, take_in
 
 # The result must not depend on the user, the place and the time.
@@ -38,11 +45,29 @@ _IN_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Applied:
-    """Result of one `am` of a series: the last commit, or the position of the conflict, from 1."""
+    """Result of one `am` of a series: the last commit, or where it stopped.
+
+    `position` is the number of the patch, from 1, `paths` are its files. Those in `conflicted` are
+    unmerged; where there are none, `reason` is git's own line.
+    """
 
     tip: str | None
     position: int = 0
+    paths: tuple[str, ...] = ()
     conflicted: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def cause(self) -> str:
+        """Why it stopped, as a phrase that follows the name of the patch."""
+        if self.conflicted:
+            return f"conflicts ({', '.join(self.conflicted)})"
+        return f"does not apply (git: {self.reason})"
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """Why it stopped, a line for each path with a conflict, or git's own line."""
+        return tuple(f"conflict in {path}" for path in self.conflicted) or (f"git: {self.reason}",)
 
 
 @dataclass(frozen=True)
@@ -58,14 +83,16 @@ class Position:
     is_begun: bool
 
 
-def applied(git: Git, base: str, patches: Sequence[Path], *, place: Path) -> Applied:
+def applied(
+    git: Git, base: str, patches: Sequence[Path], *, place: Path, flags: Sequence[str] = ()
+) -> Applied:
     """Make the commits of a series on `base` in one `am`, in a scratch folder beside `place`.
 
     No file and no reference of the repository changes; the commits are in its objects afterwards,
     synced to the disk. The same input gives the same SHAs for every user.
     """
-    done = applied_directly(git, base, patches, place=place)
-    return done if done.tip else _applied_in(place, git, base, patches, with_files=True)
+    done = Applied(None) if flags else applied_directly(git, base, patches, place=place)
+    return done if done.tip else _applied_in(place, git, base, patches, flags=flags)
 
 
 def applied_directly(
@@ -88,7 +115,7 @@ def applied_directly(
     )
     try:
         # `am` needs files only for a merge, so they are written only for the second attempt.
-        return _applied_in(in_memory, git, base, patches, with_files=False, is_wanted=is_wanted)
+        return _applied_in(in_memory, git, base, patches, flags=None, is_wanted=is_wanted)
     except ToolchainError:
         # The memory may be full where the disk is not.
         return Applied(None)
@@ -100,9 +127,10 @@ def _applied_in(
     base: str,
     patches: Sequence[Path],
     *,
-    with_files: bool,
+    flags: Sequence[str] | None,
     is_wanted: Callable[[], bool] = lambda: True,
 ) -> Applied:
+    """Run `am` in a scratch folder, with files for a merge unless `flags` is None."""
     with files.folder_beside(place) as folder:
         scratch, objects = Git(folder / "tree", git_dir=folder / "git"), git.path_of("objects")
         scratch.path.mkdir()
@@ -113,18 +141,18 @@ def _applied_in(
         scratch.set_ref("HEAD", base)
         # git writes the index again for each patch: the smaller the better.
         scratch.write(*_SMALL_INDEX, "read-tree", base)
-        if with_files:
+        if flags is not None:
             scratch.write_files()
         # One sync for all takes a third of the time of a sync for each object.
-        am = (*_SMALL_INDEX, *_UNSYNCED, *_AM, *map(str, patches))
-        if scratch.write(*am, check=False).status == 0:
+        am = (*_SMALL_INDEX, *_UNSYNCED, *_AM, *(flags or ()), *map(str, patches))
+        answer = scratch.write(*am, check=False)
+        if answer.status == 0:
             if not is_wanted():
                 return Applied(None)
             take_in(made, objects)
             return Applied(scratch.head())
         stopped = position(scratch)
-        number = stopped.number if stopped else 1
-        return Applied(None, number, unmerged(scratch) or git.patch_paths(patches[number - 1]))
+        return stopped_at(scratch, stopped.number if stopped else 1, answer)
 
 
 def start(git: Git, patches: Sequence[Path], *, run_log: RunLog) -> Applied:
@@ -142,14 +170,27 @@ def start(git: Git, patches: Sequence[Path], *, run_log: RunLog) -> Applied:
         # No commit was made, and no patch is at fault: for example, the index is not HEAD's.
         git.write("am", "--quit", check=False)
     elif stopped:
-        return Applied(
-            None, stopped.number, unmerged(git) or git.patch_paths(patches[stopped.number - 1])
-        )
+        return stopped_at(git, stopped.number, answer)
     if answer.status != 0:
         raise CheckoutError(
             f"git am in {git.path}: {first_line(answer.err) or f'exited with {answer.status}'}"
         )
     return Applied(git.head())
+
+
+def stopped_at(git: Git, number: int, answer: Answer | None = None) -> Applied:
+    """Return where and why the `am` that is under way stopped; `answer` is what git printed."""
+    diff = git.path_of("rebase-apply/patch")
+    paths = git.patch_paths(diff) if diff.exists() else ()
+    if conflicted := unmerged(git):
+        return Applied(None, number, conflicted, conflicted)
+    refused = ""
+    if diff.exists() and not staged(git):
+        # The merge that `am` tries after a failed apply reports only its own failure.
+        check = ("apply", "--cached", "--check", "--whitespace=nowarn", str(diff))
+        refused = first_line(git.write(*check, check=False).err)
+    reason = refused or (first_line(answer.err) if answer else "")
+    return Applied(None, number, paths, (), reason or "no reason was given")
 
 
 def position(git: Git) -> Position | None:

@@ -7,6 +7,7 @@ never prompt.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -80,12 +81,43 @@ def digest(entries: Entries) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
+# A series lists file names of up to 200 letters; `.patch` and a number of four digits are added.
+_LONGEST_STEM = 200 - len("-1000.patch")
+
+
+def file_stems(slugs: Iterable[str]) -> tuple[str, ...]:
+    """Return a name for the patch of each subject, given as `git log --format=%f` spells it.
+
+    Equal subjects are numbered, long ones cut, and one without an ASCII letter is called `patch`.
+    """
+    stems: list[str] = []
+    for slug in slugs:
+        stem = slug.lstrip("-.")[:_LONGEST_STEM].rstrip("-.") or "patch"
+        names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+        stems.append(next(name for name in names if name not in stems))
+    return tuple(stems)
+
+
+# What git prints when the program that it started (ssh, a helper) has printed the reason before.
+_REASON_IS_ABOVE = re.compile(
+    r"(fatal|error): (Could not read from remote repository|the remote end hung up|early EOF"
+    r"|index-pack failed|fetch-pack: |protocol error|Could not fetch |could not fetch )"
+)
+_NO_REASON = re.compile(
+    r"hint:|warning:|From |Receiving|Resolving|remote: (Counting|Compressing|Enumerating|Total)",
+    re.IGNORECASE,
+)
+
+
 def first_line(err: str) -> str:
-    """Return the line of git's stderr that names the failure."""
+    """Return the line of git's stderr that names the failure, which may be another program's."""
     lines = [line.strip() for line in err.splitlines() if line.strip()]
-    message = next(
-        (line for line in lines if line.startswith(("fatal:", "error:"))), lines[0] if lines else ""
-    )
+    faults = [line for line in lines if line.startswith(("fatal:", "error:"))]
+    message = next((line for line in faults if not _REASON_IS_ABOVE.match(line)), "")
+    if not message:
+        before = lines[: lines.index(faults[0])] if faults else lines[:1]
+        reasons = [line for line in before if not _NO_REASON.match(line)]
+        message = (reasons or faults or lines or [""])[-1 if reasons else 0]
     return re.sub(r"^(fatal|error): ", "", message)
 
 
@@ -116,8 +148,12 @@ LOOKING = OFFLINE | {"GIT_OPTIONAL_LOCKS": "0", "GIT_ATTR_NOSYSTEM": "1"}
 _LOOKING = (
     *("core.attributesFile=/dev/null", "core.autocrlf=false", "core.eol=lf", "core.safecrlf=false"),
     *("core.sparseCheckout=false", "core.fsmonitor=false"),
+    *("core.symlinks=true", "core.ignoreCase=false", "diff.orderFile=/dev/null"),
+    "log.follow=false",
     # The inode reveals a file that was replaced by another file of the same size and time.
     *("core.trustctime=true", "core.checkStat=default"),
+    # The store of commits is a bare repository, always of the workspace's own making.
+    "safe.bareRepository=all",
 )
 LOOKING_FLAGS = ("--literal-pathspecs", *(flag for setting in _LOOKING for flag in ("-c", setting)))
 # A remote that sends less than this for a minute counts as gone (git-config(1),
@@ -138,10 +174,16 @@ HARDENED: Mapping[str, str] = {
     # Otherwise git marks each file that it writes as always unchanged.
     "core.ignoreStat": "false",
     "core.sparseCheckout": "false",
+    "core.splitIndex": "false",
+    "core.symlinks": "true",
+    "core.ignoreCase": "false",
     "commit.gpgSign": "false",
     "tag.gpgSign": "false",
     "i18n.commitEncoding": "UTF-8",
+    "fetch.prune": "false",
+    "fetch.pruneTags": "false",
     "rerere.enabled": "false",
+    "safe.bareRepository": "all",
     "submodule.recurse": "false",
     "gc.auto": "0",
     "maintenance.auto": "false",
@@ -357,10 +399,12 @@ class Command:
                 hint=hints.text("core.disk_and_rights", folder=self.path),
             )
         if found := re.search(r"dubious ownership in repository at '([^']*)'", answer.err):
-            place = shlex.quote(found[1])
+            trust = hints.text("repo.trust", path=found[1])
+            trust_or_own = hints.text("repo.trust_or_own", path=found[1])
             raise CheckoutError(
                 f"{found[1]} belongs to another user than you, so git refuses to read it",
-                hint=hints.text("repo.own_or_trust", path=place),
+                # Root needs no file to be its own, and would take the clone from its user.
+                hint=trust if os.geteuid() == 0 else trust_or_own,
             )
         if answer.status < 0:
             # It may have ended anywhere, so the status answers nothing.
@@ -395,14 +439,26 @@ class Command:
             if "GIT_DIR" in self._extra
             else ["-C", str(self.path)]
         )
-        process.run(
-            [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *args],
-            env=settings.child_environment("git", git_environment(offline=False) | PATIENCE),
-            run_log=run_log,
-            on_line=on_line,
-            failure=SourceError,
-            hint=hints.text("repo.network_or_copy"),
-        )
+        hint = hints.text("repo.network_or_copy")
+        try:
+            process.run(
+                [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *args],
+                env=settings.child_environment("git", git_environment(offline=False) | PATIENCE),
+                run_log=run_log,
+                on_line=on_line,
+                failure=SourceError,
+                hint=hint,
+            )
+        except SourceError as exc:
+            output = "\n".join(exc.details[:-1])
+            failed = f"git {_verb(args)} in {self.path}"
+            if refusal := refusal_of_disk(output):
+                hint = hints.text("core.disk_of", folder=self.path)
+                raise ToolchainError(
+                    f"{failed}: {refusal}", hint=hint, details=exc.details
+                ) from exc
+            reason = first_line(output) or exc.message
+            raise SourceError(f"{failed}: {reason}", hint=hint, details=exc.details) from exc
 
     def _remove_leftovers(self) -> None:
         """Remove what a killed git left in the git directory and among its packs."""

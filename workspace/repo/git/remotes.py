@@ -10,7 +10,7 @@ from pathlib import Path
 
 from workspace.core import hints, process
 from workspace.core.console import RunLog
-from workspace.core.errors import SourceError, ToolchainError
+from workspace.core.errors import SourceError
 from workspace.core.files import write_atomic
 from workspace.core.settings import Settings, without_user
 from workspace.repo.git import command, history
@@ -32,16 +32,13 @@ def advertised(
     hint = hints.text("repo.network_or_mirror")
     try:
         answer = process.capture(argv, cwd=cwd, env=environment, timeout_s=timeout_s)
-    except ToolchainError:
+    except process.NoAnswer:
         raise SourceError(
             f"{without_user(url)} gave no answer in {timeout_s:g} s (CONNECT_TIMEOUT_S)", hint=hint
         ) from None
     if answer.returncode != 0:
-        raise SourceError(
-            f"{without_user(url)} cannot be read:"
-            f" {first_line(answer.stderr) or process.describe_status(answer.returncode)}",
-            hint=hint,
-        )
+        reason = first_line(answer.stderr) or process.describe_status(answer.returncode)
+        raise SourceError(f"{without_user(url)} cannot be read: {without_user(reason)}", hint=hint)
     return {
         name: oid
         for oid, name in (

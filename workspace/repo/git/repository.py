@@ -118,12 +118,9 @@ class Git(Command):
         )
 
     def slugs(self, base: str, tip: str) -> tuple[str, ...]:
-        """Return the subjects in base..tip as patch file names spell them, oldest first."""
-        return tuple(
-            self.look(
-                "log", "--reverse", "--no-show-signature", "--format=%f", f"{base}..{tip}", "--"
-            ).out.split()
-        )
+        """Return the stem of the patch file of each commit in base..tip, oldest first."""
+        log = ("log", "--reverse", "--no-show-signature", "--format=%f", f"{base}..{tip}", "--")
+        return command.file_stems(self.look(*log).out.splitlines())
 
     def under_way(self) -> str | None:
         """Return the git operation that waits to be continued or aborted, or None."""
@@ -313,11 +310,7 @@ class Git(Command):
             raise CheckoutError(
                 f"{in_way[0]} in {self.path} is in the way: git does not track it, and"
                 f" {commit[:12]} has a file of that name; nothing was moved",
-                hint=hints.text(
-                    "repo.move_in_way",
-                    path=self.path / in_way[0],
-                    other=str(self.path / in_way[0]) + ".mine",
-                ),
+                hint=hints.text("repo.stash_in_way", folder=self.path, path=in_way[0]),
             )
 
     def fetch(
@@ -456,6 +449,14 @@ def take_in(made: Path, objects: Path) -> None:
 def is_tracked(git: Git, path: str) -> bool:
     """Return whether the index has a file at or below `path`, relative to the checkout."""
     return bool(git.look("ls-files", "-z", "--", path).out)
+
+
+def untracked(git: Git) -> tuple[str, ...]:
+    """Return the files that git does not track and the tree's own .gitignore does not name.
+
+    The user's ignore rules do not count: they hide a file that another clone will lack.
+    """
+    return tuple(split(git.look("ls-files", "-o", "-z", "--exclude-per-directory=.gitignore").out))
 
 
 def differing(

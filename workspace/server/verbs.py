@@ -1,0 +1,278 @@
+"""The short verbs beside `inv serve`: `serve.status`, `serve.logs`, `serve.stop`, the server that
+runs in this clone; `serve.list`: the recipes that could run; `inv run`, `inv shell` and
+`inv env.export`: the environment of a running vLLM, for a command, for a shell, and as lines that a
+shell evaluates.
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from workspace.core import hints, process
+from workspace.core.console import Console, Row, State
+from workspace.core.errors import ServeError, SettingsError, ToolchainError, printable
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings
+from workspace.machine import check, run_environment
+from workspace.machine.hardware import GIB
+from workspace.machine.machine import Case, Machine
+from workspace.repo import pins
+from workspace.server import fit, lifecycle, models, observation, process_tree, recipes, start
+from workspace.server.command import built_environment, lines, secret_names, tree_oid
+from workspace.server.observation import Server, find, is_alive
+from workspace.server.recipes import Recipe
+
+LONGEST_TAIL = 1_000_000
+USUAL_SHELL = "/bin/sh"
+_STATES: dict[fit.Verdict, State] = {
+    "yes": State.OK,
+    "after drop-caches": State.WARN,
+    "no": State.WARN,
+}
+_DEVICES = {"cuda": "on the GPU", "cpu": "on the processor"}
+
+
+def status(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
+    """Print one row: does a server run, does it answer, was it started from the present build."""
+    server = find(layout.server)
+    if server is None:
+        row = Row(State.MISSING, "server", "no server runs", hint=hints.text("server.recipes"))
+        _print(console, [row], {"schema": 1, "state": "none"}, as_json=as_json)
+        return
+    members = server.members()
+    condition, row = _judged(settings, server, members)
+    changed = _changed(layout, server) if members else None
+    record: dict[str, object] = {
+        "schema": 1,
+        "state": condition,
+        "name": server.name,
+        "url": f"{server.address.url}/v1",
+        "process": server.processes.supervisor_pid,
+        "since": server.since,
+        "memory_gib": round(process_tree.resident_bytes(members) / GIB, 2),
+        "log": str(server.log),
+        "changed": changed,
+    }
+    rows = [row]
+    if changed:
+        text = f"{changed} since its start; it still runs what it loaded"
+        hint = hints.text("server.stop_then", command=server.facts.get("typed"))
+        rows.append(Row(State.STALE, "server", text, hint=hint))
+    _print(console, rows, record, as_json=as_json)
+
+
+def logs(
+    layout: Layout, settings: Settings, *, console: Console, lines: str = "", follow: bool = False
+) -> None:
+    """Print the log of the present or the last server, secrets masked; with `follow` until it ends.
+
+    Raises ServeError if there is no log.
+    """
+    if lines and not (lines.isdigit() and 0 < int(lines) <= LONGEST_TAIL):
+        raise SettingsError(
+            f"--lines: {lines!r} is not a whole number from 1 to {LONGEST_TAIL}",
+            hint=hints.text("server.last_lines"),
+        )
+    server = find(layout.server)
+    kept = sorted((layout.server / "logs").glob("*.log"))
+    log = server.log if server else kept[-1] if kept else None
+    if log is None or not log.is_file():
+        raise ServeError(
+            "there is no log: no server was started here",
+            hint=hints.text("server.recipes"),
+        )
+    written = lifecycle.follow(log)
+    first = []
+    for line in written:
+        if line is None:
+            break
+        first.append(line)
+    for line in first[-int(lines) :] if lines else first:
+        console.data(settings.masked(line))
+    for line in written if follow else ():
+        if line is not None:
+            console.data(settings.masked(line))
+        elif server is None or not is_alive(server):
+            return
+        else:
+            time.sleep(start.FOLLOW_S)
+
+
+def stop(layout: Layout, *, console: Console) -> None:
+    """Stop all processes of the server and wait until port and memory are free.
+
+    No server is no error.
+    """
+    server = find(layout.server)
+    if server is None:
+        console.info("no server runs")
+    else:
+        start.end(server, console=console)
+
+
+def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str, Row]:
+    """Return the condition for programs, and the row for people."""
+    if not members:
+        message = settings.masked(lifecycle.failure(server).message)
+        return "ended", Row(State.FAIL, "server", message, hint=hints.text("server.logs_or_stop"))
+    at = (
+        f"{server.name} at {server.address.url}/v1, process {server.processes.supervisor_pid},"
+        f" since {server.since}"
+    )
+    if not is_alive(server):
+        text = f"{at}: its supervisor was killed, {len(members)} processes are left"
+        return "remains", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_stop"))
+    held = f"{process_tree.resident_bytes(members) / GIB:.1f} GiB in {len(members)} processes"
+    if not server.is_ready:
+        text = f"{at}: it is starting, {held}"
+        return "starting", Row(State.WARN, "server", text, hint=hints.text("server.follow"))
+    if not observation.is_healthy(server.address):
+        text = f"{at}: /health does not answer, {held}"
+        return "unhealthy", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_logs"))
+    names = observation.served_models(server.address, key=settings.text("VLLM_API_KEY") or None)
+    served = ", ".join(names) or "no model that it lists without its key"
+    return "ready", Row(State.OK, "server", f"{at}: serves {served}; {held}")
+
+
+def _changed(layout: Layout, server: Server) -> str | None:
+    if server.facts.get("built") != start.built(layout):
+        return "kernels or environment were built anew"
+    if server.facts.get("tree") != tree_oid(layout):
+        return "vendor/vllm has another tree"
+    return None
+
+
+def _print(
+    console: Console, rows: Sequence[Row], record: dict[str, object], *, as_json: bool
+) -> None:
+    if as_json:
+        console.data(json.dumps(record, indent=1))
+    else:
+        console.rows(rows)
+
+
+def _row(recipe: Recipe, judged: fit.Fit, folder: Path | None, *, device: str) -> Row:
+    """Return the row of a recipe; `folder` holds its weights, None if they are not on disk."""
+    if folder:
+        place = f"on disk: {folder}"
+    elif recipe.fetch_gib:
+        place = f"{recipe.fetch_gib:.1f} GiB to fetch"
+    else:
+        place = "made at its first start"
+    if recipe.asks_for_remote_code:
+        place += "; runs code of the model's authors (trust-remote-code)"
+    return Row(
+        _STATES[judged.verdict],
+        recipe.name,
+        f"fits {_DEVICES[device]}: {judged.verdict}; needs {judged.needs_gib:.1f} GiB,"
+        f" {judged.free.available_gib:.1f} GiB are free; {place}",
+        hint=judged.hint if judged.hint and "serve.list" not in judged.hint else None,
+    )
+
+
+def _record(recipe: Recipe, judged: fit.Fit, folder: Path | None) -> dict[str, object]:
+    return {
+        "name": recipe.name,
+        "model": recipe.model,
+        "summary": recipe.summary,
+        "fits": judged.verdict,
+        "needs_gib": round(judged.needs_gib, 2),
+        "takes_gib": round(judged.takes_gib, 2),
+        "on_disk": str(folder) if folder else None,
+        "fetch_gib": recipe.fetch_gib,
+        "hint": judged.hint,
+    }
+
+
+def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -> None:
+    """Print the recipes, or their records as JSON. A damaged recipe is a row with its error."""
+    layout, settings, device = machine.layout, machine.settings, Case(machine).device
+    version = pins.load(layout.pins).vllm.version
+    records: list[dict[str, object]] = []
+    rows: list[Row] = []
+    for name in recipes.names(layout):
+        try:
+            recipe = recipes.load(layout, name, version=version)
+        except SettingsError as exc:
+            records.append({"name": name, "error": exc.message})
+            rows.append(Row(State.FAIL, name, exc.message))
+            continue
+        environment = run_environment.built_environment(
+            layout, settings, "serve", stack=None, recipe=recipe.environment
+        )
+        frees = fit.observe(machine, device=device, environment=environment, args=recipe.args)
+        judged = fit.judge(recipe, frees, device=device, environment=environment)
+        folder = models.found_weights(layout, settings, recipe)
+        rows.append(_row(recipe, judged, folder, device=device))
+        records.append(_record(recipe, judged, folder))
+    if as_json:
+        free = fit.observe(machine, device=device)[0]
+        memory = {
+            "total_gib": round(free.total_gib, 2),
+            "available_gib": round(free.available_gib, 2),
+            "droppable_gib": round(free.droppable_gib, 2),
+        }
+        document = {"schema": 1, "device": device, "memory": memory, "rows": records}
+        console.data(json.dumps(document, indent=1))
+    else:
+        console.rows(rows)
+
+
+def run_command(
+    layout: Layout, settings: Settings, argv: Sequence[str], *, console: Console
+) -> None:
+    """Replace this process with the command, in the built environment.
+
+    Raises ToolchainError if the program does not exist.
+    """
+    if not argv:
+        raise SettingsError(
+            "there is no command to run",
+            hint=hints.text("server.run_command"),
+        )
+    process.become(argv, env=_ready(layout, settings, console))
+
+
+def open_shell(layout: Layout, settings: Settings, *, console: Console) -> None:
+    """Replace this process with the user's shell, in the built environment."""
+    program = settings.shell.get("SHELL") or USUAL_SHELL
+    environment = _ready(layout, settings, console)
+    console.info(
+        f"{program} in the built environment; `exit` leaves it. The shell's own start-up files may"
+        " change the environment."
+    )
+    process.become([program], env=environment)
+
+
+def export_variables(layout: Layout, settings: Settings, *, console: Console) -> None:
+    """Print lines for `eval "$(inv env.export)"` in sh: variables of a running vLLM that this shell
+    lacks, and scripts/ on PATH. Secrets are left out.
+    """
+    machine = Machine(layout, settings)
+    check.require(machine, console=console)
+    environment = built_environment(machine, "shell", is_shown=True)
+    for line in lines(layout, environment, settings.shell):
+        # A control character is shown escaped, which would be another value.
+        if printable(line) == line:
+            console.data(line)
+    secrets = [
+        name for name in secret_names(environment) if settings.shell.get(name) != environment[name]
+    ]
+    if secrets:
+        console.info(
+            f"left out, because they are secret: {', '.join(secrets)}; inv run and inv"
+            " shell set them for their programs"
+        )
+
+
+def _ready(layout: Layout, settings: Settings, console: Console) -> dict[str, str]:
+    if not os.access(layout.environment_python, os.X_OK):
+        raise ToolchainError(
+            "there is no built environment: .vllm/bin/python is missing",
+            hint=hints.text("inv.bootstrap"),
+        )
+    machine = Machine(layout, settings)
+    check.require(machine, console=console)
+    return built_environment(machine, "shell")
