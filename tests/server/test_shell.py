@@ -133,7 +133,7 @@ def become(
     code = (
         "import sys; from pathlib import Path; from workspace.cli import main; from workspace.core"
         " import settings; from workspace.core.paths import Layout\nfrom workspace.server import"
-        " shell; layout = Layout(Path(sys.argv[1]))\nsys.exit(main.run(lambda: " + call + "))"
+        " verbs; layout = Layout(Path(sys.argv[1]))\nsys.exit(main.run(lambda: " + call + "))"
     )
     environment = {
         "PATH": "/usr/bin:/bin",

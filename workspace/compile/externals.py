@@ -16,7 +16,7 @@ from workspace.core import files, hints, lock
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import SettingsError, SourceError
 from workspace.core.files import write_atomic
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings
 from workspace.repo.git import remotes
 
@@ -366,7 +366,7 @@ def _own(layout: Layout, settings: Settings, external: External) -> Mapping[str,
         argument = re.findall(rf"-D{re.escape(name)}(?::\w+)?=(\S+)", settings.text("CMAKE_ARGS"))
         text = argument[-1] if argument else environment.get(name, "")
         if text:
-            folder = layout.vllm / Path(text).expanduser()
+            folder = typed(text)
             if not folder.is_dir():
                 raise SettingsError(
                     f"{name}={settings.presentable(text)}: the folder does not exist",

@@ -300,7 +300,7 @@ def absolute(setting: Setting, text: str, folder: Path | None) -> str:
         or (setting.kind == "mirror" and not _ADDRESS.match(text))
         or (setting.name == "KERNELS" and text.endswith(".whl"))
     )
-    return str(typed(text, folder)) if text and is_path else text
+    return str(typed(text, folder)) if text.strip() and is_path else text
 
 
 def passed_on(name: str, text: str, folder: Path) -> str:
