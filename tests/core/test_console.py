@@ -77,6 +77,17 @@ def test_row_continues_below_its_text_on_a_terminal(narrow: Terminal) -> None:
     ]
 
 
+def test_long_detail_of_a_step_is_cut_and_its_title_is_not(narrow: Terminal) -> None:
+    with Console(err=narrow).step("first token") as step:
+        step.progress(0, None, "starting the engine, 25 s; the driver may be compiling _vllm_fa2_C")
+        assert step._progress is not None
+        step._progress.refresh()
+    shown = [line for line in narrow.lines() if "starting" in line]
+    assert shown
+    assert all("first token" in line for line in shown)
+    assert not any("_vllm_fa2_C" in line for line in shown)
+
+
 def test_sentence_is_cut_at_blanks_and_hint_stays_one_line(narrow: Terminal) -> None:
     sentence, hint = "a sentence with more letters than this terminal has columns", "x " * 40
     Console(err=narrow).error(SourceError(sentence, hint=hint.strip()))

@@ -298,11 +298,14 @@ class Console:
             yield
             return
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.table import Column
 
+        # A long detail is cut, never the title.
+        title = Column(no_wrap=True, min_width=len(printable(step.title)))
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
+            TextColumn("{task.description}", markup=False, table_column=title),
+            BarColumn(bar_width=16),
             TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
         )

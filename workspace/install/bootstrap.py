@@ -272,6 +272,12 @@ class _Wait:
         elif line.startswith('{"schema"'):
             with contextlib.suppress(records.DecodeError):
                 self.error = records.decode(line, _Document).error
+        # The newest line of the log has taken its place.
+        self.show()
+
+    def show(self) -> None:
+        """Show the sentence beside the spinner, if there is one."""
+        self.view.progress(0, None, self.sentence())
 
     def written(self) -> str:
         return jit_caches.written_since(self.environment, self.started)
@@ -295,7 +301,7 @@ class _Wait:
             is_terminal = console.width is not None
             while not ended.wait(1.0 if is_terminal else WAIT_LINE_S):
                 if is_terminal:
-                    self.view.progress(0, None, self.sentence())
+                    self.show()
                 else:
                     console.info(f"first token: {self.sentence()}")
 
