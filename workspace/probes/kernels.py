@@ -30,8 +30,10 @@ GROUP_TIMEOUT_S = 300.0
 DTYPES = ("float32", "bfloat16")
 # A correctly rounded result is half a unit off; sums in float32 on the way cost a few more units in
 # float32, where exp and tanh are polynomials, too. Measured with vLLM 0.31.0 on x86-64: at most 2.2
-# in float32 and 0.65 in bfloat16. One per cent is 84,000 and 1.3.
+# in float32 and 0.65 in bfloat16. One per cent is 84,000 and 1.3. Attention averages: at most 0.38
+# in bfloat16, on an H200 0.29, and 1.03 there with a scale that is off by one per cent.
 ROUNDINGS = {"float32": 16.0, "bfloat16": 1.5}
+ATTENTION_ROUNDINGS = {"float32": 16.0, "bfloat16": 0.75}
 
 # Name, difference and its limit.
 Case = tuple[str, float, float]
@@ -198,9 +200,7 @@ def attended(
 
 
 def attention(ops: ModuleType, device: str) -> Iterator[Case]:
-    """Paged attention over a cache that the cache's own operator fills: a slot that is off by one
-    shows in either.
-    """
+    """Paged attention over a cache that its own operator fills: a slot off by one shows in both."""
     import torch
 
     attend, block = (on_cuda, CUDA_BLOCK) if device == "cuda" else (on_cpu, CPU_BLOCK)
@@ -222,10 +222,10 @@ def attention(ops: ModuleType, device: str) -> Iterator[Case]:
         expected = [
             attended(*request, scale, window) for request in zip(queries, keys, values, strict=True)
         ]
-        # Probabilities are rounded to the type, too, before they meet the values.
-        kernel = f"FlashAttention {flash_attention(size)}" if device == "cuda" else "attention"
-        name = f"{kernel} {heads}/{kv_heads}x{size} window {window} {kind} {dtype}"
-        yield rounded(name, out, torch.cat(expected), dtype)
+        by = f"FlashAttention {flash_attention(size)}" if device == "cuda" else "attention"
+        name = f"{by} {heads}/{kv_heads}x{size} window {window} {kind} {dtype}"
+        _, difference, _ = rounded(name, out, torch.cat(expected), dtype)
+        yield name, difference, ATTENTION_ROUNDINGS[dtype]
 
 
 def _lengths(requests: Requests, device: str) -> tuple["Tensor", "Tensor"]:
