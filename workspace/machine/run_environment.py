@@ -20,6 +20,7 @@ from workspace.core.child_variables import Phase
 from workspace.core.console import Row, State
 from workspace.core.errors import SmokeError, ToolchainError
 from workspace.core.files import read_regular
+from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, shortened
 from workspace.machine import interpreter, jit_caches, torch
@@ -168,10 +169,14 @@ def built_environment(
     `stack` decides the folders of compiled kernels (jit_caches.observe; None: the usual folders),
     `recipe` is the environment of a recipe, and `given` the variables of the starting room.
     """
-    known = known_variables(layout)
-    facts: dict[str, str | None] = {
-        name: None for name in removed_names("variables") if known and name not in known
-    }
+    facts: dict[str, str | None] = {}
+    # The two lists take 30 ms to read: only for a variable of vLLM's that somebody has set.
+    if any(
+        VARIABLE.fullmatch(name) and name not in KNOWN
+        for name in (*settings.shell, *settings.passed, *(recipe or {}))
+    ):
+        known = known_variables(layout)
+        facts |= {name: None for name in removed_names("variables") if known and name not in known}
     if stack is not None:
         facts |= jit_caches.variables(layout, settings, stack)
     facts[ENCODINGS] = _encodings(layout, settings, recipe or {})

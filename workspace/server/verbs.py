@@ -19,7 +19,7 @@ from workspace.machine import check, run_environment
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
 from workspace.repo import pins
-from workspace.server import fit, lifecycle, models, observation, process_tree, recipes, start
+from workspace.server import fit, lifecycle, models, observation, process_tree, recipes
 from workspace.server.command import built_environment, lines, secret_names, tree_oid
 from workspace.server.observation import Server, find, is_alive
 from workspace.server.recipes import Recipe
@@ -75,6 +75,8 @@ def logs(
             f"--lines: {lines!r} is not a whole number from 1 to {LONGEST_TAIL}",
             hint=hints.text("server.last_lines"),
         )
+    from workspace.server import start
+
     server = find(layout.server)
     kept = sorted((layout.server / "logs").glob("*.log"))
     log = server.log if server else kept[-1] if kept else None
@@ -105,6 +107,8 @@ def stop(layout: Layout, *, console: Console) -> None:
 
     No server is no error.
     """
+    from workspace.server import start
+
     server = find(layout.server)
     if server is None:
         console.info("no server runs")
@@ -137,6 +141,8 @@ def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str,
 
 
 def _changed(layout: Layout, server: Server) -> str | None:
+    from workspace.server import start
+
     if server.facts.get("built") != start.built(layout):
         return "kernels or environment were built anew"
     if server.facts.get("tree") != tree_oid(layout):
