@@ -303,7 +303,7 @@ class Job:
         run = self.run
         observed, verdict = run.observe(), None
         if stages.note_python(run) and self.before:
-            verdict = verify.verify_changed(run.layout, run.settings, self.before)
+            verdict = verify.verify_changed(observed.machine, self.before)
         verdict = verdict or verify.verify(observed)
         device_code = (
             stages.check_device_code(

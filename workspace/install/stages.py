@@ -67,7 +67,7 @@ def act(run: Run, steps: Steps, *, reason: str = "") -> None:
             with (
                 contextlib.nullcontext()
                 if name in CHANGES_TORCH
-                else torch.held(run.layout, run.settings, step=name)
+                else torch.held(run.layout, step=name)
             ):
                 do(run, view)
         run.run_log.step = None

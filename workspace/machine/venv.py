@@ -165,7 +165,7 @@ def install_torch(layout: Layout, settings: Settings, *, device: str, run_log: R
 
     Raises BuildError where no torch can be kept, or where the installed one is for another device.
     """
-    there = torch.observe(layout, settings)
+    there = torch.observe(layout, interpreter.installed(layout))
     if settings.switch("USE_EXISTING_TORCH"):
         return _keep_torch(layout, settings, there)
     needs = _needs(layout, settings, device=device, run_log=None)
