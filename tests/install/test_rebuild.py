@@ -83,6 +83,19 @@ def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_precompiled(
     assert answer(patched) == "44"
 
 
+def test_source_that_is_edited_while_it_compiles_is_stale_afterwards(patched: World) -> None:
+    folder = patched.folder / "compilers"
+    folder.mkdir()
+    program, source = folder / "cc", patched.layout.vllm / ANSWER
+    edited = f'case "$*" in *{ANSWER.name}*) sed -i s/43/44/ "{source}";; esac'
+    program.write_text(f'#!/bin/sh\n/usr/bin/cc "$@" || exit\n{edited}\n')
+    program.chmod(0o755)
+    ended = patched.run("rebuild", env={"PATH": f"{folder}:{patched.env['PATH']}"})
+    assert ended.code == 0, ended.output
+    assert "is rebuilt\nhint: ./scripts/inv rebuild\n" in ended.err
+    assert f"compiled sources changed: {ANSWER}" in observed(patched).kernels.why
+
+
 def test_plan_shows_target_and_reason_and_changes_no_file_of_the_tree(patched: World) -> None:
     before = {
         name: entry

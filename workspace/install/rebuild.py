@@ -301,7 +301,7 @@ class Job:
     def verify(self, view: Step) -> None:
         """Write the stamp once every library loads and has code for the intended GPU."""
         run = self.run
-        observed, verdict = run.observe(), None
+        observed, verdict = run.observed, None
         if stages.note_python(run) and self.before:
             verdict = verify.verify_changed(observed.machine, self.before)
         verdict = verdict or verify.verify(observed)
@@ -316,7 +316,7 @@ class Job:
             if observed.device == "cuda"
             else ""
         )
-        stages.write_stamp(run, observed, verdict, self.source)
+        stages.write_stamp(run, verdict, self.source)
         view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}{device_code}"
 
     def show(self, *, as_json: bool) -> None:

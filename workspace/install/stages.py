@@ -130,14 +130,15 @@ def install_accelerators(run: Run, view: Step) -> None:
     provided = venv.install_accelerators(
         run.layout, run.settings, device=run.observed.device, run_log=run.run_log
     )
-    inputs = run.observe().environment.inputs
+    observed = run.observe()
+    inputs = observed.environment.inputs
     if inputs is None:
         raise BuildError(
             "the environment is missing after its installation", hint=hints.text("inv.status")
         )
-    files = plan.digested_files(Git(run.layout.vllm), inputs)
+    files = plan.digested_files(observed.tree, inputs)
     # A build for the CPU reports a driver that answers later: status.device_row.
-    away = run.observed.device == "cpu" and not run.observed.machine.gpus
+    away = observed.device == "cpu" and not observed.machine.gpus
     outcome = {stamp.DRIVER: stamp.AWAY} if away else {}
     stamp.write(
         run.layout.stamp("environment"),
@@ -216,15 +217,14 @@ def install_with_wheel(run: Run) -> None:
 
 def verify_vllm(run: Run, view: Step) -> None:
     """Verify with the built interpreter, the last step, and write the stamp."""
-    observed = run.observe()
+    observed = run.observed
     note_python(run)
     verdict = verify.verify(observed)
     if observed.device == "cuda":
         libraries = [library.path for library in verdict.libraries]
         check_device_code(run, libraries, archs="", not_built=(), is_native=False)
-    # The source of what was installed: without the stamp, `observed` may want another one. Where
-    # compiled sources changed, the kernels are still those of the wheel.
-    write_stamp(run, observed, verdict, run.observed.kernels_wanted.source.without_compiler())
+    # Where compiled sources changed, the kernels are still those of the wheel.
+    write_stamp(run, verdict, observed.kernels_wanted.source.without_compiler())
     view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
 
 
@@ -237,18 +237,16 @@ def note_python(run: Run) -> bool:
     return recorded is not None and recorded.outcome.get(PYTHON) == digest
 
 
-def write_stamp(
-    run: Run,
-    observed: plan.Observation,
-    verdict: verify.Verdict,
-    source: precompiled.KernelSource,
-) -> None:
-    """Write the stamp of the verified build: libraries by hash, inputs of kernels and install."""
-    git = Git(run.layout.vllm)
+def write_stamp(run: Run, verdict: verify.Verdict, source: precompiled.KernelSource) -> None:
+    """Write the stamp of the verified build: libraries by hash, inputs of kernels and install.
+
+    The inputs are those from before the build: what was edited meanwhile may not be in it.
+    """
+    observed = run.observed
     outcome = run.outcome | {
         "version": verdict.version,
         "platform": verdict.platform,
-        "tree": git.tree("HEAD"),
+        "tree": Git(run.layout.vllm).tree("HEAD"),
     }
     inputs = plan.kernel_inputs(observed, source) | (observed.install.inputs or {})
     stamp.write(
@@ -258,7 +256,7 @@ def write_stamp(
             outcome=outcome,
             libraries=verdict.libraries,
             kernels=source,
-            files=plan.digested_files(git, inputs),
+            files=plan.digested_files(observed.tree, inputs),
         ),
     )
 

@@ -412,13 +412,14 @@ def running_programs(case: Case) -> Iterator[Row]:
         for program in case.programs()
         if is_vllm(program.argv)
     }
-    residents = case.machine.driver.residents() if case.machine.gpus else ()
+    has_gpu = case.device == "cuda" and bool(case.machine.gpus)
+    residents = case.machine.driver.residents() if has_gpu else ()
     found = {resident.pid: resident.name for resident in residents} | serving
     why = "it holds memory that a build, a smoke or a server needs" + (
         "; on a Spark GPU and CPU share it" if case.device == "cuda" else ""
     )
     if not found:
-        seen = "no vLLM is running" + (", nothing on the GPU" if case.machine.gpus else "")
+        seen = "no vLLM is running" + (", nothing on the GPU" if has_gpu else "")
         yield Row(State.OK, "running", seen, why)
         return
     seen = ", ".join(f"{pid} ({name})" for pid, name in sorted(found.items())[:4])
