@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.install.test_bootstrap import asked
 from tests.small.world import World
 from workspace.core import settings
 from workspace.install import plan, stamp
@@ -198,6 +199,11 @@ def test_warm_edit_loads_the_changed_library_alone_and_the_stamp_has_its_hash(wa
         assert digests[f"vllm/{name}.abi3.so"] == hashlib.sha256(content).hexdigest()
     assert library(warm, "spinloop") == other
     assert {warm.status()[row] for row in ("kernels", "install")} == {"ok"}
+
+
+def test_warm_edit_starts_python_and_asks_the_compiler_once(warm: World) -> None:
+    assert asked(warm, "rebuild", device="cpu") == ["g++ -dumpfullversion", "python"]
+    assert answer(warm) == "44"
 
 
 def test_edit_of_python_beside_it_verifies_the_whole(warm: World) -> None:
