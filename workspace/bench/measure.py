@@ -89,7 +89,7 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
         wanted = WorkloadOptions(
             options.kind, options.model, options.vllm_args, has_sweep=options.has_sweep
         )
-        benchmark = subject.prepare(layout, settings, wanted, run_log=run_log)
+        benchmark = subject.prepare(observed.machine, wanted, run_log=run_log)
         label = options.label or f"{options.kind}{'-sweep' if options.has_sweep else ''}"
         fresh = subject.describe(benchmark, observed, label=label, repeat=options.repeat)
         path = results.record_path(layout, fresh)

@@ -386,7 +386,7 @@ def serve_fetch(_: Context, recipe: str) -> None:
     """Fetch weights and vocabularies before a load."""
     from workspace.server import models
 
-    models.fetch(*main.opened(), recipe, console=main.console())
+    models.fetch(main.machine(), recipe, console=main.console())
 
 
 @task(name="status", default=True, help={"project": PROJECT, "json": JSON})

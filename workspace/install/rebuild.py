@@ -373,8 +373,10 @@ def run(
     console: Console,
     wait: bool = False,
     is_sandbox: bool = False,
-) -> None:
-    """Bring the compiled libraries up to date with the tree; raise the error of a failed step."""
+) -> plan.Observation:
+    """Bring the compiled libraries up to date with the tree, and return its state at the end: what
+    was edited meanwhile is due next. Raises the error of a failed step.
+    """
     pins.require_settled(layout)
     if options.as_json and not options.plan_only:
         raise SettingsError("--json works only with --plan", hint=hints.text("install.plan_json"))
@@ -388,7 +390,7 @@ def run(
         _clean(layout, console, wait=wait)
     if not options.targets and observed.kernels.state == observed.install.state == "ok":
         _show_up_to_date(observed, console)
-        return
+        return observed
     bounds = bounds or _bounds(machine, options)
     is_compiled = bool(options.targets) or observed.kernels_wanted.source.is_compiled
     verb = "inv rebuild --plan" if options.plan_only else "inv rebuild"
@@ -402,8 +404,10 @@ def run(
             if run_log.path:
                 console.info(f"log: {layout.relative(run_log.path)}")
     if not options.plan_only:
+        observed = observed.again()
         console.sentence(built)
-        console.hint(status.next_command(observed.again()))
+        console.hint(status.next_command(observed))
+    return observed
 
 
 def _show_up_to_date(observed: plan.Observation, console: Console) -> None:

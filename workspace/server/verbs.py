@@ -210,7 +210,7 @@ def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -
         )
         frees = fit.observe(machine, device=device, environment=environment, args=recipe.args)
         judged = fit.judge(recipe, frees, device=device, environment=environment)
-        folder = models.found_weights(layout, settings, recipe)
+        folder = models.found_weights(machine, recipe)
         rows.append(_row(recipe, judged, folder, device=device))
         records.append(_record(recipe, judged, folder))
     if as_json:
