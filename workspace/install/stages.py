@@ -16,6 +16,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stamp, status, verify
 from workspace.machine import check, dotenv, torch, venv
+from workspace.machine.machine import Machine
 from workspace.repo import checkout, export, patches
 from workspace.repo.git import Git
 
@@ -35,6 +36,10 @@ class Run:
     # What the steps of a rebuild share (rebuild.Job).
     job: object | None = None
     is_sandbox: bool = False
+    machine: Machine = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.machine = self.observed.machine
 
     @property
     def layout(self) -> Layout:
@@ -44,8 +49,13 @@ class Run:
     def settings(self) -> Settings:
         return self.observed.machine.settings
 
+    def reread(self) -> Machine:
+        """Return the machine as an earlier step left it."""
+        self.machine = self.machine.reread()
+        return self.machine
+
     def observe(self) -> plan.Observation:
-        return self.observed.again()
+        return plan.observe_on(self.reread())
 
 
 # The key in the stamp's outcome: the digest of the Python package that was verified.
@@ -108,27 +118,23 @@ def make_python(run: Run, view: Step) -> None:
         if is_interrupted:
             venv.drop_bytecode(run.layout, since=run.layout.stamp("environment"))
     stamp.withdraw(run.layout.stamp("environment"))
-    view.reason = venv.make_python(
-        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
-    )
+    view.reason = venv.make_python(run.reread(), device=run.observed.device, run_log=run.run_log)
 
 
 def install_torch(run: Run, view: Step) -> None:
-    view.reason = venv.install_torch(
-        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
-    )
+    view.reason = venv.install_torch(run.reread(), device=run.observed.device, run_log=run.run_log)
 
 
 def install_requirements(run: Run, view: Step) -> None:
     view.reason = venv.install_requirements(
-        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
+        run.reread(), device=run.observed.device, run_log=run.run_log
     )
 
 
 def install_accelerators(run: Run, view: Step) -> None:
     """Install the accelerators, the last step of the environment, and write its stamp."""
     provided = venv.install_accelerators(
-        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
+        run.reread(), device=run.observed.device, run_log=run.run_log
     )
     observed = run.observe()
     inputs = observed.environment.inputs

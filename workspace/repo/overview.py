@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ def show(
     following = (move and move.hint) or next_command(layout, pin, stack)
     if as_json:
         rows = [dataclasses.asdict(entry) for entry in found]
-        console.data(json.dumps({"schema": 1, "rows": rows, "next": following}, indent=1))
+        console.document({"schema": 1, "rows": rows, "next": following})
         return
     console.table([(entry.state, "  ".join(_columns(entry))) for entry in found])
     console.hint(following)

@@ -4,7 +4,6 @@ runs in this clone; `serve.list`: the recipes that could run; `inv run`, `inv sh
 shell evaluates.
 """
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -154,7 +153,7 @@ def _print(
     console: Console, rows: Sequence[Row], record: dict[str, object], *, as_json: bool
 ) -> None:
     if as_json:
-        console.data(json.dumps(record, indent=1))
+        console.document(record)
     else:
         console.rows(rows)
 
@@ -220,8 +219,7 @@ def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -
             "available_gib": round(free.available_gib, 2),
             "droppable_gib": round(free.droppable_gib, 2),
         }
-        document = {"schema": 1, "device": device, "memory": memory, "rows": records}
-        console.data(json.dumps(document, indent=1))
+        console.document({"schema": 1, "device": device, "memory": memory, "rows": records})
     else:
         console.rows(rows)
 
