@@ -108,6 +108,8 @@ def test_verbs_with_nothing_to_do_do_not_ask_the_gpu(built: World) -> None:
         assert ended.code == 0, ended.output
     assert not asked.exists()
     built.run("doctor", "--offline", env=driver)
+    assert not asked.exists(), "a build for the CPU needs no driver"
+    built.run("doctor", "--offline", env=driver | {"DEVICE": "cuda"})
     assert asked.exists()
 
 
