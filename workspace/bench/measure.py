@@ -303,6 +303,7 @@ def read_samples(
 
 def observe_conditions(settings: Settings, *, has_gpu: bool) -> Conditions:
     """Observe load and clocks now; a driver takes up to 1 s, a driver with a fault 5 s."""
+    # A new driver each time: what it says changes.
     sensors = Driver(settings).sensors() if has_gpu else ()
     return Conditions(
         round(os.getloadavg()[0], 2), _processor_mhz(_CPUS), tuple(map(_clocks, sensors))

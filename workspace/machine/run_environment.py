@@ -25,7 +25,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings, shortened
 from workspace.machine import interpreter, jit_caches, torch
 from workspace.machine.arch import key
-from workspace.machine.machine import Case
+from workspace.machine.machine import Case, Machine
 
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0
@@ -185,13 +185,13 @@ def built_environment(
     )
 
 
-def require_own_tree(layout: Layout) -> None:
+def require_own_tree(machine: Machine) -> None:
     """Raise SmokeError where vLLM is installed from the tree of another clone.
 
     `cp -a` and `mv` keep the path of an editable installation: the edits in this clone would have
     no effect, and those in the other one would.
     """
-    version = interpreter.installed(layout).get("vllm")
+    layout, version = machine.layout, machine.packages().get("vllm")
     for folder in interpreter.site_packages(layout) if version else ():
         origin, place = torch.origin_of(folder / f"vllm-{version}.dist-info")
         if origin == "editable" and Path(place).resolve() != layout.vllm.resolve():

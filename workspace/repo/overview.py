@@ -126,7 +126,7 @@ def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Sta
             " git pull, and the checkout did not",
             way,
         )
-    if tip is None or git.is_ancestor(tip, checkout.head):
+    if tip in (None, checkout.head) or git.is_ancestor(tip, checkout.head):
         return _pin_moved(git, shown, base, tip, stack)
     return _head_moved(git, shown, checkout.head, checkout.base, tip, stack)
 
