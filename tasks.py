@@ -46,14 +46,19 @@ def _hand_over():
 
 if __name__ != "__main__" or sys.version_info < (3, 11):
     _hand_over()
-# invoke's own copy of YAML would load all of PyYAML, which costs every verb 30 ms; no verb uses it.
-sys.modules["yaml._yaml"] = None
+# invoke imports these for its mocks, its configuration files and its own version. No verb uses
+# them, and with asyncio, ssl and others behind them they would cost each verb 30 ms.
+_UNUSED = ("unittest.mock", "invoke.vendor.yaml", "importlib.metadata")
+for _name in _UNUSED:
+    sys.modules[_name] = _stub = type(sys)(_name)
+    _stub.Mock = _stub.version = str
 try:
     import invoke  # noqa: F401
 except ImportError:
     _hand_over()
     raise
-del sys.modules["yaml._yaml"]
+for _name in _UNUSED:
+    del sys.modules[_name]
 
 from workspace.cli import main
 from workspace.cli.program import program

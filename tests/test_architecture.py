@@ -105,6 +105,34 @@ MORE_PARAMETERS = {
     "workspace/repo/series.py:sentence",
     "workspace/repo/upstream.py:find",
 }
+# A verb makes one Machine and hands it down: how many each module makes. The second of a verb has a
+# reason in the code: other settings, another clone, or a moment after a change.
+MAKES_A_MACHINE = {
+    "workspace/bench/ab.py": 1,
+    "workspace/bench/bisect_predicate.py": 1,
+    "workspace/bench/measure.py": 1,
+    "workspace/checks/smoke.py": 2,
+    "workspace/checks/upstream.py": 1,
+    "workspace/cli/main.py": 1,
+    "workspace/install/plan.py": 1,
+    "workspace/install/rebuild.py": 1,
+    "workspace/install/triton_fix.py": 1,
+    "workspace/install/triton_fixes.py": 1,
+    "workspace/server/start.py": 2,
+    "workspace/server/verbs.py": 2,
+    "workspace/support/bug_report.py": 1,
+    "workspace/support/perf.py": 1,
+}
+# The questions that a Machine asks once, with the modules that ask again, for such a reason.
+QUESTIONS: dict[str, set[str]] = {
+    "Driver": {"workspace/bench/measure.py"},
+    "hardware.observe": set(),
+    "interpreter.describe": set(),
+    "torch.observe": {"workspace/machine/venv.py"},
+    "torch.observe_triton": set(),
+    "toolchain.ask_compiler": set(),
+    "toolchain.ask_toolkit": {"workspace/compile/device_code.py"},
+}
 SCRIPTS = [ROOT / "tasks.py", ROOT / "noxfile.py", *sorted((ROOT / "scripts").glob("*.py"))]
 # Of the library's lines.
 LARGEST_ROOM = 0.2
@@ -240,6 +268,20 @@ def untidy(source: str, path: str) -> list[str]:
     )
 
 
+def second_looks(source: str, path: str) -> list[str]:
+    """Machines beyond those of MAKES_A_MACHINE, and questions beside the Machine's."""
+    calls = [
+        ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
+    ]
+    made = calls.count("Machine")
+    complaints = [f"{path} makes {made} machines"] if made != MAKES_A_MACHINE.get(path, 0) else []
+    if path == "workspace/machine/machine.py":
+        return complaints
+    return complaints + [
+        f"{path} asks {call}" for call in calls if path not in QUESTIONS.get(call, {path})
+    ]
+
+
 def circles(sources: dict[str, str]) -> list[list[str]]:
     """Groups of modules that import each other, directly or through others; an import inside a
     function counts.
@@ -346,6 +388,10 @@ def test_single_entrances_are_the_only_entrances() -> None:
     assert complaints_of(wrong_entrances, library()) == []
 
 
+def test_machine_is_asked_through_one_snapshot_a_verb() -> None:
+    assert complaints_of(second_looks, library()) == []
+
+
 def test_probes_know_nothing_of_ours_and_nobody_imports_them() -> None:
     probes = [path for path in library() if path.is_relative_to(ROOT / "workspace" / "probes")]
     assert complaints_of(wrong_probe, probes) == []
@@ -412,6 +458,10 @@ def test_entrances_parse_in_an_old_python_so_that_they_can_hand_over(name: str) 
         (wrong_entrances, "workspace/server/a.py", "run(['timeout', '3'], ['nvidia-smi', '-q'])"),
         (wrong_entrances, "workspace/server/a.py", "run([*bound, 'nvidia-smi'])"),
         (wrong_entrances, "workspace/server/a.py", "shutil.which('nvidia-smi', path='')"),
+        (second_looks, "workspace/install/a.py", "Machine(layout, settings)"),
+        (second_looks, "workspace/server/start.py", "Machine(layout, settings)"),
+        (second_looks, "workspace/install/a.py", "interpreter.describe(layout, settings)"),
+        (second_looks, "workspace/bench/a.py", "Driver(settings).sensors()"),
         (wrong_probe, "workspace/probes/a.py", "from workspace.core import files"),
         (wrong_probe, "workspace/probes/a.py", "import requests"),
         (heavy_at_the_top, "workspace/install/a.py", "import rich.console"),
@@ -443,6 +493,9 @@ def test_each_rule_sees_what_breaks_it(rule, path: str, source: str) -> None:
         (wrong_entrances, "workspace/machine/a.py", "hint('nvidia-smi')"),
         (wrong_entrances, "workspace/machine/a.py", "def f():\n    '/proc/stat says it.'"),
         (wrong_entrances, "workspace/machine/hardware.py", "Path('/proc/meminfo')"),
+        (second_looks, "workspace/install/plan.py", "Machine(layout, settings)"),
+        (second_looks, "workspace/machine/machine.py", "interpreter.describe(layout, settings)"),
+        (second_looks, "workspace/bench/measure.py", "Machine(a, b)\nDriver(settings).sensors()"),
         (oversized, "workspace/install/a.py", "def f(a, b, c, d, *, e, f): pass"),
         (oversized, "workspace/install/a.py", 'def f():\n    """Doc."""\n' + "    x = 1\n" * 39),
     ],

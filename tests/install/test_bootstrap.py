@@ -108,7 +108,57 @@ def test_verbs_with_nothing_to_do_do_not_ask_the_gpu(built: World) -> None:
         assert ended.code == 0, ended.output
     assert not asked.exists()
     built.run("doctor", "--offline", env=driver)
+    assert not asked.exists(), "a build for the CPU needs no driver"
+    built.run("doctor", "--offline", env=driver | {"DEVICE": "cuda"})
     assert asked.exists()
+
+
+QUESTIONS = {
+    "nvidia-smi": 'case "$*" in *compute_cap*) echo "NVIDIA GB10, 12.1, 580.95.05";; esac',
+    "nvcc": "echo 'Cuda compilation tools, release 13.0, V13.0.48'; echo '#$ TOP=/usr/local/cuda'",
+    "g++": 'exec /usr/bin/g++ "$@"',
+}
+
+
+def asked(world: World, *args: str, device: str) -> list[str]:
+    """Run a verb, and return what it asked of the driver, the toolkit, the compiler and Python."""
+    folder = world.folder / "questions"
+    folder.mkdir(exist_ok=True)
+    log = folder / "log"
+    log.write_text("")
+    for name, script in QUESTIONS.items():
+        (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "{log}"\n{script}\n')
+        (folder / name).chmod(0o755)
+    # Python runs the line twice in a virtual environment.
+    note = f"sys.modules.setdefault('noted', open({str(log)!r}, 'a')).write('python\\n')"
+    once = f"import sys; 'noted' in sys.modules or {note}\n"
+    for packages in world.layout.environment.glob("lib/python3*/site-packages"):
+        (packages / "note.pth").write_text(once)
+    env = {"PATH": f"{folder}:{world.env['PATH']}", "DEVICE": device}
+    if gpu.is_library_there({}):
+        # The program answers on a machine with a GPU, too.
+        (folder / gpu.LIBRARY).write_text("not a library")
+        env["LD_LIBRARY_PATH"] = str(folder)
+    ended = world.run(*args, env=env)
+    assert "Traceback" not in ended.err, ended.err
+    return sorted(log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_verb_asks_the_machine_each_question_at_most_once(built: World, device: str) -> None:
+    flags = "\n".join(f'    parser.add_argument("--{name}")' for name in ("host", "port"))
+    source = built.layout.vllm / "vllm" / "engine" / "arg_utils.py"
+    source.parent.mkdir(exist_ok=True)
+    source.write_text(f"def make(parser):\n{flags}\n")
+    serve = asked(built, "serve", "acme/tiny", "--dry-run", device=device)
+    doctor = asked(built, "doctor", "--offline", device=device)
+    others = [asked(built, verb, device=device) for verb in ("status", "rebuild", "bootstrap")]
+    for questions in (serve, doctor, *(others if device == "cpu" else others[:1])):
+        assert questions == sorted(set(questions))
+        assert "python" in questions
+    assert {words.split()[0] for words in doctor} == (
+        {"python", "g++"} if device == "cpu" else {"python", "g++", "nvcc", "nvidia-smi"}
+    )
 
 
 BROKEN_DRIVERS = {

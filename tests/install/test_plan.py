@@ -105,14 +105,14 @@ def test_a_file_that_changed_during_the_build_or_has_no_text_for_a_name_is_not_r
 ) -> None:
     git = Git(built.layout.vllm)
     inputs = {"metadata": git.digest(plan.METADATA_FILES)}
-    assert "setup.py" in plan.digested_files(git, inputs)["metadata"]
+    assert "setup.py" in plan.digested_files(plan.Tree(git), inputs)["metadata"]
     append(built.layout.vllm / "setup.py")
-    assert plan.digested_files(git, inputs) == {}
+    assert plan.digested_files(plan.Tree(git), inputs) == {}
     os.rename(
         built.layout.vllm / "setup.py",
         os.fsencode(built.layout.vllm / "requirements") + b"/\xff.txt",
     )
-    assert plan.digested_files(git, {"metadata": git.digest(plan.METADATA_FILES)}) == {}
+    assert plan.digested_files(plan.Tree(git), {"metadata": git.digest(plan.METADATA_FILES)}) == {}
 
 
 def test_package_that_was_removed_is_named(built: World) -> None:

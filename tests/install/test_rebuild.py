@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.install.test_bootstrap import asked
 from tests.small.world import World
 from workspace.core import settings
 from workspace.install import plan, stamp
@@ -81,6 +82,19 @@ def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_precompiled(
     edit(patched, ANSWER, "43", "44")
     rebuild(patched)
     assert answer(patched) == "44"
+
+
+def test_source_that_is_edited_while_it_compiles_is_stale_afterwards(patched: World) -> None:
+    folder = patched.folder / "compilers"
+    folder.mkdir()
+    program, source = folder / "cc", patched.layout.vllm / ANSWER
+    edited = f'case "$*" in *{ANSWER.name}*) sed -i s/43/44/ "{source}";; esac'
+    program.write_text(f'#!/bin/sh\n/usr/bin/cc "$@" || exit\n{edited}\n')
+    program.chmod(0o755)
+    ended = patched.run("rebuild", env={"PATH": f"{folder}:{patched.env['PATH']}"})
+    assert ended.code == 0, ended.output
+    assert "is rebuilt\nhint: ./scripts/inv rebuild\n" in ended.err
+    assert f"compiled sources changed: {ANSWER}" in observed(patched).kernels.why
 
 
 def test_plan_shows_target_and_reason_and_changes_no_file_of_the_tree(patched: World) -> None:
@@ -185,6 +199,11 @@ def test_warm_edit_loads_the_changed_library_alone_and_the_stamp_has_its_hash(wa
         assert digests[f"vllm/{name}.abi3.so"] == hashlib.sha256(content).hexdigest()
     assert library(warm, "spinloop") == other
     assert {warm.status()[row] for row in ("kernels", "install")} == {"ok"}
+
+
+def test_warm_edit_starts_python_and_asks_the_compiler_once(warm: World) -> None:
+    assert asked(warm, "rebuild", device="cpu") == ["g++ -dumpfullversion", "python"]
+    assert answer(warm) == "44"
 
 
 def test_edit_of_python_beside_it_verifies_the_whole(warm: World) -> None:

@@ -19,7 +19,7 @@ from workspace.install import stamp, triton_diagnosis, triton_fixes
 from workspace.install.precompiled import KernelSource
 from workspace.install.triton_diagnosis import Diagnosis, Stale
 from workspace.install.triton_fixes import FIXES, Context
-from workspace.machine import dotenv, interpreter, torch, venv
+from workspace.machine import dotenv, interpreter, venv
 from workspace.machine.dotenv import Assembler, Trial, Verdict
 
 __all__ = ["built", "house"]
@@ -48,7 +48,7 @@ def verdict(
 def changes(house: House, *verdicts: Verdict, findings: tuple[Row, ...] = (), **shell: str):
     with house.run_log(house.settings()) as run_log:
         return triton_fixes.assembler_changes(
-            Context(house.layout, house.settings(**shell), run_log),
+            Context(house.machine(**shell), run_log),
             replace(NOTHING, verdicts=verdicts, findings=findings),
         )
 
@@ -134,7 +134,7 @@ def test_leftovers_that_git_does_not_track_are_moved_and_the_wheels_own_files_re
         (Path(name), "1 of 1 files are not those of vllm.whl"),
     ]
     with house.run_log(house.settings()) as run_log:
-        context = Context(house.layout, house.settings(), run_log)
+        context = Context(house.machine(), run_log)
         found = replace(NOTHING, stale=stale)
         assert len(FIXES[1].plan(context, found)) == 2
         assert FIXES[1].act(context, found).startswith("2 moved to .workspace/quarantine/")
@@ -160,7 +160,7 @@ def test_kernels_that_git_tracks_are_the_trees_own(house):
 def test_shadow_outside_of_the_environment_is_its_owners(house, built, tmp_path):
     built()
     with house.run_log(house.settings()) as run_log:
-        context = Context(house.layout, house.settings(), run_log)
+        context = Context(house.machine(), run_log)
         assert FIXES[1].plan(context, replace(NOTHING, shadow=tmp_path / "triton_kernels")) == ()
     row = triton_diagnosis._shadow(house.layout, tmp_path / "triton_kernels")
     assert "do it yourself" in row.why
@@ -173,7 +173,7 @@ def test_folder_that_cannot_be_moved_is_a_sentence(house):
         pytest.raises(ToolchainError, match="cannot be moved"),
     ):
         FIXES[1].act(
-            Context(house.layout, house.settings(), run_log),
+            Context(house.machine(), run_log),
             replace(NOTHING, stale=(Stale(house.layout.root / "gone", ""),)),
         )
 
@@ -208,7 +208,7 @@ def test_former_triton_comes_back_with_every_file_though_an_installer_has_remove
         for path in packages.rglob("triton*/**/*")
         if path.is_file()
     } == before
-    assert (torch.observe_triton(house.layout).version, venv.is_former_kept(house.layout)) == (
+    assert (house.machine().triton().version, venv.is_former_kept(house.layout)) == (
         "3.7.1",
         False,
     )
@@ -221,7 +221,7 @@ def test_where_there_was_no_triton_there_is_none_again(house, built):
         kept = venv.keep_former(house.layout)
         interpreter.install(house.layout, settings, ["triton"], run_log=run_log)
         venv.restore_former(house.layout, settings, kept, run_log=run_log)
-    assert torch.observe_triton(house.layout) is None
+    assert house.machine().triton() is None
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ def test_former_of_a_killed_run_comes_back_unless_bootstrap_has_vouched_for_anot
                 house.layout.stamp("environment"),
                 stamp.Stamp(inputs={}, packages={"triton": vouched}),
             )
-        triton_fixes.restore_former(Context(house.layout, settings, run_log))
-    assert (torch.observe_triton(house.layout).version, venv.is_former_kept(house.layout)) == (
+        triton_fixes.restore_former(Context(house.machine(), run_log))
+    assert (house.machine().triton().version, venv.is_former_kept(house.layout)) == (
         after,
         False,
     )

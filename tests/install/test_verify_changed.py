@@ -10,6 +10,7 @@ from workspace.core import files, settings
 from workspace.core.paths import Layout
 from workspace.install import verify
 from workspace.install.stamp import Library, Stamp
+from workspace.machine.machine import Machine
 
 KERNELS, OTHER = "vllm/_moe_C.abi3.so", "vllm/_C.abi3.so"
 
@@ -43,7 +44,7 @@ def before(layout: Layout, platform: str = "cuda") -> verify.Before:
 
 def verified(layout: Layout, was: verify.Before) -> verify.Verdict | None:
     loaded = settings.load(layout, environ={"PATH": "/usr/bin:/bin"})
-    return verify.verify_changed(layout, loaded, was)
+    return verify.verify_changed(Machine(layout, loaded), was)
 
 
 def replaced(path: Path, section: Path | None) -> None:

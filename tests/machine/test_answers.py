@@ -128,11 +128,11 @@ def test_slow_compiler_or_toolkit_makes_no_kernels_stale(house, impatient, scrip
     impatient(script)
     fake(house, "g++", script)
     fake(house, "nvcc", script)
-    settings = house.settings(CUDA_HOME=str(house.layout.root.parent / "cuda"))
+    machine = house.machine(CUDA_HOME=str(house.layout.root.parent / "cuda"))
     with pytest.raises(NoAnswer):
-        toolchain.compiler_version(settings)
+        machine.compiler_version()
     with pytest.raises(NoAnswer):
-        toolchain.find_toolkit(settings)
+        machine.toolkit()
 
 
 @pytest.mark.parametrize("script", [SLOW, KILLED], ids=["slow", "killed"])

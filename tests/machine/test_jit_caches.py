@@ -56,7 +56,7 @@ def home(house) -> Path:
 
 def foreign(house, stack=OURS, **shell):
     shell.setdefault("TMPDIR", str(house.layout.root.parent))
-    return jit_caches.foreign(house.layout, house.settings(**shell), stack)
+    return jit_caches.foreign(house.machine(**shell), stack)
 
 
 def test_kernels_of_another_triton_are_found_and_kernels_of_this_triton_are_not(

@@ -15,7 +15,7 @@ def make_toolkit(house, home: Path, version: str = "13.0") -> Path:
 def test_cuda_home_wins_over_path(house, tmp_path):
     make_toolkit(house, tmp_path / "wanted", "13.1")
     (house.bin / "nvcc").symlink_to(make_toolkit(house, tmp_path / "other"))
-    found = toolchain.find_toolkit(house.settings(CUDA_HOME=str(tmp_path / "wanted")))
+    found = house.machine(CUDA_HOME=str(tmp_path / "wanted")).toolkit()
     assert found == toolchain.Toolkit(
         tmp_path / "wanted", "13.1", tmp_path / "wanted" / "bin" / "nvcc"
     )
@@ -23,13 +23,13 @@ def test_cuda_home_wins_over_path(house, tmp_path):
 
 def test_broken_cuda_home_is_no_toolkit_although_path_has_one(house, tmp_path):
     (house.bin / "nvcc").symlink_to(make_toolkit(house, tmp_path / "other"))
-    assert toolchain.find_toolkit(house.settings(CUDA_HOME=str(tmp_path / "gone"))) is None
+    assert house.machine(CUDA_HOME=str(tmp_path / "gone")).toolkit() is None
 
 
 def test_home_is_found_behind_a_wrapper_script_on_path(house, tmp_path):
     real = make_toolkit(house, tmp_path / "cuda-13.0")
     house.program("nvcc", f'exec "{real}" "$@"')
-    found = toolchain.find_toolkit(house.settings())
+    found = house.machine().toolkit()
     assert found is not None
     assert (found.home, found.nvcc) == (tmp_path / "cuda-13.0", real)
 
@@ -41,24 +41,24 @@ def test_home_is_found_behind_a_link_when_nvcc_does_not_print_it(house, tmp_path
         folder=tmp_path / "cuda" / "bin",
     )
     (house.bin / "nvcc").symlink_to(real)
-    found = toolchain.find_toolkit(house.settings())
+    found = house.machine().toolkit()
     assert found is not None
     assert (found.home, found.version) == (tmp_path / "cuda", "12.9")
 
 
 def test_nvcc_that_does_not_run_is_no_toolkit(house, tmp_path):
     house.program("nvcc", "echo 'release 13.0'; exit 127", folder=tmp_path / "cuda" / "bin")
-    assert toolchain.find_toolkit(house.settings(CUDA_HOME=str(tmp_path / "cuda"))) is None
+    assert house.machine(CUDA_HOME=str(tmp_path / "cuda")).toolkit() is None
 
 
 def test_compiler_is_the_one_that_cxx_names_with_its_launcher(house):
     house.program("g++", "echo 12.2.0")
     house.program("g++-13", "echo 13.3.0")
     house.program("ccache", 'exec "$@"')
-    assert toolchain.compiler_version(house.settings()) == "12.2.0"
-    assert toolchain.compiler_version(house.settings(CXX="ccache g++-13")) == "13.3.0"
+    assert house.machine().compiler_version() == "12.2.0"
+    assert house.machine(CXX="ccache g++-13").compiler_version() == "13.3.0"
 
 
 def test_compiler_that_is_missing_or_misspelt_is_none(house):
-    assert toolchain.compiler_version(house.settings(CXX="no-such-compiler")) is None
-    assert toolchain.compiler_version(house.settings(CXX='"unbalanced')) is None
+    assert house.machine(CXX="no-such-compiler").compiler_version() is None
+    assert house.machine(CXX='"unbalanced').compiler_version() is None

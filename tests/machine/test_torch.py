@@ -33,9 +33,9 @@ def packages(house) -> Path:
 
 def test_torch_is_read_without_starting_python_and_equals_the_import(house, built):
     settings = built()
-    assert torch.observe(house.layout, settings) is None
+    assert house.machine().torch() is None
     install_torch(house, settings, "2.13.0", cuda="13.0")
-    seen = torch.observe(house.layout, settings)
+    seen = house.machine().torch()
     assert seen == torch.TorchBuild("2.13.0+cu130", "13.0") == torch.load(house.layout, settings)
     assert torch.constraints(house.layout) == ("torch==2.13.0",)
 
@@ -48,20 +48,20 @@ def test_cuda_is_read_from_the_form_with_and_without_a_type(house, built):
         "from typing import Optional\n__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip:"
         " Optional[str] = '13.0'\n"
     )
-    assert torch.observe(house.layout, settings) == torch.TorchBuild("2.13.0+cpu", None)
+    assert house.machine().torch() == torch.TorchBuild("2.13.0+cpu", None)
     place.write_text("__version__ = '2.14.0a0+git12'\ncuda: str | None = '13.1'\n")
-    assert torch.observe(house.layout, settings) == torch.TorchBuild("2.14.0a0+git12", "13.1")
+    assert house.machine().torch() == torch.TorchBuild("2.14.0a0+git12", "13.1")
 
 
 def test_torch_without_its_files_is_no_torch(house, built):
     settings = built()
     install_torch(house, settings, "2.13.0+cpu")
     (packages(house) / "torch" / "version.py").unlink()
-    assert torch.observe(house.layout, settings) is None
+    assert house.machine().torch() is None
 
 
 def test_torch_of_an_editable_build_is_seen_where_it_lies(house, built, tmp_path):
-    settings = built()
+    built()
     source = tmp_path / "py torch"
     (source / "torch").mkdir(parents=True)
     (source / "torch" / "version.py").write_text("__version__ = '2.15.0a0+mine'\ncuda = '13.0'\n")
@@ -71,7 +71,7 @@ def test_torch_of_an_editable_build_is_seen_where_it_lies(house, built, tmp_path
     (described / "direct_url.json").write_text(
         json.dumps({"url": source.as_uri(), "dir_info": {"editable": True}})
     )
-    assert torch.observe(house.layout, settings) == torch.TorchBuild("2.15.0a0+mine", "13.0")
+    assert house.machine().torch() == torch.TorchBuild("2.15.0a0+mine", "13.0")
 
 
 def test_torch_that_cannot_be_imported_is_a_build_error_that_names_what_fails(house, built):
@@ -99,7 +99,7 @@ def test_installed_torch_that_no_index_offers_survives_whatever_depends_on_torch
     install_torch(house, settings, "9.9.9+local", cuda="13.0")
     house.torch("10.0.0", cuda="12.8")
     house.wheel("wants-any", "1.0", requires=("torch>=1.10",))
-    with torch.held(house.layout, settings, step="requirements"):
+    with torch.held(house.layout, step="requirements"):
         install(house, settings, "wants-any", "torch", constraints=torch.constraints(house.layout))
         install(
             house, settings, "--upgrade", "wants-any", constraints=torch.constraints(house.layout)
@@ -129,10 +129,10 @@ def test_step_that_changes_torch_is_an_error_that_names_step_old_and_new(house, 
                 r" 10\.0\.0\+cu128 with CUDA 12\.8"
             ),
         ),
-        torch.held(house.layout, settings, step="xgrammar and friends"),
+        torch.held(house.layout, step="xgrammar and friends"),
     ):
         install(house, settings, "torch==10.0.0")
-    with pytest.raises(BuildError, match="now none"), torch.held(house.layout, settings, step="x"):
+    with pytest.raises(BuildError, match="now none"), torch.held(house.layout, step="x"):
         (packages(house) / "torch" / "version.py").unlink()
 
 
@@ -141,7 +141,7 @@ def test_same_version_for_another_cuda_is_a_change(house, built):
     install_torch(house, settings, "9.9.9+local", cuda="13.0")
     with (
         pytest.raises(BuildError, match=r"CUDA 13\.0, now 9\.9\.9\+local with CUDA 12\.8"),
-        torch.held(house.layout, settings, step="x"),
+        torch.held(house.layout, step="x"),
     ):
         install(
             house,
@@ -154,7 +154,7 @@ def test_same_version_for_another_cuda_is_a_change(house, built):
 def test_error_inside_a_held_step_is_not_hidden_by_torch(house, built):
     settings = built()
     install_torch(house, settings, "9.9.9+local")
-    with pytest.raises(SourceError), torch.held(house.layout, settings, step="x"):
+    with pytest.raises(SourceError), torch.held(house.layout, step="x"):
         install(house, settings, "--no-index", "torch==77")
 
 

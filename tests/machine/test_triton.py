@@ -41,8 +41,8 @@ def own(house, settings) -> None:
 
 
 def test_origin_and_pair_are_read_from_what_describes_the_packages(house, paired):
-    found = torch.observe_triton(house.layout)
-    assert (found.version, found.origin, found.is_meant, torch.paired_triton(house.layout)) == (
+    found = house.machine().triton()
+    assert (found.version, found.origin, found.is_meant, house.machine().paired_triton()) == (
         "3.7.1",
         "index",
         False,
@@ -51,17 +51,17 @@ def test_origin_and_pair_are_read_from_what_describes_the_packages(house, paired
     assert found.bin == found.package / "backends" / "nvidia" / "bin"
     assert torch.kept_triton(house.layout) == ()
     own(house, paired)
-    found = torch.observe_triton(house.layout)
+    found = house.machine().triton()
     assert (found.version, found.origin, found.bin) == ("3.9.0+git3f6e4113", "file", None)
     assert found.place.endswith("triton-3.9.0+git3f6e4113-py3-none-any.whl")
 
 
 def test_cpu_torch_or_a_missing_torch_pairs_with_no_triton(house, built):
     settings = built()
-    assert torch.paired_triton(house.layout) is None
+    assert house.machine().paired_triton() is None
     house.torch("2.13.0+cpu")
     install(house, settings, "torch")
-    assert (torch.paired_triton(house.layout), torch.observe_triton(house.layout)) == (None, None)
+    assert (house.machine().paired_triton(), house.machine().triton()) == (None, None)
 
 
 def test_editable_triton_has_the_package_of_its_tree_and_none_without_files(house, paired):
@@ -75,10 +75,10 @@ def test_editable_triton_has_the_package_of_its_tree_and_none_without_files(hous
     (described / "direct_url.json").write_text(
         json.dumps({"url": tree.as_uri(), "dir_info": {"editable": True}})
     )
-    found = torch.observe_triton(house.layout)
+    found = house.machine().triton()
     assert (found.origin, found.package) == ("editable", tree / "python" / "triton")
     (tree / "python" / "triton" / "__init__.py").unlink()
-    assert torch.observe_triton(house.layout).package is None
+    assert house.machine().triton().package is None
 
 
 def test_triton_built_here_outlives_torch_and_packages_that_require_the_paired_one(house, paired):

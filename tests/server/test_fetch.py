@@ -86,8 +86,7 @@ class Clone:
         err = io.StringIO()
         try:
             models.fetch(
-                self.layout,
-                load(self.layout, environ=self.shell | shell),
+                Machine(self.layout, load(self.layout, environ=self.shell | shell)),
                 name,
                 console=Console(out=io.StringIO(), err=err),
             )
@@ -127,13 +126,13 @@ def test_revision_is_fetched_and_then_found_by_its_name(clone: Clone) -> None:
             '"refs" / "main"', '"refs" / "v2"'
         )
     )
-    settings = load(clone.layout, environ=clone.shell)
+    machine = Machine(clone.layout, load(clone.layout, environ=clone.shell))
     recipe = replace(models.named(clone.layout, "gpt-oss-20b"), revision="v2")
     console = Console(out=io.StringIO(), err=io.StringIO())
-    assert models.found_weights(clone.layout, settings, recipe) is None
-    models.fetch_weights(clone.layout, settings, recipe, console=console)
-    assert models.found_weights(clone.layout, settings, recipe) is not None
-    assert models.found_weights(clone.layout, settings, replace(recipe, revision=None)) is None
+    assert models.found_weights(machine, recipe) is None
+    models.fetch_weights(machine, recipe, console=console)
+    assert models.found_weights(machine, recipe) is not None
+    assert models.found_weights(machine, replace(recipe, revision=None)) is None
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from workspace.bench import subject
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.settings import load
+from workspace.machine import interpreter
 from workspace.server import models, start
 
 FLAGS = (
@@ -381,7 +382,7 @@ def test_benchmark_with_a_drafter_that_is_not_here_may_ask_the_hub(
         load(request_.clone.layout, environ=request_.clone.shell),
     )
     console = Console(out=io.StringIO(), err=io.StringIO())
-    models._smollm2_folder(layout).mkdir(parents=True)
+    models._smollm2_folder(layout, interpreter.installed(layout)).mkdir(parents=True)
 
     def is_offline(*args: str) -> bool:
         options = subject.WorkloadOptions(kind, "smollm2", args)

@@ -120,6 +120,6 @@ def test_folder_counts_only_with_weights(house: House, tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     (own / "config.json").write_text("{}")
-    assert models.found_weights(house.layout, house.settings(), recipes.unnamed(str(own))) is None
+    assert models.found_weights(house.machine(), recipes.unnamed(str(own))) is None
     (own / "a.safetensors").touch()
-    assert models.found_weights(house.layout, house.settings(), recipes.unnamed(str(own))) == own
+    assert models.found_weights(house.machine(), recipes.unnamed(str(own))) == own

@@ -25,6 +25,7 @@ from workspace.install import plan
 from workspace.install import sandbox as sandboxes
 from workspace.install.sandbox import Sandbox
 from workspace.machine import check, interpreter
+from workspace.machine.machine import Machine
 from workspace.repo import pins, series
 
 ID_DIGITS = 8
@@ -160,7 +161,9 @@ def _build_arm(session: Session, name: str, tree: Tree) -> Arm:
     observed = sandboxes.build_sandbox(sandbox, session.settings, console=run_log.console)
     run_log.phase("model")
     wanted = WorkloadOptions(options.kind, options.model, options.vllm_args)
-    benchmark = subject.prepare(sandbox.layout, session.settings, wanted, run_log=run_log)
+    # Measured with the settings of the session, not with those that the sandbox was built with.
+    machine = Machine(sandbox.layout, session.settings)
+    benchmark = subject.prepare(machine, wanted, run_log=run_log)
     ab_trees.require_own_vllm(sandbox, benchmark.environment)
     fresh = subject.describe(
         benchmark, observed, label=f"ab-{name}", repeat=options.repeat, outer=layout

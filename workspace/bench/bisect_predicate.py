@@ -4,6 +4,7 @@ Its outcome is good, bad or skip. A tree that hangs or does not answer is skippe
 be blamed for a fault that nobody observed.
 """
 
+import functools
 import io
 import re
 import shlex
@@ -90,6 +91,11 @@ class Trial:
     settings: Settings
     bounds: Bounds
     run_log: RunLog
+
+    @functools.cached_property
+    def machine(self) -> Machine:
+        """The machine, with the environment of the sandbox."""
+        return Machine(self.sandbox.layout, self.settings)
 
 
 def parse(text: str, *, folder: Path) -> Predicate:
@@ -223,7 +229,7 @@ def judge_smoke(
 def _measure(name: str, trial: Trial, reference: Sequence[float], view: Step) -> Outcome:
     """Start the benchmark until the verdict is clear, or more starts cannot make it clear."""
     wanted = WorkloadOptions(_KIND_OF_METRIC.get(name, "serve"), subject.TINY)
-    benchmark = subject.prepare(trial.sandbox.layout, trial.settings, wanted, run_log=trial.run_log)
+    benchmark = subject.prepare(trial.machine, wanted, run_log=trial.run_log)
     values: list[float] = []
     count = MIN_STARTS if reference else REFERENCE_STARTS
     while True:
@@ -290,7 +296,7 @@ def _start(benchmark: Benchmark, trial: Trial) -> Mapping[str, tuple[float, ...]
 
 
 def _run(predicate: Predicate, trial: Trial) -> Outcome:
-    environment = built_environment(Machine(trial.sandbox.layout, trial.settings), "shell")
+    environment = built_environment(trial.machine, "shell")
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         done = _run_in_time(predicate.argv, environment, Path(neutral), trial)
     if done is None:

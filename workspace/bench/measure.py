@@ -89,7 +89,7 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
         wanted = WorkloadOptions(
             options.kind, options.model, options.vllm_args, has_sweep=options.has_sweep
         )
-        benchmark = subject.prepare(layout, settings, wanted, run_log=run_log)
+        benchmark = subject.prepare(observed.machine, wanted, run_log=run_log)
         label = options.label or f"{options.kind}{'-sweep' if options.has_sweep else ''}"
         fresh = subject.describe(benchmark, observed, label=label, repeat=options.repeat)
         path = results.record_path(layout, fresh)
@@ -303,6 +303,7 @@ def read_samples(
 
 def observe_conditions(settings: Settings, *, has_gpu: bool) -> Conditions:
     """Observe load and clocks now; a driver takes up to 1 s, a driver with a fault 5 s."""
+    # A new driver each time: what it says changes.
     sensors = Driver(settings).sensors() if has_gpu else ()
     return Conditions(
         round(os.getloadavg()[0], 2), _processor_mhz(_CPUS), tuple(map(_clocks, sensors))

@@ -6,7 +6,6 @@ damaged, or that a newer workspace wrote, is refused.
 """
 
 import datetime
-import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -398,8 +397,8 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
     """Print one row for each record: complete, interrupted or damaged, and its first metric."""
     found = entries(layout)
     if as_json:
-        document = {"schema": 1, "records": [_document(layout, entry) for entry in found]}
-        console.data(json.dumps(document, indent=1))
+        records = [_document(layout, entry) for entry in found]
+        console.document({"schema": 1, "records": records})
         return
     console.rows(_row(entry) for entry in found)
     if not found:

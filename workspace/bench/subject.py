@@ -157,9 +157,7 @@ class Benchmark:
     environment: Mapping[str, str]
 
 
-def prepare(
-    layout: Layout, settings: Settings, options: WorkloadOptions, *, run_log: RunLog
-) -> Benchmark:
+def prepare(machine: Machine, options: WorkloadOptions, *, run_log: RunLog) -> Benchmark:
     """Return the benchmark to run; create a built-in model that is missing.
 
     Raises SettingsError for a flag that the workspace itself sets, BuildError where the model
@@ -172,10 +170,9 @@ def prepare(
             f"the workspace itself sets {taken}: leave it out after --",
             hint=hints.text("bench.enforce_eager"),
         )
+    layout, settings = machine.layout, machine.settings
     work = _workload(layout, settings, options, run_log=run_log)
-    environment = built_environment(
-        Machine(layout, settings), "bench", recipe=work.recipe, given=work.given
-    )
+    environment = built_environment(machine, "bench", recipe=work.recipe, given=work.given)
     return Benchmark(layout, settings, work, environment)
 
 

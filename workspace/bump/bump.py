@@ -409,4 +409,4 @@ def _verify_promotion(layout: Layout, settings: Settings, console: Console) -> N
     except SmokeError as exc:
         exc.hint = hints.text("bump.rollback_or", then=exc.hint)
         raise
-    known_good.record(layout, settings, plan.observe(layout, settings), console=console)
+    known_good.record(observed.again(), console=console)

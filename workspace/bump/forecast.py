@@ -5,7 +5,6 @@ repo/upstream.py.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,7 +179,7 @@ def run(
         candidate = find_candidate(layout, settings, pin, ref, found, run_log=run_log)
     made = work_out(layout, settings, candidate, found, stack)
     if as_json:
-        console.data(json.dumps(_record(made), indent=1))
+        console.document(_record(made))
     else:
         _show(made, console)
     return made

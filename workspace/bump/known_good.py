@@ -17,7 +17,6 @@ from workspace.core import files, lock, records
 from workspace.core.console import Console, RunLog
 from workspace.core.files import copy_files, read_regular, write_atomic
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stamp
 from workspace.install.precompiled import KernelSource
 from workspace.machine import interpreter
@@ -94,13 +93,12 @@ def read(layout: Layout, name: str) -> KnownGood | None:
     return state if state and state.name == name else None
 
 
-def record(
-    layout: Layout, settings: Settings, observed: plan.Observation, *, console: Console
-) -> KnownGood | None:
+def record(observed: plan.Observation, *, console: Console) -> KnownGood | None:
     """Record the present state as known-good if the smoke passed on it, else print why not.
 
     Takes the workspace's lock.
     """
+    layout, settings = observed.machine.layout, observed.machine.settings
     with (
         lock.hold(layout.lock, verb="inv pin", wait=True, on_wait=console.info) as held,
         RunLog(console, layout.logs, verb="good", secrets=settings.secrets, held=held) as run_log,

@@ -269,7 +269,7 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
             observed = plan.observe(layout, settings)
             verdict = verify.verify(observed)
             run = stages.Run(run_log, observed, dict(old.outcome))
-            stages.write_stamp(run, observed, verdict, old.kernels)
+            stages.write_stamp(run, verdict, old.kernels)
             view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
         except BuildError as exc:
             stamp.withdraw(layout.stamp("vllm"))

@@ -66,7 +66,7 @@ def run(
     except SmokeError as exc:
         exc.hint = hints.text("bump.doctor_or", then=exc.hint)
         raise
-    known_good.record(layout, settings, plan.observe(layout, settings), console=console)
+    known_good.record(plan.observe(layout, settings), console=console)
 
 
 def is_under_way(layout: Layout) -> bool:
@@ -289,8 +289,7 @@ def show(
     """
     pinned = pins.load(layout.pins)
     rows = [
-        _pin(layout, pinned.vllm),
-        _stack(layout, pinned.vllm),
+        *_checkout(layout, pinned.vllm),
         *_under_way(layout),
         *_known_good_states(layout),
     ]
@@ -301,26 +300,30 @@ def show(
     console.show(rows, as_json=as_json)
 
 
-def _pin(layout: Layout, pin: Pin) -> PinRow:
+def _checkout(layout: Layout, pin: Pin) -> tuple[PinRow, PinRow]:
+    """Return the rows of the pin and of the patches, from one look at vendor/vllm."""
     facts: dict[str, object] = {"tag": pin.tag, "commit": pin.commit}
     try:
         found = checkout.observe(layout, pin)
     except WorkspaceError as exc:
-        return PinRow(State.FAIL, "pin", f"{pin.tag} {pin.commit[:12]}; {exc.message}", facts=facts)
+        text = f"{pin.tag} {pin.commit[:12]}; {exc.message}"
+        unknown = PinRow(State.FAIL, "patches", exc.message)
+        return PinRow(State.FAIL, "pin", text, facts=facts), unknown
     fits = found.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
     is_missing = found.kind is checkout.Kind.MISSING
     state = State.OK if fits else State.MISSING if is_missing else State.FAIL
-    return PinRow(
+    row = PinRow(
         state,
         "pin",
         f"{pin.tag} {pin.commit[:12]}; vendor/vllm: {found.detail}",
         facts=facts | {"kind": found.kind.value},
     )
+    return row, _stack(layout, pin, found)
 
 
-def _stack(layout: Layout, pin: Pin) -> PinRow:
+def _stack(layout: Layout, pin: Pin, found: checkout.Checkout) -> PinRow:
     try:
-        stack = patches.observe(layout, "vllm", pin, checkout.observe(layout, pin))
+        stack = patches.observe(layout, "vllm", pin, found)
     except WorkspaceError as exc:
         return PinRow(State.FAIL, "patches", exc.message)
     facts: dict[str, object] = {"state": stack.state.value, "names": stack.names}

@@ -7,7 +7,6 @@ import inspect
 import re
 import sys
 
-import invoke
 from invoke.collection import Collection
 from invoke.config import Config
 from invoke.exceptions import Exit, ParseError
@@ -118,6 +117,13 @@ class WorkspaceProgram(Program):
         writes = sys.dont_write_bytecode
         super().parse_core(argv)
         sys.dont_write_bytecode = writes
+
+    def print_version(self) -> None:
+        # Asked only here: importlib.metadata costs 20 ms.
+        from importlib.metadata import version
+
+        self.version = version("invoke")
+        super().print_version()
 
     def update_config(self, merge: bool = True) -> None:
         """Skip the core flags that this program does not have."""
@@ -242,7 +248,6 @@ def program() -> Program:
     return WorkspaceProgram(
         namespace=namespace,
         name="Invoke",
-        version=invoke.__version__,
         binary="inv",
         binary_names=["inv"],
         config_class=NoConfig,

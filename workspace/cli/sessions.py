@@ -64,7 +64,7 @@ def record_good(argv: Sequence[str]) -> int:
 
     return _run(
         lambda layout, settings: known_good.record(
-            layout, settings, plan.observe(layout, settings), console=main.console()
+            plan.observe(layout, settings), console=main.console()
         )
     )
 

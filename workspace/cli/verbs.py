@@ -220,12 +220,10 @@ def bench_report(_: Context, first: str = "", second: str = "") -> None:
 @task(name="check", default=True, help={"json": JSON})
 def env_check(_: Context, json: bool = False) -> None:
     """Show each setting: value, source, verdict."""
-    here = paths.here()
-    settings = main.load_settings(here)
+    machine = main.machine()
     from workspace.machine import check
-    from workspace.machine.machine import Machine
 
-    check.show(Machine(here, settings), console=main.console(), as_json=json)
+    check.show(machine, console=main.console(), as_json=json)
 
 
 @task(name="init", help={"replace": "also change lines that differ; old ones become comments"})
@@ -386,7 +384,7 @@ def serve_fetch(_: Context, recipe: str) -> None:
     """Fetch weights and vocabularies before a load."""
     from workspace.server import models
 
-    models.fetch(*main.opened(), recipe, console=main.console())
+    models.fetch(main.machine(), recipe, console=main.console())
 
 
 @task(name="status", default=True, help={"project": PROJECT, "json": JSON})

@@ -20,7 +20,7 @@ from workspace.compile.project import Device
 from workspace.core import files
 from workspace.core.known_settings import is_secret
 from workspace.core.paths import Layout
-from workspace.machine import interpreter, toolchain
+from workspace.machine import interpreter
 from workspace.machine.machine import Machine
 from workspace.machine.torch import TorchBuild
 from workspace.repo.pins import Pin
@@ -392,7 +392,7 @@ def observe(machine: Machine, *, device: Device, pin: Pin, torch: TorchBuild) ->
     environment = settings.child_environment("build")
     toolkit = machine.toolkit() if device == "cuda" else None
     unseen = [f"{name}={environment[name]}" for name in _READ_BY_COMPILERS if environment.get(name)]
-    compiler = f"{_compiler(environment)} {toolchain.compiler_version(settings) or 'none'}"
+    compiler = f"{_compiler(environment)} {machine.compiler_version() or 'none'}"
     of_cuda = {
         "NVCC_THREADS": settings.text("NVCC_THREADS") or "1",
         "CUDA_HOME": str(toolkit.home) if toolkit else "",

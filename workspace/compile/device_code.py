@@ -491,10 +491,10 @@ def _list_with_cuobjdump(
 
 
 def _cuobjdump(layout: Layout, settings: Settings) -> Path | None:
-    found = toolchain.find_toolkit(settings)
-    places = [found.home / "bin"] if found else []
-    places += [
-        folder / "triton" / "backends" / "nvidia" / "bin"
-        for folder in interpreter.site_packages(layout)
+    # Asked here, and not by the verb: no library that a build has made needs it.
+    answer = toolchain.ask_toolkit(settings)
+    places = [
+        *([answer.value.home / "bin"] if isinstance(answer, process.There) else ()),
+        *(top / "triton/backends/nvidia/bin" for top in interpreter.site_packages(layout)),
     ]
     return next((place / "cuobjdump" for place in places if (place / "cuobjdump").is_file()), None)

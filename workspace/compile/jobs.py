@@ -5,7 +5,6 @@ forecast counts units, minutes and memory before a rebuild starts.
 """
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -349,7 +348,7 @@ def _link(target: str) -> costs.Unit:
 def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
     """Print a row for each target and a summary; or JSON on stdout."""
     if as_json:
-        console.data(json.dumps({"schema": 1, **asdict(plan)}, indent=1))
+        console.document({"schema": 1, **asdict(plan)})
         return
     if plan.rows:
         lines = [

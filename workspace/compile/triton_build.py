@@ -26,7 +26,8 @@ from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine import interpreter, toolchain, torch
+from workspace.machine import interpreter, torch
+from workspace.machine.machine import Machine
 
 # A link of all of LLVM takes several GiB, while the job tokens count compilers: limit the links.
 LINKS_AT_ONCE = 2
@@ -62,15 +63,16 @@ def install_requirements(
     return f"{len(wanted)} wanted, {len(missing)} installed"
 
 
-def folder(layout: Layout, settings: Settings) -> Path:
+def folder(machine: Machine) -> Path:
     """Return the build directory of this Python and compiler: CMake's cache keeps both, for any
     commit.
     """
-    facts, variables = interpreter.describe(layout, settings), settings.child_environment("build")
+    layout, facts = machine.layout, machine.python()
+    variables = machine.settings.child_environment("build")
     compilers = [
         variables.get("CC", ""),
         variables.get("CXX", ""),
-        toolchain.compiler_version(settings) or "",
+        machine.compiler_version() or "",
     ]
     made_with = [str(layout.triton), facts.version if facts else "", platform.machine(), *compilers]
     return (
@@ -104,8 +106,7 @@ def environment(layout: Layout, settings: Settings, jobs: Jobs, build: Path) -> 
 
 
 def build_wheel(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     source: Source,
     *,
     jobs: Jobs,
@@ -117,11 +118,11 @@ def build_wheel(
 
     Raises BuildError with the first error of a failed unit; the same call resumes the build.
     """
-    build = folder(layout, settings)
+    layout, settings, build = machine.layout, machine.settings, folder(machine)
     variables = environment(layout, settings, jobs, build)
     out = build / "dist"
     _prepare(build, out, run_log)
-    setup = f"triton {platform.machine()} {toolchain.compiler_version(settings) or 'none'}"
+    setup = f"triton {platform.machine()} {machine.compiler_version() or 'none'}"
     work = ninja.Work(build, setup, jobs, memory, command=FROM_SOURCE)
     program = ninja.Program(_command_line(layout, source, out), variables, layout.root)
     output = BuildOutput(build)

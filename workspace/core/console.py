@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -203,9 +203,13 @@ class Console:
         """Print a status screen, or its rows as one JSON document with `more` beside them."""
         if as_json:
             records = [row.record() for row in rows]
-            self.data(json.dumps({"schema": 1, "rows": records, **more}, indent=1))
+            self.document({"schema": 1, "rows": records, **more})
         else:
             self.rows(rows)
+
+    def document(self, document: Mapping[str, object]) -> None:
+        """Print one JSON document on stdout, for a program."""
+        self.data(json.dumps(document, indent=1))
 
     def rows(self, rows: Iterable[Row], *, least: int = NAME_WIDTH) -> None:
         """Print a status screen: below a row its hint, and the reason of a row that is not ok.

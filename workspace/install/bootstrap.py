@@ -53,8 +53,8 @@ def run(
     wait: bool = False,
     end: End = "token",
     is_sandbox: bool = False,
-) -> None:
-    """Bring the workspace to a verified, stamped vLLM.
+) -> plan.Observation:
+    """Bring the workspace to a verified, stamped vLLM, and return its state at the end.
 
     It ends with a first token, or without it with the next `command`; as a `part` of another verb
     with neither. With `is_sandbox`, the source stays as it is, whatever pins and series require.
@@ -67,13 +67,8 @@ def run(
     if end == "token":
         due = (*due, _first_token_stage(observed))
     if not any(stage.is_due for stage in due):
-        if end == "part":
-            console.row(State.SKIPPED, "build", f"vllm {observed.version} is already built")
-            return
-        for stage in due:
-            _show_skipped(stage, console)
-        _close(observed, console, "nothing to do: ")
-        return
+        _show_nothing_due(due, observed, console, end)
+        return observed
     console.info(
         f"{observed.pin.name} {observed.pin.tag} for {observed.device}; due:"
         f" {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
@@ -91,6 +86,7 @@ def run(
                 console.info(f"log: {layout.relative(run_log.path)}")
     if end != "part":
         _close(observed, console, "")
+    return observed
 
 
 def stages_of(observed: plan.Observation, *, is_sandbox: bool = False) -> tuple[Stage, ...]:
@@ -346,6 +342,17 @@ def _used_gib(folder: Path) -> float:
             with contextlib.suppress(OSError):
                 size += os.lstat(os.path.join(top, name)).st_blocks * 512
     return size / 2**30
+
+
+def _show_nothing_due(
+    due: tuple[Stage, ...], observed: plan.Observation, console: Console, end: End
+) -> None:
+    if end == "part":
+        console.row(State.SKIPPED, "build", f"vllm {observed.version} is already built")
+        return
+    for stage in due:
+        _show_skipped(stage, console)
+    _close(observed, console, "nothing to do: ")
 
 
 def _show_skipped(stage: Stage, console: Console) -> None:

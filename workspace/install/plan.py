@@ -19,8 +19,9 @@ from workspace.install.precompiled import Kernels, KernelSource
 from workspace.machine import interpreter, torch
 from workspace.machine.machine import Machine
 from workspace.repo import checkout, patches, pins
-from workspace.repo.git import Git
-from workspace.repo.git.command import digest
+from workspace.repo.git import Git, command
+from workspace.repo.git.command import Entries
+from workspace.repo.git.repository import changed_paths
 
 Device = Literal["cpu", "cuda"]
 State = Literal["ok", "stale", "missing"]
@@ -37,6 +38,26 @@ DIGESTS = {
     "compiled sources": COMPILED_SOURCES,
     "metadata": METADATA_FILES,
 }
+
+
+class Tree:
+    """The working content of vendor/vllm at one moment: each part is read once, when it is first
+    needed.
+    """
+
+    def __init__(self, git: Git) -> None:
+        self.git = git
+        self._read: dict[tuple[str, ...], Entries] = {}
+
+    def entries(self, paths: tuple[str, ...]) -> Entries:
+        """Return `mode oid` by path of the files below `paths`."""
+        if paths not in self._read:
+            self._read[paths] = self.git.entries(paths, None)
+        return self._read[paths]
+
+    def digest(self, paths: tuple[str, ...]) -> str:
+        """Return one digest of the files below `paths`, as Git.digest does."""
+        return command.digest(self.entries(paths))
 
 
 @dataclass(frozen=True)
@@ -63,6 +84,7 @@ class Observation:
     device: Device
     kernels_wanted: Kernels
     checkout: checkout.Checkout
+    tree: Tree | None
     stack: patches.Stack | None
     python: interpreter.PythonFacts | None
     torch: torch.TorchBuild | None
@@ -91,7 +113,7 @@ class _Facts:
     machine: Machine
     pin: pins.Pin
     device: Device
-    git: Git | None
+    tree: Tree | None
     python: interpreter.PythonFacts | None
     torch: torch.TorchBuild | None
 
@@ -117,14 +139,14 @@ def observe_on(machine: Machine) -> Observation:
     stack = patches.observe(layout, "vllm", pin, current) if is_usable else None
     python = machine.python()
     build = machine.torch() if python else None
-    git = Git(layout.vllm) if is_usable else None
-    facts = _Facts(machine, pin, device, git, python, build)
+    tree = Tree(Git(layout.vllm)) if is_usable else None
+    facts = _Facts(machine, pin, device, tree, python, build)
     environment = _environment(facts, environment_stamp)
-    changed_sources = _changed_sources(git, current)
+    changed_sources = _changed_sources(tree, current)
     wanted = precompiled.choose(
         settings, pin, device, _kept(build_stamp), is_changed=bool(changed_sources)
     )
-    if wanted.source.is_native or _are_packed(changed_sources, git, wanted, build_stamp):
+    if wanted.source.is_native or _are_packed(changed_sources, tree, wanted, build_stamp):
         changed_sources = ()
     kernels, needs_compilation = _kernels(facts, wanted, build_stamp, changed_sources)
     install = _install(facts, build_stamp)
@@ -134,6 +156,7 @@ def observe_on(machine: Machine) -> Observation:
         device,
         wanted,
         current,
+        tree,
         stack,
         python,
         build,
@@ -179,13 +202,13 @@ def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
         has_folder = facts.machine.layout.environment.exists()
         reason = ".vllm holds no working Python" if has_folder else "there is no .vllm"
         return Layer("environment", "missing", (reason,))
-    if facts.git is None:
+    if facts.tree is None:
         return Layer("environment", "missing", ("there is no checkout to take requirements from",))
     inputs = {
         "place": str(facts.machine.layout.environment),
         "python": facts.python.version,
         "device": facts.device,
-        "requirements": facts.git.digest(REQUIREMENT_FILES),
+        "requirements": facts.tree.digest(REQUIREMENT_FILES),
         "use existing torch": facts.machine.settings.text("USE_EXISTING_TORCH"),
         "pre-releases": facts.machine.settings.text("ALLOW_PRERELEASE"),
         "torch": _torch_input(facts.torch) if facts.torch else "none",
@@ -193,7 +216,7 @@ def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     if recorded is None:
         return Layer("environment", "missing", ("it was not finished",), inputs)
     installed = facts.machine.packages()
-    reasons = _differences(facts.git, recorded, inputs)
+    reasons = _differences(facts.tree, recorded, inputs)
     reasons += tuple(
         f"{name} {old} → {installed.get(name, 'none')}"
         for name, old in recorded.packages.items()
@@ -213,14 +236,14 @@ def _kernels(
     changed_sources: tuple[str, ...],
 ) -> tuple[Layer, tuple[str, ...]]:
     """Return the layer, and those of its reasons that only a compiler can remove."""
-    git, build = facts.git, facts.torch
-    if git is None or build is None:
-        reason = "there is no checkout" if git is None else "there is no torch"
+    tree, build = facts.tree, facts.torch
+    if tree is None or build is None:
+        reason = "there is no checkout" if tree is None else "there is no torch"
         return Layer("kernels", "missing", (reason,)), ()
     source = wanted.source
     inputs = {"device": facts.device, "torch": _torch_input(build)}
     compiled = (
-        compiled_inputs(facts.machine, git, facts.pin, facts.device, build)
+        compiled_inputs(facts.machine, tree, facts.pin, facts.device, build)
         if source.is_compiled
         else {}
     )
@@ -234,8 +257,8 @@ def _kernels(
         needs_compilation = sentence
         source = source.without_compiler()
     else:
-        needs_compilation = _differences(git, recorded, compiled)
-    reasons = source.differences(recorded.kernels) + _differences(git, recorded, inputs)
+        needs_compilation = _differences(tree, recorded, compiled)
+    reasons = source.differences(recorded.kernels) + _differences(tree, recorded, inputs)
     reasons += tuple(
         f"{library.path} changed"
         for library in recorded.libraries
@@ -248,24 +271,25 @@ def _kernels(
 
 
 def kernel_inputs(observed: Observation, source: KernelSource) -> dict[str, str]:
-    """Return the inputs of kernels from this source if they are built now, as a stamp records them.
+    """Return the inputs of kernels from this source if they are built from what was observed, as a
+    stamp records them.
 
-    Raises CheckoutError where there is no torch.
+    Raises CheckoutError where there is no checkout or no torch.
     """
-    build = observed.torch
-    if build is None:
+    tree, build = observed.tree, observed.torch
+    if tree is None or build is None:
         raise CheckoutError(
-            "there is no torch to build kernels for", hint=hints.text("inv.bootstrap")
+            f"there is no {'torch' if tree else 'checkout'} to build kernels for",
+            hint=hints.text("inv.bootstrap"),
         )
     inputs = {"device": observed.device, "torch": _torch_input(build)}
     if source.is_compiled:
-        git = Git(observed.machine.layout.vllm)
-        inputs |= compiled_inputs(observed.machine, git, observed.pin, observed.device, build)
+        inputs |= compiled_inputs(observed.machine, tree, observed.pin, observed.device, build)
     return inputs
 
 
 def compiled_inputs(
-    machine: Machine, git: Git, pin: pins.Pin, device: Device, build: torch.TorchBuild
+    machine: Machine, tree: Tree, pin: pins.Pin, device: Device, build: torch.TorchBuild
 ) -> dict[str, str]:
     """Return the inputs of a compilation besides torch and device.
 
@@ -280,63 +304,64 @@ def compiled_inputs(
         "compiler": observed.compiler,
         "build type": observed.build_type,
         "cmake arguments": machine.settings.text("CMAKE_ARGS"),
-        "compiled sources": git.digest(COMPILED_SOURCES),
+        "compiled sources": tree.digest(COMPILED_SOURCES),
     }
 
 
 def _install(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
-    git, python = facts.git, facts.python
-    if git is None or python is None:
-        reason = "there is no checkout" if git is None else "there is no environment"
+    tree, python = facts.tree, facts.python
+    if tree is None or python is None:
+        reason = "there is no checkout" if tree is None else "there is no environment"
         return Layer("install", "missing", (reason,))
     inputs = {
         "place": str(facts.machine.layout.vllm),
-        "metadata": git.digest(METADATA_FILES),
+        "metadata": tree.digest(METADATA_FILES),
         "version": facts.version,
         "interpreter": python.version,
     }
     if recorded is None:
         return Layer("install", "missing", ("no build was finished",), inputs)
-    reasons = _differences(git, recorded, inputs)
+    reasons = _differences(tree, recorded, inputs)
     found = facts.machine.packages().get("vllm")
     if found != facts.version:
         reasons += (f"installed vllm {found or 'none'} → {facts.version}",)
     return Layer("install", "stale" if reasons else "ok", reasons, inputs, recorded)
 
 
-def digested_files(git: Git, inputs: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
+def digested_files(tree: Tree | None, inputs: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
     """Return `mode oid` by path for each input that is a digest over files, for the stamp.
 
     Left out are files that changed since the digest was made, and names that JSON cannot hold.
     """
-    entries = {name: git.entries(paths, None) for name, paths in DIGESTS.items() if name in inputs}
+    known = [name for name in DIGESTS if name in inputs]
+    entries = {name: tree.entries(DIGESTS[name]) for name in known} if tree else {}
     return {
         name: of_input
         for name, of_input in entries.items()
-        if digest(of_input) == inputs[name] and not re.search("[\ud800-\udfff]", "".join(of_input))
+        if command.digest(of_input) == inputs[name]
+        and not re.search("[\ud800-\udfff]", "".join(of_input))
     }
 
 
-def _differences(git: Git, recorded: stamp.Stamp, inputs: Mapping[str, str]) -> tuple[str, ...]:
+def _differences(tree: Tree, recorded: stamp.Stamp, inputs: Mapping[str, str]) -> tuple[str, ...]:
     def changed_files(name: str) -> Sequence[str]:
         before = recorded.files.get(name)
         if before is None:
             return ()
-        now = git.entries(DIGESTS[name], None)
-        return sorted(path for path in {*before, *now} if before.get(path) != now.get(path))
+        return changed_paths(before, tree.entries(DIGESTS[name]))
 
     return files.differences(recorded.inputs, inputs, changed_files)
 
 
 def _are_packed(
-    changed: tuple[str, ...], git: Git | None, wanted: Kernels, recorded: stamp.Stamp | None
+    changed: tuple[str, ...], tree: Tree | None, wanted: Kernels, recorded: stamp.Stamp | None
 ) -> bool:
     """Return whether the wheel of `inv wheel` that is wanted was built from these sources."""
     return bool(
         changed
-        and git
+        and tree
         and wanted.source.is_wheel_file
-        and _packed_sources(wanted, recorded) == git.digest(COMPILED_SOURCES)
+        and _packed_sources(wanted, recorded) == tree.digest(COMPILED_SOURCES)
     )
 
 
@@ -352,10 +377,11 @@ def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None
     return packed.digest if packed else None
 
 
-def _changed_sources(git: Git | None, current: checkout.Checkout) -> tuple[str, ...]:
-    if git is None or current.base is None:
+def _changed_sources(tree: Tree | None, current: checkout.Checkout) -> tuple[str, ...]:
+    if tree is None or current.base is None:
         return ()
-    return git.changed_files(current.base, COMPILED_SOURCES)
+    pinned = tree.git.entries(COMPILED_SOURCES, current.base)
+    return changed_paths(pinned, tree.entries(COMPILED_SOURCES))
 
 
 def changed_sources_sentence(changed: tuple[str, ...]) -> str:

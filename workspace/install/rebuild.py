@@ -301,9 +301,9 @@ class Job:
     def verify(self, view: Step) -> None:
         """Write the stamp once every library loads and has code for the intended GPU."""
         run = self.run
-        observed, verdict = run.observe(), None
+        observed, verdict = run.observed, None
         if stages.note_python(run) and self.before:
-            verdict = verify.verify_changed(run.layout, run.settings, self.before)
+            verdict = verify.verify_changed(observed.machine, self.before)
         verdict = verdict or verify.verify(observed)
         device_code = (
             stages.check_device_code(
@@ -316,7 +316,7 @@ class Job:
             if observed.device == "cuda"
             else ""
         )
-        stages.write_stamp(run, observed, verdict, self.source)
+        stages.write_stamp(run, verdict, self.source)
         view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}{device_code}"
 
     def show(self, *, as_json: bool) -> None:
@@ -373,8 +373,10 @@ def run(
     console: Console,
     wait: bool = False,
     is_sandbox: bool = False,
-) -> None:
-    """Bring the compiled libraries up to date with the tree; raise the error of a failed step."""
+) -> plan.Observation:
+    """Bring the compiled libraries up to date with the tree, and return its state at the end: what
+    was edited meanwhile is due next. Raises the error of a failed step.
+    """
     pins.require_settled(layout)
     if options.as_json and not options.plan_only:
         raise SettingsError("--json works only with --plan", hint=hints.text("install.plan_json"))
@@ -388,7 +390,7 @@ def run(
         _clean(layout, console, wait=wait)
     if not options.targets and observed.kernels.state == observed.install.state == "ok":
         _show_up_to_date(observed, console)
-        return
+        return observed
     bounds = bounds or _bounds(machine, options)
     is_compiled = bool(options.targets) or observed.kernels_wanted.source.is_compiled
     verb = "inv rebuild --plan" if options.plan_only else "inv rebuild"
@@ -402,8 +404,10 @@ def run(
             if run_log.path:
                 console.info(f"log: {layout.relative(run_log.path)}")
     if not options.plan_only:
+        observed = observed.again()
         console.sentence(built)
-        console.hint(status.next_command(observed.again()))
+        console.hint(status.next_command(observed))
+    return observed
 
 
 def _show_up_to_date(observed: plan.Observation, console: Console) -> None:

@@ -197,16 +197,18 @@ def as_built(settings: Settings, observed: plan.Observation) -> Settings:
 
 def build_in(
     layout: Layout, settings: Settings, *, console: Console, is_sandbox: bool = False
-) -> None:
-    """Bootstrap a layout, and rebuild where its tree changes compiled sources.
+) -> plan.Observation:
+    """Bootstrap a layout, and rebuild where its tree changes compiled sources. Return its state.
 
     Raises the errors of bootstrap and rebuild.
     """
-    bootstrap.run(layout, settings, console=console, wait=True, end="part", is_sandbox=is_sandbox)
-    if plan.observe(layout, settings).needs_compilation:
+    observed = bootstrap.run(
+        layout, settings, console=console, wait=True, end="part", is_sandbox=is_sandbox
+    )
+    if observed.needs_compilation:
         from workspace.install import rebuild
 
-        rebuild.run(
+        observed = rebuild.run(
             layout,
             settings,
             rebuild.RebuildOptions(),
@@ -214,6 +216,7 @@ def build_in(
             wait=True,
             is_sandbox=is_sandbox,
         )
+    return observed
 
 
 def remove_tree(outer: Layout, own: Layout, gone: Path) -> None:
@@ -339,7 +342,7 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
         ) as run_log:
             borrow_environment(sandbox.outer, sandbox.layout, run_log=run_log)
     try:
-        build_in(sandbox.layout, wanted, console=console, is_sandbox=True)
+        observed = build_in(sandbox.layout, wanted, console=console, is_sandbox=True)
     except ToolchainError as exc:
         if not plan.observe(sandbox.layout, wanted).needs_compilation:
             raise
@@ -348,7 +351,6 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
             hint=exc.hint,
             details=exc.details,
         ) from exc
-    observed = plan.observe(sandbox.layout, wanted)
     for layer in (observed.environment, observed.kernels, observed.install):
         if layer.state != "ok":
             hint = hints.text("install.kernels_auto")

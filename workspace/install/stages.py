@@ -16,6 +16,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stamp, status, verify
 from workspace.machine import check, dotenv, torch, venv
+from workspace.machine.machine import Machine
 from workspace.repo import checkout, export, patches
 from workspace.repo.git import Git
 
@@ -35,6 +36,10 @@ class Run:
     # What the steps of a rebuild share (rebuild.Job).
     job: object | None = None
     is_sandbox: bool = False
+    machine: Machine = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.machine = self.observed.machine
 
     @property
     def layout(self) -> Layout:
@@ -44,8 +49,13 @@ class Run:
     def settings(self) -> Settings:
         return self.observed.machine.settings
 
+    def reread(self) -> Machine:
+        """Return the machine as an earlier step left it."""
+        self.machine = self.machine.reread()
+        return self.machine
+
     def observe(self) -> plan.Observation:
-        return self.observed.again()
+        return plan.observe_on(self.reread())
 
 
 # The key in the stamp's outcome: the digest of the Python package that was verified.
@@ -67,7 +77,7 @@ def act(run: Run, steps: Steps, *, reason: str = "") -> None:
             with (
                 contextlib.nullcontext()
                 if name in CHANGES_TORCH
-                else torch.held(run.layout, run.settings, step=name)
+                else torch.held(run.layout, step=name)
             ):
                 do(run, view)
         run.run_log.step = None
@@ -108,36 +118,33 @@ def make_python(run: Run, view: Step) -> None:
         if is_interrupted:
             venv.drop_bytecode(run.layout, since=run.layout.stamp("environment"))
     stamp.withdraw(run.layout.stamp("environment"))
-    view.reason = venv.make_python(
-        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
-    )
+    view.reason = venv.make_python(run.reread(), device=run.observed.device, run_log=run.run_log)
 
 
 def install_torch(run: Run, view: Step) -> None:
-    view.reason = venv.install_torch(
-        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
-    )
+    view.reason = venv.install_torch(run.reread(), device=run.observed.device, run_log=run.run_log)
 
 
 def install_requirements(run: Run, view: Step) -> None:
     view.reason = venv.install_requirements(
-        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
+        run.reread(), device=run.observed.device, run_log=run.run_log
     )
 
 
 def install_accelerators(run: Run, view: Step) -> None:
     """Install the accelerators, the last step of the environment, and write its stamp."""
     provided = venv.install_accelerators(
-        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
+        run.reread(), device=run.observed.device, run_log=run.run_log
     )
-    inputs = run.observe().environment.inputs
+    observed = run.observe()
+    inputs = observed.environment.inputs
     if inputs is None:
         raise BuildError(
             "the environment is missing after its installation", hint=hints.text("inv.status")
         )
-    files = plan.digested_files(Git(run.layout.vllm), inputs)
+    files = plan.digested_files(observed.tree, inputs)
     # A build for the CPU reports a driver that answers later: status.device_row.
-    away = run.observed.device == "cpu" and not run.observed.machine.gpus
+    away = observed.device == "cpu" and not observed.machine.gpus
     outcome = {stamp.DRIVER: stamp.AWAY} if away else {}
     stamp.write(
         run.layout.stamp("environment"),
@@ -216,15 +223,14 @@ def install_with_wheel(run: Run) -> None:
 
 def verify_vllm(run: Run, view: Step) -> None:
     """Verify with the built interpreter, the last step, and write the stamp."""
-    observed = run.observe()
+    observed = run.observed
     note_python(run)
     verdict = verify.verify(observed)
     if observed.device == "cuda":
         libraries = [library.path for library in verdict.libraries]
         check_device_code(run, libraries, archs="", not_built=(), is_native=False)
-    # The source of what was installed: without the stamp, `observed` may want another one. Where
-    # compiled sources changed, the kernels are still those of the wheel.
-    write_stamp(run, observed, verdict, run.observed.kernels_wanted.source.without_compiler())
+    # Where compiled sources changed, the kernels are still those of the wheel.
+    write_stamp(run, verdict, observed.kernels_wanted.source.without_compiler())
     view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
 
 
@@ -237,18 +243,16 @@ def note_python(run: Run) -> bool:
     return recorded is not None and recorded.outcome.get(PYTHON) == digest
 
 
-def write_stamp(
-    run: Run,
-    observed: plan.Observation,
-    verdict: verify.Verdict,
-    source: precompiled.KernelSource,
-) -> None:
-    """Write the stamp of the verified build: libraries by hash, inputs of kernels and install."""
-    git = Git(run.layout.vllm)
+def write_stamp(run: Run, verdict: verify.Verdict, source: precompiled.KernelSource) -> None:
+    """Write the stamp of the verified build: libraries by hash, inputs of kernels and install.
+
+    The inputs are those from before the build: what was edited meanwhile may not be in it.
+    """
+    observed = run.observed
     outcome = run.outcome | {
         "version": verdict.version,
         "platform": verdict.platform,
-        "tree": git.tree("HEAD"),
+        "tree": Git(run.layout.vllm).tree("HEAD"),
     }
     inputs = plan.kernel_inputs(observed, source) | (observed.install.inputs or {})
     stamp.write(
@@ -258,7 +262,7 @@ def write_stamp(
             outcome=outcome,
             libraries=verdict.libraries,
             kernels=source,
-            files=plan.digested_files(git, inputs),
+            files=plan.digested_files(observed.tree, inputs),
         ),
     )
 

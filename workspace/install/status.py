@@ -13,7 +13,7 @@ from workspace.core.paths import Layout
 from workspace.core.process import There
 from workspace.install import plan, precompiled, stamp
 from workspace.install.precompiled import text_of
-from workspace.machine import doctor, gpu, torch
+from workspace.machine import doctor, gpu
 from workspace.machine.machine import Machine
 from workspace.machine.torch import Installed, TorchBuild
 from workspace.repo import checkout, overview, patches, pins, series
@@ -55,9 +55,10 @@ def pairing(build: TorchBuild | None, paired: str | None) -> str:
     )
 
 
-def triton_row(layout: Layout, build: TorchBuild | None) -> Row | None:
+def triton_row(machine: Machine) -> Row | None:
     """Return the row of Triton, None without a Triton and without a need for one."""
-    installed, paired = torch.observe_triton(layout), torch.paired_triton(layout)
+    layout, installed, build = machine.layout, machine.triton(), machine.torch()
+    paired = machine.paired_triton()
     if installed is None:
         text = f"none; {pairing(build, paired)}"
         return Row(State.MISSING, "triton", text) if paired is not None else None
@@ -157,7 +158,7 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
     rows.extend(device_rows(observed.machine))
     if sentence := driver_sentence(built):
         rows.append(Row(State.OK, "first use", sentence))
-    if found := triton_row(layout, observed.torch):
+    if found := triton_row(observed.machine):
         rows.append(found)
     rows.append(_smoke(layout, observed))
     return tuple(rows)

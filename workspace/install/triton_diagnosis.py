@@ -78,18 +78,18 @@ class Diagnosis:
         return not any(finding.name in ("triton", "kernel") for finding in self.bad)
 
 
-def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
+def diagnose(machine: Machine) -> Diagnosis:
     """Observe everything and judge it. Raises BuildError where there is no environment."""
-    machine = Machine(layout, settings)
+    layout, settings = machine.layout, machine.settings
     if machine.python() is None:
         raise BuildError(
             "there is no environment in .vllm to diagnose",
             hint=hints.text("inv.bootstrap"),
         )
     case = Case(machine)
-    installed, build = torch.observe_triton(layout), machine.torch()
+    installed, build = machine.triton(), machine.torch()
     is_gpu_torch = build is not None and build.cuda is not None
-    paired, capability = torch.paired_triton(layout), dotenv.capability_of(case)
+    paired, capability = machine.paired_triton(), dotenv.capability_of(case)
     assemblers = (
         dotenv.ptxas_of_triton(installed.bin, installed.version, capability)
         if installed and installed.bin
@@ -102,7 +102,7 @@ def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
     tree, shadow = _tree(layout), shadowing(layout, kernel)
     stale = stale_folders(layout) if tree != jit_caches.NONE else ()
     stack = jit_caches.observe(machine, tree=tree)
-    foreign = jit_caches.foreign(layout, settings, stack)
+    foreign = jit_caches.foreign(machine, stack)
     findings = (
         _installed(layout, installed, build, paired),
         *_unfinished(layout),

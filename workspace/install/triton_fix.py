@@ -22,6 +22,7 @@ from workspace.install import stamp, triton_fixes
 from workspace.install.triton_diagnosis import Diagnosis, diagnose, try_kernel
 from workspace.install.triton_fixes import Context, Fix
 from workspace.machine import hardware, interpreter, torch, venv
+from workspace.machine.machine import Machine
 from workspace.repo import pins
 
 # GiB that a build adds: objects and libraries, and LLVM with NVIDIA's tools among the downloads
@@ -56,23 +57,22 @@ def run(
     from source.
     """
     _require_sense(options)
-    limits = _limits(settings, options) if options.from_source else None
+    machine = Machine(layout, settings)
+    limits = _limits(machine, options) if options.from_source else None
     pins.require_settled(layout)
-    found = diagnose(layout, settings)
+    found = diagnose(machine)
     console.rows(found.findings)
     if options.check or (not found.bad and not options.from_source):
         _close(found, console, hints.text("install.fix_what_can", first=_in_shell(found, settings)))
         return
-    context, found = _fix(
-        layout, settings, console=console, wait=wait, is_from_source=options.from_source
-    )
+    context, found = _fix(machine, console=console, wait=wait, is_from_source=options.from_source)
     if options.from_source or not (found.can_compile or found.paired is None):
         if not options.from_source:
             console.info(
                 "no cheaper fix has helped: Triton is built from source now; ^C stops the build and"
                 " keeps what is installed"
             )
-        limits = limits or _limits(settings, options)
+        limits = limits or _limits(context.machine, options)
         found = _from_source(context, options, limits, provide=provide, wait=wait)
     _close(
         found,
@@ -82,20 +82,19 @@ def run(
 
 
 def _fix(
-    layout: Layout, settings: Settings, *, console: Console, wait: bool, is_from_source: bool
+    machine: Machine, *, console: Console, wait: bool, is_from_source: bool
 ) -> tuple[Context, Diagnosis]:
     """Under the lock, undo an interrupted installation and apply the fixes."""
+    layout, settings = machine.layout, machine.settings
     with (
         lock.hold(layout.lock, verb="inv fix-triton", wait=wait, on_wait=console.info) as held,
         RunLog(
             console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held
         ) as run_log,
     ):
-        context = Context(layout, settings, run_log)
+        context = Context(machine, run_log)
         triton_fixes.restore_former(context)
-        found = _apply_fixes(
-            context, diagnose(layout, context.settings), is_from_source=is_from_source
-        )
+        found = _apply_fixes(context, diagnose(context.reread()), is_from_source=is_from_source)
         if run_log.path:
             console.info(f"log: {layout.relative(run_log.path)}")
     return context, found
@@ -114,11 +113,11 @@ def _require_sense(options: FixOptions) -> None:
         )
 
 
-def _limits(settings: Settings, options: FixOptions) -> tuple[Jobs, Memory]:
-    host = hardware.observe()
+def _limits(machine: Machine, options: FixOptions) -> tuple[Jobs, Memory]:
+    host = machine.host()
     return (
         bounds.count(
-            settings,
+            machine.settings,
             cores=host.cores,
             flag=options.jobs,
             command=triton_sources.FROM_SOURCE,
@@ -186,11 +185,11 @@ def _apply(context: Context, found: Diagnosis, fix: Fix, planned: tuple[str, ...
     before = {finding.name for finding in found.bad}
     with (
         _step(context.run_log, fix.name) as view,
-        torch.held(context.layout, context.settings, step=fix.name),
+        torch.held(context.layout, step=fix.name),
     ):
         view.reason = fix.act(context, found)
     context.run_log.step = None
-    found = diagnose(context.layout, context.settings)
+    found = diagnose(context.reread())
     fixed = before - {finding.name for finding in found.bad}
     console.info(
         "diagnosed again:"
@@ -228,22 +227,24 @@ def _from_source(
             console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held
         ) as run_log,
     ):
-        tree, wheel = _build(layout, settings, limits, run_log)
-        found = _install(Context(layout, settings, run_log), tree, wheel, jobs=limits[0].count)
+        context = Context(context.reread(), run_log)
+        tree, wheel = _build(context.machine, limits, run_log)
+        found = _install(context, tree, wheel, jobs=limits[0].count)
         if run_log.path:
             console.info(f"log: {layout.relative(run_log.path)}")
     return found
 
 
 def _build(
-    layout: Layout, settings: Settings, limits: tuple[Jobs, Memory], run_log: RunLog
+    machine: Machine, limits: tuple[Jobs, Memory], run_log: RunLog
 ) -> tuple[triton_sources.Source, triton_build.Wheel]:
     """Fetch the sources and downloads, install the requirements, and compile the wheel."""
+    layout, settings = machine.layout, machine.settings
     with _step(run_log, "source") as view:
         tree = triton_sources.prepare_source(layout, settings, run_log=run_log, step=view)
     with _step(run_log, "downloads") as view:
         environment = triton_build.environment(
-            layout, settings, limits[0], triton_build.folder(layout, settings)
+            layout, settings, limits[0], triton_build.folder(machine)
         )
         view.reason = triton_sources.provide_downloads(
             tree,
@@ -255,14 +256,14 @@ def _build(
         )
     with (
         _step(run_log, "requirements") as view,
-        torch.held(layout, settings, step="requirements"),
+        torch.held(layout, step="requirements"),
     ):
         view.reason = triton_build.install_requirements(layout, settings, tree, run_log=run_log)
     for limit in limits:
         run_log.console.info(limit.sentence)
-    with _step(run_log, "compile") as view, torch.held(layout, settings, step="compile"):
+    with _step(run_log, "compile") as view, torch.held(layout, step="compile"):
         wheel = triton_build.build_wheel(
-            layout, settings, tree, jobs=limits[0], memory=limits[1], run_log=run_log, step=view
+            machine, tree, jobs=limits[0], memory=limits[1], run_log=run_log, step=view
         )
         view.reason = f"{wheel.units} units, {wheel.path.name}"
     run_log.console.table(wheel.summary, right=(1, 2))
@@ -300,7 +301,7 @@ def _install(
     former, recorded = venv.keep_former(layout), stamp.read(layout.stamp("triton"))
     stamp.withdraw(layout.stamp("triton"))
     try:
-        with _step(run_log, "install") as view, torch.held(layout, settings, step="install"):
+        with _step(run_log, "install") as view, torch.held(layout, step="install"):
             arguments = ["--no-deps", "--reinstall-package", "triton", str(wheel.path)]
             interpreter.install(layout, settings, arguments, run_log=run_log, failure=BuildError)
             view.reason = f"triton {interpreter.installed(layout).get('triton')}, torch unchanged"
@@ -327,7 +328,7 @@ def _install(
     venv.drop_former(former)
     stamp.write(layout.stamp("triton"), _stamp(context, tree, wheel, found, jobs=jobs))
     triton_fixes.record_installed(layout)
-    return diagnose(layout, settings)
+    return diagnose(context.reread())
 
 
 def _stamp(
@@ -339,8 +340,7 @@ def _stamp(
     jobs: int,
 ) -> stamp.Stamp:
     """Return the stamp of a verified Triton that was built here."""
-    installed = torch.observe_triton(context.layout)
-    build = torch.observe(context.layout, context.settings)
+    installed, build = found.installed, context.machine.torch()
     patched = (
         f"{tree.patches} {'patch' if tree.patches == 1 else 'patches'}" if tree.patches else ""
     )
@@ -366,7 +366,7 @@ def _stamp(
 
 def _verified(context: Context) -> Diagnosis:
     """Diagnose the installed Triton. Raises BuildError where its test kernel fails."""
-    found = diagnose(context.layout, context.settings)
+    found = diagnose(context.reread())
     kernel = found.kernel or try_kernel(context.layout, context.settings, found.capability)
     if kernel.error:
         raise BuildError(

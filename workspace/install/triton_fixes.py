@@ -28,19 +28,33 @@ WHY = "changed by inv fix-triton on {day}"
 
 @dataclass
 class Context:
-    """The workspace that fixes work in; `settings` are read again once .env has changed."""
+    """The workspace that fixes work in, as it is after the last of them."""
 
-    layout: Layout
-    settings: Settings
+    machine: Machine
     run_log: RunLog
 
+    @property
+    def layout(self) -> Layout:
+        return self.machine.layout
+
+    @property
+    def settings(self) -> Settings:
+        return self.machine.settings
+
+    def reread(self) -> Machine:
+        """Return the machine after a fix."""
+        self.machine = self.machine.reread()
+        return self.machine
+
     def reload(self) -> None:
+        """Read the settings again once .env has changed: the machine is another one with them."""
         flags = {
             name: value.text
             for name, value in self.settings.values.items()
             if value.source == "flag"
         }
-        self.settings = settings.load(self.layout, flags=flags, environ=self.settings.shell)
+        changed = settings.load(self.layout, flags=flags, environ=self.settings.shell)
+        self.machine = Machine(self.layout, changed)
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ def assembler_changes(context: Context, found: Diagnosis) -> dict[str, str | Non
 
 
 def _better(context: Context, found: Diagnosis, verdict: Verdict) -> str | None:
-    case = Case(Machine(context.layout, context.settings))
+    case = Case(context.machine)
     own = dotenv.try_ptxas(verdict.assembler.bundled, found.capability, case.ask)
     if own and not own.complaint:
         return None

@@ -19,8 +19,8 @@ from workspace.core.settings import Settings
 from workspace.install.plan import Observation
 from workspace.install.stamp import Library, Stamp
 from workspace.machine import interpreter
+from workspace.machine.machine import Machine
 from workspace.machine.torch import TorchBuild
-from workspace.machine.torch import observe as observe_torch
 
 # The import of vLLM takes 10 s on two cores; with a cold page cache and CUDA libraries of 800 MB it
 # took a minute.
@@ -199,7 +199,7 @@ class _Loads:
     libraries: tuple[_Load, ...]
 
 
-def verify_changed(layout: Layout, settings: Settings, before: Before) -> Verdict | None:
+def verify_changed(machine: Machine, before: Before) -> Verdict | None:
     """Verify only the libraries that changed since the last verification; the caller has found that
     nothing else changed.
 
@@ -207,6 +207,7 @@ def verify_changed(layout: Layout, settings: Settings, before: Before) -> Verdic
     new, missing, does not load, or needs other symbols or holds other device code than before; or
     the last verification saw no GPU.
     """
+    layout, build = machine.layout, machine.torch()
     recorded, known = before.recorded, before.libraries
     now = _linked(layout, recorded)
     changed = tuple(path for path in known if now[path] != known[path])
@@ -220,23 +221,20 @@ def verify_changed(layout: Layout, settings: Settings, before: Before) -> Verdic
     )
     if not changed or not is_alike or _compiled(layout) != set(known) or torch is None:
         return None
-    if not recorded.outcome.get("platform"):
+    if build is None or not recorded.outcome.get("platform"):
         return None
     argv: list[process.Argument] = [layout.environment_python, "-I", "-S"]
     argv += [layout.probes / "verify.py", layout.vllm, "--torch", torch]
     for path in changed:
         argv += ["--only", path]
     try:
-        environment = settings.child_environment("run")
+        environment = machine.settings.child_environment("run")
         done = process.capture(argv, env=environment, cwd=layout.root, timeout_s=TIMEOUT_S)
         rows = records.decode(done.stdout, _Loads).libraries if done.returncode == 0 else ()
     except (ToolchainError, records.DecodeError):
         return None
     fresh = {row.path: Library(row.path, row.size, row.sha256) for row in rows}
     if set(fresh) != set(changed) or any(row.verdict != "ok" for row in rows):
-        return None
-    build = observe_torch(layout, settings)
-    if build is None:
         return None
     return Verdict(
         recorded.outcome["version"],

@@ -25,7 +25,7 @@ from workspace.core.settings import (
     is_set_by_the_workspace,
     similar,
 )
-from workspace.machine import interpreter, run_environment
+from workspace.machine import run_environment
 from workspace.machine.arch import key
 from workspace.machine.machine import Case, Machine
 from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
@@ -84,7 +84,7 @@ def _assemblers(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
             message = "it cannot be executed: Triton stops there"
             yield Finding(name, message, is_error=case.device == "cuda")
     if "TRITON_PTXAS_PATH" in given and "TRITON_PTXAS_BLACKWELL_PATH" not in given:
-        version = interpreter.installed(case.layout).get("triton", "")
+        version = case.machine.packages().get("triton", "")
         capabilities = case.machine.capabilities
         newest = max(map(key, capabilities), default=())
         if key(version) >= _SECOND_ASSEMBLER and newest >= _FIRST_GPU_OF_IT:
@@ -113,7 +113,7 @@ def _vocabularies(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
     if ENCODINGS not in given:
         return
     missing = missing_vocabularies(Path(given[ENCODINGS]))
-    built_in = interpreter.installed(case.layout).get("oss-harmony")
+    built_in = case.machine.packages().get("oss-harmony")
     why = (
         f"oss-harmony {built_in} in .vllm has them built in"
         if built_in
@@ -270,7 +270,10 @@ def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Setti
                 hint=_removal(row) if finding.hint is None else finding.hint,
                 is_sentence=False,
             )
-    is_judged = bool(run_environment.known_variables(case.layout))
+    # The tree's own list takes 20 ms to read: only where the settings do not know a name.
+    is_judged = any(map(_UNKNOWN.match, settings.warnings)) and bool(
+        run_environment.known_variables(case.layout)
+    )
     return tuple(
         _with_warning(
             settings,

@@ -4,7 +4,6 @@ of verbs that build or serve.
 A preflight selects from the one table of checks. Checks only read, and run in parallel.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -302,8 +301,8 @@ def show(
     rows = (*examine(case, checks), *more)
     if as_json:
         verdict = max((row.state for row in rows), key=lambda state: state.gravity)
-        report = {"schema": SCHEMA, "rows": [_record(row) for row in rows], "verdict": verdict}
-        console.data(json.dumps(report, indent=1))
+        records = [_record(row) for row in rows]
+        console.document({"schema": SCHEMA, "rows": records, "verdict": verdict})
     else:
         console.rows(rows)
         states = [row.state for row in rows]

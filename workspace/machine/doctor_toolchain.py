@@ -14,7 +14,7 @@ from workspace.core import hints, process
 from workspace.core.console import Row, State
 from workspace.core.errors import WorkspaceError
 from workspace.core.process import Absent, Broken, NoAnswer, Slow, There
-from workspace.machine import arch, dotenv, interpreter, requirements, toolchain
+from workspace.machine import arch, dotenv, interpreter, requirements
 from workspace.machine.arch import OLDEST_CAPABILITY, key
 from workspace.machine.machine import Case, unanswered
 
@@ -102,7 +102,7 @@ def headers(case: Case) -> Iterator[Row]:
     yield _headers_row(
         case,
         choice.version,
-        interpreter.headers_of(choice.path, case.settings),
+        choice.headers,
         base=choice.path.parent.parent,
         # Otherwise bootstrap may still fetch another Python, or a torch wheel may decide.
         is_certain=not choice.reason,
@@ -129,7 +129,7 @@ def _headers_row(
 
 def compiler(case: Case) -> Iterator[Row]:
     """Check g++, or the compiler in CXX, against the version that the pinned tree requires."""
-    argv, answer = toolchain.ask_compiler(case.settings)
+    argv, answer = case.machine.compiler()
     required = required_compiler(case.layout.vllm, device=case.device)
     why = f"the tree needs {required} or newer" if required else "it compiles the kernels"
     if not isinstance(answer, There):
@@ -293,12 +293,11 @@ def _gpu_row(name: str, capability: str | None) -> Row:
 
 def toolkit(case: Case) -> Iterator[Row]:
     """Check for a CUDA toolkit of torch's major version."""
+    if case.device == "cpu":
+        yield Row(State.OK, "toolkit", NOT_NEEDED, "a CPU build needs no toolkit")
+        return
     found = case.toolkit()
     seen = f"CUDA {found.version} in {found.home}" if found else ""
-    if case.device == "cpu":
-        seen = f"{seen}; {NOT_NEEDED}" if found else NOT_NEEDED
-        yield Row(State.OK, "toolkit", seen, "a CPU build needs no toolkit")
-        return
     why = (
         "it compiles the kernels"
         if case.is_native
@@ -314,7 +313,7 @@ def toolkit(case: Case) -> Iterator[Row]:
         )
         hint = hints.text("machine.apt_toolkit", package=package, folder=wanted)
         missing = Row(case.missing_state, "toolkit", seen, why, hint)
-        answer = toolchain.ask_toolkit(case.settings)
+        answer = case.machine.toolkit_answer()
         yield missing if isinstance(answer, There) else unanswered(missing, answer, look=hint)
     elif found.version.split(".")[0] != CUDA_MAJOR:
         hint = hints.text("machine.cuda_home_after", folder=wanted, package=package)
@@ -413,13 +412,14 @@ def running_programs(case: Case) -> Iterator[Row]:
         for program in case.programs()
         if is_vllm(program.argv)
     }
-    residents = case.machine.driver.residents() if case.machine.gpus else ()
+    has_gpu = case.device == "cuda" and bool(case.machine.gpus)
+    residents = case.machine.driver.residents() if has_gpu else ()
     found = {resident.pid: resident.name for resident in residents} | serving
     why = "it holds memory that a build, a smoke or a server needs" + (
         "; on a Spark GPU and CPU share it" if case.device == "cuda" else ""
     )
     if not found:
-        seen = "no vLLM is running" + (", nothing on the GPU" if case.machine.gpus else "")
+        seen = "no vLLM is running" + (", nothing on the GPU" if has_gpu else "")
         yield Row(State.OK, "running", seen, why)
         return
     seen = ", ".join(f"{pid} ({name})" for pid, name in sorted(found.items())[:4])

@@ -21,7 +21,6 @@ from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.process import Answer, There
 from workspace.core.settings import Settings
-from workspace.machine import torch
 from workspace.machine.arch import (
     USUAL_CAPABILITY,
     key,
@@ -235,7 +234,7 @@ def ptxas(case: Case) -> Iterator[Row]:
     if case.device == "cpu":
         yield Row(State.OK, "ptxas", "not needed: the device is cpu", why)
         return
-    there = torch.observe_triton(case.layout)
+    there = case.triton()
     if there is None:
         yield Row(State.OK, "ptxas", "no Triton in .vllm yet", why)
     elif there.bin is None:
@@ -364,7 +363,7 @@ def propose(case: Case) -> dict[str, str]:
 
 
 def _assembler(case: Case) -> dict[str, str]:
-    there = torch.observe_triton(case.layout)
+    there = case.triton()
     if there is None or there.bin is None or case.toolkit() is None:
         return {}
     capability = capability_of(case)

@@ -4,12 +4,13 @@ installs in it.
 Every package goes through `install`, whose errors explain a failure of uv in one sentence.
 """
 
+import contextlib
 import os
 import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -44,11 +45,13 @@ class Choice:
     """An interpreter for `.vllm`.
 
     `reason` explains to the user why it is not the preferred one, and is empty for the preferred.
+    `headers` is the folder of Python.h, None where it is missing.
     """
 
     path: Path
     version: str
     reason: str = ""
+    headers: Path | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,20 @@ def describe(layout: Layout, settings: Settings) -> PythonFacts | None:
     """
     if not os.access(layout.environment_python, os.X_OK):
         return None
-    facts = _certain(layout.environment_python, settings)
+    python = layout.environment_python
+    facts = process.certain(_facts(python, settings), python)
     # A Python linked into a plain folder would install into the machine's own packages.
     return facts[0] if facts and facts[1].resolve() == layout.environment.resolve() else None
 
 
-def headers_of(python: Path, settings: Settings) -> Path | None:
-    """Return the folder with this interpreter's Python.h, None where it is missing."""
-    facts = _certain(python, settings)
-    return facts[0].headers if facts else None
+def identity(layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """Return the identity of the files that make the Python of `.vllm`, links followed."""
+    found: list[tuple[int, ...]] = []
+    for path in (layout.environment_python, layout.environment / "pyvenv.cfg"):
+        with contextlib.suppress(OSError):
+            state = path.stat()
+            found.append((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns))
+    return tuple(found)
 
 
 def choose(
@@ -173,9 +181,8 @@ def foresee(
         else:
             best = next((facts for facts in running if facts.headers), running[0])
             bound = wheel_pythons if fitting else None
-            return Choice(
-                best.path, best.version, _reason(best.version, preferred, supported, bound)
-            )
+            reason = _reason(best.version, preferred, supported, bound)
+            return Choice(best.path, best.version, reason, best.headers)
     return None
 
 
@@ -374,10 +381,6 @@ def site_packages(layout: Layout) -> tuple[Path, ...]:
     return tuple(
         folder for folder in folders if found is None or folder.parent.name == f"python{found[1]}"
     )
-
-
-def _certain(python: Path, settings: Settings) -> tuple[PythonFacts, Path] | None:
-    return process.certain(_facts(python, settings), python)
 
 
 def _facts(

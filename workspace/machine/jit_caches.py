@@ -183,11 +183,12 @@ def in_use(layout: Layout, settings: Settings, stack: Stack) -> tuple[Cache, ...
     return tuple({cache.place: cache for cache in reversed(found) if cache.place.is_dir()}.values())
 
 
-def foreign(layout: Layout, settings: Settings, stack: Stack) -> tuple[Foreign, ...]:
+def foreign(machine: Machine, stack: Stack) -> tuple[Foreign, ...]:
     """Return the caches of this stack into which another stack has written. Only reads."""
     found = []
-    for cache in in_use(layout, settings, stack):
-        wrote = next(_evidence(layout, cache, stack), None)
+    since = _torch_installed(machine)
+    for cache in in_use(machine.layout, machine.settings, stack):
+        wrote = next(_evidence(machine.layout, cache, stack, since), None)
         if wrote:
             found.append(Foreign(cache, wrote, _last_written(cache.place)))
     return tuple(found)
@@ -232,14 +233,21 @@ def _caches(settings: Settings, given: Mapping[str, str], *, is_own: bool) -> It
             yield from (Cache("vllm", place / folder, is_own) for folder in COMPILED_BY_VLLM)
 
 
-def _evidence(layout: Layout, cache: Cache, stack: Stack) -> Iterator[str]:
-    """Yield sentences on the other stack that wrote there, the surest first."""
+def _evidence(layout: Layout, cache: Cache, stack: Stack, since: float) -> Iterator[str]:
+    """Yield sentences on the other stack that wrote there, the surest first.
+
+    `since` is when torch was installed.
+    """
     if cache.kind in ("triton", "torch compile", "vllm"):
         yield from _triton_entries(cache.place, stack)
     if cache.kind == "flashinfer":
-        yield from _flashinfer_entries(layout, cache, stack)
-    if cache.kind in ("torch compile", "vllm") and not cache.is_own:
-        yield from _older_than_torch(layout, cache.place, stack)
+        yield from _flashinfer_entries(layout, cache, stack, since)
+    if (
+        cache.kind in ("torch compile", "vllm")
+        and not cache.is_own
+        and any(path.stat().st_mtime < since for path in _files(cache.place))
+    ):
+        yield f"written before torch {stack.torch} was installed here"
 
 
 @dataclass(frozen=True)
@@ -272,7 +280,7 @@ def _triton_entries(place: Path, stack: Stack) -> Iterator[str]:
                 yield f"written for sm_{target['arch']}, the GPU here is {stack.architecture}"
 
 
-def _flashinfer_entries(layout: Layout, cache: Cache, stack: Stack) -> Iterator[str]:
+def _flashinfer_entries(layout: Layout, cache: Cache, stack: Stack, since: float) -> Iterator[str]:
     """Find libraries that are linked against another torch.
 
     Those of another FlashInfer are in a folder of its version, and are never loaded.
@@ -284,31 +292,20 @@ def _flashinfer_entries(layout: Layout, cache: Cache, stack: Stack) -> Iterator[
             found = _TORCH_INCLUDE.search(read_regular(path).decode().replace("$ ", " "))
             if found and Path(found[1]).resolve() not in own:
                 yield f"compiled against the torch in {found[1]}"
-            elif (
-                found
-                and not cache.is_own
-                and path.stat().st_mtime < (_installed_at(layout, "torch") or 0)
-            ):
+            elif found and not cache.is_own and path.stat().st_mtime < since:
                 yield f"compiled before torch {stack.torch} was installed"
 
 
-def _older_than_torch(layout: Layout, place: Path, stack: Stack) -> Iterator[str]:
-    at = _installed_at(layout, "torch")
-    if at is not None and any(path.stat().st_mtime < at for path in _files(place)):
-        yield f"written before torch {stack.torch} was installed here"
-
-
-def _installed_at(layout: Layout, name: str) -> float | None:
-    """Return when a package was installed in `.vllm`, by the time of its RECORD.
+def _torch_installed(machine: Machine) -> float:
+    """Return when torch was installed in `.vllm`, by the time of its RECORD; 0 without torch.
 
     uv links the other files, which keep their times.
     """
-    version = interpreter.installed(layout).get(name)
     places = [
-        folder / f"{name}-{version}.dist-info" / "RECORD"
-        for folder in interpreter.site_packages(layout)
+        folder / f"torch-{machine.packages().get('torch')}.dist-info" / "RECORD"
+        for folder in interpreter.site_packages(machine.layout)
     ]
-    return next((place.stat().st_mtime for place in places if place.is_file()), None)
+    return next((place.stat().st_mtime for place in places if place.is_file()), 0.0)
 
 
 def _last_written(place: Path) -> datetime.datetime:

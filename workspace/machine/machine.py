@@ -3,6 +3,7 @@ and what the verb will do there, and the row that a check returns.
 """
 
 import copy
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -71,24 +72,42 @@ class Machine:
         self.layout = layout
         self.settings = settings
         self.driver = Driver(settings)
-        self.toolkit = Once(lambda: toolchain.find_toolkit(settings))
+        self.toolkit_answer = Once(lambda: toolchain.ask_toolkit(settings))
+        self.compiler = Once(lambda: toolchain.ask_compiler(settings))
         self._observe_changing()
 
     def _observe_changing(self) -> None:
         layout, settings = self.layout, self.settings
         self.host = Once(hardware.observe)
         self.programs = Once(running_programs)
+        self._python_files = interpreter.identity(layout)
         self.python = Once(lambda: interpreter.describe(layout, settings))
-        self.torch = Once(lambda: torch.observe(layout, settings))
         self.packages = Once(lambda: interpreter.installed(layout))
+        self.torch = Once(lambda: torch.observe(layout, self.packages()))
+        self.triton = Once(lambda: torch.observe_triton(layout, self.packages()))
+        self.paired_triton = Once(lambda: torch.paired_triton(layout, self.packages()))
 
     def reread(self) -> "Machine":
-        """Return the same machine after a step that changed it: its driver and toolkit stay, its
-        memory, its programs and the environment are observed anew.
+        """Return the same machine after a step that changed it: its driver, toolkit and compiler
+        stay, its memory, its programs and the environment are observed anew. The Python of `.vllm`
+        is asked again only where its files are others than before: it takes 60 ms.
         """
         other = copy.copy(self)
         other._observe_changing()
+        if other._python_files == self._python_files:
+            other.python = self.python
         return other
+
+    def toolkit(self) -> toolchain.Toolkit | None:
+        """Return the CUDA toolkit; None where no nvcc runs. Raises NoAnswer where it is slow."""
+        return process.certain(self.toolkit_answer(), "nvcc --version")
+
+    def compiler_version(self) -> str | None:
+        """Return the version of the C++ compiler; None where none runs. Raises NoAnswer where it is
+        slow.
+        """
+        argv, answer = self.compiler()
+        return process.certain(answer, shlex.join(argv))
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
@@ -140,7 +159,7 @@ class Case:
         self.layout, self.settings = machine.layout, machine.settings
         self.is_native = is_native
         self.host, self.toolkit, self.programs = machine.host, machine.toolkit, machine.programs
-        self.python, self.torch = machine.python, machine.torch
+        self.python, self.torch, self.triton = machine.python, machine.torch, machine.triton
         self._chosen_device = Once(lambda: device or self._device())
         self._places = places
 

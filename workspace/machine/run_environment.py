@@ -20,11 +20,12 @@ from workspace.core.child_variables import Phase
 from workspace.core.console import Row, State
 from workspace.core.errors import SmokeError, ToolchainError
 from workspace.core.files import read_regular
+from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, shortened
 from workspace.machine import interpreter, jit_caches, torch
 from workspace.machine.arch import key
-from workspace.machine.machine import Case
+from workspace.machine.machine import Case, Machine
 
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0
@@ -168,10 +169,14 @@ def built_environment(
     `stack` decides the folders of compiled kernels (jit_caches.observe; None: the usual folders),
     `recipe` is the environment of a recipe, and `given` the variables of the starting room.
     """
-    known = known_variables(layout)
-    facts: dict[str, str | None] = {
-        name: None for name in removed_names("variables") if known and name not in known
-    }
+    facts: dict[str, str | None] = {}
+    # The two lists take 30 ms to read: only for a variable of vLLM's that somebody has set.
+    if any(
+        VARIABLE.fullmatch(name) and name not in KNOWN
+        for name in (*settings.shell, *settings.passed, *(recipe or {}))
+    ):
+        known = known_variables(layout)
+        facts |= {name: None for name in removed_names("variables") if known and name not in known}
     if stack is not None:
         facts |= jit_caches.variables(layout, settings, stack)
     facts[ENCODINGS] = _encodings(layout, settings, recipe or {})
@@ -180,13 +185,13 @@ def built_environment(
     )
 
 
-def require_own_tree(layout: Layout) -> None:
+def require_own_tree(machine: Machine) -> None:
     """Raise SmokeError where vLLM is installed from the tree of another clone.
 
     `cp -a` and `mv` keep the path of an editable installation: the edits in this clone would have
     no effect, and those in the other one would.
     """
-    version = interpreter.installed(layout).get("vllm")
+    layout, version = machine.layout, machine.packages().get("vllm")
     for folder in interpreter.site_packages(layout) if version else ():
         origin, place = torch.origin_of(folder / f"vllm-{version}.dist-info")
         if origin == "editable" and Path(place).resolve() != layout.vllm.resolve():

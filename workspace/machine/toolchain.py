@@ -64,11 +64,6 @@ class Toolkit:
     nvcc: Path
 
 
-def find_toolkit(settings: Settings) -> Toolkit | None:
-    """Find the CUDA toolkit; None where no nvcc runs. Raises NoAnswer where one is only slow."""
-    return process.certain(ask_toolkit(settings), "nvcc --version")
-
-
 def ask_toolkit(settings: Settings) -> Answer[Toolkit]:
     """Ask for the CUDA toolkit.
 
@@ -84,17 +79,10 @@ def ask_toolkit(settings: Settings) -> Answer[Toolkit]:
     return answer if isinstance(usual, Absent) else usual
 
 
-def compiler_version(settings: Settings) -> str | None:
-    """Return the version of the C++ compiler, such as 12.2.0; None where none runs.
-
-    Raises NoAnswer where it is only slow.
-    """
-    argv, answer = ask_compiler(settings)
-    return process.certain(answer, shlex.join(argv))
-
-
 def ask_compiler(settings: Settings) -> tuple[list[str], Answer[str]]:
-    """Ask g++, or the program in CXX, for its version; return the command and the answer."""
+    """Ask g++, or the program in CXX, for its version, such as 12.2.0; return the command and the
+    answer.
+    """
     text = settings.child_environment("build").get("CXX") or "g++"
     try:
         argv = [*shlex.split(text), "-dumpfullversion"]

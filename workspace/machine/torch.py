@@ -60,12 +60,12 @@ class _Wheel:
     pythons: frozenset[str]
 
 
-def observe(layout: Layout, settings: Settings) -> TorchBuild | None:
-    """Read which torch is installed, without a start of Python.
+def observe(layout: Layout, packages: Mapping[str, str]) -> TorchBuild | None:
+    """Read which torch is among the packages of `.vllm`, without a start of Python.
 
     None where there is none, or where its files are missing.
     """
-    version = interpreter.installed(layout).get("torch")
+    version = packages.get("torch")
     if version is None:
         return None
     for folder in interpreter.site_packages(layout):
@@ -166,14 +166,14 @@ def companion_arguments(layout: Layout, wanted: Plan, *, device: str) -> tuple[s
 
 
 @contextlib.contextmanager
-def held(layout: Layout, settings: Settings, *, step: str) -> Iterator[None]:
-    """Compare torch before and after the block.
+def held(layout: Layout, *, step: str) -> Iterator[None]:
+    """Compare torch before and after the block, which may have changed it.
 
     Raises BuildError naming the step where torch changed, was added or was removed.
     """
-    before = observe(layout, settings)
+    before = observe(layout, interpreter.installed(layout))
     yield
-    after = observe(layout, settings)
+    after = observe(layout, interpreter.installed(layout))
     if before != after:
         raise BuildError(
             f"{step} changed torch: before {_named(before)}, now {_named(after)}",
@@ -344,9 +344,9 @@ class Installed:
         return folder if folder and folder.is_dir() else None
 
 
-def observe_triton(layout: Layout) -> Installed | None:
-    """Return the Triton in `.vllm`, None without one."""
-    version = interpreter.installed(layout).get("triton")
+def observe_triton(layout: Layout, packages: Mapping[str, str]) -> Installed | None:
+    """Return the Triton among the packages of `.vllm`, None without one."""
+    version = packages.get("triton")
     if version is None:
         return None
     for folder in interpreter.site_packages(layout):
@@ -363,13 +363,14 @@ def observe_triton(layout: Layout) -> Installed | None:
     return Installed(version, "index", "", None)
 
 
-def paired_triton(layout: Layout) -> str | None:
+def paired_triton(layout: Layout, packages: Mapping[str, str]) -> str | None:
     """Return the versions of Triton that the installed torch requires, such as `==3.7.1`.
 
     Empty for any version; None where torch requires no Triton, as a CPU build.
     """
-    there = interpreter.installed(layout)
-    return requirements_of(layout, "torch", there).get("triton") if "torch" in there else None
+    if "torch" not in packages:
+        return None
+    return requirements_of(layout, "torch", packages).get("triton")
 
 
 def kept_triton(layout: Layout) -> tuple[str, ...]:
@@ -377,7 +378,7 @@ def kept_triton(layout: Layout) -> tuple[str, ...]:
 
     Nothing for a Triton from an index.
     """
-    there = observe_triton(layout)
+    there = observe_triton(layout, interpreter.installed(layout))
     return (f"triton=={there.version}",) if there and there.is_meant else ()
 
 

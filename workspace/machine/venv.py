@@ -20,6 +20,7 @@ from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, requirements, toolchain, torch
+from workspace.machine.machine import Machine
 from workspace.machine.requirements import COMPANIONS
 
 ANSWER_S = 60.0
@@ -138,12 +139,11 @@ class Provided:
     packages: Mapping[str, str]
 
 
-def make_python(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
+def make_python(machine: Machine, *, device: str, run_log: RunLog) -> str:
     """Make `.vllm`, or keep it where it works."""
-    there = interpreter.describe(layout, settings)
+    layout, settings, there = machine.layout, machine.settings, machine.python()
     needs = _needs(
-        layout,
-        settings,
+        machine,
         device=device,
         python_version=there.version if there else settings.text("PYTHON_VERSION"),
         run_log=None,
@@ -160,15 +160,16 @@ def make_python(layout: Layout, settings: Settings, *, device: str, run_log: Run
     return f"Python {choice.version}" + (f": {choice.reason}" if choice.reason else "")
 
 
-def install_torch(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
+def install_torch(machine: Machine, *, device: str, run_log: RunLog) -> str:
     """Install the pinned torch, or keep the present one under USE_EXISTING_TORCH=1.
 
     Raises BuildError where no torch can be kept, or where the installed one is for another device.
     """
-    there = torch.observe(layout, settings)
+    layout, settings = machine.layout, machine.settings
+    there = torch.observe(layout, interpreter.installed(layout))
     if settings.switch("USE_EXISTING_TORCH"):
         return _keep_torch(layout, settings, there)
-    needs = _needs(layout, settings, device=device, run_log=None)
+    needs = _needs(machine, device=device, run_log=None)
     wanted = torch.plan(needs.torch, device=device, settings=settings)
     # A CPU build satisfies `torch==2.13.0` for uv, and would stay when the device becomes cuda.
     is_replaced = there is not None and device == "cuda" and there.cuda is None
@@ -224,11 +225,10 @@ def _install_from_sources(
     return source
 
 
-def install_requirements(
-    layout: Layout, settings: Settings, *, device: str, run_log: RunLog
-) -> str:
+def install_requirements(machine: Machine, *, device: str, run_log: RunLog) -> str:
     """Install the requirements of build and run, with torch held, then torch's companions."""
-    needs = _needs(layout, settings, device=device, run_log=run_log)
+    layout, settings = machine.layout, machine.settings
+    needs = _needs(machine, device=device, run_log=run_log)
     listed = tuple(dict.fromkeys((*needs.build, *needs.runtime)))
     # A file keeps the command short. It remains, so that a person can copy the command into a
     # shell.
@@ -246,21 +246,20 @@ def install_requirements(
     for requirement, why in needs.left_out:
         run_log.write(f"left out: {requirement}: {why}")
     left_out = f", {len(needs.left_out)} left out (see the log)" if needs.left_out else ""
-    companions = _companions(layout, settings, needs, device=device, run_log=run_log)
+    companions = _companions(machine, needs, device=device, run_log=run_log)
     return f"{len(listed)} from requirements/{left_out}{companions}"
 
 
-def install_accelerators(
-    layout: Layout, settings: Settings, *, device: str, run_log: RunLog
-) -> Provided:
+def install_accelerators(machine: Machine, *, device: str, run_log: RunLog) -> Provided:
     """Install xgrammar, triton and FlashInfer as pinned, and repair partial packages."""
-    _install_accelerators(layout, settings, device=device, run_log=run_log)
+    layout, settings = machine.layout, machine.settings
+    _install_accelerators(machine, device=device, run_log=run_log)
     if repair(layout, settings, run_log=run_log, with_cache=False):
         # uv has just linked incomplete files: its cache is damaged, after a power cut for example.
         repair(layout, settings, run_log=run_log, with_cache=True)
-        install_torch(layout, settings, device=device, run_log=run_log)
-        install_requirements(layout, settings, device=device, run_log=run_log)
-        _install_accelerators(layout, settings, device=device, run_log=run_log)
+        install_torch(machine, device=device, run_log=run_log)
+        install_requirements(machine, device=device, run_log=run_log)
+        _install_accelerators(machine, device=device, run_log=run_log)
     packages = {
         name: version for name, version in interpreter.installed(layout).items() if name != "vllm"
     }
@@ -273,10 +272,9 @@ def install_accelerators(
     return Provided(", ".join(named) or "none is needed here", packages)
 
 
-def _install_accelerators(
-    layout: Layout, settings: Settings, *, device: str, run_log: RunLog
-) -> None:
-    needs = _needs(layout, settings, device=device, run_log=None)
+def _install_accelerators(machine: Machine, *, device: str, run_log: RunLog) -> None:
+    layout, settings = machine.layout, machine.settings
+    needs = _needs(machine, device=device, run_log=None)
     if needs.accelerators:
         arguments = ["--prerelease", "allow"] if settings.switch("ALLOW_PRERELEASE") else []
         interpreter.install(
@@ -318,41 +316,36 @@ def _bar(run_log: RunLog) -> Callable[[str], None]:
 
 
 def _needs(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     *,
     device: str,
     run_log: RunLog | None,
     python_version: str | None = None,
 ) -> requirements.Requirements:
     if python_version is None:
-        there = interpreter.describe(layout, settings)
+        there = machine.python()
         if there is None:
             raise BuildError(".vllm holds no working Python", hint=hints.text("inv.bootstrap"))
         python_version = there.version
     return requirements.read(
-        layout.vllm,
+        machine.layout.vllm,
         device=device,
         machine=platform.machine(),
         python_version=python_version,
-        use_existing_torch=settings.switch("USE_EXISTING_TORCH"),
-        settings=settings,
+        use_existing_torch=machine.settings.switch("USE_EXISTING_TORCH"),
+        settings=machine.settings,
         run_log=run_log,
     )
 
 
 def _companions(
-    layout: Layout,
-    settings: Settings,
-    needs: requirements.Requirements,
-    *,
-    device: str,
-    run_log: RunLog,
+    machine: Machine, needs: requirements.Requirements, *, device: str, run_log: RunLog
 ) -> str:
     """Install torchvision and friends from torch's source; remove those that fail to import.
 
     A broken companion breaks transformers. Returns the end of the step's sentence.
     """
+    layout, settings = machine.layout, machine.settings
     if needs.torch and needs.companions:
         wanted = torch.plan(needs.torch, device=device, settings=settings)
         arguments = torch.companion_arguments(layout, wanted, device=device)

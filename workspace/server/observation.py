@@ -5,19 +5,22 @@ machine, so that no other program is ever ended.
 """
 
 import contextlib
-import http.client
 import json
 import os
-import ssl
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workspace.core import hints, records
 from workspace.core.errors import ServeError
 from workspace.core.records import Document
 from workspace.machine import hardware
 from workspace.server import process_tree
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection
 
 # A first completion may compile kernels.
 COMPLETION_TIMEOUT_S = 600.0
@@ -64,6 +67,8 @@ def ask(
     timeout_s: float = ASK_TIMEOUT_S,
 ) -> Answer:
     """Send one request. `key` is the server's VLLM_API_KEY. Return an error as an Answer, too."""
+    from http.client import HTTPException
+
     headers = {"Content-Type": "application/json"} | (
         {"Authorization": f"Bearer {key}"} if key else {}
     )
@@ -80,7 +85,7 @@ def ask(
             text = response.read().decode("utf-8", errors="replace")
         finally:
             connection.close()
-    except (OSError, http.client.HTTPException) as exc:
+    except (OSError, HTTPException) as exc:
         return Answer(None, None, str(exc) or type(exc).__name__)
     try:
         return Answer(response.status, records.parse(text), text)
@@ -90,7 +95,7 @@ def ask(
 
 def is_healthy(address: Address) -> bool:
     """Return whether /health answers with 200."""
-    return ask(address, "/health").status == http.client.OK
+    return ask(address, "/health").status == HTTPStatus.OK
 
 
 def served_models(address: Address, *, key: str | None) -> tuple[str, ...]:
@@ -111,22 +116,24 @@ def complete_once(address: Address, model: str, *, key: str | None) -> str | Non
     """
     body = {"model": model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
     answer = ask(address, "/v1/completions", key=key, body=body, timeout_s=COMPLETION_TIMEOUT_S)
-    if answer.status == http.client.NOT_FOUND:
+    if answer.status == HTTPStatus.NOT_FOUND:
         return None
     choices = answer.document.get("choices") if isinstance(answer.document, dict) else None
-    if answer.status == http.client.OK and isinstance(choices, list) and choices:
+    if answer.status == HTTPStatus.OK and isinstance(choices, list) and choices:
         return None
     return f"{answer.status or 'no answer'}: {_message(answer)}"
 
 
-def _connection(address: Address, timeout_s: float) -> http.client.HTTPConnection:
+def _connection(address: Address, timeout_s: float) -> "HTTPConnection":
+    from http.client import HTTPConnection, HTTPSConnection
+
     if not address.is_encrypted:
-        return http.client.HTTPConnection(address.near, address.port, timeout=timeout_s)
+        return HTTPConnection(address.near, address.port, timeout=timeout_s)
+    import ssl
+
     # The certificate may name another host or be self-signed; the request goes to this machine.
     context = ssl._create_unverified_context()
-    return http.client.HTTPSConnection(
-        address.near, address.port, timeout=timeout_s, context=context
-    )
+    return HTTPSConnection(address.near, address.port, timeout=timeout_s, context=context)
 
 
 def _message(answer: Answer) -> str:

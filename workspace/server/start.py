@@ -16,7 +16,7 @@ from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
-from workspace.machine import check, failures, interpreter
+from workspace.machine import check, failures, run_environment
 from workspace.machine.machine import Case, Machine
 from workspace.server import command, fit, flags, lifecycle, models, recipes
 from workspace.server.command import Command
@@ -58,7 +58,8 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     Raises SettingsError for options that cannot be meant, ServeError for a model that cannot be
     served, SmokeError if the build is missing or stale, and the errors of `models.fetch_weights`.
     """
-    recipe = _recipe(layout, options.name)
+    machine = Machine(layout, settings)
+    recipe = _recipe(machine, options.name)
     if command.folder_of(options.name):
         # Hints are typed in the root of the clone, wherever this command was typed.
         options = replace(options, name=recipe.model)
@@ -71,7 +72,6 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     )
     recipe = replace(recipe, revision=flags.last(line.args, "--revision"))
     command.require_files(layout, settings, line.args)
-    machine = Machine(layout, settings)
     check.require(machine, console=console, recipe=recipe.environment)
     device = _device(machine, console, dry_run=options.dry_run)
     session = _Session(machine, console, options, recipe, line, device)
@@ -118,21 +118,20 @@ def _check(session: _Session) -> None:
         session.console.sentence(f"note: {note}")
     if not options.dry_run:
         _require_room(session.machine.layout, line)
-    environment = command.built_environment(
-        session.machine,
-        "serve",
-        recipe=recipe.environment,
-        is_shown=True,
+    # The folders of compiled kernels, which `_environment` adds, decide nothing here.
+    machine = session.machine
+    environment = run_environment.built_environment(
+        machine.layout, machine.settings, "serve", stack=None, recipe=recipe.environment
     )
     device, args = session.device, line.args
-    names = {gpu.name for gpu in session.machine.gpus} if device == "cuda" else set()
+    names = {gpu.name for gpu in machine.gpus} if device == "cuda" else set()
     if len(names) > 1 and environment.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         session.console.warn(
             f"{' and '.join(sorted(names))} differ, and CUDA numbers the fastest first; the fit is"
             " judged in the driver's order",
             hint=hints.text("server.gpu_order"),
         )
-    frees = fit.observe(session.machine, device=device, environment=environment, args=args)
+    frees = fit.observe(machine, device=device, environment=environment, args=args)
     _require_memory(
         fit.judge(_sized(session), frees, device=device, environment=environment, args=args),
         session.console,
@@ -190,14 +189,14 @@ def _sized(session: _Session) -> Recipe:
     """Return the recipe with the weights of what is on this machine: the model's, if the recipe has
     none, and those of drafters and adapters.
     """
-    layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
+    settings, recipe = session.machine.settings, session.recipe
     folders = [
         _folder(settings, reference)
         for reference in flags.references(session.command.args, recipe.model)
         if reference.needs in ((), (flags.ADAPTER,))
     ]
     if not recipe.memory.weights_gib:
-        folders.append(models.found_weights(layout, settings, recipe))
+        folders.append(models.found_weights(session.machine, recipe))
     weights = sum(fit.weights_gib(folder) for folder in folders if folder)
     memory = replace(recipe.memory, weights_gib=recipe.memory.weights_gib + weights)
     return replace(recipe, memory=memory)
@@ -208,11 +207,11 @@ def _find_model(session: _Session) -> Path | None:
 
     None on a dry run with missing files.
     """
-    layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
+    settings, recipe = session.machine.settings, session.recipe
     if ":" in recipe.model and not recipe.model.startswith("/"):
         session.console.info(f"{recipe.model}: the plugin for GGUF fetches it during the start")
         return None
-    folder = models.found_weights(layout, settings, recipe)
+    folder = models.found_weights(session.machine, recipe)
     if folder is None:
         _require_no_adapter_of_hub(settings, recipe)
     if folder is None and session.options.dry_run:
@@ -227,11 +226,11 @@ def _find_model(session: _Session) -> Path | None:
         )
     elif folder is None:
         try:
-            models.fetch_weights(layout, settings, recipe, console=session.console)
+            models.fetch_weights(session.machine, recipe, console=session.console)
         except SourceError:
             _require_no_adapter_of_hub(settings, recipe)
             raise
-        folder = models.found_weights(layout, settings, recipe)
+        folder = models.found_weights(session.machine, recipe)
     return folder
 
 
@@ -318,14 +317,14 @@ def _follow(settings: Settings, server: Server, console: Console) -> None:
     console.info(f"{server.called} was stopped")
 
 
-def _recipe(layout: Layout, name: str) -> Recipe:
+def _recipe(machine: Machine, name: str) -> Recipe:
     folder = command.folder_of(name)
     if folder is None:
         if ":" in name:
-            _require_gguf(layout, name)
-        return models.named(layout, name)
+            _require_gguf(machine, name)
+        return models.named(machine.layout, name)
     if folder.suffix == ".gguf" and folder.is_file():
-        _require_gguf(layout, folder.name)
+        _require_gguf(machine, folder.name)
         return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
     if not folder.is_dir():
         what = "a file: name its folder" if folder.is_file() else "no folder with a model in it"
@@ -345,10 +344,10 @@ def _recipe(layout: Layout, name: str) -> Recipe:
     return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
 
 
-def _require_gguf(layout: Layout, name: str) -> None:
+def _require_gguf(machine: Machine, name: str) -> None:
     """Raise ServeError if this vLLM cannot read GGUF: since 0.31 a plugin does."""
-    loader = layout.vllm / "vllm" / "model_executor" / "model_loader" / "gguf_loader.py"
-    if not loader.is_file() and _GGUF not in interpreter.installed(layout):
+    loader = machine.layout.vllm / "vllm" / "model_executor" / "model_loader" / "gguf_loader.py"
+    if not loader.is_file() and _GGUF not in machine.packages():
         raise ServeError(
             f"{name} is in GGUF, which this vLLM reads with a plugin that .vllm lacks",
             hint=hints.text("server.install_plugin", name=_GGUF),
@@ -464,7 +463,7 @@ def _explained(
     )
     hint = error.hint
     if reading.lack:
-        # Another snapshot: the memory is not what it was before the start.
+        # A new machine: neither its memory nor its GPU's is what it was before the start.
         now = Machine(session.machine.layout, settings)
         frees = fit.observe(
             now,

@@ -4,7 +4,6 @@ runs in this clone; `serve.list`: the recipes that could run; `inv run`, `inv sh
 shell evaluates.
 """
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from workspace.machine import check, run_environment
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
 from workspace.repo import pins
-from workspace.server import fit, lifecycle, models, observation, process_tree, recipes, start
+from workspace.server import fit, lifecycle, models, observation, process_tree, recipes
 from workspace.server.command import built_environment, lines, secret_names, tree_oid
 from workspace.server.observation import Server, find, is_alive
 from workspace.server.recipes import Recipe
@@ -75,6 +74,8 @@ def logs(
             f"--lines: {lines!r} is not a whole number from 1 to {LONGEST_TAIL}",
             hint=hints.text("server.last_lines"),
         )
+    from workspace.server import start
+
     server = find(layout.server)
     kept = sorted((layout.server / "logs").glob("*.log"))
     log = server.log if server else kept[-1] if kept else None
@@ -105,6 +106,8 @@ def stop(layout: Layout, *, console: Console) -> None:
 
     No server is no error.
     """
+    from workspace.server import start
+
     server = find(layout.server)
     if server is None:
         console.info("no server runs")
@@ -137,6 +140,8 @@ def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str,
 
 
 def _changed(layout: Layout, server: Server) -> str | None:
+    from workspace.server import start
+
     if server.facts.get("built") != start.built(layout):
         return "kernels or environment were built anew"
     if server.facts.get("tree") != tree_oid(layout):
@@ -148,7 +153,7 @@ def _print(
     console: Console, rows: Sequence[Row], record: dict[str, object], *, as_json: bool
 ) -> None:
     if as_json:
-        console.data(json.dumps(record, indent=1))
+        console.document(record)
     else:
         console.rows(rows)
 
@@ -204,7 +209,7 @@ def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -
         )
         frees = fit.observe(machine, device=device, environment=environment, args=recipe.args)
         judged = fit.judge(recipe, frees, device=device, environment=environment)
-        folder = models.found_weights(layout, settings, recipe)
+        folder = models.found_weights(machine, recipe)
         rows.append(_row(recipe, judged, folder, device=device))
         records.append(_record(recipe, judged, folder))
     if as_json:
@@ -214,8 +219,7 @@ def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -
             "available_gib": round(free.available_gib, 2),
             "droppable_gib": round(free.droppable_gib, 2),
         }
-        document = {"schema": 1, "device": device, "memory": memory, "rows": records}
-        console.data(json.dumps(document, indent=1))
+        console.document({"schema": 1, "device": device, "memory": memory, "rows": records})
     else:
         console.rows(rows)
 

@@ -424,7 +424,7 @@ def _collect_env(machine: Machine) -> Files:
     layout, settings = machine.layout, machine.settings
     if not os.access(layout.environment_python, os.X_OK):
         raise ToolchainError("there is no .vllm for collect_env", hint=hints.text("inv.bootstrap"))
-    run_environment.require_own_tree(layout)
+    run_environment.require_own_tree(machine)
     inherited = settings.child_environment("run").get("PATH", "")
     # collect_env runs `uv pip list` and does not check its result.
     path = os.pathsep.join([str(layout.tools / "bin"), str(layout.environment / "bin"), inherited])

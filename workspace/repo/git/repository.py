@@ -146,10 +146,7 @@ class Git(Command):
         """
         # Not `git diff`: it rewrites the index where a file was touched, in spite of
         # GIT_OPTIONAL_LOCKS.
-        before, now = self.entries(paths, base), self.entries(paths, None)
-        return tuple(
-            sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path))
-        )
+        return changed_paths(self.entries(paths, base), self.entries(paths, None))
 
     def digest(self, paths: Sequence[str], *, commit: str | None = None) -> str:
         """Return the SHA-256 over sorted `mode oid path` of all files, or of those below `paths`.
@@ -388,6 +385,11 @@ class Git(Command):
             ).out
         ):
             yield entry[:2], entry[3:]
+
+
+def changed_paths(before: command.Entries, now: command.Entries) -> tuple[str, ...]:
+    """Return the paths whose entries differ, sorted."""
+    return tuple(sorted(path for path in {*before, *now} if before.get(path) != now.get(path)))
 
 
 def _operation(git_dir: Path) -> str | None:
