@@ -180,7 +180,7 @@ def show(
     a, b = (found.record for found in (results.find(layout, first), results.find(layout, second)))
     assert a is not None
     assert b is not None
-    require_comparable(a, b, across=across)
+    require_comparable(a, b, across=across, typed=(first, second))
     rows = judge_records(a, b, factor=allowed)
     if as_json:
         document = {
@@ -288,8 +288,17 @@ def percent(ratio: float) -> str:
     return f"{ratio - 1:+.1%}" if ratio < MOST_FACTOR else f"×{ratio:.3g}"
 
 
-def require_comparable(first: Record, second: Record, *, across: Sequence[str] = ()) -> None:
-    """Raise SettingsError naming each field that differs, except those in `across`."""
+def require_comparable(
+    first: Record,
+    second: Record,
+    *,
+    across: Sequence[str] = (),
+    typed: tuple[str, str] | None = None,
+) -> None:
+    """Raise SettingsError naming each field that differs, except those in `across`.
+
+    `typed` are the names or paths under which the user gave the records.
+    """
     names = fields(first).keys()
     unknown = [name for name in across if name not in names]
     if unknown:
@@ -301,13 +310,12 @@ def require_comparable(first: Record, second: Record, *, across: Sequence[str] =
         name: text for name, text in differences(first, second).items() if name not in across
     }
     if differing:
-        flags = " ".join(f"--across {name}" for name in differing)
+        flags = " ".join(f"--across {name}" for name in (*across, *differing))
+        a, b = typed or (first.stem, second.stem)
         raise SettingsError(
             f"{first.stem} and {second.stem} are not comparable; they differ in"
             f" {', '.join(differing)}",
-            hint=hints.text(
-                "bench.compare_anyway", first=first.stem, second=second.stem, flags=flags
-            ),
+            hint=hints.text("bench.compare_anyway", first=a, second=b, flags=flags),
             details=tuple(f"{name}: {text}" for name, text in differing.items()),
         )
 
