@@ -74,7 +74,8 @@ def pins_that_are_no_toml(user: User) -> None:
 def dotenv_that_sets_a_name_twice(user: User) -> None:
     user.world.layout.dotenv.write_text("MAX_JOBS=2\nNVCC_THREADS=1\nMAX_JOBS=3\n")
     user.follow("machine.drop_line", "env.check")
-    assert user.world.layout.dotenv.read_text() == "NVCC_THREADS=1\nMAX_JOBS=3\n"
+    kept = "# MAX_JOBS=2\nNVCC_THREADS=1\nMAX_JOBS=3\n"
+    assert user.world.layout.dotenv.read_text() == kept
 
 
 @runs("repo.newer_releases", "inv.pin_show", "repo.forecast_example")

@@ -36,7 +36,7 @@ _REASONS = {
         machine.close_folder_as_root machine.cuda_home_after machine.cuda_home_dotenv
         machine.earlyoom machine.earlyoom_on_host machine.install_python machine.own_files_of_root
         machine.own_folder machine.own_token machine.sudoers machine.upgrade_driver
-        machine.uv_python repo.trust_or_own support.apt_ninja""",
+        machine.uv_python machine.uv_python_anew repo.trust_or_own support.apt_ninja""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
         bench.ab_again bench.allow_busy bench.base bench.bisect_abort bench.bisect_more
         bench.bisect_smoke bench.bring_back bench.commit_then_export bench.count_as_bad
@@ -48,9 +48,9 @@ _REASONS = {
         bench.older_good bench.other_bad bench.other_commit bench.predicates bench.quote_command
         bench.read_log_arguments bench.read_newest_log bench.repeat_both bench.repeat_or_label
         bench.report_of_two bench.report_plots bench.resume_other bench.same_code bench.same_torch
-        bench.search_upstream bench.set_aside_or_label bump.good_when_smoked bump.smoke_records
-        bump.test_present checks.buildkite_status checks.call_hook checks.differs checks.only_named
-        checks.origin checks.pytest_arguments checks.rebuild checks.reinstall checks.relative_paths
+        bench.search_upstream bump.good_when_smoked bump.smoke_records bump.test_present
+        checks.buildkite_status checks.call_hook checks.differs checks.only_named checks.origin
+        checks.pytest_arguments checks.rebuild checks.reinstall checks.relative_paths
         checks.server_log checks.timeout_or_fewer install.build_for_gpu inv.serve_list
         inv.serve_logs inv.serve_status inv.serve_stop machine.cpu_native machine.cuda_index
         machine.drop_max_jobs machine.export_archs machine.hf_login machine.kill machine.nvidia_smi
