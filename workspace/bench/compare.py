@@ -206,11 +206,13 @@ def print_rows(
     rows: Sequence[MetricDifference], *, console: Console, title: str | None = None
 ) -> None:
     """Print the verdict of each metric, with `title` in the place of the metric's name."""
-    shown = [(one, f"{one.metric} " if title else "") for one in rows]
-    console.rows(
-        Row(STATES[one.judgement.verdict], title or one.metric, f"{metric}{sentence(one)}")
-        for one, metric in shown
-    )
+    shown = []
+    for one in rows:
+        state, metric = STATES[one.judgement.verdict], f"{one.metric} " if title else ""
+        # The state has the verdict, but for an inconclusive one.
+        text = sentence(one) if state is State.WARN else _figures(one)
+        shown.append(Row(state, title or one.metric, f"{metric}{text}"))
+    console.rows(shown)
 
 
 def worse(rows: Sequence[MetricDifference]) -> str:
@@ -267,12 +269,15 @@ def judge_records(first: Record, second: Record, *, factor: float) -> tuple[Metr
 
 def sentence(row: MetricDifference) -> str:
     """Return verdict, change, chance and medians of a metric in one line."""
+    return f"{row.judgement.verdict}: {_figures(row)}"
+
+
+def _figures(row: MetricDifference) -> str:
     judgement = row.judgement
     chance = f"p = {judgement.p:.2g}, " if judgement.low is not None else ""
     return (
-        f"{judgement.verdict}: {percent(judgement.ratio)}{interval_text(judgement)},"
-        f" {chance}{row.first:.4g} → {row.second:.4g}"
-        f" {results.known(row.metric).unit}; {judgement.reason}"
+        f"{percent(judgement.ratio)}{interval_text(judgement)}, {chance}{row.first:.4g} →"
+        f" {row.second:.4g} {results.known(row.metric).unit}; {judgement.reason}"
     )
 
 
