@@ -19,6 +19,7 @@ from invoke.exceptions import Exit, ParseError
 from invoke.program import Program
 
 from scripts import docs
+from tests.proof.hints.table import ELSEWHERE, NOT_RUN, SITUATIONS
 from workspace.checks.registry import REGISTRY as CHECKS
 from workspace.cli.program import program
 from workspace.cli.sessions import SESSIONS
@@ -90,6 +91,9 @@ PROGRAMS = {
 }
 VERB_OF_INSTALL = "rebuild"
 MOST_ADVICE = 6
+# It may only fall: a new hint needs a situation in tests/proof/hints.
+MOST_NOT_RUN = 332
+RUN = {name for situation in SITUATIONS for name in situation.hints}
 REMARK = re.compile(r"    |\s+# ")
 HARMS = re.compile(
     r"(?:^|[\s;&|])(?:rm|mv|kill) |git [^;&|]*?(?:reset --hard|clean\b|checkout -- |restore\b"
@@ -490,6 +494,20 @@ def test_a_value_is_one_word_for_a_shell() -> None:
     assert hints.text("bench.factor_limit", percent=3.14159).startswith(
         "./scripts/nox -s ab -- --each-patch --factor 3.14 "
     )
+
+
+def test_every_hint_is_run_once_or_has_the_reason_why_not() -> None:
+    groups = [RUN, set(ELSEWHERE), set(NOT_RUN)]
+    assert sorted(set(COMMANDS) - set().union(*groups)) == []
+    assert sorted(set().union(*groups) - set(COMMANDS)) == []
+    assert sum(map(len, groups)) == len(COMMANDS)
+    assert len(NOT_RUN) <= MOST_NOT_RUN
+
+
+def test_the_tests_that_run_a_hint_elsewhere_exist() -> None:
+    for place in ELSEWHERE.values():
+        path, _, name = place.partition("::")
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), place
 
 
 def test_an_empty_value_becomes_its_name() -> None:

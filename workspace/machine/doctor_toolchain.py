@@ -431,7 +431,7 @@ def running_programs(case: Case) -> Iterator[Row]:
         "running",
         seen,
         why,
-        hints.text("machine.kill", pids=pids) if serving else hints.text("machine.ps", pids=pids),
+        hints.text("machine.ps", pids=pids),
     )
 
 

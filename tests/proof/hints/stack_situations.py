@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from tests.hints.following import SUBJECT, User, printed, runs
+from tests.proof.hints.following import SUBJECT, User, printed, runs
 
 
 def series(user: User) -> Path:

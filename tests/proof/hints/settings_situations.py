@@ -1,6 +1,6 @@
 """Situations of .env, the pins and names that were typed."""
 
-from tests.hints.following import User, runs
+from tests.proof.hints.following import User, runs
 
 
 @runs("core.begin_dotenv")

@@ -3,8 +3,8 @@
 import datetime
 import shutil
 
-from tests.hints.following import User, printed, runs
-from tests.hints.stack_situations import git_name, patch, series, unapplied
+from tests.proof.hints.following import User, printed, runs
+from tests.proof.hints.stack_situations import git_name, patch, series, unapplied
 from tests.small import releases
 from tests.small.materials import git
 from tests.small.releases import CLEAN, CONFLICT

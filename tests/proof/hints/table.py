@@ -1,15 +1,15 @@
 """Which hints a situation runs, which another test runs, and which nothing runs yet, with a reason.
 
-A new hint without an entry fails test_hints_run.py.
+A new hint without an entry fails tests/test_hints.py.
 """
 
-from tests.hints import (
+from tests.proof.hints import (
     machine_situations,
     pin_situations,
     settings_situations,
     stack_situations,
 )
-from tests.hints.following import SITUATIONS, Situation
+from tests.proof.hints.following import SITUATIONS, Situation
 
 # Imported for their situations.
 _ALL = (machine_situations, pin_situations, settings_situations, stack_situations)
@@ -53,7 +53,7 @@ _REASONS = {
         checks.pytest_arguments checks.rebuild checks.reinstall checks.relative_paths
         checks.server_log checks.timeout_or_fewer install.build_for_gpu inv.serve_list
         inv.serve_logs inv.serve_status inv.serve_stop machine.cpu_native machine.cuda_index
-        machine.drop_max_jobs machine.export_archs machine.hf_login machine.kill machine.nvidia_smi
+        machine.drop_max_jobs machine.export_archs machine.hf_login machine.nvidia_smi
         machine.nvidia_smi_or_cpu machine.pip_triton machine.ps machine.set_archs machine.set_ptxas
         machine.without_gpu nox.bench nox.smoke nox.upstream server.all_flags server.api_key
         server.cpu_cache server.damaged_state server.disk_or_home server.drop_caches

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 
 from tests.bench.materials import record
-from tests.hints.following import User, printed, runs
+from tests.proof.hints.following import User, printed, runs
 from workspace.bench import results
 from workspace.bench.results import Record
 
