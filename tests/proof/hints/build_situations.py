@@ -68,3 +68,9 @@ def remote_that_no_mirror_stands_for(user: User) -> None:
     mirror = user.world.materials.upstream.as_uri()
     user.follow("machine.set_url", "doctor", put={"=URL": f"={mirror}"}, then=False)
     assert mirror in user.world.layout.dotenv.read_text()
+
+
+@runs("core.git_status")
+def tree_without_its_command_line(user: User) -> None:
+    # The small vLLM has none.
+    user.look("core.git_status", "serve", "tiny", "--dry-run", shows="nothing to commit")

@@ -105,12 +105,12 @@ _REASONS = {
         repo.source_git repo.source_release repo.whole_commit""",
     "the machine or a disk has to be broken": """
         cli.disk_full cli.look_further core.bootstrap_names core.cache_folder core.disk_and_rights
-        core.disk_of core.disk_or_cache core.git_status core.list_all core.list_files
-        core.list_folder core.list_folders core.list_names core.read_log core.what_it_is
-        machine.bootstrap_checkout machine.cache_folder machine.control_group
-        machine.does_python_work machine.git_version machine.own_environment machine.python_version
-        machine.renew_tools machine.uv_pythons repo.delete_file_again repo.delete_lock
-        repo.delete_store repo.git_config repo.git_version repo.memory_again support.make_tools""",
+        core.disk_of core.disk_or_cache core.list_all core.list_files core.list_folder
+        core.list_folders core.list_names core.read_log core.what_it_is machine.bootstrap_checkout
+        machine.cache_folder machine.control_group machine.does_python_work machine.git_version
+        machine.own_environment machine.python_version machine.renew_tools machine.uv_pythons
+        repo.delete_file_again repo.delete_lock repo.delete_store repo.git_config repo.git_version
+        repo.memory_again support.make_tools""",
     "no situation was written yet": """
         checks.bootstrap_then_hook checks.clone_first inv.env machine.drop_from_recipe
         machine.drop_library_path machine.existing_torch machine.export_library_path machine.newer
