@@ -53,9 +53,9 @@ class User:
     def type(self, command: str, **env: str) -> Ended:
         """Run a command line in the clone, with `./scripts/inv` of this interpreter."""
         tools = f"{sys.executable} -Es -B"
-        typed = command.replace("./scripts/inv", f"{tools} tasks.py").replace(
-            "./scripts/nox -s", f"{tools} -m workspace.cli.sessions"
-        )
+        typed = command.replace("./scripts/inv", f"{tools} tasks.py")
+        typed = typed.replace("./scripts/nox -s", f"{tools} -m workspace.cli.sessions")
+        typed = typed.replace(".workspace/tools/bin/uv", str(self.world.materials.bin / "uv"))
         done = subprocess.run(
             ["bash", "-c", typed],
             cwd=self.root,
