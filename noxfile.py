@@ -59,6 +59,7 @@ PROOFS = {
         "tests/proof/test_perf.py",
     ],
     "fuzz": ["tests/fuzz", "--hypothesis-profile=deep"],
+    "hints": ["tests/proof/hints"],
     # It runs its worlds beside each other by itself.
     "kill": ["tests/proof/kill", "-n", "0"],
     "kernels": ["tests/proof/kernels", "-n", "0", "-s"],

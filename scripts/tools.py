@@ -34,6 +34,8 @@ PYTHONS = ("python3.14", "python3.13", "python3.12", "python3.11")
 # The first uv with `venv --relocatable` and today's names of the index options.
 OLDEST_UV = (0, 5)
 SHOWN_LINES = 12
+# An index that sends a byte a second never runs into UV_HTTP_TIMEOUT.
+LONGEST_S = 1800
 CHECK_INDEX = (
     "check the network and the package index (`pip config list`), then run the same command again"
 )
@@ -93,7 +95,7 @@ def prepare():
         raise Failure(
             MACHINE,
             "requirements/tools.txt is not there: the clone is incomplete",
-            "git -C {} checkout -- requirements".format(ROOT),
+            "git -C {} checkout -- requirements/tools.txt".format(ROOT),
         )
     os.makedirs(STATE, exist_ok=True)
     with open(os.path.join(STATE, "tools.lock"), "a") as lock:
@@ -407,16 +409,28 @@ def run(argv, environment):
     except OSError as exc:
         return 127, str(exc)
     try:
-        text = child.communicate()[0]
-    except BaseException:
+        text = child.communicate(timeout=LONGEST_S)[0]
+    except BaseException as exc:
         child.terminate()
         try:
             child.wait(timeout=5)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-        raise
+        if not isinstance(exc, subprocess.TimeoutExpired):
+            raise
+        slow = "{} had not ended after {} s; the package index is {}"
+        name = os.path.basename(argv[0])
+        return 124, slow.format(name, LONGEST_S, index_of(argv, environment))
     return child.returncode, text.decode("utf-8", "replace")
+
+
+def index_of(argv, environment):
+    """Return the package index that a command line of uv or pip asks."""
+    options = [arg.partition("=")[2] for arg in argv if arg.startswith("--default-index=")]
+    names = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
+    options += [environment[name] for name in names if environment.get(name)]
+    return options[0] if options else "https://pypi.org/simple"
 
 
 def remove_leftovers():

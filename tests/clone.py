@@ -41,6 +41,8 @@ if words[0] == "venv":
         borrowed.write("@PACKAGES@")
 elif manner == "fail":
     sys.exit("error: could not reach https://me:hunter2@index.example/simple")
+elif manner == "stall":
+    signal.pause()
 elif manner == "full":
     sys.exit("error: write failed: No space left on device (os error 28)")
 elif manner == "wait":

@@ -19,6 +19,7 @@ from invoke.exceptions import Exit, ParseError
 from invoke.program import Program
 
 from scripts import docs
+from tests.proof.hints.table import ELSEWHERE, NOT_RUN, SITUATIONS
 from workspace.checks.registry import REGISTRY as CHECKS
 from workspace.cli.program import program
 from workspace.cli.sessions import SESSIONS
@@ -89,7 +90,31 @@ PROGRAMS = {
     *("tee", "unset", "uv", "visudo", "apt", "apt-get", "${EDITOR:-nano}"),
 }
 VERB_OF_INSTALL = "rebuild"
+# What a hint installs, and the file for which it does: packages of Debian and Ubuntu, and below
+# them of NVIDIA's repository.
+PACKAGES = {
+    "ccache": "/usr/bin/ccache",
+    "earlyoom": "/usr/bin/earlyoom",
+    "g++": "/usr/bin/g++",
+    "g++-VALUE": "/usr/bin/g++-VALUE",
+    "git": "/usr/bin/git",
+    "ninja-build": "/usr/bin/ninja",
+    "patch": "/usr/bin/patch",
+    "procps": "/sbin/sysctl",
+    "python3.12": "/usr/bin/python3.12",
+    "python3.12-venv": "/usr/lib/python3.12/ensurepip",
+    "pythonVALUE": "/usr/bin/pythonVALUE",
+    "pythonVALUE-dev": "/usr/include/pythonVALUE/Python.h",
+    "cuda-toolkit-13-0": "/usr/local/cuda-13.0/bin/ptxas",
+    "cuda-toolkit-VALUE": "/usr/local/cuda-VALUE/bin/ptxas",
+    "nvidia-driver-VALUE-open": "/usr/bin/nvidia-smi",
+    # machine.apt_toolkit, machine.cuda_home_after
+    "VALUE": "/usr/local/cuda/bin/nvcc",
+}
 MOST_ADVICE = 6
+# It may only fall: a new hint needs a situation in tests/proof/hints.
+MOST_NOT_RUN = 302
+RUN = {name for situation in SITUATIONS for name in situation.hints}
 REMARK = re.compile(r"    |\s+# ")
 HARMS = re.compile(
     r"(?:^|[\s;&|])(?:rm|mv|kill) |git [^;&|]*?(?:reset --hard|clean\b|checkout -- |restore\b"
@@ -407,6 +432,21 @@ def test_every_command_is_one_for_a_shell() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def packages(text: str) -> set[str]:
+    """Return the packages that a hint installs, also in its remark."""
+    found = re.findall(r"apt(?:-get)? install (?:--reinstall )?([^&#;,]+)", text)
+    return {package for names in found for package in names.split("    ")[0].split()}
+
+
+def test_what_a_hint_installs_has_the_program_that_is_missing() -> None:
+    named = set().union(*(packages(filled(name)) for name in REGISTRY))
+    assert named == set(PACKAGES)
+    # Where the package is installed, the distribution's own list has the file.
+    for package, file in PACKAGES.items():
+        listed = subprocess.run(["sh", "-c", f"dpkg -L {package}"], capture_output=True, text=True)
+        assert listed.returncode != 0 or file in listed.stdout.split(), package
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -490,6 +530,20 @@ def test_a_value_is_one_word_for_a_shell() -> None:
     assert hints.text("bench.factor_limit", percent=3.14159).startswith(
         "./scripts/nox -s ab -- --each-patch --factor 3.14 "
     )
+
+
+def test_every_hint_is_run_once_or_has_the_reason_why_not() -> None:
+    groups = [RUN, set(ELSEWHERE), set(NOT_RUN)]
+    assert sorted(set(COMMANDS) - set().union(*groups)) == []
+    assert sorted(set().union(*groups) - set(COMMANDS)) == []
+    assert sum(map(len, groups)) == len(COMMANDS)
+    assert len(NOT_RUN) <= MOST_NOT_RUN
+
+
+def test_the_tests_that_run_a_hint_elsewhere_exist() -> None:
+    for place in ELSEWHERE.values():
+        path, _, name = place.partition("::")
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), place
 
 
 def test_an_empty_value_becomes_its_name() -> None:

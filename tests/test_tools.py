@@ -147,6 +147,20 @@ def test_failed_installation_is_a_sentence_and_leaves_nothing_half_made(bare: Cl
     assert is_list(bare.inv("--list").stdout)
 
 
+def test_index_that_never_ends_is_given_up_and_named(bare: Clone) -> None:
+    script = bare.root / "scripts" / "tools.py"
+    text = script.read_text()
+    assert "LONGEST_S = 1800\n" in text
+    script.write_text(text.replace("LONGEST_S = 1800\n", "LONGEST_S = 2\n"))
+    index = "https://me:hunter2@slow.example/simple"
+    failed = bare.inv("--list", FAKE_MANNER="stall", PIP_INDEX_URL=index)
+    assert (failed.returncode, failed.stdout) == (11, "")
+    said = "uv had not ended after 2 s; the package index is https://****@slow.example/simple"
+    assert said in failed.stderr
+    assert "error: the tools could not be installed\nhint: check the network" in failed.stderr
+    assert [path.name for path in bare.tools.parent.iterdir()] == ["tools.lock"]
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )

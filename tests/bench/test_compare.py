@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -152,3 +153,11 @@ def test_invalid_factor_is_refused(tmp_path: Path, factor: str) -> None:
 def test_slower_record_passes_with_a_larger_factor(tmp_path: Path) -> None:
     first, second = record(arm(1, 12)), record(arm(2, 12, slow=0.2), tree="f" * 40)
     assert output(tmp_path, first, second, factor="40%")[1].startswith("ok")
+
+
+def test_row_has_its_verdict_once() -> None:
+    first, second = record(arm(1, 8), label="one"), record(arm(2, 8, slow=0.5), label="two")
+    err = io.StringIO()
+    rows = compare.judge_records(first, second, factor=0.05)
+    compare.print_rows(rows, console=Console(out=io.StringIO(), err=err))
+    assert re.match(r"FAIL +latency +\+", err.getvalue()), err.getvalue()

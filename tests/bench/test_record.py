@@ -4,6 +4,7 @@ damaged files.
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,30 @@ def test_startup_without_compilation_has_no_compilation_metric() -> None:
         {"cold_startup_times": [3.5], "cold_compilation_times": [0.0], "warm_startup_times": [2.5]},
     )
     assert found == {"cold_startup": (3.5,), "warm_startup": (2.5,)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("folder", "cannot be read: Is a directory"),
+        ("pipe", "cannot be read: not a regular file"),
+        ("sparse", "cannot be read: it is larger than 64 MiB"),
+        ("bytes", "is no complete record of a benchmark: it is not UTF-8"),
+        ("json", "is no complete record of a benchmark: schema is missing"),
+        ("nothing", "there is no record"),
+    ],
+)
+def test_path_of_something_else_is_a_sentence(tmp_path: Path, kind: str, fault: str) -> None:
+    path = tmp_path / "a.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "sparse":
+        path.touch()
+        os.truncate(path, 1 << 31)
+    elif kind != "nothing":
+        path.write_bytes(b"\xff{}" if kind == "bytes" else b'{"tool": "another"}')
+    with pytest.raises(SettingsError, match=fault) as failure:
+        results.find(Layout(tmp_path), str(path))
+    assert failure.value.hint

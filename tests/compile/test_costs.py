@@ -217,7 +217,7 @@ def test_damaged_line_of_the_table_is_skipped_and_reported(tmp_path: Path, line:
     entries, trouble = costs.read_table(file)
     assert [entry.source for entry in entries] == ["b.cu", "c.cu"]
     assert "costs.tsv is damaged in line 4" in trouble[0]
-    assert "git checkout" in trouble[0]
+    assert "git diff" in trouble[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"# only a head\n"])

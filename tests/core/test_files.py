@@ -170,3 +170,11 @@ def test_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         files.write_atomic(target, b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_file_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(1 << 31)
+    with pytest.raises(OSError, match="it is larger than 64 MiB"):
+        files.read_regular(path)

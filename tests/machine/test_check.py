@@ -117,7 +117,7 @@ def test_ptxas_of_the_guide_is_not_the_one_that_triton_uses_on_a_spark(house: Ho
 
 def test_removed_name_is_reported_with_release_replacement_and_reference(house: House) -> None:
     row = judged(house, "VLLM_ATTENTION_BACKEND=FLASHINFER\n")["VLLM_ATTENTION_BACKEND"]
-    assert (row.state, row.hint) == ("warn", "sed -i '/^VLLM_ATTENTION_BACKEND=/d' .env")
+    assert (row.state, row.hint) == ("warn", "sed -i 's/^VLLM_ATTENTION_BACKEND=/# &/' .env")
     assert (
         row.text
         == "is gone since vLLM 0.16.0 (vllm-project/vllm#32812); instead: --attention-backend;"
@@ -253,14 +253,14 @@ def test_recipe_with_a_variable_for_builds_is_an_error_and_the_user_goes_before_
     assert (rows["VLLM_SWITCH"].state, rows["VLLM_SWITCH"].source) == ("ok", "recipe")
 
 
-def test_repeated_name_is_reported_and_the_hint_removes_the_line_without_effect(
+def test_repeated_name_is_reported_and_the_hint_takes_the_line_without_effect_out(
     house: House,
 ) -> None:
     found = judged(house, "# mine\nNVCC_THREADS=4\nNVCC_THREADS=2\n")["NVCC_THREADS"]
-    assert (found.state, found.hint) == ("warn", "sed -i '2d' .env")
+    assert (found.state, found.hint) == ("warn", "sed -i '2s/^/# /' .env")
     assert found.text == ".env, line 2: NVCC_THREADS is set again in line 3, which counts"
     subprocess.run(["sh", "-c", found.hint], cwd=house.layout.root, check=True)
-    assert house.layout.dotenv.read_text() == "# mine\nNVCC_THREADS=2\n"
+    assert house.layout.dotenv.read_text() == "# mine\n# NVCC_THREADS=4\nNVCC_THREADS=2\n"
 
 
 def test_variable_of_the_shell_that_hides_a_line_is_reported_with_both_values(house: House) -> None:
@@ -306,7 +306,7 @@ def test_warnings_are_printed_once_and_the_error_names_the_first_and_the_rest(ho
         with pytest.raises(SettingsError, match="VLLM_NUMBER=many") as caught:
             check.require(house.machine(), console=console, device="cpu")
     assert caught.value.exit_code == 2
-    assert caught.value.hint == "sed -i '/^VLLM_NUMBER=/d' .env"
+    assert caught.value.hint == "sed -i 's/^VLLM_NUMBER=/# &/' .env"
     assert any("VLLM_CHOICE=c" in line for line in caught.value.details)
     assert err.getvalue().count("VLLM_SWITCH=yes") == 1
 

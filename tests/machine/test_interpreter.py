@@ -247,7 +247,7 @@ def test_foreign_file_at_the_path_of_the_environment_is_left_alone(house, built,
             (place / "bin" / "python").symlink_to("/nonexistent/python")
     with pytest.raises(ToolchainError) as caught:
         built()
-    assert caught.value.hint.startswith("mv .vllm .vllm.old")
+    assert caught.value.hint.startswith("mv -T --backup=numbered .vllm .vllm.old")
     assert place.is_symlink() or place.is_file() or (place / "notes.txt").read_text() == "mine"
 
 

@@ -27,10 +27,10 @@ def test_patch_that_came_with_a_pull_is_not_dropped_without_a_commit(
     release.series({first: upstream.patches[first]})
     release.apply()
     release.series(dict(upstream.patches))
+    commit(release.vllm, "mine" + STATUS, {"vllm/mine.py": "mine\n"})
     failure = refused(release, second, snapshot)
     assert failure.hint
     commands = failure.hint.split("    ")[0].split(" && ")
-    commit(release.vllm, "mine" + STATUS, {"vllm/mine.py": "mine\n"})
     for command in commands:
         if command.endswith("patch.apply"):
             release.apply()
@@ -58,7 +58,7 @@ def test_patch_that_was_changed_after_it_was_applied_is_not_written_over(
     )
     commit(applied.vllm, "mine" + STATUS, {"vllm/mine.py": "mine\n"})
     failure = refused(applied, f"{first} was changed since it was applied", snapshot)
-    assert "patch.unapply" in (failure.hint or "")
+    assert "./scripts/inv patch.apply && git -C vendor/vllm cherry-pick " in (failure.hint or "")
     # Taken into the commit, it is no difference any more.
     sh_git(applied.vllm, "reset", "--quiet", "--keep", "HEAD~1")
     applied.unapply()

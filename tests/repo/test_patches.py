@@ -20,6 +20,7 @@ from tests.repo.conftest import (
     sh_git,
     write,
 )
+from tests.repo.states import everything
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError, PatchDrift
 from workspace.core.paths import Layout
@@ -314,3 +315,18 @@ def test_shipped_patch_makes_a_commit_of_its_name_and_round_trips(tmp_path: Path
     # The index line names the whole file of the pin, which is not at hand here.
     without_index = re.compile(rb"^index .*$|^@@ .*$", re.MULTILINE)
     assert without_index.sub(b"", export(layout.vllm, "HEAD")) == without_index.sub(b"", content)
+
+
+def test_patch_that_adds_a_file_twice_writes_nothing(release: Workspace) -> None:
+    """git apply --cached --3way writes the file of an addition that both sides have."""
+    made = commit(
+        release.vllm, "[Core] One\n\nUpstream-Status: Pending", {"vllm/twice.py": "twice = 1\n"}
+    )
+    one = export(release.vllm, made)
+    sh_git(release.vllm, "reset", "--quiet", "--hard", "HEAD~1")
+    release.series({"Core-One.patch": one, "Core-Two.patch": one.replace(b"One", b"Two")})
+    before = everything(release)
+    release.stack()
+    with pytest.raises(PatchDrift, match="Core-Two.patch changes nothing"):
+        release.apply()
+    assert everything(release) | {"refs": before["refs"]} == before

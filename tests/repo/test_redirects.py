@@ -2,6 +2,7 @@
 
 import http.server
 import ipaddress
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,30 @@ def test_service_of_this_machine_is_not_requested(
     with serving(f"http://{host}:{service.server_port}/secret") as page:
         threading.Thread(target=page.serve_forever, args=(0.01,), daemon=True).start()
         with pytest.raises(SourceError, match="which is not public"):
+            importing._fetched(
+                f"http://127.0.0.1:{page.server_port}/1.patch",
+                load(Layout(tmp_path), environ={"HOME": "/h"}),
+            )
+        page.shutdown()
+    assert service.RequestHandlerClass.requests == []
+
+
+def test_name_whose_second_answer_is_this_machine_is_not_requested(
+    service: http.server.ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve, answers = socket.getaddrinfo, iter(["8.8.8.8"])
+
+    def getaddrinfo(host: str, *args: object, **kwargs: object) -> object:
+        found = next(answers, "127.0.0.1") if host == "moves.example" else host
+        return resolve(found, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setenv("NO_PROXY", "*")
+    with serving(f"http://moves.example:{service.server_port}/secret") as page:
+        threading.Thread(target=page.serve_forever, args=(0.01,), daemon=True).start()
+        with pytest.raises(
+            SourceError, match=r"moves\.example \(127\.0\.0\.1\), which is not public"
+        ):
             importing._fetched(
                 f"http://127.0.0.1:{page.server_port}/1.patch",
                 load(Layout(tmp_path), environ={"HOME": "/h"}),

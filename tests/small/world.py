@@ -27,6 +27,7 @@ COPIED = (
     "noxfile.py",
     "pyproject.toml",
     ".env.example",
+    ".gitattributes",
     ".gitignore",
 )
 # What a user may well have in ~/.gitconfig, and what no verb may be misled by.

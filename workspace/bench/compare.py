@@ -180,7 +180,7 @@ def show(
     a, b = (found.record for found in (results.find(layout, first), results.find(layout, second)))
     assert a is not None
     assert b is not None
-    require_comparable(a, b, across=across)
+    require_comparable(a, b, across=across, typed=(first, second))
     rows = judge_records(a, b, factor=allowed)
     if as_json:
         document = {
@@ -206,11 +206,13 @@ def print_rows(
     rows: Sequence[MetricDifference], *, console: Console, title: str | None = None
 ) -> None:
     """Print the verdict of each metric, with `title` in the place of the metric's name."""
-    shown = [(one, f"{one.metric} " if title else "") for one in rows]
-    console.rows(
-        Row(STATES[one.judgement.verdict], title or one.metric, f"{metric}{sentence(one)}")
-        for one, metric in shown
-    )
+    shown = []
+    for one in rows:
+        state, metric = STATES[one.judgement.verdict], f"{one.metric} " if title else ""
+        # The state has the verdict, but for an inconclusive one.
+        text = sentence(one) if state is State.WARN else _figures(one)
+        shown.append(Row(state, title or one.metric, f"{metric}{text}"))
+    console.rows(shown)
 
 
 def worse(rows: Sequence[MetricDifference]) -> str:
@@ -267,12 +269,15 @@ def judge_records(first: Record, second: Record, *, factor: float) -> tuple[Metr
 
 def sentence(row: MetricDifference) -> str:
     """Return verdict, change, chance and medians of a metric in one line."""
+    return f"{row.judgement.verdict}: {_figures(row)}"
+
+
+def _figures(row: MetricDifference) -> str:
     judgement = row.judgement
     chance = f"p = {judgement.p:.2g}, " if judgement.low is not None else ""
     return (
-        f"{judgement.verdict}: {percent(judgement.ratio)}{interval_text(judgement)},"
-        f" {chance}{row.first:.4g} → {row.second:.4g}"
-        f" {results.known(row.metric).unit}; {judgement.reason}"
+        f"{percent(judgement.ratio)}{interval_text(judgement)}, {chance}{row.first:.4g} →"
+        f" {row.second:.4g} {results.known(row.metric).unit}; {judgement.reason}"
     )
 
 
@@ -288,8 +293,17 @@ def percent(ratio: float) -> str:
     return f"{ratio - 1:+.1%}" if ratio < MOST_FACTOR else f"×{ratio:.3g}"
 
 
-def require_comparable(first: Record, second: Record, *, across: Sequence[str] = ()) -> None:
-    """Raise SettingsError naming each field that differs, except those in `across`."""
+def require_comparable(
+    first: Record,
+    second: Record,
+    *,
+    across: Sequence[str] = (),
+    typed: tuple[str, str] | None = None,
+) -> None:
+    """Raise SettingsError naming each field that differs, except those in `across`.
+
+    `typed` are the names or paths under which the user gave the records.
+    """
     names = fields(first).keys()
     unknown = [name for name in across if name not in names]
     if unknown:
@@ -301,13 +315,12 @@ def require_comparable(first: Record, second: Record, *, across: Sequence[str] =
         name: text for name, text in differences(first, second).items() if name not in across
     }
     if differing:
-        flags = " ".join(f"--across {name}" for name in differing)
+        flags = " ".join(f"--across {name}" for name in (*across, *differing))
+        a, b = typed or (first.stem, second.stem)
         raise SettingsError(
             f"{first.stem} and {second.stem} are not comparable; they differ in"
             f" {', '.join(differing)}",
-            hint=hints.text(
-                "bench.compare_anyway", first=first.stem, second=second.stem, flags=flags
-            ),
+            hint=hints.text("bench.compare_anyway", first=a, second=b, flags=flags),
             details=tuple(f"{name}: {text}" for name, text in differing.items()),
         )
 

@@ -115,7 +115,7 @@ def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
             raise
         raise SettingsError(
             f"{shown} is damaged, and is not overwritten",
-            hint=hints.text("bench.set_aside_or_label", path=path, kind=fresh.kind),
+            hint=hints.text("bench.label_another", kind=fresh.kind),
         ) from None
     if existing is None:
         return fresh

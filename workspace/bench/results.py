@@ -6,6 +6,7 @@ damaged, or that a newer workspace wrote, is refused.
 """
 
 import datetime
+import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -358,7 +359,7 @@ def find(layout: Layout, name: str) -> Entry:
     Raises SettingsError where no record or several have the name, and for an unreadable record.
     """
     place = typed(name)
-    if name.endswith(".json") and place.is_file():
+    if name.endswith(".json") and os.path.lexists(place):
         return Entry(place, read(place, place=name))
     paths = sorted(layout.results.glob("*/*.json"))
     matching = (

@@ -77,7 +77,7 @@ def _write_record(site: Path, record: Path, rows: list[list[str]]) -> None:
     for row in rows:
         path = site / row[0]
         if len(row) == 3 and row[2] and path.is_file() and path.stat().st_size <= LARGEST_BYTES:
-            content = read_regular(path)
+            content = read_regular(path, most_bytes=LARGEST_BYTES)
             digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest())
             row[1] = f"sha256={digest.rstrip(b'=').decode()}"
             row[2] = str(len(content))

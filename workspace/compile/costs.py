@@ -227,7 +227,7 @@ def encode(entries: Iterable[Entry], *, head: str) -> str:
 
 def read_table(path: Path = TABLE) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     """Return the entries of a table, and a warning about damaged lines, which are left out."""
-    note = f"guesses replace it; git checkout -- workspace/compile/{path.name} restores it"
+    note = f"guesses replace it; git diff -- workspace/compile/{path.name} shows the edit"
     try:
         text = read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as exc:

@@ -22,7 +22,7 @@ from workspace.compile.project import Target
 from workspace.core import files, hints, process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
-from workspace.core.files import read_regular, sha256, write_atomic
+from workspace.core.files import LARGEST_FILE, read_regular, sha256, write_atomic
 from workspace.repo.git import Git, worktree
 
 PACKAGE = "vllm"
@@ -339,7 +339,7 @@ def keep(tree: Path, folders: Iterable[str], scratch: Path) -> None:
     """
     for folder in folders:
         for path in sorted((tree / folder).rglob("*")):
-            if path.is_file() and not path.is_symlink() and MARK.encode() not in read_regular(path):
+            if path.is_file() and not path.is_symlink() and MARK.encode() not in _content(path):
                 write_atomic(scratch / path.relative_to(tree), path.read_bytes())
                 shutil.copystat(path, scratch / path.relative_to(tree))
 
@@ -348,7 +348,7 @@ def bring_back(tree: Path, folders: Iterable[str], scratch: Path) -> None:
     """Undo what a configure wrote from placeholders into these folders of the tree."""
     for folder in folders:
         for path in sorted((tree / folder).rglob("*")):
-            if path.is_file() and not path.is_symlink() and MARK.encode() in read_regular(path):
+            if path.is_file() and not path.is_symlink() and MARK.encode() in _content(path):
                 former = scratch / path.relative_to(tree)
                 if former.is_file():
                     write_atomic(path, former.read_bytes())
@@ -358,6 +358,10 @@ def bring_back(tree: Path, folders: Iterable[str], scratch: Path) -> None:
                     with contextlib.suppress(OSError):
                         path.parent.rmdir()
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _content(path: Path) -> bytes:
+    return read_regular(path, most_bytes=LARGEST_FILE)
 
 
 def _state(path: Path) -> State | None:
@@ -370,6 +374,6 @@ def _state(path: Path) -> State | None:
 
 def _digest(path: Path) -> str:
     try:
-        return hashlib.sha256(read_regular(path)).hexdigest()
+        return hashlib.sha256(_content(path)).hexdigest()
     except OSError:
         return ""

@@ -39,8 +39,7 @@ SLOWEST_BYTES_PER_S = 16 << 10
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Replace `path` by `content`; a reader or a power cut sees the old or the new file, never
-    half.
+    """Replace `path` by `content`; a reader or a power cut sees the old or the new file.
 
     Raises OSError where the folder cannot be written; the old file is then untouched.
     """
@@ -93,18 +92,20 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_regular(path: Path) -> bytes:
-    """Return the content of a regular file.
+def read_regular(path: Path, *, most_bytes: int = LARGEST_PAGE) -> bytes:
+    """Return the content of a regular file of at most `most_bytes`.
 
     Raises OSError, also for a pipe or a device, which could block the reader for ever.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb", buffering=0) as file:
-        kind = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(kind):
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(kind):
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if found.st_size > most_bytes:
+            raise OSError(errno.EFBIG, f"it is larger than {most_bytes >> 20} MiB", str(path))
         return file.read()
 
 
@@ -440,13 +441,12 @@ def folder_beside(destination: Path) -> Iterator[Path]:
     The folder is removed after the block. Raises ToolchainError where the folder, or a write of the
     block, fails for missing rights or space.
     """
-    prefix = _prefix(destination)
     lock: int | None = None
     folder: Path | None = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         sweep_beside(destination)
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(destination), dir=destination.parent))
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         # The kernel releases the lock when its holder dies, for any reason.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

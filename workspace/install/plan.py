@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import files, hints
+from workspace.core.console import State
 from workspace.core.errors import CheckoutError, SourceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -24,7 +25,6 @@ from workspace.repo.git.command import Entries
 from workspace.repo.git.repository import changed_paths
 
 Device = Literal["cpu", "cuda"]
-State = Literal["ok", "stale", "missing"]
 
 # Sources of compiled libraries, below the tree (CMakeLists.txt, setup.py's cmake_build_ext).
 COMPILED_SOURCES = ("csrc", "cmake", "CMakeLists.txt")
@@ -201,9 +201,11 @@ def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     if facts.python is None:
         has_folder = facts.machine.layout.environment.exists()
         reason = ".vllm holds no working Python" if has_folder else "there is no .vllm"
-        return Layer("environment", "missing", (reason,))
+        return Layer("environment", State.MISSING, (reason,))
     if facts.tree is None:
-        return Layer("environment", "missing", ("there is no checkout to take requirements from",))
+        return Layer(
+            "environment", State.MISSING, ("there is no checkout to take requirements from",)
+        )
     inputs = {
         "place": str(facts.machine.layout.environment),
         "python": facts.python.version,
@@ -214,7 +216,7 @@ def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
         "torch": _torch_input(facts.torch) if facts.torch else "none",
     }
     if recorded is None:
-        return Layer("environment", "missing", ("it was not finished",), inputs)
+        return Layer("environment", State.MISSING, ("it was not finished",), inputs)
     installed = facts.machine.packages()
     reasons = _differences(facts.tree, recorded, inputs)
     reasons += tuple(
@@ -222,7 +224,7 @@ def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
         for name, old in recorded.packages.items()
         if installed.get(name) != old
     )
-    return Layer("environment", "stale" if reasons else "ok", reasons, inputs, recorded)
+    return Layer("environment", State.STALE if reasons else State.OK, reasons, inputs, recorded)
 
 
 def _torch_input(build: torch.TorchBuild) -> str:
@@ -239,7 +241,7 @@ def _kernels(
     tree, build = facts.tree, facts.torch
     if tree is None or build is None:
         reason = "there is no checkout" if tree is None else "there is no torch"
-        return Layer("kernels", "missing", (reason,)), ()
+        return Layer("kernels", State.MISSING, (reason,)), ()
     source = wanted.source
     inputs = {"device": facts.device, "torch": _torch_input(build)}
     compiled = (
@@ -251,7 +253,9 @@ def _kernels(
     if changed_sources:
         sentence = (changed_sources_sentence(changed_sources),)
     if recorded is None:
-        return Layer("kernels", "missing", ("no build was finished",), inputs | compiled), sentence
+        return Layer(
+            "kernels", State.MISSING, ("no build was finished",), inputs | compiled
+        ), sentence
     was_hybrid = recorded.kernels is not None and recorded.kernels.is_hybrid
     if changed_sources and not (source.is_hybrid and was_hybrid):
         needs_compilation = sentence
@@ -265,7 +269,7 @@ def _kernels(
         if _size(facts.machine.layout.vllm / library.path) != library.size
     )
     reasons += needs_compilation
-    state: State = "stale" if reasons else "ok"
+    state = State.STALE if reasons else State.OK
     layer = Layer("kernels", state, reasons, inputs | compiled, recorded)
     return layer, () if wanted.source.is_native else needs_compilation
 
@@ -312,7 +316,7 @@ def _install(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     tree, python = facts.tree, facts.python
     if tree is None or python is None:
         reason = "there is no checkout" if tree is None else "there is no environment"
-        return Layer("install", "missing", (reason,))
+        return Layer("install", State.MISSING, (reason,))
     inputs = {
         "place": str(facts.machine.layout.vllm),
         "metadata": tree.digest(METADATA_FILES),
@@ -320,12 +324,12 @@ def _install(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
         "interpreter": python.version,
     }
     if recorded is None:
-        return Layer("install", "missing", ("no build was finished",), inputs)
+        return Layer("install", State.MISSING, ("no build was finished",), inputs)
     reasons = _differences(tree, recorded, inputs)
     found = facts.machine.packages().get("vllm")
     if found != facts.version:
         reasons += (f"installed vllm {found or 'none'} → {facts.version}",)
-    return Layer("install", "stale" if reasons else "ok", reasons, inputs, recorded)
+    return Layer("install", State.STALE if reasons else State.OK, reasons, inputs, recorded)
 
 
 def digested_files(tree: Tree | None, inputs: Mapping[str, str]) -> dict[str, Mapping[str, str]]:

@@ -120,8 +120,9 @@ def _headers_row(
     hint = hints.text("machine.apt_headers", minor=minor)
     if base != Path("/usr"):
         # Only the system's Python has a -dev package; uv's Pythons contain their headers.
-        old = " && mv .vllm .vllm.old" if case.python() else ""
-        hint = hints.text("machine.uv_python", uv=case.uv, version=f"{minor}{old}")
+        hint = hints.text("machine.uv_python", uv=case.uv, version=minor)
+        if case.python():
+            hint = hints.text("machine.uv_python_anew", uv=case.uv, version=minor)
     return Row(
         State.FAIL if is_needed else State.WARN, "headers", f"no Python.h for {version}", why, hint
     )
@@ -430,7 +431,7 @@ def running_programs(case: Case) -> Iterator[Row]:
         "running",
         seen,
         why,
-        hints.text("machine.kill", pids=pids) if serving else hints.text("machine.ps", pids=pids),
+        hints.text("machine.ps", pids=pids),
     )
 
 

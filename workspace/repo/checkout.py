@@ -153,7 +153,7 @@ def ensure(
     """
     found = observe(layout, pin)
     if found.kind is Kind.FOREIGN:
-        raise _foreign(layout, pin, found)
+        raise _foreign(layout, pin, settings, found)
     if found.kind is not Kind.MISSING:
         if choice not in ("auto", found.kind.value):
             raise _other_kind(layout, pin, found, choice)
@@ -163,14 +163,16 @@ def ensure(
         _make_from_archive(making)
     made = observe(layout, pin)
     if made.base is None:
-        raise _foreign(layout, pin, made)
+        raise _foreign(layout, pin, settings, made)
     return made
 
 
 def protect(layout: Layout, *, run_log: RunLog | None = None) -> None:
     """Keep the superproject's own git commands from moving, fetching or staging vendor/vllm.
 
-    Settings that are right already are not written.
+    The user's git leaves the line ends of vendor/vllm as they are: with core.autocrlf it would
+    write others, which are edits for the git of the workspace. Settings that are right already are
+    not written.
     """
     outer = superproject(layout)
     if outer is None:
@@ -178,11 +180,13 @@ def protect(layout: Layout, *, run_log: RunLog | None = None) -> None:
     for key in ("fetch.recurseSubmodules", "submodule.recurse"):
         outer.set_setting(key, "false", run_log=run_log)
     path = layout.relative(layout.vllm)
-    link = outer.gitlink(path)
-    if link is None or link.hidden or not os.path.lexists(layout.vllm / ".git"):
+    if not os.path.lexists(layout.vllm / ".git"):
         return
+    inner = Git(layout.vllm)
+    inner.set_setting("core.autocrlf", "false", run_log=run_log)
+    link = outer.gitlink(path)
     # A release checkout or a patched checkout: `git add -A` would stage its commit as a new pin.
-    if Git(layout.vllm).head() != link.commit:
+    if link and not link.hidden and inner.head() != link.commit:
         outer.hide(path, run_log=run_log)
 
 
@@ -395,12 +399,13 @@ def keeping_command(name: str) -> str:
     return hints.text("repo.foreign_folder", path=name)
 
 
-def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
+def _foreign(layout: Layout, pin: Pin, settings: Settings, found: Checkout) -> CheckoutError:
     path = folder_of(layout, pin)
     name, modules = layout.relative(path), _modules(layout, pin)
     hint = keeping_command(name)
     if found.head:
-        hint = hints.text("repo.fetch_pin", path=name, url=pin.url, commit=pin.commit)
+        url = without_user(url_of(layout, pin, settings))
+        hint = hints.text("repo.fetch_pin", path=name, url=url, commit=pin.commit)
     elif (path / ".git").is_file() and modules and (modules / "HEAD").is_file():
         # A submodule's .git names its repository by a relative path, wrong after a move.
         place = os.path.relpath(modules, path)

@@ -346,19 +346,28 @@ def _refuse_unapplied(layout: Layout, prepared: Prepared) -> None:
     if not unknown:
         return
     shown = layout.relative(prepared.git.path)
-    way = hints.text("inv.patch_apply")
-    if prepared.patches:
-        branch = series.kept_as(prepared.head)
-        way = hints.text(
-            "repo.apply_and_pick", shown=shown, base=BASE_REF, tip=TIP_REF, branch=branch
-        )
-        way = series.kept(shown, prepared.git, prepared.head, way)
+    way = _applying_way(shown, prepared) if prepared.patches else hints.text("inv.patch_apply")
     raise PatchDrift(
         f"{place}/{unknown[0]} is in the series, and {shown} has no commit of it"
         + (f"; {len(unknown) - 1} more" if len(unknown) > 1 else ""),
         hint=hints.text("repo.apply_or_drop", command=way, path=f"{place}/{series.SERIES_FILE}"),
         details=tuple(f"{place}/{name}" for name in unknown[1:10]),
     )
+
+
+def _applying_way(shown: str, prepared: Prepared) -> str:
+    """Return the command line that applies the series anew, and puts the user's commits on it.
+
+    A branch keeps the present commits. Those after the former tip are picked; the commit of the tip
+    is named, as its reference moves with the series.
+    """
+    git, head = prepared.git, prepared.head
+    tip, base = git.resolve(TIP_REF) or prepared.base, prepared.base[:12]
+    apply, branch = hints.text("inv.patch_apply"), series.kept_as(head)
+    way = hints.text("repo.detach_then", shown=shown, commit=base, command=apply)
+    if tip != head:
+        way = hints.text("repo.apply_and_pick", shown=shown, base=base, tip=tip[:12], branch=branch)
+    return series.kept(shown, git, head, way)
 
 
 def _refuse_edited(layout: Layout, prepared: Prepared) -> None:
@@ -379,10 +388,15 @@ def _refuse_edited(layout: Layout, prepared: Prepared) -> None:
                 " nothing was written",
                 hint=hints.text("repo.stash_patch", path=f"{place}/{name}"),
             )
+        shown = layout.relative(prepared.git.path)
         raise PatchDrift(
-            f"{place}/{name} was changed since it was applied, and its commit in"
-            f" {layout.relative(prepared.git.path)} was not; nothing was written",
-            hint=hints.text("repo.take_file_or_commit", path=f"{place}/{name}"),
+            f"{place}/{name} was changed since it was applied, and its commit in {shown} was not;"
+            " nothing was written",
+            hint=hints.text(
+                "repo.take_file_or_commit",
+                command=_applying_way(shown, prepared),
+                path=f"{place}/{name}",
+            ),
         )
 
 

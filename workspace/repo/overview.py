@@ -112,19 +112,20 @@ def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Sta
         return _move(
             f"the superproject's index has {shown} at {link.commit[:12]}, vendor/pins.toml at"
             f" {pin.commit[:12]}",
-            f"git log --oneline -3 -- vendor/pins.toml {shown}    shows which of the two moved",
+            hints.text("repo.which_moved", path=shown),
         )
     references = worktree.references(git, "refs/patches/")
     tip, base = references.get(TIP_REF), references.get(BASE_REF)
     if checkout.base is None:
-        way = (
-            f"git -C {shown} fetch {pin.url} {pin.commit} && git -C {shown} checkout --detach"
-            f" {pin.commit[:12]}"
-        )
         return _move(
             f"{shown} is at {checkout.head[:12]} and lacks {pin.tag}: the pin moved, for example by"
             " git pull, and the checkout did not",
-            way,
+            hints.text(
+                "repo.fetch_and_detach",
+                shown=shown,
+                url=git.setting("remote.origin.url") or pin.url,
+                commit=pin.commit,
+            ),
         )
     if tip in (None, checkout.head) or git.is_ancestor(tip, checkout.head):
         return _pin_moved(git, shown, base, tip, stack)

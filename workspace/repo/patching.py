@@ -157,7 +157,7 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
         raise PatchDrift(
             f"{file.name} is in upstream already: it changes nothing on upstream's main,"
             f" {main[:12]}",
-            hint=hints.text("repo.forecast_main"),
+            hint=hints.text("repo.newer_releases"),
         )
     return made[0]
 

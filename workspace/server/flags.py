@@ -118,7 +118,10 @@ def known(layout: Layout) -> Flags:
         with contextlib.suppress(FileNotFoundError):
             _read(_parsed(source), reading)
     if not reading.names:
-        raise ToolchainError(SPOILED, hint=hints.text("inv.bootstrap"))
+        # Bootstrap makes a checkout that is missing, and leaves one that lacks files as it is.
+        status = hints.text("core.git_status", folder=layout.relative(layout.vllm))
+        is_there = (layout.vllm / ".git").exists()
+        raise ToolchainError(SPOILED, hint=status if is_there else hints.text("inv.bootstrap"))
     for name in reading.names:
         annotation = reading.fields.get(name, "")
         if "bool" in annotation and "str" not in annotation and name not in reading.switches:

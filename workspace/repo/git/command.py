@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,16 +127,8 @@ def refusal_of_disk(err: str) -> str | None:
 
     Neither a patch nor the network is at fault then, whatever else follows.
     """
-    return next(
-        (
-            line.strip()
-            for line in err.splitlines()
-            if re.search(
-                r"No space left|Out of diskspace|Read-only file system|quota exceeded", line
-            )
-        ),
-        None,
-    )
+    full = re.compile(r"No space left|Out of diskspace|Read-only file system|quota exceeded")
+    return next((line.strip() for line in err.splitlines() if full.search(line)), None)
 
 
 IDENTITY = ("vLLM workspace", "workspace@invalid")
@@ -357,9 +350,18 @@ class Command:
         return self._git(args, git_environment() | dict(env or {}), check=check, verb=_verb(args))
 
     def applies(self, *args: str, env: Mapping[str, str], flags: Sequence[str] = ()) -> bool:
-        """Apply patches to the index that `env` names, and return whether git did it."""
+        """Apply patches to the index that `env` names, and return whether git did it.
+
+        With --3way git writes a file that both sides add (load_current in its apply.c), so that it
+        runs in an empty folder.
+        """
         apply = (*flags, "apply", "--cached", "--whitespace=nowarn", *args)
-        return self.write(*apply, env=env, check=False).status == 0
+        if "--3way" not in args:
+            return self.write(*apply, env=env, check=False).status == 0
+        git_dir = self.look("rev-parse", "--absolute-git-dir").out.rstrip("\n")
+        with tempfile.TemporaryDirectory(prefix="workspace-tree-") as tree:
+            place = {**env, "GIT_DIR": git_dir, "GIT_WORK_TREE": tree}
+            return self.write("-C", tree, *apply, env=place, check=False).status == 0
 
     def _git(
         self, args: Sequence[str], env: Mapping[str, str], *, check: bool, verb: str
