@@ -91,8 +91,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_redirect_without_end(self) -> None:
         self._head(302, Location=self.path + "/on")
+        sent = 0
         while True:
-            self.wfile.write(b"x" * (1 << 16))
+            sent += self.wfile.write(b"x" * (1 << 16))
+            # A client that reads on takes all memory, also after the verb has given up.
+            if sent > 64 << 20:
+                self.server.is_read_on = True  # type: ignore[attr-defined]
+                return
 
     def log_message(self, *_: object) -> None:
         pass
@@ -107,11 +112,13 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(importing, "LARGEST_BYTES", 3 << 20)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.daemon_threads = True
+        server.is_read_on = False  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+        assert not server.is_read_on  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

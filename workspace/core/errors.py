@@ -5,6 +5,7 @@ with `exit_code`. Any other exception is a bug and keeps its traceback.
 """
 
 import re
+from collections.abc import Sequence
 from typing import ClassVar
 
 INTERRUPTED_EXIT_CODE = 130
@@ -102,3 +103,9 @@ ERRORS: tuple[type[WorkspaceError], ...] = (
     SourceError,
     LockError,
 )
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """Return `a, b, c and 2 more`."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from workspace.core import hints
+from workspace.core import errors, hints
 from workspace.core.errors import SourceError, ToolchainError
 
 if TYPE_CHECKING:
@@ -201,16 +201,22 @@ def opened(
 
     with contextlib.ExitStack() as stack:
         client = session or stack.enter_context(requests.Session())
+        targets: list[str | None] = []
+
+        def take_target(reply: "requests.Response", **_: object) -> None:
+            # Session.send would read the content of a redirect, which may be endless.
+            targets.append(client.get_redirect_target(reply))
+            reply.headers.pop("Location", None)
+
+        get = functools.partial(client.get, headers=headers, timeout=timeout_s, stream=True)
+        get = functools.partial(get, allow_redirects=False, hooks={"response": take_target})
         for _ in range(client.max_redirects):
-            get = functools.partial(client.get, url, headers=headers, timeout=timeout_s)
-            # The content of a redirect, which may be endless, is not read.
-            reply = _in_time(functools.partial(get, stream=True, allow_redirects=False))
+            reply = _in_time(functools.partial(get, url))
             stack.callback(reply.close)
-            target = client.get_redirect_target(reply)
-            if target is None:
+            if not targets[-1]:
                 yield reply
                 return
-            url = requests.compat.urljoin(url, target)
+            url = requests.compat.urljoin(url, targets[-1])
             if check_redirect:
                 check_redirect(url)
         raise requests.TooManyRedirects(f"more than {client.max_redirects} redirects")
@@ -386,15 +392,9 @@ def _difference(
     name: str, old: str, new: str, changed_files: Callable[[str], Sequence[str]]
 ) -> str:
     if len(new) == 64 and len(old) in (64, len("nothing")):
-        names = listed(changed_files(name))
+        names = errors.listed(changed_files(name))
         return f"{name} changed" + (f": {names}" if names else "")
     return f"{name} {old or 'none'} → {new or 'none'}"
-
-
-def listed(names: Sequence[str], limit: int = 3) -> str:
-    """Return `a, b, c and 2 more`."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 # ioctl_ficlone(2).

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import files, hints
+from workspace.core import errors, files, hints
 from workspace.core.console import State
 from workspace.core.errors import CheckoutError, SourceError
 from workspace.core.paths import Layout
@@ -390,7 +390,7 @@ def _changed_sources(tree: Tree | None, current: checkout.Checkout) -> tuple[str
 
 def changed_sources_sentence(changed: tuple[str, ...]) -> str:
     return (
-        f"compiled from the pin's sources, which {files.listed(changed)}"
+        f"compiled from the pin's sources, which {errors.listed(changed)}"
         f" {'differs' if len(changed) == 1 else 'differ'} from"
     )
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from workspace.core import files, hints, records
+from workspace.core import errors, files, hints, records
 from workspace.core import settings as settings_of
 from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.core.console import Row, State
@@ -217,7 +217,7 @@ def owner(case: Case) -> Iterator[Row]:
     if other:
         why = "a verb was typed with sudo; verbs without it cannot change these files"
         hint = hints.text("machine.own_files_of_root", folder=root)
-        seen = f"{files.listed(other)} belong{'s' if len(other) == 1 else ''} to root"
+        seen = f"{errors.listed(other)} belong{'s' if len(other) == 1 else ''} to root"
         yield Row(State.WARN, "owner", seen, why, hint)
 
 
