@@ -119,7 +119,6 @@ MAKES_A_MACHINE = {
     "workspace/install/triton_fix.py": 1,
     "workspace/install/triton_fixes.py": 1,
     "workspace/server/start.py": 2,
-    "workspace/server/verbs.py": 2,
     "workspace/support/bug_report.py": 1,
     "workspace/support/perf.py": 1,
 }
