@@ -238,7 +238,7 @@ def test_command_that_cannot_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ToolchainError, match="no built environment"):
         verbs.run_command(layout, found, ["true"], console=console)
     made = built(tmp_path / "made")
-    with pytest.raises(ToolchainError, match="no-such-program is not there"):
+    with pytest.raises(ToolchainError, match="no-such-program is missing"):
         verbs.run_command(
             made, load(made, environ={"PATH": "/usr/bin"}), ["no-such-program"], console=console
         )

@@ -146,7 +146,8 @@ def download(
     if expected_sha256 is not None and found != expected_sha256:
         part.unlink()
         raise SourceError(
-            f"{destination.name} has sha256 {found}, pinned is {expected_sha256}: it was not used",
+            f"{destination.name} has sha256 {found}, not the pinned {expected_sha256}: it was not"
+            " used",
             hint=hints.text("core.wrong_hash"),
         )
     os.replace(part, destination)
@@ -299,7 +300,7 @@ def reason_of(exc: BaseException) -> str:
     request = exc.request if isinstance(exc, requests.RequestException) else None
     while exc.__context__ is not None:
         exc = exc.__context__
-    cause = str(exc) or type(exc).__name__
+    cause = (isinstance(exc, OSError) and exc.strerror) or str(exc) or type(exc).__name__
     url = str(request.url) if request is not None else ""
     proxies = requests.utils.get_environ_proxies(url) if url else {}
     if proxy := requests.utils.select_proxy(url, proxies):
@@ -316,7 +317,7 @@ def inner_path(name: str) -> PurePosixPath:
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
-        raise ValueError("is a path outside of it")
+        raise ValueError("is a path outside of the archive")
     if "\0" in name:
         raise ValueError("has a zero byte in its name")
     for part in path.parts:
@@ -324,7 +325,7 @@ def inner_path(name: str) -> PurePosixPath:
         # short name of Windows is the same folder (git's verify_path, CVE-2014-9390).
         seen = "".join(letter for letter in part if unicodedata.category(letter) != "Cf")
         if seen.casefold().rstrip(". ").partition(":")[0] in (".git", "git~1"):
-            raise ValueError("is a path outside of it: git's own folder")
+            raise ValueError("is a path into git's own folder")
     return path
 
 
@@ -349,7 +350,10 @@ def unpack(archive: Path, folder: Path) -> None:
     import zlib
 
     def checked(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-        inner_path(member.name)
+        try:
+            inner_path(member.name)
+        except ValueError as exc:
+            raise ValueError(f"{member.name!r} {exc}") from None
         return tarfile.data_filter(member, path)
 
     try:

@@ -409,7 +409,9 @@ def _unpack(
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
-                raise _refused(source, member.name, "is below a file of it") from None
+                raise _refused(
+                    source, member.name, "is below another entry, which is a file"
+                ) from None
             if member.issym():
                 links.append((path, member.linkname))
             else:
@@ -419,13 +421,15 @@ def _unpack(
         try:
             path.symlink_to(target)
         except FileExistsError:
-            raise _refused(source, path.relative_to(folder), "occurs in it twice") from None
+            raise _refused(source, path.relative_to(folder), "is in the archive twice") from None
     for path, _ in links:
         if (
             not path.resolve().is_relative_to(folder.resolve())
             or ".git" in path.resolve().relative_to(folder.resolve()).parts
         ):
-            raise _refused(source, path.relative_to(folder), "is a link to a path outside of it")
+            raise _refused(
+                source, path.relative_to(folder), "is a link to a path outside of the archive"
+            )
 
 
 def _parts(member: tarfile.TarInfo, source: Path) -> tuple[str, ...]:
@@ -455,7 +459,7 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path, source
             0o755 if member.mode & 0o100 else 0o644,
         )
     except FileExistsError:
-        raise _refused(source, member.name, "occurs in it twice") from None
+        raise _refused(source, member.name, "is in the archive twice") from None
     with os.fdopen(descriptor, "wb") as file:
         while chunk := content.read(1 << 20):
             file.write(chunk)
