@@ -270,7 +270,7 @@ def _measure(session: Session, arms: list[Arm], records: list[Record], paths: li
         )
         if libraries != warm_ups[index]:
             raise BuildError(
-                f"{arm.sandbox.shown} has loaded other libraries than in its start before",
+                f"{arm.sandbox.shown} has loaded other libraries than in its previous start",
                 hint=hints.text("bench.inspect_both"),
             )
         took.append(single.starts[0].seconds)
