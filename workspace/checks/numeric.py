@@ -64,7 +64,7 @@ def kernels(answer: Answer, group: str) -> Check:
         difference, limit = number(case, "difference"), number(case, "limit")
         if not difference <= limit:
             problems.append(
-                f"{case.get('case')}: off by {difference:.3g}, allowed is {limit:g} (roundings)"
+                f"{case.get('case')}: off by {difference:.3g}, the limit is {limit:g} (roundings)"
             )
     worst = max((number(case, "difference") / number(case, "limit") for case in cases), default=0.0)
     return judged(
@@ -105,7 +105,7 @@ def bfloat16(answer: Answer, name: str, identifier: str = "parity.bfloat16") -> 
     problems = [f"{missing:g} log-probabilities are not finite numbers"] if missing else []
     evidence = f"mean difference of log-probabilities {mean:.1e}"
     problems += (
-        [] if mean < MAX_MEAN_BFLOAT16 else [f"{evidence}, allowed is {MAX_MEAN_BFLOAT16:g}"]
+        [] if mean < MAX_MEAN_BFLOAT16 else [f"{evidence}, the limit is {MAX_MEAN_BFLOAT16:g}"]
     )
     return judged(identifier, problems, evidence, answer.seconds)
 
@@ -120,7 +120,9 @@ def mxfp4(answer: Answer) -> Check:
     if check.verdict == "fail":
         return check
     evidence = f"{check.evidence}, of decode from prefill {own:.1e}"
-    problems = [] if own < MAX_MEAN_BFLOAT16 else [f"{evidence}, allowed is {MAX_MEAN_BFLOAT16:g}"]
+    problems = (
+        [] if own < MAX_MEAN_BFLOAT16 else [f"{evidence}, the limit is {MAX_MEAN_BFLOAT16:g}"]
+    )
     return judged("parity.gpt-oss", problems, evidence, answer.seconds)
 
 
@@ -278,7 +280,7 @@ def _compare(found: Mapping[str, object], limit: float = MAX_DIFFERENCE) -> tupl
     if measured.is_short and not measured.is_tied(limit):
         problems.append(measured.shortfall(limit))
     elif not (measured.decode_difference < limit and measured.prefill_difference < limit):
-        problems.append(f"{measured.summary}, allowed is {limit:g}")
+        problems.append(f"{measured.summary}, the limit is {limit:g}")
     tie = f", {measured.behind:g} behind a tie" if measured.is_short else ""
     return problems, measured.summary + tie
 
