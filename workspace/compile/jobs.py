@@ -366,11 +366,11 @@ def _sentences(plan: RebuildPlan) -> list[str]:
     if plan.why_not_hybrid:
         lines.append(f"not hybrid: {plan.why_not_hybrid}; every target is compiled here")
     if plan.units:
-        known = f"; {plan.guessed} of them are guessed, not measured" if plan.guessed else ""
+        known = f"; guessed, not measured: {plan.guessed} of them" if plan.guessed else ""
         lines.append(
             f"{_count(plan.units, 'unit')}, {plan.compiler_minutes:.1f} minutes of compiler time:"
             f" about {plan.minutes:.1f} minutes with at most {plan.bounds.jobs} at once in"
-            f" {plan.bounds.budget_gib:.1f} GiB, {plan.peak_gib:.1f} GiB at the most{known}"
+            f" {plan.bounds.budget_gib:.1f} GiB, peak {plan.peak_gib:.1f} GiB{known}"
         )
     elif plan.rows:
         lines.append("no unit has to be compiled: the reached targets are up to date")

@@ -289,7 +289,7 @@ def _evaluate(
         except InvalidRequirement as exc:
             why = str(exc).splitlines()[0]
             raise BuildError(
-                f"{line.place}: {line.text!r} is no requirement: {why}",
+                f"{line.place}: {line.text!r} is not a requirement: {why}",
                 hint=hints.text("machine.requirements_diff"),
             ) from exc
         if requirement.marker is not None and not requirement.marker.evaluate(dict(markers)):

@@ -98,7 +98,7 @@ def ask_compiler(settings: Settings) -> tuple[list[str], Answer[str]]:
     try:
         argv = [*shlex.split(text), "-dumpfullversion"]
     except ValueError as exc:
-        return [text], Broken(f"CXX is no command: {exc}")
+        return [text], Broken(f"CXX is not a command: {exc}")
     return argv, _answer(argv, settings, pattern=_VERSION_LINE)
 
 

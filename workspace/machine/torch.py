@@ -125,7 +125,7 @@ def plan(required: str, *, device: str, settings: Settings) -> Plan:
             f"torch=={version}",
             ("--find-links", str(folder)),
             (("--torch-backend", "cpu"),),
-            f"from {folder}, a folder in pip's configuration",
+            f"from {folder} (a folder in pip's configuration)",
         )
     return Plan(required, ("--torch-backend", "cpu"), (), "from PyTorch's cpu index")
 
