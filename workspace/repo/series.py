@@ -72,7 +72,7 @@ def _base(lines: Sequence[str], shown: str, folder: Path, pin: str) -> str:
         )
     if bases[0] != pin:
         raise PatchDrift(
-            f"{shown} is for base {bases[0]}, pinned is {pin}",
+            f"{shown} is for base {bases[0]}, not for the pin {pin}",
             hint=hints.text("repo.which_moved", path=f"patches/{folder.name}"),
         )
     return bases[0]
