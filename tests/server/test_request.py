@@ -266,7 +266,7 @@ RANK = '{"r": 64}'
     [
         (("--ssl-certfile", "absent.pem"), "--ssl-certfile: {at}/absent.pem cannot be read"),
         (("--chat-template", "./absent.jinja"), "absent.jinja cannot be read: No such file"),
-        (("--chat-template", "absent.jinja"), "is no file in this folder"),
+        (("--chat-template", "absent.jinja"), "is neither a file in this folder"),
         (("--chat-template", "binary"), "is not UTF-8"),
         (("--tool-parser-plugin", "absent.py"), "absent.py cannot be read"),
         (("--tool-parser-plugin", "no_such_module"), "there is no module no_such_module in .vllm"),
@@ -274,10 +274,10 @@ RANK = '{"r": 64}'
         (("--middleware", "no_such_module.run"), "there is no module no_such_module in .vllm"),
         (("--logits-processors", "json:A", "no_such_module:B"), "no module no_such_module"),
         (("--scheduler-cls", "no_such_module.Own"), "no module no_such_module"),
-        (("--allowed-local-media-path", "./absent"), "is no folder"),
-        (("--download-dir", "a.txt"), "--download-dir: {at}/a.txt is no folder"),
-        (("--log-config-file", "a.txt"), "cannot be read: it is no JSON"),
-        (("--mm-encoder-fp8-scale-path", "a.txt"), "cannot be read: it is no JSON"),
+        (("--allowed-local-media-path", "./absent"), "is not a folder"),
+        (("--download-dir", "a.txt"), "--download-dir: {at}/a.txt is not a folder"),
+        (("--log-config-file", "a.txt"), "cannot be read: it is not valid JSON"),
+        (("--mm-encoder-fp8-scale-path", "a.txt"), "cannot be read: it is not valid JSON"),
         (("--tokenizer", "./empty"), "has no tokenizer.json or"),
         (("--tokenizer", "./absent"), "--tokenizer: {at}/absent does not exist"),
         (("--hf-config-path", "./empty"), "has no config.json or params.json"),
@@ -286,7 +286,7 @@ RANK = '{"r": 64}'
         (("--lora-modules", "a=./light"), "lacks the adapter's weights"),
         (("--lora-modules", "a=./rank"), "has rank 64, and --max-lora-rank allows 16"),
         (("--speculative-config", '{"model": "./empty"}'), "{at}/empty lacks config.json"),
-        (("--profiler-config.torch_profiler_dir", "a.txt"), "is no folder"),
+        (("--profiler-config.torch_profiler_dir", "a.txt"), "is not a folder"),
     ],
 )
 def test_what_a_flag_points_to_is_found_missing_before_the_load(

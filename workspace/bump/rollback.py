@@ -132,9 +132,9 @@ def _choose(layout: Layout, name: str | None) -> KnownGood:
     if found := next((found for found in others if found.name == name), None):
         return found
     problem = (
-        f"there is no good state {name} beside the present one"
+        f"there is no known-good state {name} other than the present one"
         if name
-        else "there is no good state to return to"
+        else "there is no known-good state to return to"
     )
     names = ", ".join(found.name for found in others)
     raise SettingsError(

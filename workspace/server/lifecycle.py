@@ -239,6 +239,9 @@ def failure(server: Server) -> ServeError:
     reading = failures.read(server.log, status=ended.status if ended else None)
     how = process.describe_status(ended.status) if ended else "was killed with its supervisor"
     why = f": {reading.sentence}" if reading.sentence else ""
+    if reading.symptom and reading.symptom.is_last_resort and why.startswith(": the server "):
+        # It is about this process, and has its signal.
+        how, why = why.removeprefix(": the server "), ""
     return ServeError(
         f"{server.called} {how}{why}",
         hint=_hint(server, reading),

@@ -168,7 +168,7 @@ def _make(
     if done.returncode != 0 or not folder.is_dir():
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
         raise BuildError(
-            f"{model} could not be made, its probe {process.describe_status(done.returncode)}:"
+            f"{model} could not be made: its probe {process.describe_status(done.returncode)}:"
             f" {last}",
             hint=hints.text("inv.bootstrap"),
         )

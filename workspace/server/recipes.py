@@ -245,7 +245,7 @@ class _Table:
     def number(self, key: str, default: float | None = None) -> float:
         found = self._get(key, default)
         if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < 10**6:
-            raise self.wrong(key, "a number from 0 on")
+            raise self.wrong(key, "a number of at least 0")
         return float(found)
 
     def switch(self, key: str) -> bool:
