@@ -49,7 +49,7 @@ def test_shell_variable_that_hides_a_line_of_dotenv_is_reported(tmp_path: Path) 
     assert found.warnings == (
         (
             "TORCH_CUDA_ARCH_LIST=9.0 in the shell hides TORCH_CUDA_ARCH_LIST=12.1a in .env; `unset"
-            " TORCH_CUDA_ARCH_LIST` to use .env's"
+            " TORCH_CUDA_ARCH_LIST` to use the value in .env"
         ),
     )
 

@@ -402,7 +402,8 @@ class OrderEffect:
     @property
     def sentence(self) -> str:
         return (
-            f"the second of a pair is {self.ratio - 1:+.1%} to the first, p = {self.p_pair:.2g}"
+            f"second start of a pair against the first: {self.ratio - 1:+.1%}, p ="
+            f" {self.p_pair:.2g}"
             f" (Wilcoxon); trend over time: tau = {self.tau:+.2f}, p = {self.p_trend:.2g} (Kendall)"
         )
 

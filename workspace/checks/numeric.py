@@ -10,6 +10,7 @@ from pathlib import Path
 from workspace.checks.probe_runs import Answer
 from workspace.checks.registry import Check, judged, number, rows, section
 from workspace.core import records
+from workspace.core.errors import counted
 
 # Nats. Measured with vLLM 0.31.0 on an x86-64 CPU, 5 x 64 tokens, decode and prefill: 2e-5 (Qwen3)
 # to 1e-4 (Llama) for a right build, 0.12 with an attention scale that is off by 1 %, which changed
@@ -70,7 +71,7 @@ def kernels(answer: Answer, group: str) -> Check:
     return judged(
         identifier,
         problems,
-        f"{len(cases)} cases, the worst at {worst:.0%} of what rounding allows"
+        f"{counted(len(cases), 'case')}, the worst at {worst:.0%} of what rounding allows"
         + (f"; loading and compilation {first_s:.1f} s" if first_s >= SHOWN_S else ""),
         seconds,
     )

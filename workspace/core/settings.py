@@ -470,10 +470,13 @@ def shortened(text: str) -> str:
 
 def _hidden(name: str, shell_text: str, text: str) -> str:
     if is_secret(name):
-        return f"{name} in the shell hides another value in .env; `unset {name}` to use .env's"
+        return (
+            f"{name} in the shell hides another value in .env; `unset {name}` to use the value in"
+            " .env"
+        )
     return (
         f"{name}={shell_text} in the shell hides {name}={text} in .env; `unset {name}` to use"
-        " .env's"
+        " the value in .env"
     )
 
 

@@ -355,7 +355,7 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
         if layer.state != "ok":
             hint = hints.text("install.kernels_auto")
             raise BuildError(
-                f"{sandbox.shown} cannot be built as its tree requires: {layer.name} {layer.why}",
+                f"{sandbox.shown} cannot be built as its tree requires: {layer.name}: {layer.why}",
                 hint=hint,
             )
     return observed

@@ -136,7 +136,7 @@ def compiler(case: Case) -> Iterator[Row]:
     why = f"the tree needs {required} or newer" if required else "it compiles the kernels"
     if not isinstance(answer, There):
         hint = hints.text("machine.apt_gxx")
-        missing = Row(case.missing_state, "compiler", f"no {argv[0]} runs", why, hint)
+        missing = Row(case.missing_state, "compiler", f"{argv[0]} is missing", why, hint)
         yield unanswered(missing, answer, look=hint)
         return
     found = answer.value

@@ -215,7 +215,7 @@ def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does
     ended = context.run("fix-triton")
     assert ended.code == 0, ended.output
     assert (
-        f"triton{f'=={NEW}'} from the package index, which torch pairs with, instead of {OLD}"
+        f"triton{f'=={NEW}'}, which torch pairs with, from the package index, instead of {OLD}"
         in ended.err
     )
     assert (
