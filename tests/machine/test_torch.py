@@ -125,7 +125,7 @@ def test_step_that_changes_torch_is_an_error_that_names_step_old_and_new(house, 
         pytest.raises(
             BuildError,
             match=(
-                r"xgrammar and friends changed torch: before 9\.9\.9\+local with CUDA 13\.0, now"
+                r"xgrammar and friends changed torch from 9\.9\.9\+local with CUDA 13\.0 to"
                 r" 10\.0\.0\+cu128 with CUDA 12\.8"
             ),
         ),

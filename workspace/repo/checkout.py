@@ -421,7 +421,7 @@ def _other_kind(layout: Layout, pin: Pin, found: Checkout, choice: Choice) -> Ch
     name = layout.relative(folder_of(layout, pin))
     other = f"../{layout.root.name}-{choice}"
     return CheckoutError(
-        f"{name} is {found.detail}, SOURCE requests {choice}; it was not changed",
+        f"{name} is {found.detail}, but SOURCE requests {choice}; it was not changed",
         hint=hints.text("repo.keep_or_clone", other=other, choice=choice),
     )
 

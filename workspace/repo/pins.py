@@ -350,8 +350,8 @@ def make_from_archive(
         commit, found = build_archive(source, tree, pin, on_progress=on_progress)
         if (commit, found) != (archive.commit, archive.tree):
             raise SourceError(
-                f"{archive.filename} gives commit {commit} with tree {found}, pinned are"
-                f" {archive.commit} and {archive.tree}",
+                f"{archive.filename} gives commit {commit} with tree {found}, not the"
+                f" pinned {archive.commit} with {archive.tree}",
                 hint=hints.text("repo.pins_diff"),
             )
         files.put_in_place(tree, destination)

@@ -13,6 +13,7 @@ from workspace.core.errors import (
     PatchDrift,
     SettingsError,
     WorkspaceError,
+    counted,
 )
 from workspace.core.files import read_regular
 from workspace.repo.git import Applied, Git
@@ -347,7 +348,7 @@ def sentence(
         line for path in applied.paths for line in (f"{kind} {path}", *touched.get(path, ()))
     ]
     paths = list(applied.paths)
-    where = "the conflict" if applied.conflicted else f"it (git: {applied.reason})"
+    where = "the conflict" if applied.conflicted else f"this patch (git: {applied.reason})"
     if applied.conflicted:
         hint = hints.text("repo.resolve", shown=shown, paths=paths, files=_few(paths))
     else:
@@ -377,9 +378,8 @@ def _touching(
 
 
 def _newest(lines: Sequence[str]) -> tuple[str, ...]:
-    more = (
-        (f"  and by {len(lines) - _SHOWN_COMMITS} before",) if len(lines) > _SHOWN_COMMITS else ()
-    )
+    earlier = len(lines) - _SHOWN_COMMITS
+    more = (f"  and by {counted(earlier, 'earlier commit')}",) if earlier > 0 else ()
     return (*(f"  since changed by {line}" for line in lines[:_SHOWN_COMMITS]), *more)
 
 
