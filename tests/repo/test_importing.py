@@ -199,7 +199,7 @@ def test_patch_that_changes_nothing_is_upstreamed(
 def test_edits_an_unapplied_series_and_a_missing_checkout_are_in_the_way(
     release: Workspace, mails: Path, snapshot: Snapshot
 ) -> None:
-    with pytest.raises(CheckoutError, match="without the 2 patches") as failure:
+    with pytest.raises(CheckoutError, match="without 2 patches") as failure:
         take(release, mails / "first.patch")
     assert failure.value.hint == "./scripts/inv patch.apply"
     release.apply()

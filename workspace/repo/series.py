@@ -286,7 +286,8 @@ def edited_files(shown: str, paths: Sequence[str], purpose: str, *, verb: str) -
     """Return the error for edits in the checkout `shown` that block a purpose."""
     hint = hints.text("repo.stash_around", shown=shown, command=verb)
     return CheckoutError(
-        f"{shown} has edits ({_few(paths)}) where {purpose}; they were not changed", hint=hint
+        f"{shown} has edits ({_few(paths)}), but {purpose} there; the edits were not changed",
+        hint=hint,
     )
 
 
