@@ -317,27 +317,24 @@ def inner_path(name: str) -> PurePosixPath:
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
-        raise ValueError("is a path outside of the archive")
+        raise ValueError(f"{name!r} is a path outside of the archive")
     if "\0" in name:
-        raise ValueError("has a zero byte in its name")
+        raise ValueError(f"{name!r} has a zero byte")
     for part in path.parts:
         # Case, marks without width, and blanks and dots at the end do not count everywhere, and a
         # short name of Windows is the same folder (git's verify_path, CVE-2014-9390).
         seen = "".join(letter for letter in part if unicodedata.category(letter) != "Cf")
         if seen.casefold().rstrip(". ").partition(":")[0] in (".git", "git~1"):
-            raise ValueError("is a path into git's own folder")
+            raise ValueError(f"{name!r} is a path into git's own folder")
     return path
 
 
 def check_zip(archive: "zipfile.ZipFile") -> None:
     """Raise ValueError where a member of a zip file or a wheel leads elsewhere or is no file."""
     for item in archive.infolist():
-        try:
-            inner_path(item.filename)
-            if stat.S_IFMT(item.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise ValueError("is neither file nor folder")
-        except ValueError as exc:
-            raise ValueError(f"{item.filename!r} {exc}") from None
+        inner_path(item.filename)
+        if stat.S_IFMT(item.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise ValueError(f"{item.filename!r} is neither file nor folder")
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -350,10 +347,7 @@ def unpack(archive: Path, folder: Path) -> None:
     import zlib
 
     def checked(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-        try:
-            inner_path(member.name)
-        except ValueError as exc:
-            raise ValueError(f"{member.name!r} {exc}") from None
+        inner_path(member.name)
         return tarfile.data_filter(member, path)
 
     try:

@@ -313,7 +313,7 @@ def _release(
             or "none"
         )
         raise SourceError(
-            f"the package index has no {pin.name} {version}; the nearest are {near}",
+            f"the package index has no {pin.name} {version}; nearest: {near}",
             hint=hints.text("inv.pin_show"),
         )
     lacking = (

@@ -436,7 +436,8 @@ def _parts(member: tarfile.TarInfo, source: Path) -> tuple[str, ...]:
     try:
         return files.inner_path(member.name).parts
     except ValueError as exc:
-        raise _refused(source, member.name, str(exc)) from None
+        reason = str(exc).removeprefix(f"{member.name!r} ")
+        raise _refused(source, member.name, reason) from None
 
 
 def _is_generated(parts: tuple[str, ...], pin: Pin) -> bool:

@@ -325,7 +325,7 @@ class _Search:
             )
         ]
         return SourceError(
-            f"{without_user(self.url)} has no tag or branch {self.name}; the nearest tags are"
+            f"{without_user(self.url)} has no tag or branch {self.name}; nearest tags:"
             f" {', '.join(near) or 'none'}",
             hint=(
                 hints.text("repo.whole_commit", commit=self.name)
