@@ -107,7 +107,7 @@ def test_tag_that_is_not_what_the_archive_was_made_from_is_refused(
     with pytest.raises(
         SourceError,
         match=(
-            r"tag v1\.1\.0 .* is commit [0-9a-f]{40}, the release archive was made from"
+            r"tag v1\.1\.0 .* is commit [0-9a-f]{40}, but the release archive was made from"
             r" [0-9a-f]{9}…"
         ),
     ):

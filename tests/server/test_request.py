@@ -115,7 +115,7 @@ def test_each_name_that_is_not_here_lets_vllm_ask_the_hub(
     assert f"{name}, which --" in output
     assert "vLLM fetches it during the start" in output
     error = request_.refused("acme/tiny", *extra, HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE (shell) forbids to fetch it" in error.message
+    assert "HF_HUB_OFFLINE (shell) forbids the fetch" in error.message
 
 
 def test_names_that_are_all_here_need_no_hub(request_: Request) -> None:
@@ -252,7 +252,9 @@ def test_certificate_is_loaded_with_its_key_before_the_model(request_: Request) 
     assert f"--ssl-certfile {request_.folder}/own.pem" in request_.dry_run(
         "acme/tiny", *own, "own.key"
     )
-    assert "no certificate with its key" in request_.refused("acme/tiny", *own, "other.key").message
+    assert (
+        "no certificate with its key in" in request_.refused("acme/tiny", *own, "other.key").message
+    )
     fill(request_.folder, {"no.pem": "text"})
     for args in (("--ssl-certfile", "no.pem"), ("--ssl-ca-certs", "no.pem")):
         assert "no certificate" in request_.refused("acme/tiny", *args).message
@@ -278,9 +280,9 @@ RANK = '{"r": 64}'
         (("--download-dir", "a.txt"), "--download-dir: {at}/a.txt is not a folder"),
         (("--log-config-file", "a.txt"), "cannot be read: it is not valid JSON"),
         (("--mm-encoder-fp8-scale-path", "a.txt"), "cannot be read: it is not valid JSON"),
-        (("--tokenizer", "./empty"), "has no tokenizer.json or"),
+        (("--tokenizer", "./empty"), "has none of tokenizer.json, "),
         (("--tokenizer", "./absent"), "--tokenizer: {at}/absent does not exist"),
-        (("--hf-config-path", "./empty"), "has no config.json or params.json"),
+        (("--hf-config-path", "./empty"), "has none of config.json, params.json"),
         (("--generation-config", "./empty"), "has no generation_config.json"),
         (("--lora-modules", "a=./empty"), "--lora-modules: {at}/empty has no adapter_config.json"),
         (("--lora-modules", "a=./light"), "lacks the adapter's weights"),

@@ -338,7 +338,7 @@ class _Search:
         """Raise _Unequal where tag and archive name different commits."""
         if prefix and not commit.startswith(prefix):
             raise _Unequal(
-                f"tag {self.name} at {without_user(self.url)} is commit {commit}, the release"
+                f"tag {self.name} at {without_user(self.url)} is commit {commit}, but the release"
                 f" archive was made from {prefix}…; neither is used",
                 hint=hints.text("repo.moved_tag"),
             )

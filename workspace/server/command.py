@@ -293,7 +293,7 @@ def _problem_of_folder(args: Sequence[str], folder: Path, reference: flags.Refer
         lack = models.lack_of(folder)
         return f"lacks {lack}" if lack else None
     if not models.holds(folder, reference.needs):
-        return f"has no {' or '.join(reference.needs)}"
+        return f"has {'none of' if len(reference.needs) > 1 else 'no'} {', '.join(reference.needs)}"
     if flags.ADAPTER not in reference.needs:
         return None
     if not models.holds(folder, ("adapter_model.*", "new_embeddings.*")):
@@ -341,7 +341,7 @@ def _require_certificates(args: Sequence[str]) -> None:
     except (OSError, ValueError) as exc:
         names = [name for name in (certificate, key) if name]
         raise SettingsError(
-            f"{' and '.join(names) or authorities}: no certificate with its key: {exc}",
+            f"there is no certificate with its key in {' and '.join(names) or authorities}: {exc}",
             hint=hints.text("core.list_files", paths=names or [authorities]),
         ) from exc
 

@@ -140,9 +140,9 @@ def wait_until_ready(
                 server = replace(_with_shared(server), is_ready=True)
                 write(server)
                 return server, Ready(names, time.monotonic() - started)
-            problem = f"it is healthy and cannot complete one token: {message}"
+            problem = f"it is healthy but cannot complete one token: {message}"
             if is_alive(server):
-                raise _not_ready(server, f"answers and does not work: {problem}")
+                raise _not_ready(server, f"answers but does not work: {problem}")
         time.sleep(POLL_S)
     raise _not_ready(server, f"was not ready after {timeout_s:g} s: {problem}")
 

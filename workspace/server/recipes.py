@@ -347,11 +347,11 @@ def _figure(table: _Table) -> Figure:
 def _alternative(table: _Table) -> Alternative:
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-    vllm = table.text("vllm", expected="versions of vLLM such as <0.31")
+    vllm = table.text("vllm", expected="a range of versions of vLLM, such as <0.31")
     try:
         SpecifierSet(vllm)
     except InvalidSpecifier as exc:
-        raise table.wrong("vllm", "versions of vLLM such as <0.31") from exc
+        raise table.wrong("vllm", "a range of versions of vLLM, such as <0.31") from exc
     flags, environment = _flags(table.table("flags")), _environment(table.table("environment"))
     other = Alternative(vllm, table.text("why"), flags, environment, table.texts("without"))
     table.finish()
