@@ -58,7 +58,7 @@ def test_flag_outranks_the_shell_that_outranks_dotenv(
     )
     found = jobs.count(given, cores=20, flag=flag)
     assert found.count == number
-    assert f": {output};" in found.sentence
+    assert f"({output};" in found.sentence
 
 
 def test_flag_taken_into_the_settings_is_shown_as_a_flag(tmp_path: Path) -> None:

@@ -317,6 +317,6 @@ def test_constraint_of_the_user_is_named_as_a_guess(house, built, tmp_path):
     assert failure.value.message == (
         "uv finds no versions that fit: Because you require leaf==1.0 and leaf<1, we can conclude"
         " that your requirements are unsatisfiable."
-        f"; your setting in {folder}/uv.toml may be the reason"
+        f" Your setting in {folder}/uv.toml may be the reason"
     )
     assert (failure.value.hint or "").startswith(f"grep -n dependencies {folder}/uv.toml    shows")

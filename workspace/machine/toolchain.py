@@ -448,8 +448,8 @@ def _unsolved(
         cause = next((line for line in verdict if "ecause " in line), verdict[0])
         place = _place_of(_UV_CONSTRAINTS, layout, env)
         return type(otherwise)(
-            f"uv finds no versions that fit: {re.sub(r'^[^B]*', '', cause).rstrip('.')}"
-            + (f"; your setting in {place} may be the reason" if place else ""),
+            f"uv finds no versions that fit: {re.sub(r'^[^B]*', '', cause)}"
+            + (f" Your setting in {place} may be the reason" if place else ""),
             hint=_without(place, "dependencies") if place else otherwise.hint,
             details=otherwise.details,
         )
