@@ -224,8 +224,14 @@ def test_users_own_sources_are_built_and_written_into_the_package(own: Site) -> 
             "csrc/hidden.c": "int hidden;\n",
         },
     )
-    with pytest.raises(BuildError, match="generation failed"):
+    with pytest.raises(BuildError) as caught:
         own.configure(sources=own.provide(FLASHY_SRC_DIR=str(mine)))
+    assert caught.value.message.startswith(
+        f"cannot configure with flashy from {mine} (FLASHY_SRC_DIR): ModuleNotFoundError: No module"
+        " named 'of_flashy'; Machete generation failed."
+    )
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("unset FLASHY_SRC_DIR")
     put(mine, {"python/of_flashy.py": ""})
     sources = own.provide(FLASHY_SRC_DIR=str(mine))
     assert sources == {"FLASHY_SRC_DIR": str(mine)}

@@ -50,9 +50,12 @@ if(NOT DEFINED CACHE{SPARED_HASH} OR NOT $CACHE{SPARED_HASH} STREQUAL ${SPARED_H
   execute_process(
     COMMAND ${CMAKE_COMMAND} -E env PYTHONPATH=${flashy_SOURCE_DIR}/python
       ${VLLM_PYTHON_EXECUTABLE} ${SPARED}
-    RESULT_VARIABLE generated)
+    RESULT_VARIABLE generated
+    OUTPUT_FILE ${CMAKE_CURRENT_BINARY_DIR}/machete_generation.log
+    ERROR_FILE ${CMAKE_CURRENT_BINARY_DIR}/machete_generation.log)
   if(NOT generated EQUAL 0)
-    message(FATAL_ERROR "Machete generation failed.")
+    message(FATAL_ERROR "Machete generation failed. Result: \"${generated}\""
+      "\nCheck the log for details: ${CMAKE_CURRENT_BINARY_DIR}/machete_generation.log")
   endif()
 endif()
 add_dependencies(_C _flashy_C)

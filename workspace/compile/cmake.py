@@ -4,6 +4,7 @@ Every configure starts without a cache, so that only its inputs count; only obje
 that it writes again with the same content keeps its time, because ninja would compile it again.
 """
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -128,6 +129,8 @@ NINJA_FILE = "build.ninja"
 _NOT_BUILT = re.compile(
     r"^(?:-- )?(Not building .*|\S+ will not compile\b.*|\[\w+\] Skipping build\b.*)$"
 )
+# vLLM's CMakeLists.txt names so the output of its generators of sources.
+_LOG_OF_GENERATOR = re.compile(r"Check the log for details: (\S+)")
 _ERROR = re.compile(r"^CMake Error(?: at (\S+?:\d+)(?: \(\w+\))?)?:", re.MULTILINE)
 
 
@@ -339,7 +342,8 @@ def _run(setup: _Setup, run_log: RunLog) -> str:
 
 def _first_error(output: str) -> str | None:
     """Return CMake's first error in one line, with its place: the text follows the heading,
-    indented, up to two empty lines or a call stack.
+    indented, up to two empty lines or a call stack. The error of a generator of sources stands in
+    the log that the text names, and comes first.
     """
     found = _ERROR.search(output)
     if found is None:
@@ -350,17 +354,27 @@ def _first_error(output: str) -> str | None:
             break
         if line.strip():
             lines.append(line.strip())
-    return " ".join(lines) + (f" ({found[1]})" if found[1] else "")
+    error = " ".join(lines) + (f" ({found[1]})" if found[1] else "")
+    if log := _LOG_OF_GENERATOR.search(error):
+        with contextlib.suppress(OSError):
+            last = read_regular(Path(log[1])).decode(errors="replace").strip().rpartition("\n")[2]
+            error = f"{last}; {error}" if last else error
+    return error
 
 
 def _external_error(setup: _Setup, error: str) -> tuple[str, str] | None:
     """Return a message that names the external project whose folder CMake's error is about, with
-    the variable that sets another folder, and a hint; None for any other error.
+    the variable that sets another folder, and a hint; None for any other error. It is about the
+    folder that it names, or that lacks a Python module with the project's name.
     """
+    without = re.search(r"No module named '([^']+)'", error)
     for external in externals.declared(setup.tree, setup.inputs.device):
         for variable in dict.fromkeys((external.override, external.variable)):
             folder = setup.sources.get(variable)
-            if not folder or not re.search(rf"{re.escape(folder)}(?![\w.-])", error):
+            is_lacking = without is not None and external.name.lower() in without[1].lower()
+            if not folder or not (
+                is_lacking or re.search(rf"{re.escape(folder)}(?![\w.-])", error)
+            ):
                 continue
             project = f"{external.name} {external.tag[:12]}"
             if Path(folder).is_relative_to(setup.machine.settings.cache / "externals"):
