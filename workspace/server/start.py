@@ -388,8 +388,8 @@ def _require_config(folder: Path) -> None:
         ) from exc
     if known is None:
         raise ServeError(
-            f"{folder} has no config.json: it is a model neither in Hugging Face's layout nor, with"
-            " params.json, in Mistral's",
+            f"{folder} has no config.json, which Hugging Face's layout has, and no params.json,"
+            " which Mistral's has",
             hint=hints.text("core.list_names", folder=folder),
         )
 
