@@ -1,14 +1,25 @@
 """Shared fixtures: the small world. What it is made of is in tests/small."""
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.screens import recorded
 from tests.small.index import serve
 from tests.small.materials import Materials, gather, prepare
 from tests.small.world import World, make_world
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--screens",
+        metavar="FOLDER",
+        type=lambda text: Path(text).resolve(),
+        help="keep each error, row and message as a terminal of 100 columns shows it",
+    )
 
 
 def pytest_configure() -> None:
@@ -16,6 +27,13 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # nohup ignores this one, for every child.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _screens(request: pytest.FixtureRequest) -> Iterator[None]:
+    folder = request.config.getoption("--screens")
+    with recorded(folder) if folder else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -111,12 +111,12 @@ def test_record_is_a_base_only_where_its_tree_can_be_made_again(built: World) ->
             base_of(workspace=workspace)
     path.write_text(path.read_text()[:300])
     with (
-        pytest.raises(SettingsError, match="is no complete record"),
+        pytest.raises(SettingsError, match="is not a complete record"),
         ab_trees.base_tree(built.layout, observed(built), str(path)),
     ):
         pass
     with (
-        pytest.raises(SettingsError, match="is no commit of the workspace and no record"),
+        pytest.raises(SettingsError, match="is neither a commit of the workspace nor a record"),
         ab_trees.base_tree(built.layout, observed(built), "nowhere"),
     ):
         pass

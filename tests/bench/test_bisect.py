@@ -222,8 +222,7 @@ def test_twelve_skips_in_a_row_stop_the_run_and_the_same_command_resumes(
         with pytest.raises(
             WorkspaceError,
             match=(
-                "inconclusive so far: 12 commits in a row cannot be tried, the last because no"
-                " compiler"
+                "inconclusive so far: 12 commits in a row cannot be tried; the last: no compiler"
             ),
         ):
             place.search(ends(made, "c59"), attempt)

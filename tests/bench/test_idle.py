@@ -60,7 +60,7 @@ def test_load_and_servers_of_others_are_named_and_refused_and_may_be_allowed(
         )
     assert "cores are busy" in refused.value.message
     # A vLLM of another user may be named first.
-    assert re.search(r"a vLLM runs, process \d+", refused.value.message)
+    assert re.search(r"vLLM runs as process \d+", refused.value.message)
     assert "--allow-busy" in (refused.value.hint or "")
     measure.require_idle(
         settings_,

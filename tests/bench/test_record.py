@@ -85,7 +85,7 @@ def test_incomplete_record_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(
-        SettingsError, match="^a.json is no complete record of a benchmark: .+"
+        SettingsError, match="^a.json is not a complete record of a benchmark: .+"
     ) as caught:
         read(path, place="a.json")
     assert caught.value.hint
@@ -141,7 +141,7 @@ def test_file_of_no_known_program_is_no_complete_record_and_the_hint_leaves_it(
     content: str, tmp_path: Path
 ) -> None:
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(SettingsError, match="is no complete record") as caught:
+    with pytest.raises(SettingsError, match="is not a complete record") as caught:
         read(tmp_path / "a.json", place="a.json")
     assert "mv" not in (caught.value.hint or "")
 
@@ -150,7 +150,8 @@ def test_record_of_a_newer_workspace_is_reported_as_such(tmp_path: Path) -> None
     (tmp_path / "a.json").write_bytes(changed(schema=2, starts="in another way"))
     with pytest.raises(
         SettingsError,
-        match="^a.json has schema 2, this workspace reads 1: a newer workspace wrote it$",
+        match="^a.json cannot be read: it has schema 2, and this workspace reads schema 1: a"
+        " newer workspace wrote it$",
     ):
         read(tmp_path / "a.json", place="a.json")
 
@@ -273,8 +274,8 @@ def test_startup_without_compilation_has_no_compilation_metric() -> None:
         ("folder", "cannot be read: Is a directory"),
         ("pipe", "cannot be read: not a regular file"),
         ("sparse", "cannot be read: it is larger than 64 MiB"),
-        ("bytes", "is no complete record of a benchmark: it is not UTF-8"),
-        ("json", "is no complete record of a benchmark: schema is missing"),
+        ("bytes", "is not a complete record of a benchmark: it is not UTF-8"),
+        ("json", "is not a complete record of a benchmark: schema is missing"),
         ("nothing", "there is no record"),
     ],
 )

@@ -92,7 +92,7 @@ def test_metric_of_a_single_load_has_no_concurrency_in_its_name(layout: Layout) 
     ("model", "kind", "output"),
     [
         ("empty", WorkspaceError, "no request was completed, 2 failed"),
-        ("dies", ServeError, "the server .*SIGKILL"),
+        ("dies", ServeError, r"^the server \S+ \([^)]*\) was killed \(SIGKILL\): memory ran out$"),
         ("breaks", ServeError, "exit"),
     ],
 )

@@ -194,8 +194,8 @@ def test_external_projects_are_named_by_tag_through_variables(trees: Trees) -> N
 @pytest.mark.parametrize(
     ("path", "output"),
     [
-        ("csrc/a.cu", "1 files differ"),
-        ("CMakeLists.txt", "1 files differ"),
+        ("csrc/a.cu", "1 file differs"),
+        ("CMakeLists.txt", "1 file differs"),
         ("vllm/a.py", "none differ"),
     ],
 )

@@ -40,7 +40,7 @@ def pretend_good(world: World, tag: str) -> str:
 
 
 def test_missing_states_and_unknown_names_are_sentences(clone: World) -> None:
-    assert "there is no good state to return to" in clone.run("pin.rollback").error(2)
+    assert "there is no known-good state to return to" in clone.run("pin.rollback").error(2)
     name = pretend_good(clone, "v0.31.0")
     assert f"there are {name}" in clone.run("pin.rollback", "--good", "v0.1.0-000000000000").error(
         2

@@ -106,7 +106,7 @@ def test_stream_needs_pieces_an_end_and_one_finish() -> None:
             (300, 7, 301, 302),
             (-0.5, -0.25, -1.0, -2.002),
             (
-                "4 of 4 tokens as offline, largest log-probability difference 2.0e-03, allowed is"
+                "4 of 4 tokens as offline, largest log-probability difference 2.0e-03, the limit is"
                 " 0.001"
             ),
         ),

@@ -115,7 +115,7 @@ def test_library_for_another_processor_passes_and_is_reported() -> None:
     check = binary(libraries(_C={"verdict": "other cpu"}))
     assert (check.verdict, check.evidence) == (
         "pass",
-        "1 libraries, 1 for other processors or Pythons not tried",
+        "1 library, 1 for other processors or Pythons not tried",
     )
 
 

@@ -87,7 +87,7 @@ def test_units_that_nobody_measured_are_counted_as_guessed() -> None:
     )
     assert (plan.units, plan.guessed) == (4, 2)
     assert "4 units, 6.1 minutes of compiler time" in (output := shown(plan)[0])[3]
-    assert output[3].endswith("; 2 of them are guessed, not measured")
+    assert output[3].endswith("; guessed, not measured: 2 of them")
 
 
 def test_unit_that_two_targets_are_linked_from_is_compiled_once() -> None:
@@ -107,10 +107,10 @@ def test_plan_without_units_is_reported() -> None:
 
 def test_plan_without_a_precompiled_wheel_has_a_reason() -> None:
     output, _ = shown(
-        work_out(MOE, why_not_hybrid="the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0")
+        work_out(MOE, why_not_hybrid="the precompiled wheel is vLLM 0.30.0, not the pinned 0.31.0")
     )
     assert (
-        "not hybrid: the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0; every target is"
+        "not hybrid: the precompiled wheel is vLLM 0.30.0, not the pinned 0.31.0; every target is"
         " compiled here" in output
     )
     assert not [
@@ -129,7 +129,7 @@ def test_screen_explains_that_a_first_change_compiles_all_units_of_a_target() ->
         "_C          1      0.6       8.0  csrc/c.h changed, included by csrc/c.cu",
         (
             "3 units, 3.7 minutes of compiler time: about 2.5 minutes with at most 4 at once in"
-            " 10.0 GiB, 8.0 GiB at the most"
+            " 10.0 GiB, peak 8.0 GiB"
         ),
         (
             "_moe_C: all units are compiled, because a precompiled wheel has libraries and no"

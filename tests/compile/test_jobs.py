@@ -29,7 +29,7 @@ def machine(total: float = 119.7, available: float = 110.0) -> Host:
 def test_jobs_4_means_4_compilers_and_explains_it(tmp_path: Path) -> None:
     found = jobs.count(load(tmp_path), cores=20, flag="4")
     assert (found.count, found.nvcc_threads) == (4, 1)
-    assert found.sentence == "4 compilers at once: --jobs 4; NVCC_THREADS 1"
+    assert found.sentence == "4 compilers at once (--jobs 4; NVCC_THREADS 1)"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_flag_outranks_the_shell_that_outranks_dotenv(
     )
     found = jobs.count(given, cores=20, flag=flag)
     assert found.count == number
-    assert f": {output};" in found.sentence
+    assert f"({output};" in found.sentence
 
 
 def test_flag_taken_into_the_settings_is_shown_as_a_flag(tmp_path: Path) -> None:
@@ -68,16 +68,16 @@ def test_flag_taken_into_the_settings_is_shown_as_a_flag(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("flag", "threads", "number", "each", "sentence"),
     [
-        ("8", "4", 2, 4, "2 compilers of 4 threads at once: --jobs 8 / NVCC_THREADS 4"),
-        ("7", "4", 1, 4, "1 compiler of 4 threads at once: --jobs 7 / NVCC_THREADS 4"),
+        ("8", "4", 2, 4, "2 compilers of 4 threads at once (--jobs 8 / NVCC_THREADS 4)"),
+        ("7", "4", 1, 4, "1 compiler of 4 threads at once (--jobs 7 / NVCC_THREADS 4)"),
         (
             "2",
             "4",
             1,
             2,
-            "1 compiler of 2 threads at once: --jobs 2 / NVCC_THREADS 2, not the requested 4",
+            "1 compiler of 2 threads at once (--jobs 2 / NVCC_THREADS 2, not the requested 4)",
         ),
-        ("1", "4", 1, 1, "1 compiler at once: --jobs 1; NVCC_THREADS 1, not the requested 4"),
+        ("1", "4", 1, 1, "1 compiler at once (--jobs 1; NVCC_THREADS 1, not the requested 4)"),
     ],
 )
 def test_threads_of_nvcc_count_as_compilers_within_the_bound(

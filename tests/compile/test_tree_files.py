@@ -313,7 +313,7 @@ def test_component_without_files_is_no_error(bench: Bench) -> None:
 
 
 def test_missing_cmake_is_reported(bench: Bench) -> None:
-    with pytest.raises(ToolchainError, match="cmake is not there"):
+    with pytest.raises(ToolchainError, match="cmake is missing"):
         bench.put("_C", env={"PATH": "/nonexistent"})
 
 

@@ -246,7 +246,7 @@ def test_capture_that_takes_too_long_is_ended_and_named() -> None:
 
 
 def test_missing_program_is_a_sentence(run_log: RunLog) -> None:
-    with run_log, pytest.raises(ToolchainError, match="^no-such-program is not there"):
+    with run_log, pytest.raises(ToolchainError, match="^no-such-program is missing"):
         process.run(["no-such-program"], env=PLAIN, run_log=run_log)
 
 
@@ -255,7 +255,7 @@ def test_missing_program_is_a_sentence(run_log: RunLog) -> None:
     [
         (1, "exited with 1"),
         (-11, "was killed by SIGSEGV"),
-        (-9, "was killed by SIGKILL (what the kernel does when memory runs out)"),
+        (-9, "was killed by SIGKILL (the kernel sends it when memory runs out)"),
         (137, "was killed by SIGKILL"),
     ],
 )

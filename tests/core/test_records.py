@@ -72,11 +72,11 @@ def test_a_missing_file_is_absent_without_a_word(
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("", "no JSON from line 1 on"),
-        ('{"schema": 2,\n', "no JSON from line 2 on"),
+        ("", "not valid JSON from line 1 on"),
+        ('{"schema": 2,\n', "not valid JSON from line 2 on"),
         ("[" * 100_000, "nested too deeply"),
         ("1" * 5_000, "digits"),
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
         ({"name": "a", "level": "full"}, "schema is missing"),
         ({"schema": True, "name": "a", "level": "full"}, "schema is missing"),
         ({"schema": 2, "name": "a"}, "missing required field `level`"),
@@ -111,8 +111,8 @@ def test_a_newer_schema_is_no_damage(tmp_path: Path, capfd: pytest.CaptureFixtur
         records.load(path, State)
     assert records.read(path, State) is None
     assert capfd.readouterr().err == (
-        f"warning: {path} has schema 3, this workspace reads 2: a newer workspace wrote it;"
-        " it counts as absent\n"
+        f"warning: {path} counts as absent: it has schema 3, and this workspace reads schema 2:"
+        " a newer workspace wrote it\n"
     )
 
 

@@ -49,7 +49,7 @@ def test_shell_variable_that_hides_a_line_of_dotenv_is_reported(tmp_path: Path) 
     assert found.warnings == (
         (
             "TORCH_CUDA_ARCH_LIST=9.0 in the shell hides TORCH_CUDA_ARCH_LIST=12.1a in .env; `unset"
-            " TORCH_CUDA_ARCH_LIST` to use .env's"
+            " TORCH_CUDA_ARCH_LIST` to use the value in .env"
         ),
     )
 
@@ -150,7 +150,7 @@ def test_cache_of_a_run_is_kept_from_builds(tmp_path: Path) -> None:
         ),
         (
             b"TORCH_CUDA_ARCH_LIST=sm_121\n",
-            ".env, line 1: TORCH_CUDA_ARCH_LIST: 'sm_121' is not architectures",
+            ".env, line 1: TORCH_CUDA_ARCH_LIST: 'sm_121' is not a list of architectures",
         ),
         (
             b"PYTHON_VERSION=2.7\n",
@@ -240,7 +240,7 @@ def test_second_line_of_a_name_is_reported_with_both_lines_and_counts(tmp_path: 
 
 def test_directory_in_the_place_of_dotenv_stops(tmp_path: Path) -> None:
     (tmp_path / ".env").mkdir()
-    with pytest.raises(SettingsError, match="is a directory"):
+    with pytest.raises(SettingsError, match="is a folder"):
         settings.load(Layout(tmp_path), environ=BARE)
 
 
@@ -399,7 +399,7 @@ def test_home_sign_in_a_path_is_resolved_for_programs_that_do_not(
 def test_path_of_the_shell_or_in_quotes_with_a_variable_in_it_is_refused(
     tmp_path: Path, name: str, text: str
 ) -> None:
-    with pytest.raises(SettingsError, match=f"{name} in the shell: .* is not a path in which"):
+    with pytest.raises(SettingsError, match=f"{name} in the shell: .* is not a plain path"):
         load(tmp_path, "", shell={name: text})
     with pytest.raises(SettingsError, match=rf"\.env, line 1: {name}: "):
         load(tmp_path, f"{name}='{text.replace('${HOME}', '$HOME')}'\n")

@@ -109,7 +109,7 @@ def test_metadata_alone_is_enough(tmp_path: Path, ask: Ask) -> None:
 def test_another_tag_is_refused(tmp_path: Path, ask: Ask) -> None:
     assert (
         ask(make(tmp_path, metadata=METADATA.replace("0.31.0", "0.30.0")))
-        == "the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0"
+        == "the precompiled wheel is vLLM 0.30.0, not the pinned 0.31.0"
     )
 
 

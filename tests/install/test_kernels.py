@@ -77,7 +77,7 @@ def test_native_kernels_are_compiled_within_the_bound(built: World) -> None:
     source = built.layout.vllm / "csrc" / "cpu" / "answer.c"
     source.write_text(source.read_text().replace("42", "43"))
     assert (
-        "2 compilers at once: --jobs 2" in built.bootstrap("--kernels", "native", "--jobs", "2").err
+        "2 compilers at once (--jobs 2" in built.bootstrap("--kernels", "native", "--jobs", "2").err
     )
     library = str(built.layout.vllm / "vllm" / "_C.abi3.so")
     load = f"import ctypes; print(ctypes.CDLL({library!r}).vllm_small_answer())"

@@ -86,7 +86,7 @@ def test_variables_of_old_guides_are_warnings_with_a_replacement(
     )
     assert rows["VLLM_USE_FLASHINFER_MXFP4_MOE"].hint == "unset VLLM_USE_FLASHINFER_MXFP4_MOE"
     assert rows["TIKTOKEN_ENCODINGS_BASE"].text.startswith(
-        "cl100k_base.tiktoken is missing, and gpt-oss would die of it"
+        "cl100k_base.tiktoken is missing, so gpt-oss would fail"
     )
     assert "Triton skips it" in rows["TRITON_PTXAS_PATH"].text
 

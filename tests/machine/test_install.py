@@ -300,7 +300,7 @@ def test_setting_of_uv_that_leaves_a_version_out_is_named_and_not_the_index(
     settings = house.settings(UV_OFFLINE="0", UV_FIND_LINKS="", **shell)
     with index_without_dates(tmp_path) as url, pytest.raises(ToolchainError) as failure:
         install(house, settings, "--default-index", url, "leaf==1.0")
-    assert f"({place}) stands in the way: " in failure.value.message
+    assert f"({place}): " in failure.value.message
     assert "index has no" not in failure.value.message
     assert place in failure.value.hint
 
@@ -317,6 +317,6 @@ def test_constraint_of_the_user_is_named_as_a_guess(house, built, tmp_path):
     assert failure.value.message == (
         "uv finds no versions that fit: Because you require leaf==1.0 and leaf<1, we can conclude"
         " that your requirements are unsatisfiable."
-        f" (perhaps by {folder}/uv.toml, a setting of yours)"
+        f" Your setting in {folder}/uv.toml may be the reason"
     )
     assert (failure.value.hint or "").startswith(f"grep -n dependencies {folder}/uv.toml    shows")

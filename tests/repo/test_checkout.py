@@ -137,7 +137,9 @@ def test_tag_that_points_elsewhere_stops_before_anything_is_fetched(
     mirror = tmp_path / "mirror.git"
     sh_git(tmp_path, "clone", "--quiet", "--bare", str(upstream.bare), str(mirror))
     sh_git(mirror, "tag", "--force", "v1.0.0", "drift")
-    with pytest.raises(SourceError, match=r"tag v1\.0\.0 at .* is commit [0-9a-f]{40}, pinned is"):
+    with pytest.raises(
+        SourceError, match=r"tag v1\.0\.0 at .* is commit [0-9a-f]{40}, not the pinned"
+    ):
         workspace.ensure(choice, VLLM_MIRROR=str(mirror))
     assert workspace.observe().kind is Kind.MISSING
 
@@ -254,7 +256,7 @@ def test_submodule_that_was_moved_is_connected_by_the_hint(workspace: Workspace)
     assert sh_git(aside, "log", "-1", check=False) == "", "its .git has a relative path"
     aside.rename(workspace.vllm)
     (workspace.vllm / ".git").write_text("gitdir: ../.git/modules/vllm\n")
-    with pytest.raises(CheckoutError, match="a folder whose .git is no repository") as failure:
+    with pytest.raises(CheckoutError, match="a folder whose .git is not a repository") as failure:
         workspace.ensure("auto")
     command, following = (failure.value.hint or "").split(" && ")
     subprocess.run(command, shell=True, cwd=workspace.layout.root, check=True)

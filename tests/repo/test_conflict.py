@@ -68,7 +68,11 @@ def test_each_path_has_the_upstream_commits_since_the_old_base(
     ]
     newest = [line[:31] + line[59:] for line in newest]
     assert output.details[:2] == ("conflict in b.py", f"  since changed by {new[:12]} Change b")
-    assert output.details[2:] == ("conflict in odd name.py", *newest[:5], "  and by 1 before")
+    assert output.details[2:] == (
+        "conflict in odd name.py",
+        *newest[:5],
+        "  and by 1 earlier commit",
+    )
     assert "git -C vendor/vllm add b.py 'odd name.py' && ./scripts/inv patch.continue    " in (
         output.hint or ""
     )

@@ -128,7 +128,7 @@ def test_withdrawn_release_is_reported_as_such(
 def test_unknown_version_names_the_nearest(
     two_releases: TwoReleases, index: Index, tmp_path: Path, version: str, near: str
 ) -> None:
-    with pytest.raises(SourceError, match=f"has no vllm {version}; nearest are {near}$"):
+    with pytest.raises(SourceError, match=f"has no vllm {version}; nearest: {near}$"):
         package_index.find_release(
             two_releases.pin, version, settings=settings(tmp_path, index.address)
         )

@@ -104,7 +104,7 @@ def test_resolution_that_is_not_staged_is_not_taken_for_no_change(
         (name, content) for name, content in conflicting.items() if name.startswith("XX")
     )
     mergeable.series({name: re.sub(rb"index [0-9a-f]{40}", b"index " + b"1" * 40, content)})
-    waits = r"waits at it \(git: patch failed: vllm/lines\.py:17\)"
+    waits = r"waits at this patch \(git: patch failed: vllm/lines\.py:17\)"
     with pytest.raises(PatchConflict, match=waits) as failure:
         mergeable.apply(stop_at_conflict=True)
     reject = (failure.value.hint or "").split("    ")[0]

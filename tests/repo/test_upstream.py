@@ -107,7 +107,7 @@ def test_tag_that_is_not_what_the_archive_was_made_from_is_refused(
     with pytest.raises(
         SourceError,
         match=(
-            r"tag v1\.1\.0 .* is commit [0-9a-f]{40}, the release archive was made from"
+            r"tag v1\.1\.0 .* is commit [0-9a-f]{40}, but the release archive was made from"
             r" [0-9a-f]{9}…"
         ),
     ):
@@ -163,7 +163,7 @@ def test_branch_is_followed_from_git_and_has_no_release(
     # No tag is on main: each release has a branch of its own.
     assert found.pin.version == "1.0.0.post0.dev0"
     assert dict(found.pin.precompiled) == {}
-    assert found.not_precompiled["cpu-x86_64"] == "main is no release"
+    assert found.not_precompiled["cpu-x86_64"] == "main is not a release"
 
 
 def test_commit_is_found_by_all_its_digits_and_the_version_counts_from_a_tag(

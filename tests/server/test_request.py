@@ -115,7 +115,7 @@ def test_each_name_that_is_not_here_lets_vllm_ask_the_hub(
     assert f"{name}, which --" in output
     assert "vLLM fetches it during the start" in output
     error = request_.refused("acme/tiny", *extra, HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE (shell) forbids to fetch it" in error.message
+    assert "HF_HUB_OFFLINE (shell) forbids the fetch" in error.message
 
 
 def test_names_that_are_all_here_need_no_hub(request_: Request) -> None:
@@ -252,7 +252,9 @@ def test_certificate_is_loaded_with_its_key_before_the_model(request_: Request) 
     assert f"--ssl-certfile {request_.folder}/own.pem" in request_.dry_run(
         "acme/tiny", *own, "own.key"
     )
-    assert "no certificate with its key" in request_.refused("acme/tiny", *own, "other.key").message
+    assert (
+        "no certificate with its key in" in request_.refused("acme/tiny", *own, "other.key").message
+    )
     fill(request_.folder, {"no.pem": "text"})
     for args in (("--ssl-certfile", "no.pem"), ("--ssl-ca-certs", "no.pem")):
         assert "no certificate" in request_.refused("acme/tiny", *args).message
@@ -266,7 +268,7 @@ RANK = '{"r": 64}'
     [
         (("--ssl-certfile", "absent.pem"), "--ssl-certfile: {at}/absent.pem cannot be read"),
         (("--chat-template", "./absent.jinja"), "absent.jinja cannot be read: No such file"),
-        (("--chat-template", "absent.jinja"), "is no file in this folder"),
+        (("--chat-template", "absent.jinja"), "is neither a file in this folder"),
         (("--chat-template", "binary"), "is not UTF-8"),
         (("--tool-parser-plugin", "absent.py"), "absent.py cannot be read"),
         (("--tool-parser-plugin", "no_such_module"), "there is no module no_such_module in .vllm"),
@@ -274,19 +276,19 @@ RANK = '{"r": 64}'
         (("--middleware", "no_such_module.run"), "there is no module no_such_module in .vllm"),
         (("--logits-processors", "json:A", "no_such_module:B"), "no module no_such_module"),
         (("--scheduler-cls", "no_such_module.Own"), "no module no_such_module"),
-        (("--allowed-local-media-path", "./absent"), "is no folder"),
-        (("--download-dir", "a.txt"), "--download-dir: {at}/a.txt is no folder"),
-        (("--log-config-file", "a.txt"), "cannot be read: it is no JSON"),
-        (("--mm-encoder-fp8-scale-path", "a.txt"), "cannot be read: it is no JSON"),
-        (("--tokenizer", "./empty"), "has no tokenizer.json or"),
+        (("--allowed-local-media-path", "./absent"), "is not a folder"),
+        (("--download-dir", "a.txt"), "--download-dir: {at}/a.txt is not a folder"),
+        (("--log-config-file", "a.txt"), "cannot be read: it is not valid JSON"),
+        (("--mm-encoder-fp8-scale-path", "a.txt"), "cannot be read: it is not valid JSON"),
+        (("--tokenizer", "./empty"), "has none of tokenizer.json, "),
         (("--tokenizer", "./absent"), "--tokenizer: {at}/absent does not exist"),
-        (("--hf-config-path", "./empty"), "has no config.json or params.json"),
+        (("--hf-config-path", "./empty"), "has none of config.json, params.json"),
         (("--generation-config", "./empty"), "has no generation_config.json"),
         (("--lora-modules", "a=./empty"), "--lora-modules: {at}/empty has no adapter_config.json"),
         (("--lora-modules", "a=./light"), "lacks the adapter's weights"),
         (("--lora-modules", "a=./rank"), "has rank 64, and --max-lora-rank allows 16"),
         (("--speculative-config", '{"model": "./empty"}'), "{at}/empty lacks config.json"),
-        (("--profiler-config.torch_profiler_dir", "a.txt"), "is no folder"),
+        (("--profiler-config.torch_profiler_dir", "a.txt"), "is not a folder"),
     ],
 )
 def test_what_a_flag_points_to_is_found_missing_before_the_load(

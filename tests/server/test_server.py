@@ -280,7 +280,7 @@ def test_symptom_whose_hint_needs_the_command_shows_the_log_where_it_is_not_know
 def test_healthy_server_that_cannot_complete_is_not_ready(place: Path) -> None:
     there = lifecycle.start(place, launch("numb"))
     with pytest.raises(
-        ServeError, match="answers and does not work: .*500: EngineCore encountered an issue"
+        ServeError, match="answers but does not work: .*500: EngineCore encountered an issue"
     ):
         lifecycle.wait_until_ready(there, timeout_s=20)
     lifecycle.stop(there)

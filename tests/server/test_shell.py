@@ -242,7 +242,7 @@ def test_command_that_cannot_run_is_an_error(tmp_path: Path) -> None:
         verbs.run_command(Machine(layout, found), ["true"], console=console)
     made = built(tmp_path / "made")
     machine = Machine(made, load(made, environ={"PATH": "/usr/bin"}))
-    with pytest.raises(ToolchainError, match="no-such-program is not there"):
+    with pytest.raises(ToolchainError, match="no-such-program is missing"):
         verbs.run_command(machine, ["no-such-program"], console=console)
     made.dotenv.write_text("VLLM_CPU_KVCACHE_SPACE=900000\nDEVICE=cpu\n")
     with pytest.raises(SettingsError, match="VLLM_CPU_KVCACHE_SPACE=900000"):

@@ -98,7 +98,7 @@ def test_a_status_may_be_named_as_one_that_counts(tmp_path: Path) -> None:
 
 
 def test_a_program_that_is_not_there_is_an_expected_failure(tmp_path: Path) -> None:
-    with pytest.raises(ToolchainError, match="is not there"):
+    with pytest.raises(ToolchainError, match="is missing"):
         run(Command((tmp_path / "missing",), tmp_path, dict(os.environ)))
 
 

@@ -270,7 +270,7 @@ def _measure(session: Session, arms: list[Arm], records: list[Record], paths: li
         )
         if libraries != warm_ups[index]:
             raise BuildError(
-                f"{arm.sandbox.shown} has loaded other libraries than in its start before",
+                f"{arm.sandbox.shown} has loaded other libraries than in its previous start",
                 hint=hints.text("bench.inspect_both"),
             )
         took.append(single.starts[0].seconds)
@@ -342,14 +342,14 @@ def _judge(session: Session, records: tuple[Record, Record]) -> Verdicts:
         _print_effects(session.console, name, judgement, order)
     if noisy:
         session.console.info(
-            f"inconclusive: {', '.join(noisy)} of one tree differs from itself; measure when the"
-            " machine is idle"
+            f"inconclusive: two halves of the starts of one tree differ in {', '.join(noisy)};"
+            " measure again when the machine is idle"
         )
     return Verdicts(rows, bool(noisy))
 
 
 def _without_verdict(judgement: Judgement) -> Judgement:
-    reason = "the same tree differs from itself by more than the factor"
+    reason = "two halves of the starts of one tree differ by more than the factor"
     return replace(judgement, verdict="inconclusive", needed=None, reason=reason)
 
 

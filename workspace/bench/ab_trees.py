@@ -103,7 +103,7 @@ def base_tree(layout: Layout, observed: plan.Observation, name: str) -> Iterator
         commit = _commit_of(record, outer)
     if outer is None or commit is None:
         raise SettingsError(
-            f"--base: {name[:60]!r} is no commit of the workspace and no record",
+            f"--base: {name[:60]!r} is neither a commit of the workspace nor a record",
             hint=hints.text("bench.base"),
         )
     with TemporaryDirectory(prefix=_PREFIX) as folder:
@@ -131,19 +131,20 @@ def _commit_of(record: Record, outer: Git | None) -> str:
     hint = hints.text("bench.measure_from_commit", kind=record.kind)
     if record.source.dirty:
         raise SettingsError(
-            f"{record.stem} was measured with uncommitted edits in vendor/vllm, which cannot be"
-            " restored",
+            f"the record {record.stem} was measured with uncommitted edits in vendor/vllm, which"
+            " cannot be restored",
             hint=hint,
         )
     if record.workspace is None:
         raise SettingsError(
-            f"{record.stem} does not hold the commit of the workspace at which it was measured",
+            f"the record {record.stem} does not hold the commit of the workspace at which it was"
+            " measured",
             hint=hint,
         )
     if outer is None or record.workspace not in outer.present((record.workspace,)):
         raise SettingsError(
-            f"{record.stem} was measured at commit {record.workspace[:12]}, which this clone does"
-            " not have",
+            f"the record {record.stem} was measured at commit {record.workspace[:12]}, which this"
+            " clone does not have",
             hint=hints.text("bench.git_fetch"),
         )
     return record.workspace
@@ -153,8 +154,8 @@ def _require_same_tree(layout: Layout, record: Record, made: Tree, commit: str) 
     tree = Git(layout.vllm).tree(made.tip)
     if tree != record.source.tree:
         raise SettingsError(
-            f"the record {record.stem} is of tree {record.source.tree[:12]}; pins and patches"
-            f" of its commit {commit[:12]} make {tree[:12]}",
+            f"the record {record.stem} measured tree {record.source.tree[:12]}, but the pins"
+            f" and patches of its commit {commit[:12]} make tree {tree[:12]}",
             hint=hints.text("bench.measure_exported"),
         )
 
@@ -164,7 +165,7 @@ def _tree_of_commit(layout: Layout, outer: Git, commit: str, name: str, folder: 
     entries = outer.entries((_PINS, _SERIES), commit)
     if _PINS not in entries or f"{_SERIES}/{series.SERIES_FILE}" not in entries:
         raise SettingsError(
-            f"{commit[:12]} has no {_PINS if _PINS not in entries else _SERIES}",
+            f"commit {commit[:12]} has no {_PINS if _PINS not in entries else _SERIES}",
             hint=hints.text("bench.base"),
         )
     pin = pins.parse(outer.blob(entries[_PINS].split()[1])).vllm

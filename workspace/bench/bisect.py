@@ -197,7 +197,7 @@ def _too_many_skips(searched: Range, log: BisectLog, outcome: Outcome) -> Worksp
     left = bisect_log.search_state(searched.suspects, log.verdicts).left
     shown = left if len(left) <= SHOWN else (*left[: SHOWN - 1], left[-1])
     return WorkspaceError(
-        f"inconclusive so far: {MOST_SKIPS} commits in a row cannot be tried, the last because"
+        f"inconclusive so far: {MOST_SKIPS} commits in a row cannot be tried; the last:"
         f" {outcome.evidence}",
         hint=hints.text("bench.bisect_more", count=MOST_SKIPS),
         details=tuple(searched.title(commit) for commit in shown),
@@ -386,7 +386,7 @@ def _report_kept(layout: Layout, console: Console) -> Iterator[None]:
     except BaseException:
         with contextlib.suppress(WorkspaceError, OSError):
             if log := bisect_log.read_log(layout):
-                console.info(f"{_tries(log)} are kept; run the same command again to resume")
+                console.info(f"kept: {_tries(log)}; run the same command again to resume")
         raise
 
 

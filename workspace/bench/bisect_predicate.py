@@ -112,7 +112,7 @@ def parse(text: str, *, folder: Path) -> Predicate:
         argv = shlex.split(text)
     except ValueError as exc:
         raise SettingsError(
-            f"--run: {shortened(text)!r} is no command line: {exc}",
+            f"--run: {shortened(text)!r} is not a command line: {exc}",
             hint=hints.text("bench.quote_command"),
         ) from exc
     alike = nearest(text, [SMOKE, *checks])
@@ -122,7 +122,7 @@ def parse(text: str, *, folder: Path) -> Predicate:
             if alike
             else hints.text("bench.predicates", checks=", ".join(checks))
         )
-        raise SettingsError(f"--run: {shortened(text)!r} is no check of the smoke", hint=hint)
+        raise SettingsError(f"--run: {shortened(text)!r} is not a check of the smoke", hint=hint)
     # The command runs in an empty folder for each tree, so its files need absolute paths.
     return Predicate(
         "command",
@@ -142,7 +142,7 @@ def _parse_metric(name: str) -> Predicate:
             if alike
             else hints.text("bench.metrics", metrics=", ".join(results.METRICS))
         )
-        raise SettingsError(f"--run: {shortened(name)!r} is no metric of a benchmark", hint=hint)
+        raise SettingsError(f"--run: {shortened(name)!r} is not a metric of a benchmark", hint=hint)
     return Predicate("bench", name)
 
 
@@ -215,11 +215,11 @@ def judge_smoke(
     if failed:
         return Outcome(
             "skip",
-            f"{failed[0]['id']} has no answer within {timeout_s:g} s: {failed[0]['evidence']}",
+            f"{failed[0]['id']} gave no answer in {timeout_s:g} s: {failed[0]['evidence']}",
         )
     passed = [row for row in relevant if row["verdict"] == "pass"]
     if not passed:
-        reason = relevant[0]["evidence"] if relevant else "the smoke does not have it"
+        reason = relevant[0]["evidence"] if relevant else "the smoke has no such check"
         return Outcome("skip", f"{predicate.name} is not judged here: {reason}")
     if predicate.kind == "check":
         return Outcome("good", f"{predicate.name}: {passed[0]['evidence']}")
@@ -285,7 +285,7 @@ def _start(benchmark: Benchmark, trial: Trial) -> Mapping[str, tuple[float, ...]
         done = _run_in_time(subject.command(layout, work, result), environment, folder, trial)
         if done is None:
             raise WorkspaceError(
-                f"vllm bench {work.kind} has no result within {trial.bounds.timeout_s:g} s"
+                f"vllm bench {work.kind} gave no result in {trial.bounds.timeout_s:g} s"
             )
         if done.returncode != 0:
             raise WorkspaceError(
@@ -300,7 +300,7 @@ def _run(predicate: Predicate, trial: Trial) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         done = _run_in_time(predicate.argv, environment, Path(neutral), trial)
     if done is None:
-        return Outcome("skip", f"no end within {trial.bounds.timeout_s:g} s")
+        return Outcome("skip", f"it did not end in {trial.bounds.timeout_s:g} s")
     evidence = f"{process.describe_status(done.returncode)}: {_last_lines(done)}"
     if done.returncode in (0, SKIP_CODE):
         return Outcome("skip" if done.returncode else "good", evidence)

@@ -71,7 +71,8 @@ def judge_samples(
     ratio = math.exp(middle)
     if bounds is None or min(len(first), len(second)) < MIN_STARTS:
         reason = (
-            f"each arm needs at least {MIN_STARTS} starts, there are {len(first)} and {len(second)}"
+            f"each arm needs at least {MIN_STARTS} starts; these have {len(first)} and"
+            f" {len(second)}"
         )
         low, high = (math.exp(bound) for bound in bounds) if bounds else (None, None)
         return Judgement("inconclusive", ratio, low, high, p, MIN_STARTS, reason)
@@ -308,7 +309,7 @@ def require_comparable(
     unknown = [name for name in across if name not in names]
     if unknown:
         raise SettingsError(
-            f"--across: {unknown[0][:40]!r} is no field of a record",
+            f"--across: {unknown[0][:40]!r} is not a field of a record",
             hint=hints.text("bench.fields", names=", ".join(names)),
         )
     differing = {
@@ -401,7 +402,8 @@ class OrderEffect:
     @property
     def sentence(self) -> str:
         return (
-            f"the second of a pair is {self.ratio - 1:+.1%} to the first, p = {self.p_pair:.2g}"
+            f"second start of a pair against the first: {self.ratio - 1:+.1%}, p ="
+            f" {self.p_pair:.2g}"
             f" (Wilcoxon); trend over time: tau = {self.tau:+.2f}, p = {self.p_trend:.2g} (Kendall)"
         )
 

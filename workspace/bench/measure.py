@@ -358,7 +358,7 @@ def observe_others(settings: Settings, *, has_gpu: bool, look_s: float = LOOK_S)
     programs = running_programs()
     load = _load_of_others(ours, look_s)
     servers = [
-        f"a vLLM runs, process {program.pid}"
+        f"vLLM runs as process {program.pid}"
         for program in programs
         if program.pid not in ours and is_vllm(program.argv)
     ][:SHOWN]
@@ -383,7 +383,7 @@ def _load_of_others(ours: Collection[int], look_s: float) -> list[str]:
     names = ", ".join(f"{_name(pid)} ({pid}) {used[pid]:.1f}" for pid in top)
     return [
         f"{load:.1f} of {cores} cores are busy"
-        + (f": {names}" if names else " with processes that this user may not see")
+        + (f": {names}" if names else " with processes that are hidden from this user")
     ]
 
 

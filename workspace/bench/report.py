@@ -13,7 +13,7 @@ from workspace.bench.plots import Plot, Reference
 from workspace.bench.results import Record
 from workspace.core import hints
 from workspace.core.console import Console
-from workspace.core.errors import SettingsError
+from workspace.core.errors import SettingsError, counted
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 
@@ -331,14 +331,10 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
     for problem in problems:
         console.warn(problem)
     console.info(
-        f"{_count(records, 'record')}, {_count(page.plots, 'plot')},"
+        f"{counted(len(records), 'record')}, {counted(len(page.plots), 'plot')},"
         f" {path.stat().st_size / 1024:.0f} KiB; the plots as PNG: {layout.relative(folder)}"
     )
     console.data(str(path))
-
-
-def _count(things: Sequence[object], noun: str) -> str:
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def _found(layout: Layout, name: str) -> Record:

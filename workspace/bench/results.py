@@ -220,7 +220,7 @@ class Record(records.Record, schema=1):
             for name, samples in start.samples.items():
                 if find_metric(name) is None or not all(sample > 0 for sample in samples):
                     raise DecodeError(
-                        f"starts[{index}].samples.{name} is no metric with positive samples"
+                        f"starts[{index}].samples.{name} is not a metric with positive samples"
                     )
         try:
             records.encode(self)
@@ -272,16 +272,18 @@ def read(path: Path, *, place: str) -> Record:
             f"{place} cannot be read: {exc.strerror}", hint=hints.text("core.list_file", path=place)
         ) from exc
     except NewerSchema as exc:
-        raise SettingsError(f"{place} {exc}", hint=hints.text("bench.git_pull")) from exc
+        raise SettingsError(
+            f"{place} cannot be read: {exc}", hint=hints.text("bench.git_pull")
+        ) from exc
     except DecodeError as exc:
         if origin := _foreign(path):
             raise SettingsError(
-                f"{path.name} is {origin}: it names neither machine nor tree, so it is no"
+                f"{path.name} is {origin}: it names neither machine nor tree, so it is not a"
                 " record here",
                 hint=hints.text("bench.measure_again"),
             ) from exc
         raise SettingsError(
-            f"{place} is no complete record of a benchmark: {exc}",
+            f"{place} is not a complete record of a benchmark: {exc}",
             hint=hints.text("bench.measure_again"),
         ) from exc
 

@@ -274,7 +274,7 @@ def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: Ru
     if position is None:
         if how == "skip":
             raise CheckoutError(
-                "no patch of the bump waits to be skipped", hint=hints.text("inv.patch_continue")
+                "the bump has no conflicting patch to skip", hint=hints.text("inv.patch_continue")
             )
         return
     names = staging.series_names(bump_sandbox)[-position.last :]

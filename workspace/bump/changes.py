@@ -15,6 +15,7 @@ from typing import Literal
 
 from workspace.compile import externals
 from workspace.core import records
+from workspace.core.errors import counted
 from workspace.core.files import read_regular
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
@@ -275,7 +276,7 @@ def _sources(differing: Mapping[str, Difference]) -> Iterator[Change]:
             "sources",
             "compiled sources",
             None,
-            f"{len(compiled)} files differ",
+            f"{counted(len(compiled), 'file')} {'differs' if len(compiled) == 1 else 'differ'}",
             tuple(compiled),
             "the present kernels do not fit",
         )

@@ -16,7 +16,7 @@ from workspace.bump.changes import Change, Comparison, Topic
 from workspace.core import hints
 from workspace.core.console import Console, RunLog
 from workspace.core.console import State as RowState
-from workspace.core.errors import PatchConflict
+from workspace.core.errors import PatchConflict, counted
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, mail, patches, pins, upstream
@@ -353,7 +353,7 @@ def _show(made: Forecast, console: Console) -> None:
             for line in lines[:_SHOWN]:
                 console.info(f"    {line}")
             if len(lines) > _SHOWN:
-                console.info(f"    and {len(lines) - _SHOWN} commits before that")
+                console.info(f"    and {counted(len(lines) - _SHOWN, 'commit')} before that")
     for change in made.changes:
         console.row(_state_of(change), change.topic, text_of(change))
     tag, count = made.candidate.pin.tag, sum(patch.state == "conflicts" for patch in made.patches)

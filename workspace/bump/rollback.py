@@ -17,7 +17,13 @@ from workspace.bump.staging import RedoLog, Step
 from workspace.checks import registry as smoke_record
 from workspace.core import hints, lock
 from workspace.core.console import Console, Row, RunLog, State
-from workspace.core.errors import CheckoutError, SettingsError, SmokeError, WorkspaceError
+from workspace.core.errors import (
+    CheckoutError,
+    SettingsError,
+    SmokeError,
+    WorkspaceError,
+    counted,
+)
 from workspace.core.files import copy_files, files_below, read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -132,9 +138,9 @@ def _choose(layout: Layout, name: str | None) -> KnownGood:
     if found := next((found for found in others if found.name == name), None):
         return found
     problem = (
-        f"there is no good state {name} beside the present one"
+        f"there is no known-good state {name} other than the present one"
         if name
-        else "there is no good state to return to"
+        else "there is no known-good state to return to"
     )
     names = ", ".join(found.name for found in others)
     raise SettingsError(
@@ -435,7 +441,7 @@ def _triton(layout: Layout, settings: Settings, pin: Pin, *, offline: bool) -> P
     if found.commit == pin.commit:
         return PinRow(State.OK, "triton", f"{text}, the same as {found.branch}", facts=facts)
     count = (
-        f"{found.commits} commits ahead"
+        f"{counted(found.commits, 'commit')} ahead"
         if found.commits is not None
         else "not fetched, so the distance is unknown"
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from workspace.bump import staging
 from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog
-from workspace.core.errors import CheckoutError, PatchConflict, SourceError
+from workspace.core.errors import CheckoutError, PatchConflict, SourceError, counted
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, without_user
@@ -110,7 +110,7 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
 
 def _write_message(layout: Layout, pin: Pin, new: Pin, found: Ahead, *, console: Console) -> None:
     """Write the commit message of the move and print how to commit."""
-    further = f", {found.commits} commits further" if found.commits else ""
+    further = f", {counted(found.commits, 'commit')} further" if found.commits else ""
     text = (
         f"pin: move Triton to {new.commit[:12]}\n\n{new.commit} is what {new.tag} has now{further};"
         f" before it was {pin.commit}.\n"
@@ -119,7 +119,7 @@ def _write_message(layout: Layout, pin: Pin, new: Pin, found: Ahead, *, console:
     write_atomic(message, text.encode())
     console.info(
         f"triton {pin.commit[:12]} → {new.commit[:12]}"
-        + (f", {found.commits} commits" if found.commits else "")
+        + (f", {counted(found.commits, 'commit')}" if found.commits else "")
     )
     shown = layout.relative(message)
     console.hint(hints.text("bump.commit_triton", message=shown))

@@ -210,7 +210,7 @@ def logprobs(
         f"{equal} of {total} tokens as offline, largest log-probability difference {worst:.1e}"
     )
     is_same = equal == total > 0 and len(differences) == total
-    return ([] if is_same and worst < limit else [f"{evidence}, allowed is {limit:g}"]), evidence
+    return ([] if is_same and worst < limit else [f"{evidence}, the limit is {limit:g}"]), evidence
 
 
 def structured(reply: Reply) -> tuple[list[str], str]:

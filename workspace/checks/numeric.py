@@ -10,6 +10,7 @@ from pathlib import Path
 from workspace.checks.probe_runs import Answer
 from workspace.checks.registry import Check, judged, number, rows, section
 from workspace.core import records
+from workspace.core.errors import counted
 
 # Nats. Measured with vLLM 0.31.0 on an x86-64 CPU, 5 x 64 tokens, decode and prefill: 2e-5 (Qwen3)
 # to 1e-4 (Llama) for a right build, 0.12 with an attention scale that is off by 1 %, which changed
@@ -64,13 +65,13 @@ def kernels(answer: Answer, group: str) -> Check:
         difference, limit = number(case, "difference"), number(case, "limit")
         if not difference <= limit:
             problems.append(
-                f"{case.get('case')}: off by {difference:.3g}, allowed is {limit:g} (roundings)"
+                f"{case.get('case')}: off by {difference:.3g}, the limit is {limit:g} (roundings)"
             )
     worst = max((number(case, "difference") / number(case, "limit") for case in cases), default=0.0)
     return judged(
         identifier,
         problems,
-        f"{len(cases)} cases, the worst at {worst:.0%} of what rounding allows"
+        f"{counted(len(cases), 'case')}, the worst at {worst:.0%} of what rounding allows"
         + (f"; loading and compilation {first_s:.1f} s" if first_s >= SHOWN_S else ""),
         seconds,
     )
@@ -105,7 +106,7 @@ def bfloat16(answer: Answer, name: str, identifier: str = "parity.bfloat16") -> 
     problems = [f"{missing:g} log-probabilities are not finite numbers"] if missing else []
     evidence = f"mean difference of log-probabilities {mean:.1e}"
     problems += (
-        [] if mean < MAX_MEAN_BFLOAT16 else [f"{evidence}, allowed is {MAX_MEAN_BFLOAT16:g}"]
+        [] if mean < MAX_MEAN_BFLOAT16 else [f"{evidence}, the limit is {MAX_MEAN_BFLOAT16:g}"]
     )
     return judged(identifier, problems, evidence, answer.seconds)
 
@@ -120,7 +121,9 @@ def mxfp4(answer: Answer) -> Check:
     if check.verdict == "fail":
         return check
     evidence = f"{check.evidence}, of decode from prefill {own:.1e}"
-    problems = [] if own < MAX_MEAN_BFLOAT16 else [f"{evidence}, allowed is {MAX_MEAN_BFLOAT16:g}"]
+    problems = (
+        [] if own < MAX_MEAN_BFLOAT16 else [f"{evidence}, the limit is {MAX_MEAN_BFLOAT16:g}"]
+    )
     return judged("parity.gpt-oss", problems, evidence, answer.seconds)
 
 
@@ -278,7 +281,7 @@ def _compare(found: Mapping[str, object], limit: float = MAX_DIFFERENCE) -> tupl
     if measured.is_short and not measured.is_tied(limit):
         problems.append(measured.shortfall(limit))
     elif not (measured.decode_difference < limit and measured.prefill_difference < limit):
-        problems.append(f"{measured.summary}, allowed is {limit:g}")
+        problems.append(f"{measured.summary}, the limit is {limit:g}")
     tie = f", {measured.behind:g} behind a tie" if measured.is_short else ""
     return problems, measured.summary + tie
 

@@ -15,6 +15,7 @@ from typing import Literal
 from workspace.checks.probe_runs import Answer
 from workspace.core import records
 from workspace.core.console import Console, Row, State
+from workspace.core.errors import counted
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.install import plan
@@ -237,7 +238,10 @@ def libraries(answer: Answer, expected: Expected) -> Check:
         ]
         problems += [] if found else ["the tree holds no compiled library"]
     return judged(
-        "provenance.libraries", problems, f"{len(found)} libraries, as stamped", answer.seconds
+        "provenance.libraries",
+        problems,
+        f"{counted(len(found), 'library', 'libraries')}, as stamped",
+        answer.seconds,
     )
 
 
@@ -253,7 +257,7 @@ def binary_load(answer: Answer) -> Check:
     ]
     problems += [] if found or problems else ["the tree holds no compiled library"]
     others = sum(row.get("verdict") in ("other cpu", "other python") for row in found)
-    fine = f"{len(found) - others} libraries" + (
+    fine = counted(len(found) - others, "library", "libraries") + (
         f", {others} for other processors or Pythons not tried" if others else ""
     )
     return judged("binary.load", problems, fine, answer.seconds)
@@ -266,7 +270,10 @@ def provenance(answer: Answer, expected: Expected) -> Check:
     if answer.problem or not vllm.get("file"):
         why = answer.problem or str(record.get("error") or "the probe did not report it")
         return judged(
-            "provenance.import", [f"unknown which vLLM was imported: {why}"], "", answer.seconds
+            "provenance.import",
+            [f"it is unknown which vLLM was imported: {why}"],
+            "",
+            answer.seconds,
         )
     problems = []
     if not Path(str(vllm["file"])).is_relative_to(expected.tree):

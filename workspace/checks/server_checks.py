@@ -232,7 +232,7 @@ class _Client:
         text = http_checks.text_of(self._complete(f"{self._row.text} "))
         return (
             http_checks.chat(self._talk(), text, self._row, TOKENS),
-            "as the completion of the prompt that its template makes",
+            "equal to the completion of the prompt that its template makes",
         )
 
     def stream(self) -> Verdict:

@@ -141,7 +141,7 @@ def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     }
 )
 def hook(_: Context, remove: bool = False, run: bool = False) -> None:
-    """Install the pre-push gate; --remove takes it out."""
+    """Install the pre-push gate; --remove removes it."""
     here = paths.here()
     from workspace.checks import smoke as verb
 
@@ -176,7 +176,7 @@ def bench_list(_: Context, json: bool = False) -> None:
     help={
         "first": "a record: its label, its file name, or a path",
         "second": "the record that may be slower",
-        "factor": "ignore a change up to this many per cent",
+        "factor": "ignore a change of up to this many percent",
         "across": "compare although this field differs; may be repeated",
         "json": JSON,
     },
@@ -211,7 +211,7 @@ def bench_compare(
     },
 )
 def bench_report(_: Context, first: str = "", second: str = "") -> None:
-    """Draw all records: one HTML page, PNG plots."""
+    """Draw all records: one HTML page and PNG plots."""
     from workspace.bench import report as verb
 
     verb.write(paths.here(), first, second, console=main.console())
@@ -236,7 +236,7 @@ def env_init(_: Context, replace: bool = False) -> None:
 
 @task(name="export")
 def env_export(_: Context) -> None:
-    """Print shell lines for eval; inv and nox on PATH."""
+    """Print shell lines for eval: they put inv, nox on PATH."""
     from workspace.server import verbs as verb
 
     verb.export_variables(main.machine(), console=main.console())
@@ -244,7 +244,7 @@ def env_export(_: Context) -> None:
 
 @task
 def run(_: Context) -> None:
-    """Run a command in the built environment: -- CMD."""
+    """Run a command in the built environment: run -- COMMAND."""
     from workspace.server import verbs as verb
 
     verb.run_command(main.machine(), after_dashes(), console=main.console())
@@ -269,7 +269,7 @@ def drop_caches(_: Context) -> None:
 @task(
     name="show",
     default=True,
-    help={"json": JSON, "offline": "leave out the checks that need the network"},
+    help={"json": JSON, "offline": "do not ask the network for newer releases"},
 )
 def pin_show(_: Context, json: bool = False, offline: bool = False) -> None:
     """Show the pin, newer releases and known-good states."""
@@ -325,7 +325,7 @@ def pin_rollback(_: Context, good: str = "", wait: bool = False) -> None:
         "recipe": "a recipe, a model on the hub, or a folder; vLLM's flags go after --",
         "dry-run": "print environment and command line; start nothing",
         "detach": "return when ready; the server outlives the terminal",
-        "force": "start without a key for others, or short of memory",
+        "force": "start although memory is short, or others reach it without a key",
     },
 )
 def serve(
@@ -361,7 +361,7 @@ def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
 
 @task(name="stop")
 def serve_stop(_: Context) -> None:
-    """Stop the server; wait for port and memory."""
+    """Stop the server; wait until port and memory are free."""
     from workspace.server import verbs as verb
 
     verb.stop(paths.here(), console=main.console())
@@ -369,7 +369,7 @@ def serve_stop(_: Context) -> None:
 
 @task(name="list", help={"json": JSON})
 def serve_list(_: Context, json: bool = False) -> None:
-    """List recipes: does it fit, is it on disk."""
+    """List the recipes: which fit, which are on disk."""
     from workspace.server import verbs as verb
 
     verb.show_recipes(main.machine(), console=main.console(), as_json=json)
@@ -381,7 +381,7 @@ def serve_list(_: Context, json: bool = False) -> None:
     help={"recipe": "a recipe, or a model on the hub such as Qwen/Qwen3-8B"},
 )
 def serve_fetch(_: Context, recipe: str) -> None:
-    """Fetch weights and vocabularies before a load."""
+    """Fetch weights and vocabularies before a start."""
     from workspace.server import models
 
     models.fetch(main.machine(), recipe, console=main.console())
@@ -417,7 +417,7 @@ def patch_unapply(_: Context, project: str = "vllm", wait: bool = False) -> None
     auto_shortflags=False,
     help={
         "check": "write nothing; print the difference and exit with 5",
-        "branch": "put one patch, signed off, on upstream's main",
+        "branch": "make this branch: one signed-off patch on upstream's main",
         "patch": "file name of the patch for --branch",
         "project": PROJECT,
         "wait": WAIT,

@@ -19,7 +19,7 @@ from workspace.compile.scheduler import Bounds, MemoryStatus
 from workspace.compile.targets import Reached
 from workspace.core import hints
 from workspace.core.console import Console
-from workspace.core.errors import SettingsError
+from workspace.core.errors import SettingsError, counted
 from workspace.core.known_settings import LARGEST_COUNT
 from workspace.core.settings import Settings
 from workspace.machine import hardware
@@ -110,8 +110,8 @@ def _divided(bound: int, threads: int, requested: int, origin: str) -> Jobs:
     return Jobs(
         count,
         threads,
-        f"{count} {nouns} at once: {origin}"
-        + (f", not the requested {requested}" if threads < requested else ""),
+        f"{count} {nouns} at once ({origin}"
+        + (f", not the requested {requested})" if threads < requested else ")"),
     )
 
 
@@ -366,11 +366,11 @@ def _sentences(plan: RebuildPlan) -> list[str]:
     if plan.why_not_hybrid:
         lines.append(f"not hybrid: {plan.why_not_hybrid}; every target is compiled here")
     if plan.units:
-        known = f"; {plan.guessed} of them are guessed, not measured" if plan.guessed else ""
+        known = f"; guessed, not measured: {plan.guessed} of them" if plan.guessed else ""
         lines.append(
-            f"{_count(plan.units, 'unit')}, {plan.compiler_minutes:.1f} minutes of compiler time:"
+            f"{counted(plan.units, 'unit')}, {plan.compiler_minutes:.1f} minutes of compiler time:"
             f" about {plan.minutes:.1f} minutes with at most {plan.bounds.jobs} at once in"
-            f" {plan.bounds.budget_gib:.1f} GiB, {plan.peak_gib:.1f} GiB at the most{known}"
+            f" {plan.bounds.budget_gib:.1f} GiB, peak {plan.peak_gib:.1f} GiB{known}"
         )
     elif plan.rows:
         lines.append("no unit has to be compiled: the reached targets are up to date")
@@ -385,7 +385,3 @@ def _sentences(plan: RebuildPlan) -> list[str]:
     if plan.from_precompiled:
         lines.append(f"from the precompiled wheel: {', '.join(plan.from_precompiled)}")
     return lines
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun if count == 1 else f'{noun}s'}"

@@ -213,7 +213,7 @@ def provide_downloads(
         run_log.write(
             f"{archive.name} has sha256 {full.sha256}"
             if full.sha256
-            else f"{archive.name}: sha256 {sha256(archive)}, for which nobody has published a hash"
+            else f"{archive.name}: sha256 {sha256(archive)}, of which no hash is published"
         )
         _unpack(full, archive)
         archive.unlink()

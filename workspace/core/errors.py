@@ -109,3 +109,8 @@ def listed(names: Sequence[str], limit: int = 3) -> str:
     """Return `a, b, c and 2 more`."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return `1 library` or `2 libraries`; `plural` is needed where it is not noun + s."""
+    return f"{count} {noun if count == 1 else plural or f'{noun}s'}"

@@ -146,7 +146,8 @@ def download(
     if expected_sha256 is not None and found != expected_sha256:
         part.unlink()
         raise SourceError(
-            f"{destination.name} has sha256 {found}, pinned is {expected_sha256}: it was not used",
+            f"{destination.name} has sha256 {found}, not the pinned {expected_sha256}: it was not"
+            " used",
             hint=hints.text("core.wrong_hash"),
         )
     os.replace(part, destination)
@@ -299,7 +300,7 @@ def reason_of(exc: BaseException) -> str:
     request = exc.request if isinstance(exc, requests.RequestException) else None
     while exc.__context__ is not None:
         exc = exc.__context__
-    cause = str(exc) or type(exc).__name__
+    cause = (isinstance(exc, OSError) and exc.strerror) or str(exc) or type(exc).__name__
     url = str(request.url) if request is not None else ""
     proxies = requests.utils.get_environ_proxies(url) if url else {}
     if proxy := requests.utils.select_proxy(url, proxies):
@@ -316,27 +317,24 @@ def inner_path(name: str) -> PurePosixPath:
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
-        raise ValueError("is a path outside of it")
+        raise ValueError(f"{name!r} is a path outside of the archive")
     if "\0" in name:
-        raise ValueError("has a zero byte in its name")
+        raise ValueError(f"{name!r} has a zero byte")
     for part in path.parts:
         # Case, marks without width, and blanks and dots at the end do not count everywhere, and a
         # short name of Windows is the same folder (git's verify_path, CVE-2014-9390).
         seen = "".join(letter for letter in part if unicodedata.category(letter) != "Cf")
         if seen.casefold().rstrip(". ").partition(":")[0] in (".git", "git~1"):
-            raise ValueError("is a path outside of it: git's own folder")
+            raise ValueError(f"{name!r} is a path into git's own folder")
     return path
 
 
 def check_zip(archive: "zipfile.ZipFile") -> None:
     """Raise ValueError where a member of a zip file or a wheel leads elsewhere or is no file."""
     for item in archive.infolist():
-        try:
-            inner_path(item.filename)
-            if stat.S_IFMT(item.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise ValueError("is neither file nor folder")
-        except ValueError as exc:
-            raise ValueError(f"{item.filename!r} {exc}") from None
+        inner_path(item.filename)
+        if stat.S_IFMT(item.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise ValueError(f"{item.filename!r} is neither file nor folder")
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -69,14 +69,14 @@ SETTINGS: tuple[Setting, ...] = (
         "switch",
         "0",
         "workspace",
-        "1: keep the torch that is in .vllm, whatever its version",
+        "1 keeps the torch that is in .vllm, whatever its version",
     ),
     Setting(
         "ALLOW_PRERELEASE",
         "switch",
         "0",
         "workspace",
-        "1: let xgrammar, triton and flashinfer be pre-releases",
+        "1 lets xgrammar, triton and flashinfer be pre-releases",
     ),
     Setting(
         "TORCH_INDEX_URL",
@@ -206,7 +206,7 @@ SETTINGS: tuple[Setting, ...] = (
         "switch",
         "",
         "build",
-        "1: a build of Triton downloads nothing; it then needs LLVM_SYSPATH and JSON_SYSPATH",
+        "with 1, a build of Triton downloads nothing and needs LLVM_SYSPATH and JSON_SYSPATH",
     ),
     Setting(
         "VLLM_CPU_KVCACHE_SPACE",
@@ -216,7 +216,7 @@ SETTINGS: tuple[Setting, ...] = (
         "GiB for the KV cache without a GPU; empty: vLLM takes about half of the memory",
     ),
     Setting("HF_HOME", "path", "", "run", "where Hugging Face keeps models"),
-    Setting("HF_HUB_OFFLINE", "switch", "", "run", "1: never ask the Hugging Face hub"),
+    Setting("HF_HUB_OFFLINE", "switch", "", "run", "with 1, nothing asks the Hugging Face hub"),
     Setting("HF_TOKEN", "text", "", "run", "token for gated models", secret=True),
     Setting("VLLM_API_KEY", "text", "", "run", "key that a served model asks for", secret=True),
 )
@@ -253,7 +253,7 @@ def expected(setting: Setting, text: str) -> str | None:
         and text
         and not all(_ARCH.fullmatch(arch) for arch in re.split(r"[ ;,]+", text.strip(" ;,")))
     ):
-        wanted = "architectures such as 12.1a, several with ; between them"
+        wanted = "a list of architectures such as 12.1a or 12.0;12.1a"
     elif setting.kind == "python" and not re.fullmatch(r"3\.\d+(\.\d+)?", text):
         wanted = "a version of Python 3 such as 3.12"
     elif "\n" in text or "\0" in text:
@@ -262,9 +262,9 @@ def expected(setting: Setting, text: str) -> str | None:
         wanted = "a URL such as https://host/vllm.git, or a path: begin a path with / or ./"
     elif setting.kind in ("path", "mirror") and re.search(r"\$[A-Za-z_{(]|`", text):
         # Nobody else resolves it: a folder of that name would be made where one stands.
-        wanted = "a path in which nothing is left to a shell to resolve"
+        wanted = "a plain path: only a shell resolves $NAME and `command`"
     elif (setting.kind in ("path", "mirror") or setting.name == "KERNELS") and not expands(text):
-        wanted = "below a home folder that is known here"
+        wanted = "below a home folder that is known on this machine"
     return wanted
 
 

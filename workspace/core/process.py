@@ -288,7 +288,7 @@ def apart(
 def describe_status(returncode: int) -> str:
     """Return an exit status as text; 137 and -9 also as the kernel's end for missing memory."""
     if returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        return "was killed by SIGKILL (what the kernel does when memory runs out)"
+        return "was killed by SIGKILL (the kernel sends it when memory runs out)"
     if returncode < 0:
         return f"was killed by {signal.Signals(-returncode).name}"
     return f"exited with {returncode}"
@@ -368,7 +368,7 @@ def _program(argv: Sequence[Argument], env: Mapping[str, str], hint: str) -> str
     """Return the path of a program on the child's PATH. Raises ToolchainError with `hint`."""
     program = shutil.which(os.fspath(argv[0]), path=env.get("PATH", os.defpath))
     if program is None:
-        raise ToolchainError(f"{os.fspath(argv[0])} is not there", hint=hint)
+        raise ToolchainError(f"{os.fspath(argv[0])} is missing", hint=hint)
     return program
 
 

@@ -54,7 +54,7 @@ def parse(text: bytes | str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as exc:
-        raise DecodeError(f"it is no JSON from line {exc.lineno} on") from exc
+        raise DecodeError(f"it is not valid JSON from line {exc.lineno} on") from exc
     except UnicodeDecodeError as exc:
         raise DecodeError("it is not UTF-8") from exc
     except ValueError as exc:
@@ -68,6 +68,8 @@ def parse_toml(text: bytes | str) -> Document:
     """Return the content of a TOML text. Raises DecodeError."""
     try:
         return tomllib.loads(text if isinstance(text, str) else text.decode())
+    except UnicodeDecodeError as exc:
+        raise DecodeError("it is not UTF-8") from exc
     except ValueError as exc:
         raise DecodeError(str(exc)) from exc
     except RecursionError as exc:
@@ -100,15 +102,15 @@ def _upgraded(document: object, kind: object) -> object:
     if not isinstance(kind, type) or not issubclass(kind, Record):
         return document
     if not isinstance(document, dict):
-        raise DecodeError("it is no JSON object")
+        raise DecodeError("it is not a JSON object")
     if kind.SCHEMA is not None:
         schema = document.get("schema")
         if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
-            raise DecodeError("schema is missing or is no number")
+            raise DecodeError("schema is missing or is not a number")
         if schema > kind.SCHEMA:
             raise NewerSchema(
-                f"has schema {schema}, this workspace reads {kind.SCHEMA}: a newer workspace wrote"
-                " it"
+                f"it has schema {schema}, and this workspace reads schema {kind.SCHEMA}: a newer"
+                " workspace wrote it"
             )
     return kind.upgrade(document)
 
@@ -134,7 +136,7 @@ def read(path: Path, kind: type[T]) -> T | None:
     try:
         return load(path, kind)
     except NewerSchema as exc:
-        _warn(f"{path} {exc}; it counts as absent")
+        _warn(f"{path} counts as absent: {exc}")
     except DecodeError as exc:
         _warn(f"{path} is damaged and counts as absent: {exc}")
     return None

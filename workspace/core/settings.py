@@ -46,6 +46,7 @@ _EXAMPLES = {
     "archs": "12.1a",
     "mirror": "https://host/vllm.git",
     "url": "https://host/simple",
+    "path": "/a/folder",
 }
 _SHOWN = 120
 # Parts of warnings, by which the doctor and env.check find the row that one is about.
@@ -299,7 +300,7 @@ def _value(
     else:
         value, place = Value(setting.default, "default"), name
     if wanted := expected(setting, value.text):
-        shown = "a value" if setting.secret else repr(_presentable(value.text, secrets))
+        shown = "the value" if setting.secret else repr(_presentable(value.text, secrets))
         raise SettingsError(
             f"{place}: {shown} is not {wanted}", hint=_example(setting, is_flag=flag is not None)
         )
@@ -369,7 +370,7 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
         return {}
     except IsADirectoryError:
         raise SettingsError(
-            ".env is a directory, not a file", hint=hints.text("core.new_dotenv")
+            ".env is a folder, not a file", hint=hints.text("core.new_dotenv")
         ) from None
     except OSError as exc:
         raise SettingsError(
@@ -469,10 +470,13 @@ def shortened(text: str) -> str:
 
 def _hidden(name: str, shell_text: str, text: str) -> str:
     if is_secret(name):
-        return f"{name} in the shell hides another value in .env; `unset {name}` to use .env's"
+        return (
+            f"{name} in the shell hides another value in .env; `unset {name}` to use the value in"
+            " .env"
+        )
     return (
         f"{name}={shell_text} in the shell hides {name}={text} in .env; `unset {name}` to use"
-        " .env's"
+        " the value in .env"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from workspace.core import hints, lock, process, records
 from workspace.core.console import Console, RunLog, State, Step
-from workspace.core.errors import BuildError
+from workspace.core.errors import BuildError, counted
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stages, stamp, status
@@ -365,6 +365,7 @@ def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
     if observed.needs_compilation:
         console.warn(f"the kernels are stale: {'; '.join(observed.needs_compilation)}")
     if observed.stack and observed.stack.dirty:
-        console.info(f"{len(observed.stack.dirty)} edited in vendor/vllm: live, not changed")
+        edited = counted(len(observed.stack.dirty), "edited file")
+        console.info(f"vendor/vllm has {edited}: live, not changed")
     console.info(f"{prefix}vllm {observed.version} is in .vllm")
     console.hint(status.next_command(observed))

@@ -399,8 +399,8 @@ def _changed_sources(tree: Tree | None, current: checkout.Checkout) -> tuple[str
 
 def changed_sources_sentence(changed: tuple[str, ...]) -> str:
     return (
-        f"compiled from the pin's sources, which {errors.listed(changed)}"
-        f" {'differs' if len(changed) == 1 else 'differ'} from"
+        f"compiled from the pin's sources; {errors.listed(changed)}"
+        f" {'differs' if len(changed) == 1 else 'differ'} from them"
     )
 
 

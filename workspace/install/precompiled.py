@@ -287,7 +287,7 @@ def why_not_hybrid(
         return exc.message
     if precompiled_wheel.version.public != Version(pinned.version).public:
         return (
-            f"the precompiled wheel is vLLM {precompiled_wheel.version.public}, pinned is"
+            f"the precompiled wheel is vLLM {precompiled_wheel.version.public}, not the pinned"
             f" {pinned.version}"
         )
     return (

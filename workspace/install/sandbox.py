@@ -66,10 +66,10 @@ def open_tree(
         (path / ".git").unlink()
     if not os.path.lexists(path / ".git"):
         if path.exists() and any(path.iterdir()):
-            raise CheckoutError(f"{shown} has files and is no working tree", hint=hint)
+            raise CheckoutError(f"{shown} has files and is not a working tree", hint=hint)
         tree = worktree.add(git, path, commit, run_log=run_log)
     if not _is_linked(tree):
-        raise CheckoutError(f"{shown} is no working tree of vendor/vllm", hint=hint)
+        raise CheckoutError(f"{shown} is not a working tree of vendor/vllm", hint=hint)
     if tree.resolve(MADE_REF) is None:
         command.remove_at_top(tree.path_of("index").parent, path)
         tree.check_out(commit, settings=settings, run_log=run_log, on_line=lambda line: None)
@@ -355,7 +355,7 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
         if layer.state != "ok":
             hint = hints.text("install.kernels_auto")
             raise BuildError(
-                f"{sandbox.shown} cannot be built as its tree requires: {layer.name} {layer.why}",
+                f"{sandbox.shown} cannot be built as its tree requires: {layer.name}: {layer.why}",
                 hint=hint,
             )
     return observed

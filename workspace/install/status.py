@@ -49,7 +49,7 @@ def origin(layout: Layout, installed: Installed) -> str:
 def pairing(build: TorchBuild | None, paired: str | None) -> str:
     """Return which Triton the installed torch requires."""
     return (
-        f"torch {build.version} pairs with {paired.removeprefix('==') if paired else 'none'}"
+        f"torch {build.version} pairs with {paired.removeprefix('==') if paired else 'no Triton'}"
         if build
         else "there is no torch"
     )
@@ -291,7 +291,7 @@ class _Smoke:
 
     def __post_init__(self) -> None:
         if len(self.time) >= LONGEST_TIME or not self.time.isprintable():
-            raise ValueError("the time is no time")
+            raise ValueError("the time is not valid")
 
 
 def _smoke(layout: Layout, observed: plan.Observation) -> Row:

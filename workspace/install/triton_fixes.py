@@ -241,7 +241,7 @@ def _plan_wheel(context: Context, found: Diagnosis) -> tuple[str, ...]:
     ):
         return ()
     return (
-        f"install triton{found.paired} from the package index, which torch pairs with"
+        f"install triton{found.paired}, which torch pairs with, from the package index"
         + (f", instead of {installed.version}" if installed else ""),
     )
 

@@ -263,15 +263,14 @@ def _judge(
     if report.file is None or not report.file.is_relative_to(layout.vllm.resolve()):
         wrong.append(f"vllm was imported from {report.file}, not from vendor/vllm")
     if report.version != observed.version:
-        wrong.append(f"vllm has version {report.version}, expected was {observed.version}")
+        wrong.append(f"vllm has version {report.version}, expected {observed.version}")
     if report.platform not in platforms:
         wrong.append(
-            f"vllm found the platform {report.platform or 'none'}, built for was {observed.device}"
+            f"vllm found the platform {report.platform or 'none'}, but was built for"
+            f" {observed.device}"
         )
     if observed.torch and report.torch.version != observed.torch.version:
-        wrong.append(
-            f"torch has version {report.torch.version}, installed was {observed.torch.version}"
-        )
+        wrong.append(f"torch has version {report.torch.version}, expected {observed.torch.version}")
     return wrong
 
 

@@ -123,7 +123,7 @@ def _vocabularies(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
         verb = "is" if len(missing) == 1 else "are"
         yield Finding(
             ENCODINGS,
-            f"{' and '.join(missing)} {verb} missing, and gpt-oss would die of it; the workspace"
+            f"{' and '.join(missing)} {verb} missing, so gpt-oss would fail; the workspace"
             f" does not pass it on. {why}",
         )
     elif built_in:

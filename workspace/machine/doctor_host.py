@@ -57,7 +57,8 @@ def cores(case: Case) -> Iterator[Row]:
     """Check MAX_JOBS against cores and memory."""
     host, jobs = case.host(), case.settings.count("MAX_JOBS")
     fitting = fitting_jobs(host.cores, host.memory_gib)
-    limit = str(jobs) if jobs else f"not set: {fitting} at run time, a build is limited by memory"
+    noun = "compiler" if fitting == 1 else "compilers"
+    limit = str(jobs) if jobs else f"not set: {fitting} {noun} at run time; memory limits a build"
     seen = f"{host.cores}, MAX_JOBS {limit}"
     if case.device == "cuda" and jobs and jobs > fitting:
         why = f"at run time {jobs} nvcc may take {jobs * LARGEST_COMPILER_GIB:.0f} GiB"
@@ -363,7 +364,9 @@ def index(case: Case) -> Iterator[Row]:
     from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
     endpoint = case.settings.index_url or PYPI_SIMPLE_ENDPOINT
-    shown = without_user(case.settings.index_url) if case.settings.index_url else "the default one"
+    shown = (
+        without_user(case.settings.index_url) if case.settings.index_url else "the default index"
+    )
     answer, why = _ask_index(case, endpoint), "it serves source archive, wheel and packages"
     hint = hints.text("machine.set_index")
     state = State.FAIL
@@ -402,7 +405,8 @@ def torch_index(case: Case) -> Iterator[Row]:
     wanted, there = torch.plan("torch", device=case.device, settings=case.settings), case.torch()
     answer = _ask_for_torch(case, wanted.requirement, wanted.arguments)
     hint = hints.text("machine.set_torch_index")
-    row = Row(State.FAIL, "torch index", wanted.description, "torch is installed from there", hint)
+    source = wanted.description.removeprefix("from ")
+    row = Row(State.FAIL, "torch index", source, "torch is installed from there", hint)
     if there and not isinstance(answer, There):
         why = f"{there.version} is in .vllm; no other version can be installed"
         row = replace(row, state=State.WARN, why=why)

@@ -5,6 +5,7 @@ CMake, ninja, driver, toolkit, architectures, and the programs that hold the GPU
 import os
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def git(case: Case) -> Iterator[Row]:
     answer, why = case.first_line(["git", "version"]), "the tree and its patches are git's"
     missing = Row(State.FAIL, "git", "missing", why, hints.text("machine.apt_git"))
     yield (
-        Row(State.OK, "git", answer.value, why)
+        Row(State.OK, "git", answer.value.removeprefix("git version "), why)
         if isinstance(answer, There)
         else unanswered(missing, answer, look=hints.text("machine.git_version"))
     )
@@ -70,7 +71,7 @@ def uv(case: Case) -> Iterator[Row]:
         return
     answer = case.first_line([program, "--version"])
     yield (
-        Row(State.OK, "uv", answer.value, why)
+        Row(State.OK, "uv", answer.value.removeprefix("uv "), why)
         if isinstance(answer, There)
         else unanswered(missing, answer, look=hint)
     )
@@ -135,7 +136,7 @@ def compiler(case: Case) -> Iterator[Row]:
     why = f"the tree needs {required} or newer" if required else "it compiles the kernels"
     if not isinstance(answer, There):
         hint = hints.text("machine.apt_gxx")
-        missing = Row(case.missing_state, "compiler", f"no {argv[0]} runs", why, hint)
+        missing = Row(case.missing_state, "compiler", f"{argv[0]} is missing", why, hint)
         yield unanswered(missing, answer, look=hint)
         return
     found = answer.value
@@ -409,14 +410,14 @@ def _arch_fault(
 def running_programs(case: Case) -> Iterator[Row]:
     """Check which programs hold the GPU, or the memory that a Spark shares with it."""
     serving = {
-        program.pid: " ".join(program.argv)[:60].strip()
+        program.pid: textwrap.shorten(" ".join(program.argv), 60, placeholder=" …")
         for program in case.programs()
         if is_vllm(program.argv)
     }
     has_gpu = case.device == "cuda" and bool(case.machine.gpus)
     residents = case.machine.driver.residents() if has_gpu else ()
     found = {resident.pid: resident.name for resident in residents} | serving
-    why = "it holds memory that a build, a smoke or a server needs" + (
+    why = "a running process holds memory that a build, a smoke or a server needs" + (
         "; on a Spark GPU and CPU share it" if case.device == "cuda" else ""
     )
     if not found:

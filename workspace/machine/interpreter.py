@@ -404,7 +404,7 @@ def _facts(
     except records.DecodeError:
         return Broken("it prints something else")
     if facts["level"] != "final":
-        return Broken(f"Python {facts['version']} is no final release")
+        return Broken(f"Python {facts['version']} is not a final release")
     include = Path(facts["include"])
     found = PythonFacts(
         path=Path(facts["executable"]) if follow and facts["executable"] else python,

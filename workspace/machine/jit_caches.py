@@ -275,9 +275,9 @@ def _triton_entries(place: Path, stack: Stack) -> Iterator[str]:
             facts = records.decode(read_regular(path), _TritonKernel)
             version, target = facts.triton_version.partition("+")[0], facts.target
             if version != installed:
-                yield f"written by triton {version}, installed is {stack.triton}"
+                yield f"written by triton {version}, and {stack.triton} is installed"
             elif archs and target["backend"] == "cuda" and str(target["arch"]) not in archs:
-                yield f"written for sm_{target['arch']}, the GPU here is {stack.architecture}"
+                yield f"written for sm_{target['arch']}, and the GPU here is {stack.architecture}"
 
 
 def _flashinfer_entries(layout: Layout, cache: Cache, stack: Stack, since: float) -> Iterator[str]:

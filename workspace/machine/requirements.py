@@ -216,7 +216,7 @@ def _project(root: Path) -> tuple[Mapping[str, object], str]:
         return records.parse_toml(text), text
     except (OSError, ValueError) as exc:
         raise BuildError(
-            f"{root / 'pyproject.toml'} cannot be read: {exc}",
+            f"{root / 'pyproject.toml'} cannot be read: {getattr(exc, 'strerror', exc)}",
             hint=hints.text("machine.bootstrap_checkout"),
         ) from exc
 
@@ -255,7 +255,7 @@ def _lines(root: Path, name: str, files: dict[str, str]) -> Iterator[_Line]:
         files[name] = (root / name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise BuildError(
-            f"{name} of the tree cannot be read: {exc}",
+            f"{name} of the tree cannot be read: {getattr(exc, 'strerror', exc)}",
             hint=hints.text("core.git_status", folder="vendor/vllm"),
         ) from exc
     end = 0
@@ -289,7 +289,7 @@ def _evaluate(
         except InvalidRequirement as exc:
             why = str(exc).splitlines()[0]
             raise BuildError(
-                f"{line.place}: {line.text!r} is no requirement: {why}",
+                f"{line.place}: {line.text!r} is not a requirement: {why}",
                 hint=hints.text("machine.requirements_diff"),
             ) from exc
         if requirement.marker is not None and not requirement.marker.evaluate(dict(markers)):

@@ -98,7 +98,7 @@ def ask_compiler(settings: Settings) -> tuple[list[str], Answer[str]]:
     try:
         argv = [*shlex.split(text), "-dumpfullversion"]
     except ValueError as exc:
-        return [text], Broken(f"CXX is no command: {exc}")
+        return [text], Broken(f"CXX is not a command: {exc}")
     return argv, _answer(argv, settings, pattern=_VERSION_LINE)
 
 
@@ -179,7 +179,7 @@ def installed_pythons(uv: Path, settings: Settings) -> Iterator[tuple[str, Path]
     except records.DecodeError as exc:
         _list_pythons.cache_clear()
         raise ToolchainError(
-            f"uv python list printed no list: {done.stderr.strip()[-200:]}",
+            f"uv python list printed no list: {done.stderr.strip()[-200:] or 'no output'}",
             hint=hints.text("machine.uv_pythons", uv=uv),
         ) from exc
     for python in listed:
@@ -375,7 +375,7 @@ def _refused_by_setting(
         own = re.sub(r"^\w+: ", "", line)
         where = f" ({place})" if place else ""
         return ToolchainError(
-            f"uv's setting {key}{where} stands in the way: {own}",
+            f"uv fails because of its setting {key}{where}: {own}",
             hint=_without(place or variable, key),
             details=otherwise.details,
         )
@@ -449,7 +449,7 @@ def _unsolved(
         place = _place_of(_UV_CONSTRAINTS, layout, env)
         return type(otherwise)(
             f"uv finds no versions that fit: {re.sub(r'^[^B]*', '', cause)}"
-            + (f" (perhaps by {place}, a setting of yours)" if place else ""),
+            + (f" Your setting in {place} may be the reason" if place else ""),
             hint=_without(place, "dependencies") if place else otherwise.hint,
             details=otherwise.details,
         )
@@ -457,6 +457,5 @@ def _unsolved(
 
 
 def _last_disk_error(lines: Sequence[str]) -> str:
-    return next(
-        (line for line in reversed(lines) if _FULL.search(line) or _READ_ONLY.search(line)), ""
-    )
+    found = (line for line in reversed(lines) if _FULL.search(line) or _READ_ONLY.search(line))
+    return re.sub(r"^(error|cause): ", "", next(found, ""))

@@ -93,7 +93,9 @@ def load(layout: Layout, settings: Settings) -> TorchBuild:
         ) from exc
     process.require_not_killed(done, "the import of torch")
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [process.describe_status(done.returncode)]
+        lines = done.stderr.strip().splitlines() or [
+            f"Python {process.describe_status(done.returncode)}"
+        ]
         raise BuildError(
             f"torch in .vllm cannot be imported: {lines[-1].strip()}",
             hint=hints.text("machine.set_venv_aside"),
@@ -125,7 +127,7 @@ def plan(required: str, *, device: str, settings: Settings) -> Plan:
             f"torch=={version}",
             ("--find-links", str(folder)),
             (("--torch-backend", "cpu"),),
-            f"from {folder}, a folder in pip's configuration",
+            f"from {folder} (a folder in pip's configuration)",
         )
     return Plan(required, ("--torch-backend", "cpu"), (), "from PyTorch's cpu index")
 
@@ -176,7 +178,7 @@ def held(layout: Layout, *, step: str) -> Iterator[None]:
     after = observe(layout, interpreter.installed(layout))
     if before != after:
         raise BuildError(
-            f"{step} changed torch: before {_named(before)}, now {_named(after)}",
+            f"{step} changed torch from {_named(before)} to {_named(after)}",
             hint=hints.text("machine.restore_torch"),
         )
 

@@ -178,8 +178,8 @@ def install_torch(machine: Machine, *, device: str, run_log: RunLog) -> str:
     build = torch.load(layout, settings)
     if device == "cuda" and (build.cuda or "").split(".")[0] != CUDA_MAJOR:
         raise BuildError(
-            f"torch {build.version} is built for CUDA {build.cuda or 'none'}, needed is"
-            f" {CUDA_MAJOR}",
+            f"torch {build.version} is built for CUDA {build.cuda or 'none'}, but vLLM"
+            f" needs CUDA {CUDA_MAJOR}",
             hint=hints.text("machine.cuda_index"),
         )
     return f"{build.version}, CUDA {build.cuda or 'none'}; {source}"

@@ -71,7 +71,7 @@ def misread(path: str, names: list[str]) -> dict[str, object]:
     """Return which of the named variables the registry of this file refuses or misunderstands."""
     spec = importlib.util.spec_from_file_location("envs", path)
     if spec is None or spec.loader is None:
-        raise SystemExit(f"{path} is no Python module")
+        raise SystemExit(f"{path} is not a Python module")
     envs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(envs)
     refused, ignored = [], []

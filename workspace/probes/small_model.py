@@ -219,7 +219,7 @@ def convert(folder: Path, gguf: Path) -> None:
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
     missing, unexpected = model.load_state_dict(weights_of(reader, config), strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
-        raise SystemExit(f"the file is no SmolLM2: {[*missing, *unexpected][:3]}")
+        raise SystemExit(f"the file is not SmolLM2: {[*missing, *unexpected][:3]}")
     model.tie_weights()
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=config.bos_token_id,

@@ -122,7 +122,7 @@ def observe(layout: Layout, pin: Pin) -> Checkout:
     place = repository.place()
     # Where .git is no repository, git finds that of the workspace, further up.
     if place is None or place.top.resolve() != path.resolve():
-        return Checkout(Kind.FOREIGN, None, None, "a folder whose .git is no repository")
+        return Checkout(Kind.FOREIGN, None, None, "a folder whose .git is not a repository")
     return _observe_repository(repository, pin)
 
 
@@ -377,7 +377,7 @@ def _advertised(making: _Making) -> Mapping[str, str]:
     found = references.get(f"{tag}^{{}}", references.get(tag, pin.commit))
     if found != pin.commit:
         raise _Moved(
-            f"tag {pin.tag} at {without_user(making.url)} is commit {found}, pinned is"
+            f"tag {pin.tag} at {without_user(making.url)} is commit {found}, not the pinned"
             f" {pin.commit}",
             hint=hints.text("repo.moved_tag"),
         )
@@ -421,7 +421,7 @@ def _other_kind(layout: Layout, pin: Pin, found: Checkout, choice: Choice) -> Ch
     name = layout.relative(folder_of(layout, pin))
     other = f"../{layout.root.name}-{choice}"
     return CheckoutError(
-        f"{name} is {found.detail}, SOURCE requests {choice}; it was not changed",
+        f"{name} is {found.detail}, but SOURCE requests {choice}; it was not changed",
         hint=hints.text("repo.keep_or_clone", other=other, choice=choice),
     )
 

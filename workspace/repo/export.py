@@ -349,7 +349,7 @@ def _refuse_unapplied(layout: Layout, prepared: Prepared) -> None:
     way = _applying_way(shown, prepared) if prepared.patches else hints.text("inv.patch_apply")
     raise PatchDrift(
         f"{place}/{unknown[0]} is in the series, and {shown} has no commit of it"
-        + (f"; {len(unknown) - 1} more" if len(unknown) > 1 else ""),
+        + (f"; and {len(unknown) - 1} more" if len(unknown) > 1 else ""),
         hint=hints.text("repo.apply_or_drop", command=way, path=f"{place}/{series.SERIES_FILE}"),
         details=tuple(f"{place}/{name}" for name in unknown[1:10]),
     )

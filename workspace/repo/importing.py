@@ -26,6 +26,7 @@ from workspace.core.errors import (
     SettingsError,
     SourceError,
     WorkspaceError,
+    counted,
 )
 from workspace.core.files import opened, read_regular, reason_of, received, write_atomic
 from workspace.core.paths import typed
@@ -145,7 +146,7 @@ def run(session: Session, source: str) -> export.Export:
 def _refusal(project: str, shown: str, git: Git, stack: Stack, verb: str) -> WorkspaceError:
     if stack.state is State.UNAPPLIED:
         return CheckoutError(
-            f"{shown} is at the pin, without the {len(stack.names)} patches of"
+            f"{shown} is at the pin, without {counted(len(stack.names), 'patch', 'patches')} of"
             f" patches/{project}/series",
             hint=hints.text("inv.patch_apply"),
         )

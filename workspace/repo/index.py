@@ -81,7 +81,7 @@ def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
     if served != sha256:
         raise SourceError(
             f"the package index serves {filename} ({project} {_version(filename)}) with sha256"
-            f" {served}, pinned is {sha256}: it was not fetched",
+            f" {served}, not the pinned {sha256}: it was not fetched",
             hint=hints.text("repo.other_index"),
         )
     return package.url
@@ -113,10 +113,10 @@ def project_page(project: str, settings: Settings) -> "ProjectPage":
         raise _unavailable(f"the package index has no project {project}") from exc
     except requests.HTTPError as exc:
         status = exc.response.status_code
-        raise _unavailable(f"the package index answered {status} for {project}") from exc
+        raise _unavailable(f"the package index answers {status} for {project}") from exc
     except requests.RequestException as exc:
         reason = files.reason_of(exc)
-        raise _unavailable(f"the package index cannot be reached for {project}: {reason}") from exc
+        raise _unavailable(f"the package index gives no page of {project}: {reason}") from exc
     except (
         UnsupportedContentTypeError,
         UnsupportedRepoVersionError,
@@ -124,7 +124,7 @@ def project_page(project: str, settings: Settings) -> "ProjectPage":
         ValueError,
     ) as exc:
         raise _unavailable(
-            f"the package index answered for {project} with content that is no index page"
+            f"the package index answers for {project} with content that is not an index page"
         ) from exc
 
 
@@ -162,7 +162,7 @@ def _local_page(project: str, folder: Path) -> "ProjectPage":
     try:
         return ProjectPage.from_html(project, file.read_bytes(), base_url=file.as_uri())
     except (ParserRejectedMarkup, ValueError) as exc:
-        raise _unavailable(f"{file} is no index page: {exc}") from exc
+        raise _unavailable(f"{file} is not an index page: {exc}") from exc
 
 
 def _copy(source: Path, destination: Path, sha256: str) -> None:
@@ -184,7 +184,7 @@ def _copy(source: Path, destination: Path, sha256: str) -> None:
         found = files.sha256(Path(part.name))
         if found != sha256:
             raise SourceError(
-                f"{destination.name} has sha256 {found}, pinned is {sha256}: it was not used",
+                f"{destination.name} has sha256 {found}, not the pinned {sha256}: it was not used",
                 hint=hints.text("repo.network_or_index"),
             )
         destination.unlink(missing_ok=True)
@@ -196,7 +196,7 @@ def _local(url: str) -> Path:
         return Path(unquote(urlsplit(url).path))
     except ValueError as exc:
         raise SourceError(
-            f"the package index is or names {without_user(url)}, which is no valid URL: {exc}",
+            f"the package index has an address that is not valid: {without_user(url)}: {exc}",
             hint=hints.text("repo.network_or_index"),
         ) from exc
 
@@ -313,7 +313,7 @@ def _release(
             or "none"
         )
         raise SourceError(
-            f"the package index has no {pin.name} {version}; nearest are {near}",
+            f"the package index has no {pin.name} {version}; nearest: {near}",
             hint=hints.text("inv.pin_show"),
         )
     lacking = (

@@ -473,7 +473,7 @@ def refuse(git: Git, base: str, shown: str, faults: Sequence[tuple[Commit, str]]
         f" {reason}"
         for commit, reason in faults
     ]
-    more = f"; {len(faults) - 1} more" if len(faults) > 1 else ""
+    more = f"; and {len(faults) - 1} more" if len(faults) > 1 else ""
     start = BASE_REF if git.resolve(BASE_REF) == base else base[:12]
     has_merge = any(len(commit.parents) > 1 for commit, _ in faults)
     hint = (

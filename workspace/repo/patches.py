@@ -9,7 +9,7 @@ from pathlib import Path
 
 from workspace.core import hints, records
 from workspace.core.console import RunLog
-from workspace.core.errors import PatchDrift, SettingsError
+from workspace.core.errors import PatchDrift, SettingsError, counted
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
@@ -240,8 +240,8 @@ def _check(project: str, git: Git, stack: Stack, base: str, tip: str) -> None:
     if len(made) != len(stack.names):
         lost = [name for name in stack.names if name.removesuffix(".patch") not in made]
         raise PatchDrift(
-            f"{', '.join(lost) or 'a patch'} changes nothing on {base[:12]}: {len(made)} of"
-            f" {len(stack.names)} patches make a commit",
+            f"{', '.join(lost) or 'a patch'} changes nothing on {base[:12]}: only {len(made)}"
+            f" of {counted(len(stack.names), 'patch', 'patches')} made a commit",
             hint=hints.text("repo.upstream_has_it", project=project),
         )
     if stack.expected_tree and git.tree(tip) != stack.expected_tree:

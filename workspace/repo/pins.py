@@ -350,8 +350,8 @@ def make_from_archive(
         commit, found = build_archive(source, tree, pin, on_progress=on_progress)
         if (commit, found) != (archive.commit, archive.tree):
             raise SourceError(
-                f"{archive.filename} gives commit {commit} with tree {found}, pinned are"
-                f" {archive.commit} and {archive.tree}",
+                f"{archive.filename} gives commit {commit} with tree {found}, not the"
+                f" pinned {archive.commit} with {archive.tree}",
                 hint=hints.text("repo.pins_diff"),
             )
         files.put_in_place(tree, destination)
@@ -409,7 +409,9 @@ def _unpack(
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
-                raise _refused(source, member.name, "is below a file of it") from None
+                raise _refused(
+                    source, member.name, "is below another entry, which is a file"
+                ) from None
             if member.issym():
                 links.append((path, member.linkname))
             else:
@@ -419,20 +421,23 @@ def _unpack(
         try:
             path.symlink_to(target)
         except FileExistsError:
-            raise _refused(source, path.relative_to(folder), "occurs in it twice") from None
+            raise _refused(source, path.relative_to(folder), "is in the archive twice") from None
     for path, _ in links:
         if (
             not path.resolve().is_relative_to(folder.resolve())
             or ".git" in path.resolve().relative_to(folder.resolve()).parts
         ):
-            raise _refused(source, path.relative_to(folder), "is a link to a path outside of it")
+            raise _refused(
+                source, path.relative_to(folder), "is a link to a path outside of the archive"
+            )
 
 
 def _parts(member: tarfile.TarInfo, source: Path) -> tuple[str, ...]:
     try:
         return files.inner_path(member.name).parts
     except ValueError as exc:
-        raise _refused(source, member.name, str(exc)) from None
+        reason = str(exc).removeprefix(f"{member.name!r} ")
+        raise _refused(source, member.name, reason) from None
 
 
 def _is_generated(parts: tuple[str, ...], pin: Pin) -> bool:
@@ -455,7 +460,7 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path, source
             0o755 if member.mode & 0o100 else 0o644,
         )
     except FileExistsError:
-        raise _refused(source, member.name, "occurs in it twice") from None
+        raise _refused(source, member.name, "is in the archive twice") from None
     with os.fdopen(descriptor, "wb") as file:
         while chunk := content.read(1 << 20):
             file.write(chunk)

@@ -13,6 +13,7 @@ from workspace.core.errors import (
     PatchDrift,
     SettingsError,
     WorkspaceError,
+    counted,
 )
 from workspace.core.files import read_regular
 from workspace.repo.git import Applied, Git
@@ -72,7 +73,7 @@ def _base(lines: Sequence[str], shown: str, folder: Path, pin: str) -> str:
         )
     if bases[0] != pin:
         raise PatchDrift(
-            f"{shown} is for base {bases[0]}, pinned is {pin}",
+            f"{shown} is for base {bases[0]}, not for the pin {pin}",
             hint=hints.text("repo.which_moved", path=f"patches/{folder.name}"),
         )
     return bases[0]
@@ -285,7 +286,8 @@ def edited_files(shown: str, paths: Sequence[str], purpose: str, *, verb: str) -
     """Return the error for edits in the checkout `shown` that block a purpose."""
     hint = hints.text("repo.stash_around", shown=shown, command=verb)
     return CheckoutError(
-        f"{shown} has edits ({_few(paths)}) where {purpose}; they were not changed", hint=hint
+        f"{shown} has edits ({_few(paths)}), but {purpose} there; the edits were not changed",
+        hint=hint,
     )
 
 
@@ -347,7 +349,7 @@ def sentence(
         line for path in applied.paths for line in (f"{kind} {path}", *touched.get(path, ()))
     ]
     paths = list(applied.paths)
-    where = "the conflict" if applied.conflicted else f"it (git: {applied.reason})"
+    where = "the conflict" if applied.conflicted else f"this patch (git: {applied.reason})"
     if applied.conflicted:
         hint = hints.text("repo.resolve", shown=shown, paths=paths, files=_few(paths))
     else:
@@ -377,9 +379,8 @@ def _touching(
 
 
 def _newest(lines: Sequence[str]) -> tuple[str, ...]:
-    more = (
-        (f"  and by {len(lines) - _SHOWN_COMMITS} before",) if len(lines) > _SHOWN_COMMITS else ()
-    )
+    earlier = len(lines) - _SHOWN_COMMITS
+    more = (f"  and by {counted(earlier, 'earlier commit')}",) if earlier > 0 else ()
     return (*(f"  since changed by {line}" for line in lines[:_SHOWN_COMMITS]), *more)
 
 

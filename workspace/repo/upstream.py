@@ -137,7 +137,7 @@ class _Search:
         """Take the release archive, and prove its commit by the remote's tag if possible."""
         if self.version is None or not index.has_any_release(self.pin):
             raise SettingsError(
-                f"{self.name} is no release of {self.pin.name}; the checkout is from a release"
+                f"{self.name} is not a release of {self.pin.name}; the checkout is from a release"
                 " archive, and branches and commits need a git checkout",
                 hint=hints.text("repo.newer_releases"),
             )
@@ -177,13 +177,13 @@ class _Search:
             named = self._query()
         except SourceError as exc:
             lacking.append(
-                f"{exc.message}: upstream's commit is not proven"
+                f"{exc.message}; upstream's commit is not proven"
                 + (f", only that it begins with {prefix}" if prefix else "")
             )
             return None
         if named is None or not named.is_tag:
             lacking.append(
-                f"{without_user(self.url)} has no tag {self.name}: upstream's commit is not proven"
+                f"{without_user(self.url)} has no tag {self.name}; upstream's commit is not proven"
             )
             return None
         self._require_same(named.commit, prefix)
@@ -214,7 +214,7 @@ class _Search:
             archive=made,
             precompiled=dict(release.precompiled) if release else {},
         )
-        reasons = dict.fromkeys(self.pin.precompiled, f"{self.name} is no release")
+        reasons = dict.fromkeys(self.pin.precompiled, f"{self.name} is not a release")
         if named.is_tag:
             reasons = dict(release.not_precompiled) if release else {}
         return Candidate(
@@ -244,7 +244,7 @@ class _Search:
             raise
         except SourceError as exc:
             lacking.append(
-                f"{exc.message}: release archive and precompiled wheels are unknown, and the age is"
+                f"{exc.message}; release archive and precompiled wheels are unknown, and the age is"
                 " that of the commit"
             )
             return made, None
@@ -325,7 +325,7 @@ class _Search:
             )
         ]
         return SourceError(
-            f"{without_user(self.url)} has no tag or branch {self.name}; the nearest tags are"
+            f"{without_user(self.url)} has no tag or branch {self.name}; nearest tags:"
             f" {', '.join(near) or 'none'}",
             hint=(
                 hints.text("repo.whole_commit", commit=self.name)
@@ -338,7 +338,7 @@ class _Search:
         """Raise _Unequal where tag and archive name different commits."""
         if prefix and not commit.startswith(prefix):
             raise _Unequal(
-                f"tag {self.name} at {without_user(self.url)} is commit {commit}, the release"
+                f"tag {self.name} at {without_user(self.url)} is commit {commit}, but the release"
                 f" archive was made from {prefix}…; neither is used",
                 hint=hints.text("repo.moved_tag"),
             )

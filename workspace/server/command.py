@@ -203,7 +203,7 @@ def _check_values(args: Sequence[str]) -> None:
     port = flags.last(args, "--port") or ""
     if not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536):
         raise SettingsError(
-            f"--port: {port!r} is no port from 1 to 65535", hint=hints.text("server.port")
+            f"--port: {port!r} is not a port from 1 to 65535", hint=hints.text("server.port")
         )
     if not flags.last(args, "--host"):
         raise SettingsError(
@@ -214,20 +214,20 @@ def _check_values(args: Sequence[str]) -> None:
         re.fullmatch(r"\d*\.?\d+|\d+\.", share) and 0 < float(share) <= 1
     ):
         raise SettingsError(
-            f"--gpu-memory-utilization: {share!r} is no share above 0 and at most 1",
+            f"--gpu-memory-utilization: {share!r} is not a share above 0 and at most 1",
             hint=hints.text("server.utilization"),
         )
     for name in _COUNTS:
         count = flags.last(args, name)
         if count is not None and not re.fullmatch(r"[1-9]\d{0,8}|\d+(\.\d+)?[kKmM]", count):
             raise SettingsError(
-                f"{name}: {count!r} is no whole number of at least 1",
+                f"{name}: {count!r} is not a whole number of at least 1",
                 hint=hints.text("server.positive", flag=name),
             )
     length = flags.last(args, "--max-model-len")
     if length is not None and not _LENGTH.fullmatch(length):
         raise SettingsError(
-            f"--max-model-len: {length!r} is no number of tokens",
+            f"--max-model-len: {length!r} is not a number of tokens",
             hint=hints.text("server.max_model_len"),
         )
 
@@ -266,12 +266,12 @@ def _problem(layout: Layout, args: Sequence[str], key: str, path: Path) -> str |
     if not path.is_absolute():
         return None
     if key == "allowed_local_media_path":
-        return None if path.is_dir() else "is no folder"
+        return None if path.is_dir() else "is not a folder"
     if _WRITTEN.fullmatch(key):
         is_blocked = path.exists() and not path.is_dir() and key.endswith("dir")
         place = hardware.existing(path)
         if is_blocked or not os.access(place, os.W_OK):
-            return "is no folder" if is_blocked else "cannot be written"
+            return "is not a folder" if is_blocked else "cannot be written"
     wanted = {reference.name: reference for reference in flags.references(args, "")}
     return _problem_of_folder(args, path, wanted[str(path)]) if str(path) in wanted else None
 
@@ -282,18 +282,18 @@ def _problem_of_template(layout: Layout, path: Path) -> str | None:
         return None
     own = layout.vllm / "vllm" / "transformers_utils" / "chat_templates" / path
     if not path.is_absolute() and not own.is_file():
-        return "is no file in this folder, and no template of vLLM's"
+        return "is neither a file in this folder nor a template of vLLM"
     return _unreadable(own)
 
 
 def _problem_of_folder(args: Sequence[str], folder: Path, reference: flags.Reference) -> str | None:
     if not folder.is_dir():
-        return "is no folder" if folder.exists() else "does not exist"
+        return "is not a folder" if folder.exists() else "does not exist"
     if not reference.needs:
         lack = models.lack_of(folder)
         return f"lacks {lack}" if lack else None
     if not models.holds(folder, reference.needs):
-        return f"has no {' or '.join(reference.needs)}"
+        return f"has {'none of' if len(reference.needs) > 1 else 'no'} {', '.join(reference.needs)}"
     if flags.ADAPTER not in reference.needs:
         return None
     if not models.holds(folder, ("adapter_model.*", "new_embeddings.*")):
@@ -341,7 +341,7 @@ def _require_certificates(args: Sequence[str]) -> None:
     except (OSError, ValueError) as exc:
         names = [name for name in (certificate, key) if name]
         raise SettingsError(
-            f"{' and '.join(names) or authorities}: no certificate with its key: {exc}",
+            f"there is no certificate with its key in {' and '.join(names) or authorities}: {exc}",
             hint=hints.text("core.list_files", paths=names or [authorities]),
         ) from exc
 

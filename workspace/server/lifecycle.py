@@ -140,9 +140,9 @@ def wait_until_ready(
                 server = replace(_with_shared(server), is_ready=True)
                 write(server)
                 return server, Ready(names, time.monotonic() - started)
-            problem = f"it is healthy and cannot complete one token: {message}"
+            problem = f"it is healthy but cannot complete one token: {message}"
             if is_alive(server):
-                raise _not_ready(server, f"answers and does not work: {problem}")
+                raise _not_ready(server, f"answers but does not work: {problem}")
         time.sleep(POLL_S)
     raise _not_ready(server, f"was not ready after {timeout_s:g} s: {problem}")
 
@@ -239,6 +239,9 @@ def failure(server: Server) -> ServeError:
     reading = failures.read(server.log, status=ended.status if ended else None)
     how = process.describe_status(ended.status) if ended else "was killed with its supervisor"
     why = f": {reading.sentence}" if reading.sentence else ""
+    if reading.symptom and reading.symptom.is_last_resort and why.startswith(": the server "):
+        # It is about this process, and has its signal.
+        how, why = why.removeprefix(": the server "), ""
     return ServeError(
         f"{server.called} {how}{why}",
         hint=_hint(server, reading),

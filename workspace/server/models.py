@@ -168,7 +168,7 @@ def _make(
     if done.returncode != 0 or not folder.is_dir():
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
         raise BuildError(
-            f"{model} could not be made, its probe {process.describe_status(done.returncode)}:"
+            f"{model} could not be made: its probe {process.describe_status(done.returncode)}:"
             f" {last}",
             hint=hints.text("inv.bootstrap"),
         )
@@ -375,7 +375,7 @@ def offline(settings: Settings, name: str) -> SettingsError:
     source = settings.source("HF_HUB_OFFLINE")
     unset, online = hints.text("server.unset_offline"), hints.text("server.online_dotenv")
     return SettingsError(
-        f"{name} is not on disk, and HF_HUB_OFFLINE ({source}) forbids to fetch it",
+        f"{name} is not on disk, and HF_HUB_OFFLINE ({source}) forbids the fetch",
         hint=unset if source == "shell" else online,
     )
 

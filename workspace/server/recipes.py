@@ -245,7 +245,7 @@ class _Table:
     def number(self, key: str, default: float | None = None) -> float:
         found = self._get(key, default)
         if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < 10**6:
-            raise self.wrong(key, "a number from 0 on")
+            raise self.wrong(key, "a number of at least 0")
         return float(found)
 
     def switch(self, key: str) -> bool:
@@ -347,11 +347,11 @@ def _figure(table: _Table) -> Figure:
 def _alternative(table: _Table) -> Alternative:
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-    vllm = table.text("vllm", expected="versions of vLLM such as <0.31")
+    vllm = table.text("vllm", expected="a range of versions of vLLM, such as <0.31")
     try:
         SpecifierSet(vllm)
     except InvalidSpecifier as exc:
-        raise table.wrong("vllm", "versions of vLLM such as <0.31") from exc
+        raise table.wrong("vllm", "a range of versions of vLLM, such as <0.31") from exc
     flags, environment = _flags(table.table("flags")), _environment(table.table("environment"))
     other = Alternative(vllm, table.text("why"), flags, environment, table.texts("without"))
     table.finish()

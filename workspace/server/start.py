@@ -327,7 +327,7 @@ def _recipe(machine: Machine, name: str) -> Recipe:
         _require_gguf(machine, folder.name)
         return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
     if not folder.is_dir():
-        what = "a file: name its folder" if folder.is_file() else "no folder with a model in it"
+        what = "a file: name its folder" if folder.is_file() else "not a folder with a model in it"
         raise ServeError(
             f"{folder} is {what}",
             hint=hints.text("server.recipes"),
@@ -388,8 +388,8 @@ def _require_config(folder: Path) -> None:
         ) from exc
     if known is None:
         raise ServeError(
-            f"{folder} has no config.json: it is no model in Hugging Face's layout, nor, with"
-            " params.json, in Mistral's",
+            f"{folder} has no config.json, which Hugging Face's layout has, and no params.json,"
+            " which Mistral's has",
             hint=hints.text("core.list_names", folder=folder),
         )
 

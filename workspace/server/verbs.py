@@ -11,7 +11,7 @@ from pathlib import Path
 
 from workspace.core import hints, process
 from workspace.core.console import Console, Row, State
-from workspace.core.errors import ServeError, SettingsError, ToolchainError, printable
+from workspace.core.errors import ServeError, SettingsError, ToolchainError, counted, printable
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import check, run_environment
@@ -124,10 +124,11 @@ def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str,
         f"{server.name} at {server.address.url}/v1, process {server.processes.supervisor_pid},"
         f" since {server.since}"
     )
+    count = counted(len(members), "process", "processes")
     if not is_alive(server):
-        text = f"{at}: its supervisor was killed, {len(members)} processes are left"
+        text = f"{at}: its supervisor was killed, and it still has {count}"
         return "remains", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_stop"))
-    held = f"{process_tree.resident_bytes(members) / GIB:.1f} GiB in {len(members)} processes"
+    held = f"{process_tree.resident_bytes(members) / GIB:.1f} GiB in {count}"
     if not server.is_ready:
         text = f"{at}: it is starting, {held}"
         return "starting", Row(State.WARN, "server", text, hint=hints.text("server.follow"))
@@ -135,8 +136,8 @@ def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str,
         text = f"{at}: /health does not answer, {held}"
         return "unhealthy", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_logs"))
     names = observation.served_models(server.address, key=settings.text("VLLM_API_KEY") or None)
-    served = ", ".join(names) or "no model that it lists without its key"
-    return "ready", Row(State.OK, "server", f"{at}: serves {served}; {held}")
+    served = f"serves {', '.join(names)}" if names else "lists no model without its key"
+    return "ready", Row(State.OK, "server", f"{at}: {served}; {held}")
 
 
 def _changed(layout: Layout, server: Server) -> str | None:

@@ -58,7 +58,7 @@ def _compared(materials: Materials, tmp_path_factory: pytest.TempPathFactory) ->
     (world.folder / "model").mkdir()
     # Both arms are built, but there is no vllm to measure yet.
     ended = ab(world)
-    assert "bin/vllm is not there" in ended.error(6), ended.output
+    assert "bin/vllm is missing" in ended.error(6), ended.output
     for name in ("ab-a", "ab-b"):
         program = world.layout.sandboxes / name / ".vllm" / "bin" / "vllm"
         program.write_text(PROGRAM.replace("@PYTHON@", sys.executable))

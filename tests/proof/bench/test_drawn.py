@@ -55,6 +55,6 @@ def test_report_writes_page_and_pngs_and_removes_old_pngs(tmp_path: Path) -> Non
     out, err = io.StringIO(), io.StringIO()
     report.write(layout, "aaaa", "ffff", console=Console(out=out, err=err))
     assert out.getvalue() == f"{layout.results / 'report.html'}\n"
-    assert "half.json is no complete record" in (layout.results / "report.html").read_text()
+    assert "half.json is not a complete record" in (layout.results / "report.html").read_text()
     assert {path.suffix for path in (layout.results / "report").iterdir()} == {".png"}
     assert not (layout.results / "report" / "old.png").exists()

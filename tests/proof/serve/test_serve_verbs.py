@@ -171,7 +171,7 @@ def test_model_that_cannot_be_served_is_an_error(clone: World, tmp_path: Path) -
         (no_weights, "lacks weights"),
         (no_tokenizer, "has no tokenizer"),
         (odd_tokenizer, "tokenizer.json cannot be read"),
-        (tmp_path / "nowhere", "is no folder with a model"),
+        (tmp_path / "nowhere", "is not a folder with a model"),
     ):
         assert output in clone.run(
             "serve", str(folder), "--", "--port", str(lifecycle.free_port()), *share

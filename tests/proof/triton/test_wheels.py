@@ -104,7 +104,7 @@ def test_diagnosis_assembles_to_judge_a_wheel(
     ended = context.run("fix-triton", "--check")
     assert ended.code == code, ended.output
     output = rows(ended)
-    assert output["triton"] == f"ok {version} from an index; torch 2.13.0+cpu pairs with none"
+    assert output["triton"] == f"ok {version} from an index; torch 2.13.0+cpu pairs with no Triton"
     if version == OLD:
         assert NO_SM in ended.err
         assert output["kernel"].startswith("FAIL")
@@ -185,7 +185,7 @@ def test_stale_cache_and_shadow_are_found_and_moved(context: World) -> None:
     (packages / "triton_kernels" / "__init__.py").write_text("raise ImportError('shadow')\n")
     ended = context.run("fix-triton", "--check")
     assert "shadows, caches" in ended.error(6)
-    assert f"written by triton {MIDDLE}, installed is {NEW}" in ended.err
+    assert f"written by triton {MIDDLE}, and {NEW} is installed" in ended.err
     ended = context.run("fix-triton")
     assert ended.code == 0, ended.output
     assert not cache.exists()
@@ -215,7 +215,7 @@ def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does
     ended = context.run("fix-triton")
     assert ended.code == 0, ended.output
     assert (
-        f"triton{f'=={NEW}'} from the package index, which torch pairs with, instead of {OLD}"
+        f"triton{f'=={NEW}'}, which torch pairs with, from the package index, instead of {OLD}"
         in ended.err
     )
     assert (

@@ -38,6 +38,7 @@ def advertised(
         ) from None
     if answer.returncode != 0:
         reason = first_line(answer.stderr) or process.describe_status(answer.returncode)
+        reason = re.sub(r"^unable to access '[^']*': ", "", reason)
         raise SourceError(f"{without_user(url)} cannot be read: {without_user(reason)}", hint=hint)
     return {
         name: oid
