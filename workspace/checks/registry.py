@@ -1,23 +1,16 @@
-"""The smoke's checks: their registry, their verdicts on build and imports, and the record.
+"""The smoke's checks: their registry, and their verdicts on build and imports.
 
 Verdicts are pure functions: from a probe's answer and the stamps to pass or fail with evidence.
 """
 
-import datetime
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from workspace.checks.probe_runs import Answer
-from workspace.core import records
-from workspace.core.console import Console, Row, State
-from workspace.core.files import write_atomic
-from workspace.core.paths import Layout
-from workspace.install import plan
+from workspace.core.console import Row, State
 
 Level = Literal["quick", "full"]
 # What a machine may lack. A check that is skipped for another reason counts as failed.
@@ -30,10 +23,6 @@ _SERVER = "checks.server_log"
 _REBUILD = "checks.rebuild"
 Verdict = Literal["pass", "fail", "skipped"]
 _STATES = {"pass": State.OK, "fail": State.FAIL, "skipped": State.SKIPPED}
-SCHEMA = 2
-# The parts of the parity probe's document that are worth comparing between days; it omits the
-# tokens.
-_MEASURES = ("models", "consistency", "device", "gpu", "seconds", "compilation")
 
 
 @dataclass(frozen=True)
@@ -336,20 +325,6 @@ def number(record: Mapping[str, object], name: str) -> float:
     )
 
 
-@dataclass(frozen=True)
-class Tree:
-    """The content of vendor/vllm: its git tree, and a digest of edits, None without edits.
-
-    `built` is one digest of everything that was stamped.
-    """
-
-    pin: str
-    commit: str | None
-    oid: str | None
-    dirty: str | None
-    built: str | None = None
-
-
 def verdict(checks: Sequence[Check]) -> Verdict:
     """Return pass if a check passed and none failed.
 
@@ -357,114 +332,3 @@ def verdict(checks: Sequence[Check]) -> Verdict:
     """
     verdicts = {check.verdict for check in checks}
     return "pass" if "pass" in verdicts and "fail" not in verdicts else "fail"
-
-
-def tree_of(layout: Layout, observed: plan.Observation) -> Tree:
-    """Name the sources under test; edited files count with their present content."""
-    stack = observed.stack
-    return Tree(
-        observed.pin.tag,
-        stack.head if stack else None,
-        stack.tree if stack else None,
-        plan.edits_digest(layout, stack),
-        _built(observed),
-    )
-
-
-def is_record_of(record: Mapping[str, object], now: Tree) -> bool:
-    """Return whether a record is of a smoke that passed on this tree, edits and build."""
-    return (
-        record.get("verdict") == "pass"
-        and now.oid is not None
-        and all(
-            record.get(name) == text
-            for name, text in (("tree", now.oid), ("dirty", now.dirty), ("built", now.built))
-        )
-    )
-
-
-def _built(observed: plan.Observation) -> str:
-    stamps = [
-        asdict(layer.recorded) if layer.recorded else None
-        for layer in (observed.environment, observed.kernels)
-    ]
-    # Build time and number of jobs do not describe what was built.
-    names = ("inputs", "kernels", "packages", "libraries")
-    parts = [{name: stamp[name] for name in names} if stamp else None for stamp in stamps]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def compose(
-    checks: Sequence[Check],
-    *,
-    level: str,
-    tree: Tree,
-    machine: Mapping[str, object],
-    parity: Mapping[str, object],
-    seconds: float,
-) -> dict[str, object]:
-    """Return the record as a document. Times are UTC, durations seconds, differences nats."""
-    torch = parity.get("torch")
-    vllm = parity.get("vllm")
-    return {
-        "schema": SCHEMA,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "verdict": verdict(checks),
-        "level": level,
-        "pin": tree.pin,
-        "commit": tree.commit,
-        "tree": tree.oid,
-        "dirty": tree.dirty,
-        "built": tree.built,
-        "checks": [_row(check) for check in checks],
-        "versions": {
-            "vllm": vllm.get("version") if isinstance(vllm, dict) else None,
-            "torch": torch.get("version") if isinstance(torch, dict) else None,
-            "cuda": torch.get("cuda") if isinstance(torch, dict) else None,
-            "triton": parity.get("triton"),
-            "transformers": parity.get("transformers"),
-            "python": parity.get("python"),
-        },
-        "parity": {name: _writable(parity[name]) for name in _MEASURES if name in parity},
-        "seconds": round(seconds, 2),
-        "machine": machine,
-    }
-
-
-def _writable(measured: object) -> object:
-    """Replace numbers that JSON lacks, NaN and infinity, by null."""
-    if isinstance(measured, dict):
-        return {name: _writable(part) for name, part in measured.items()}
-    return None if isinstance(measured, float) and not math.isfinite(measured) else measured
-
-
-def _row(check: Check) -> dict[str, object]:
-    row: dict[str, object] = {
-        "id": check.identifier,
-        "meaning": check.meaning,
-        "verdict": check.verdict,
-        "evidence": check.evidence,
-        "seconds": round(check.seconds, 2),
-    }
-    return row | ({"problems": list(check.problems)} if check.problems else {})
-
-
-def encode(record: Mapping[str, object]) -> str:
-    """Return a record as JSON text."""
-    return json.dumps(record, indent=1, allow_nan=False)
-
-
-def write_record(
-    path: Path, record: Mapping[str, object], *, console: Console, json_file: Path | None
-) -> None:
-    """Write a record to `path`, to stdout if a program reads it, and to the file of the user."""
-    text = encode(record)
-    write_atomic(path, f"{text}\n".encode())
-    console.record(text)
-    if json_file:
-        write_atomic(json_file, f"{text}\n".encode())
-
-
-def last_record(layout: Layout) -> Mapping[str, object]:
-    """Return the record of the last smoke, empty if there is none or it is unreadable."""
-    return records.read(layout.smoke_record, dict[str, object]) or {}
