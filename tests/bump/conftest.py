@@ -38,6 +38,12 @@ print(json.dumps({
 }))
 """
 REFERENCE = "print('{}')\n"
+SAMPLING = """import json
+names = ("blocks", "keys"), ("logprobs", "penalties", "masks", "filters", "random", "ends")
+names = [f"{room}.{name}" for room, part in zip(("cache", "sampling"), names) for name in part]
+part = {"error": None, "seconds": 0.1, "rows": [{"case": "one", "problem": None}]}
+print(json.dumps({"error": None, "groups": dict.fromkeys(names, part)}))
+"""
 KERNELS = """import json
 rows = [{"case": "one", "difference": 0.5, "limit": 1.0}]
 groups = ("norm", "activation", "rotary", "attention", "quantized", "moe")
@@ -57,6 +63,7 @@ def judge_at_once(probes: Path) -> None:
         ("small_model", TINY),
         ("reference", REFERENCE),
         ("kernels", KERNELS),
+        ("sampling", SAMPLING),
     ):
         (probes / f"{name}.py").write_text(text)
 

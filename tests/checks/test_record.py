@@ -56,9 +56,7 @@ def test_numbers_that_json_lacks_become_null_and_the_record_stays_readable() -> 
         "vllm": None,
     }
     text = smoke.encode(
-        smoke.compose(
-            [BAD], level="quick", tree=TREE, machine=MACHINE, parity=parity, seconds=1.0
-        )
+        smoke.compose([BAD], level="quick", tree=TREE, machine=MACHINE, parity=parity, seconds=1.0)
     )
     assert json.loads(text, parse_constant=lambda token: f"not JSON: {token}")["parity"] == {
         "models": {"llama": {"max_difference": None, "margin": None}},

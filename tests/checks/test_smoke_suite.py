@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from workspace.checks import probe_runs, server_checks, smoke_suite
+from workspace.checks import numeric, probe_runs, server_checks, smoke_suite
 from workspace.checks.registry import Check, Expected, Level, chosen
 from workspace.checks.smoke import require_passed
 from workspace.core.console import Console, RunLog
@@ -55,6 +55,9 @@ class Clone:
         }
         self.says("kernels", {"error": None, "groups": dict.fromkeys(smoke_suite.KERNELS, group)})
         self.says("reference", {"error": None, "models": {}})
+        part = {"error": None, "seconds": 0.1, "rows": [{"case": "one", "problem": None}]}
+        checks = (*numeric.RAW, *numeric.PROCESSED)
+        self.says("sampling", {"error": None, "groups": dict.fromkeys(checks, part)})
         self.says(
             "real_model",
             {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.checks.probe_runs import Answer
-from workspace.checks.registry import Check, judged, number, rows, section
+from workspace.checks.registry import Check, counted, judged, number, rows, section
 from workspace.core import records
 
 # Nats. Measured with vLLM 0.31.0 on an x86-64 CPU, 5 x 64 tokens, decode and prefill: 2e-5 (Qwen3)
@@ -24,6 +24,15 @@ _LIMITS = {"mixtral": 5 * MAX_DIFFERENCE}
 MAX_MEAN_BFLOAT16 = 0.05
 # Nats: a tenth of what parity allows. GPU kernels may add in another order in the next run.
 STEADY = 1e-4
+# The checks of probes/sampling.py by its first engine, and those with a part in each of the two.
+RAW = ("cache.blocks", "sampling.random", "sampling.ends")
+PROCESSED = (
+    "cache.keys",
+    "sampling.logprobs",
+    "sampling.penalties",
+    "sampling.masks",
+    "sampling.filters",
+)
 # Seconds of loading and compilation from which on they are mentioned.
 SHOWN_S = 1.0
 
@@ -56,24 +65,63 @@ def kernels(answer: Answer, group: str) -> Check:
         )
     if found.get("skipped"):
         return Check(identifier, "skipped", str(found["skipped"]), seconds)
-    cases = rows(found, "rows")
+    found_cases = rows(found, "rows")
     problems = (
-        [str(found["error"])] if found.get("error") else [] if cases else ["nothing was compared"]
+        [str(found["error"])]
+        if found.get("error")
+        else []
+        if found_cases
+        else ["nothing was compared"]
     )
-    for case in cases:
+    for case in found_cases:
         difference, limit = number(case, "difference"), number(case, "limit")
         if not difference <= limit:
             problems.append(
                 f"{case.get('case')}: off by {difference:.3g}, allowed is {limit:g} (roundings)"
             )
-    worst = max((number(case, "difference") / number(case, "limit") for case in cases), default=0.0)
+    worst = max(
+        (number(case, "difference") / number(case, "limit") for case in found_cases), default=0.0
+    )
     return judged(
         identifier,
         problems,
-        f"{len(cases)} cases, the worst at {worst:.0%} of what rounding allows"
+        f"{counted(len(found_cases), 'case')}, the worst at {worst:.0%} of what rounding allows"
         + (f"; loading and compilation {first_s:.1f} s" if first_s >= SHOWN_S else ""),
         seconds,
     )
+
+
+def sampling(raw: Answer, processed: Answer) -> list[tuple[tuple[Check, ...], Answer]]:
+    """Judge what the two engines of probes/sampling.py answered, some checks by both."""
+    only_raw = tuple(cases(name, raw) for name in RAW)
+    both = tuple(cases(name, raw, processed) for name in PROCESSED)
+    return [(only_raw, raw), (both, processed)]
+
+
+def cases(identifier: str, *answers: Answer) -> Check:
+    """Judge the cases of one check in documents of probes/sampling.py, each of which has some."""
+    problems: list[str] = []
+    count, worst, seconds = 0, 0.0, 0.0
+    for answer in answers:
+        found = section(section(answer.record, "groups"), identifier)
+        seconds += number(found, "seconds") if found else 0.0
+        if problem := _failure_of(answer, found):
+            problems.append(problem)
+        for case in rows(found, "rows"):
+            count += 1
+            if case.get("problem"):
+                problems.append(f"{case.get('case')} {case['problem']}")
+            elif "difference" in case:
+                difference = number(case, "difference")
+                worst = max(worst, difference)
+                if not difference < MAX_DIFFERENCE:
+                    problems.append(
+                        f"{case.get('case')} differ by {difference:.1e}, allowed is"
+                        f" {MAX_DIFFERENCE:g}"
+                    )
+    problems += [] if count or problems else ["nothing was compared"]
+    fine = counted(count, "comparison") + (f", largest difference {worst:.1e}" if worst else "")
+    return judged(identifier, problems, fine, seconds)
 
 
 def parity(answer: Answer, name: str, identifier: str | None = None) -> Check:

@@ -96,6 +96,41 @@ REGISTRY: Mapping[str, Entry] = {
     "consistency.prefix": Entry(
         "prompts that share a beginning give the same answers from the prefix cache", _DIFFERS
     ),
+    "cache.blocks": Entry(
+        "of a prompt the tokens of exactly those blocks come from the cache that an earlier prompt"
+        " shares from its beginning",
+        _DIFFERS,
+    ),
+    "cache.keys": Entry(
+        "a cached block is found only with the salt and the adapter with which it was computed",
+        _DIFFERS,
+    ),
+    "sampling.logprobs": Entry(
+        "log-probabilities and ranks, before and after all parameters, of answers and of prompts,"
+        " are Hugging Face's",
+        _DIFFERS,
+    ),
+    "sampling.penalties": Entry(
+        "each penalty changes tokens and log-probabilities as in Hugging Face or in float64",
+        _DIFFERS,
+    ),
+    "sampling.masks": Entry(
+        "allowed tokens, bad words, biases and a least length choose the tokens that they must",
+        _DIFFERS,
+    ),
+    "sampling.filters": Entry(
+        "temperature, top-k, top-p and min-p leave the distribution that Hugging Face's leave",
+        _DIFFERS,
+    ),
+    "sampling.random": Entry(
+        "samples have the reference's probabilities, repeat with a seed, and differ without one",
+        _DIFFERS,
+    ),
+    "sampling.ends": Entry(
+        "an answer ends at a stop string, a stop token, the end of text or a repetition, with the"
+        " text and the reason that it must have",
+        _DIFFERS,
+    ),
     "consistency.compiled": Entry(
         "torch.compile changes no token and no log-probability", _DIFFERS, "full"
     ),
@@ -303,6 +338,11 @@ def judged(identifier: str, problems: Sequence[str], fine: str, seconds: float) 
         return Check(identifier, "pass", fine, seconds)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return Check(identifier, "fail", problems[0] + more, seconds, tuple(problems[1:]))
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 case` and `2 cases`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def section(record: Mapping[str, object], name: str) -> Mapping[str, object]:

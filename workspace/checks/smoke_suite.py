@@ -203,11 +203,16 @@ class _Suite:
             name: self._pool.submit(self._compared, reference.result, folders, name, "tiny")
             for name in names
         }
-        self._begun += [reference, *engines.values()]
+        sampling = [
+            self._pool.submit(self._sampling, reference.result, folders, *form)
+            for form in ((), ("--processed",))
+        ]
+        self._begun += [reference, *engines.values(), *sampling]
         named = None if self._options.model == "tiny" else self._begin_named_model()
         yield "provenance.libraries", binary.result
         yield "kernels.norm", kernels.result
         yield "parity.llama", lambda: self._tiny(folders, engines)
+        yield "cache.blocks", lambda: numeric.sampling(*(future.result() for future in sampling))
         if named:
             yield "parity.model", named.result
         if self._options.level == "full":
@@ -336,6 +341,14 @@ class _Suite:
             )
         return (found,), answer
 
+    def _sampling(self, hugging_face: Callable[[], Answer], folders: Folders, *form: str) -> Answer:
+        """Change each sampling parameter of vLLM once Hugging Face has answered."""
+        reference = hugging_face()
+        if reference.problem or isinstance(folders, Answer):
+            return reference
+        against = ("--against", str(self._round("tiny", "llama").reference))
+        return self._ask_shared("sampling.py", folders["llama"], *against, *self._device, *form)
+
     def _round(self, round_name: str, name: str) -> numeric.Round:
         return numeric.Round(
             self._folder / f"reference-{round_name}.json",
@@ -363,7 +376,8 @@ class _Suite:
         """Run Hugging Face, in a process without vLLM, and keep its answers in the round's file."""
         if isinstance(folders, Answer):
             return folders
-        answer = self._ask("reference.py", *_named(folders), *self._device, *form)
+        sampled = ("--sampling", "llama") if round_name == "tiny" else ()
+        answer = self._ask("reference.py", *_named(folders), *self._device, *form, *sampled)
         if answer.problem:
             return replace(answer, record={}, problem=f"Hugging Face: {answer.problem}")
         self._round(round_name, "").reference.write_text(json.dumps(answer.record))
