@@ -34,6 +34,7 @@ class Request(TypedDict, total=False):
     messages: list[dict[str, str]]
     stop: list[str]
     stream: bool
+    return_token_ids: bool
     logprobs: int
     response_format: object
 
@@ -70,7 +71,8 @@ class Front(http.server.BaseHTTPRequestHandler):
         try:
             request = cast(Request, json.loads(body))
             if "chat" in self.path:
-                self.serve(request, [request["messages"][0]["content"] + " "])
+                # The template adds one token, 0, at the beginning.
+                self.serve(request, [[0, *ROWS[request["messages"][0]["content"]]["prompt"]]])
             else:
                 self.serve(request, prompts_of(request["prompt"]))
         except (ValueError, KeyError, TypeError, IndexError) as exc:
@@ -101,7 +103,11 @@ class Front(http.server.BaseHTTPRequestHandler):
                 "completion_tokens": used[1],
                 "total_tokens": sum(used),
             }
-            self.answer({"choices": choices, "usage": usage})
+            document: dict[str, object] = {"choices": choices, "usage": usage}
+            if request.get("return_token_ids"):
+                begun = [0] if MANNER == "begins twice" else []
+                document["prompt_token_ids"] = [*begun, *prompts[0]]
+            self.answer(document)
 
     def choice(self, index: int, prompt: Prompt, request: Request) -> dict[str, object]:
         known = ROWS.get(prompt if isinstance(prompt, str) else tuple(prompt))
@@ -172,8 +178,8 @@ MANNER = sys.argv[2]
 ROWS: dict[str | tuple[int, ...], KnownRow] = {}
 for row in cast("list[KnownRow]", json.loads(Path(sys.argv[3]).read_text())):
     ROWS[row["text"]] = ROWS[tuple(row["prompt"])] = row
-    # A chat's prompt, whose template adds a space, has an answer of its own.
-    ROWS[f"{row['text']} "] = {**row, "tokens": row["tokens"][::-1]}
+    # A chat's prompt has an answer of its own.
+    ROWS[(0, *row["prompt"])] = {**row, "tokens": row["tokens"][::-1]}
 if MANNER == "raises at start":
     sys.exit("RuntimeError: no such kernel")
 if MANNER == "hangs at start":

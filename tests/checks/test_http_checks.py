@@ -67,14 +67,24 @@ def test_stop_string_cuts_before_its_first_place() -> None:
     assert http_checks.stopped(completed(text="<300>$", finish_reason="length"), ROW, 301) != []
 
 
-def test_chat_equals_the_completion_and_counts_the_templates_space() -> None:
+def test_chat_equals_the_completion_and_counts_the_tokens_of_the_template() -> None:
     message = {"message": {"role": "assistant", "content": TEXT}, "finish_reason": "length"}
     used = {"prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10}
-    assert http_checks.chat(reply({"choices": [message], "usage": used}), TEXT, ROW, 4) == []
-    assert http_checks.chat(reply({"choices": [message], "usage": USED}), TEXT, ROW, 4) != []
+    assert http_checks.chat(reply({"choices": [message], "usage": used}), TEXT, 6, 4) == []
+    assert http_checks.chat(reply({"choices": [message], "usage": USED}), TEXT, 6, 4) != []
     # What it is compared with may have gone wrong, too.
     empty = {"message": {"role": "assistant", "content": ""}, "finish_reason": "length"}
-    assert http_checks.chat(reply({"choices": [empty], "usage": used}), "", ROW, 4) != []
+    assert http_checks.chat(reply({"choices": [empty], "usage": used}), "", 6, 4) != []
+
+
+def test_conversation_has_exactly_the_expected_tokens() -> None:
+    row = {"messages": [{"role": "user", "content": "a"}], "more": {"tools": []}, "tokens": [0, 5]}
+    (known,) = http_checks.conversations({"chats": [row]})
+    assert http_checks.rendered(reply({"prompt_token_ids": [0, 5]}), known) == []
+    for found in ([0, 0, 5], [5], None):
+        assert len(http_checks.rendered(reply({"prompt_token_ids": found}), known)) == 1
+    assert http_checks.rendered(Reply(500, "no"), known) == ["HTTP 500: no"]
+    assert http_checks.conversations({"chats": [{"messages": [], "tokens": None}]}) == ()
 
 
 def test_stream_needs_pieces_an_end_and_one_finish() -> None:
@@ -201,7 +211,7 @@ def test_whatever_comes_is_a_sentence_and_never_right(status: int | None) -> Non
         for problems in (
             http_checks.completions(one, [ROW], 4),
             http_checks.stopped(one, ROW, 301),
-            http_checks.chat(one, TEXT, ROW, 4),
+            http_checks.chat(one, TEXT, 6, 4),
             http_checks.stream(one, TEXT, is_chat=True)[0],
             http_checks.logprobs(one, [ROW], 1e-3)[0],
             http_checks.structured(one)[0],

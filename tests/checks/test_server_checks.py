@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from workspace.checks import server_checks
-from workspace.checks.http_checks import offline
+from workspace.checks.http_checks import Conversation, offline
 from workspace.checks.registry import Check
 from workspace.core.console import Console, RunLog
 from workspace.server import lifecycle, observation, process_tree
@@ -33,6 +33,11 @@ ROWS = [
     }
     for start, text in enumerate(("Hello", "def add(a, b):"), 10)
 ]
+
+CHATS = tuple(
+    Conversation(({"role": "user", "content": row["text"]},), {}, (0, *row["prompt"]))  # type: ignore[misc]
+    for row in ROWS
+)
 
 
 def args_of(pid: int) -> str:
@@ -62,6 +67,7 @@ class Place:
             Address("127.0.0.1", port),
             "1+cpu",
             offline(rows),
+            CHATS,
             limit_s,
         )
         before = process_tree.living().keys()
@@ -123,6 +129,7 @@ def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_s
             "40 of 40 tokens as offline, largest log-probability difference 1.0e-02",
         ),
         ("raises", "bad_request", "no document: HTTP 500"),
+        ("begins twice", "chat", "the tokens of ({'role': 'user', 'content': 'Hello'},) are [0, 0"),
         ("other", "ready", "it reports vLLM 2, but the stamp has 1+cpu"),
     ],
 )

@@ -57,7 +57,11 @@ class Clone:
         self.says("reference", {"error": None, "models": {}})
         part = {"error": None, "seconds": 0.1, "rows": [{"case": "one", "problem": None}]}
         checks = (*numeric.RAW, *numeric.PROCESSED)
-        self.says("sampling", {"error": None, "groups": dict.fromkeys(checks, part)})
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "more": {}}
+        chats = [chat | {"tokens": [0, 1, 2, 3, 4, 5]}]
+        self.says(
+            "sampling", {"error": None, "groups": dict.fromkeys(checks, part), "chats": chats}
+        )
         self.says(
             "real_model",
             {

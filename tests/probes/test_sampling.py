@@ -165,7 +165,9 @@ def test_groups_of_the_probe_are_the_checks_that_are_judged(probe: ModuleType) -
     raw, processed = ({name for name, _ in part} for part in (probe.RAW, probe.PROCESSED))
     assert processed == set(numeric.PROCESSED)
     assert raw == set(numeric.RAW) | set(numeric.PROCESSED)
-    assert raw == {name for name in REGISTRY if name.startswith(("cache.", "sampling."))}
+    assert raw == {
+        name for name in REGISTRY if name.startswith(("cache.", "sampling.", "templates."))
+    }
 
 
 def judged(*rows: dict, name: str = "sampling.ends", **changes: object) -> Check:

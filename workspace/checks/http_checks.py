@@ -83,6 +83,26 @@ def offline(record: object) -> tuple[OfflineAnswer, ...]:
         return ()
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a chat with further arguments of its request, and Hugging Face's tokens."""
+
+    messages: tuple[object, ...]
+    more: Mapping[str, object]
+    tokens: tuple[int, ...]
+
+
+def conversations(record: Mapping[str, object]) -> tuple[Conversation, ...]:
+    """Return the conversations of probes/sampling.py; empty if they are damaged."""
+    found = []
+    for row in rows(record, "chats"):
+        messages, tokens = row.get("messages"), row.get("tokens")
+        if not isinstance(messages, list) or not isinstance(tokens, list):
+            return ()
+        found.append(Conversation(tuple(messages), section(row, "more"), tuple(tokens)))
+    return tuple(found)
+
+
 def completions(reply: Reply, expected: Sequence[OfflineAnswer], count: int) -> list[str]:
     """Judge one reply to all prompts: the offline engine's tokens, in order and counted right."""
     if reply.refused:
@@ -116,11 +136,8 @@ def stopped(reply: Reply, row: OfflineAnswer, stop: int) -> list[str]:
     return problems + _finish(choice, "stop")
 
 
-def chat(reply: Reply, text: str, row: OfflineAnswer, count: int) -> list[str]:
-    """Judge a chat answer by the completion of its prompt.
-
-    The template's prompt is the message and one space.
-    """
+def chat(reply: Reply, text: str, prompt: int, count: int) -> list[str]:
+    """Judge a chat answer by the completion of its prompt, which has this many tokens."""
     if reply.refused:
         return [reply.refused]
     choice = _first(reply)
@@ -134,7 +151,15 @@ def chat(reply: Reply, text: str, row: OfflineAnswer, count: int) -> list[str]:
         problems.append(
             f"chat answers {_shown(message.get('content'))}, completions answer {_shown(text)}"
         )
-    return problems + _finish(choice, "length") + _usage(reply.document, len(row.prompt) + 1, count)
+    return problems + _finish(choice, "length") + _usage(reply.document, prompt, count)
+
+
+def rendered(reply: Reply, expected: Conversation) -> list[str]:
+    """Judge the tokens that the server makes of a conversation."""
+    found = reply.document.get("prompt_token_ids")
+    if reply.refused or found == list(expected.tokens):
+        return [reply.refused] if reply.refused else []
+    return [f"the tokens of {_shown(expected.messages)} are {_shown(found)}, not Hugging Face's"]
 
 
 def stream(reply: Reply, whole: str, *, is_chat: bool) -> tuple[list[str], int]:

@@ -25,7 +25,7 @@ MAX_MEAN_BFLOAT16 = 0.05
 # Nats: a tenth of what parity allows. GPU kernels may add in another order in the next run.
 STEADY = 1e-4
 # The checks of probes/sampling.py by its first engine, and those with a part in each of the two.
-RAW = ("cache.blocks", "sampling.random", "sampling.ends")
+RAW = ("templates.tokens", "cache.blocks", "sampling.random", "sampling.ends")
 PROCESSED = (
     "cache.keys",
     "sampling.logprobs",

@@ -96,6 +96,11 @@ REGISTRY: Mapping[str, Entry] = {
     "consistency.prefix": Entry(
         "prompts that share a beginning give the same answers from the prefix cache", _DIFFERS
     ),
+    "templates.tokens": Entry(
+        "the tokens of conversations and of texts, with one BOS, are those of Hugging Face's"
+        " tokenizer and template",
+        _DIFFERS,
+    ),
     "cache.blocks": Entry(
         "of a prompt the tokens of exactly those blocks come from the cache that an earlier prompt"
         " shares from its beginning",
@@ -147,7 +152,8 @@ REGISTRY: Mapping[str, Entry] = {
         "full",
     ),
     "server.chat": Entry(
-        "/v1/chat/completions gives the completion of the prompt that the chat template makes",
+        "/v1/chat/completions makes Hugging Face's tokens of a conversation, and answers with the"
+        " completion of these tokens",
         _DIFFERS,
         "full",
     ),

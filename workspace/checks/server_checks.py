@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.checks import http_checks, probe_runs
-from workspace.checks.http_checks import OfflineAnswer, Reply
+from workspace.checks.http_checks import Conversation, OfflineAnswer, Reply
 from workspace.checks.numeric import MAX_DIFFERENCE
 from workspace.checks.registry import Check, Expected, judged
 from workspace.core.console import RunLog
@@ -51,9 +51,6 @@ DYING_S = 10.0
 # Seconds: vLLM exits within one second, on a loaded machine later.
 STOP_S = 30.0
 KEPT_LOG_LINES = 300
-# The tiny model has no chat template (see recipes/tiny.toml), and a template cannot name its
-# special tokens.
-TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 _MEMORY = ("--gpu-memory-utilization=0.1", "--kv-cache-memory-bytes=268435456")
 
 Verdict = tuple[list[str], str]
@@ -63,7 +60,8 @@ Verdict = tuple[list[str], str]
 class ServerUnderTest:
     """The server to start, and the expected version and answers.
 
-    `environment` is complete; `rows` are the offline engine's answers.
+    `environment` is complete; `rows` are the offline engine's answers, `chats` conversations with
+    Hugging Face's tokens.
     """
 
     argv: tuple[str, ...]
@@ -71,6 +69,7 @@ class ServerUnderTest:
     address: Address
     version: str
     rows: tuple[OfflineAnswer, ...]
+    chats: tuple[Conversation, ...]
     limit_s: float
 
 
@@ -80,7 +79,7 @@ def under_test(
     model: Path,
     *,
     expected: Expected,
-    rows: tuple[OfflineAnswer, ...],
+    answers: tuple[tuple[OfflineAnswer, ...], tuple[Conversation, ...]],
     limit_s: float,
 ) -> ServerUnderTest:
     """Return the server to start, at a free port.
@@ -95,7 +94,6 @@ def under_test(
         f"--max-model-len={LENGTH}",
         f"--max-num-seqs={BATCH}",
         f"--served-model-name={NAME}",
-        f"--chat-template={TEMPLATE}",
         f"--host={address.host}",
         f"--port={address.port}",
         *(_MEMORY if expected.device == "cuda" else ()),
@@ -106,7 +104,7 @@ def under_test(
         environment,
         address,
         expected.version,
-        rows,
+        *answers,
         limit_s,
     )
 
@@ -126,6 +124,8 @@ def run(
     Returns the verdicts, and the stack dumps of processes that hung.
     """
     started = time.monotonic()
+    if not tested.chats:
+        return failed("Hugging Face made no tokens of a conversation", 0.0), ()
     if not tested.rows or any(len(row.named(TOKENS)) <= STOP_TOKEN for row in tested.rows):
         return failed("the offline engine gave no answer to compare with", 0.0), ()
     try:
@@ -229,17 +229,26 @@ class _Client:
         )
 
     def chat(self) -> Verdict:
-        text = http_checks.text_of(self._complete(f"{self._row.text} "))
+        first, *others = self._tested.chats
+        text = http_checks.text_of(self._complete(list(first.tokens)))
+        problems = http_checks.chat(self._talk(), text, len(first.tokens), TOKENS)
+        # A tool may be in the template without a parser of its calls.
+        how = {"max_tokens": 1, "return_token_ids": True, "tool_choice": "none"}
+        for chat in (first, *others):
+            body = {"messages": chat.messages} | how
+            reply = self._talk(**body, **chat.more)
+            problems += http_checks.rendered(reply, chat)
+        count = len(self._tested.chats)
         return (
-            http_checks.chat(self._talk(), text, self._row, TOKENS),
-            "as the completion of the prompt that its template makes",
+            problems,
+            f"{count} conversations have Hugging Face's tokens, one is answered as a completion",
         )
 
     def stream(self) -> Verdict:
         problems, pieces = http_checks.stream(
             self._complete(self._row.text, stream=True), self._whole, is_chat=False
         )
-        whole = http_checks.text_of(self._complete(f"{self._row.text} "))
+        whole = http_checks.text_of(self._complete(list(self._tested.chats[0].tokens)))
         more, others = http_checks.stream(self._talk(stream=True), whole, is_chat=True)
         return [
             *problems,
@@ -326,7 +335,7 @@ class _Client:
         return self._post("/v1/chat/completions", self._chat_body(**changes))
 
     def _chat_body(self, **changes: object) -> dict[str, object]:
-        return self._body(messages=[{"role": "user", "content": self._row.text}], **changes)
+        return self._body(**({"messages": self._tested.chats[0].messages} | changes))
 
     def _body(self, **changes: object) -> dict[str, object]:
         return {"model": NAME, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True} | changes

@@ -143,6 +143,7 @@ class _Suite:
         # Seconds of compilers in each part of the smoke, by its first check.
         self.compiled: dict[str, Mapping[str, float]] = {}
         self.checks: list[Check] = []
+        self._sampled = _NOTHING
         self.document: Mapping[str, object] = {}
 
     def __enter__(self) -> "_Suite":
@@ -212,7 +213,7 @@ class _Suite:
         yield "provenance.libraries", binary.result
         yield "kernels.norm", kernels.result
         yield "parity.llama", lambda: self._tiny(folders, engines)
-        yield "cache.blocks", lambda: numeric.sampling(*(future.result() for future in sampling))
+        yield "templates.tokens", lambda: self._judge_sampling(*sampling)
         if named:
             yield "parity.model", named.result
         if self._options.level == "full":
@@ -349,6 +350,10 @@ class _Suite:
         against = ("--against", str(self._round("tiny", "llama").reference))
         return self._ask_shared("sampling.py", folders["llama"], *against, *self._device, *form)
 
+    def _judge_sampling(self, raw: "Future[Answer]", processed: "Future[Answer]") -> _Found:
+        self._sampled = raw.result()
+        return numeric.sampling(self._sampled, processed.result())
+
     def _round(self, round_name: str, name: str) -> numeric.Round:
         return numeric.Round(
             self._folder / f"reference-{round_name}.json",
@@ -410,8 +415,11 @@ class _Suite:
                 built_environment(self._machine, "smoke-serve"),
                 self._tiny_model("llama"),
                 expected=self._expected,
-                rows=http_checks.offline(
-                    numeric.read_rows(self._round("tiny", "llama").vllm, "llama")
+                answers=(
+                    http_checks.offline(
+                        numeric.read_rows(self._round("tiny", "llama").vllm, "llama")
+                    ),
+                    http_checks.conversations(self._sampled.record),
                 ),
                 limit_s=self._options.timeout_s,
             )

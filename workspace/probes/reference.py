@@ -142,7 +142,7 @@ class Sampled:
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         self._model, self._tokenizer = model, tokenizer
         self._prompt: list[int] = tokenizer(SAMPLED)["input_ids"]
-        self._letters = sorted(set(self._prompt))
+        self._letters = sorted({*self._prompt} - {*tokenizer.all_special_ids})
         self._end = int(tokenizer.eos_token_id)
 
     def record(self) -> Record:

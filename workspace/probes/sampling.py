@@ -36,6 +36,22 @@ SAMPLES, FALSE_ALARM = 512, 1e-6
 NEVER, TIE = -1e9, 2e-3
 # Bytes have the tokens from here on in the tiny models' tokenizer (probes/small_model.py).
 FIRST_BYTE = 3
+# Conversations, each with arguments of a request; what a tiny model's template makes of them has
+# every branch of it (probes/small_model.py).
+USER = {"role": "user", "content": "Is it built?\nÜbung: 練習"}
+SYSTEM = {"role": "system", "content": "Be <s> brief."}
+REPLY = {"role": "assistant", "content": "It is"}
+TOOL = {"type": "function", "function": {"name": "build", "parameters": {"type": "object"}}}
+CHATS: tuple[tuple[list[Record], Record], ...] = (
+    ([USER], {}),
+    ([SYSTEM, USER], {}),
+    ([SYSTEM, USER, REPLY, USER], {}),
+    ([USER, REPLY], {"add_generation_prompt": False}),
+    ([USER, REPLY], {"add_generation_prompt": False, "continue_final_message": True}),
+    ([USER], {"chat_template_kwargs": {"mood": "calm"}}),
+    ([USER], {"tools": [TOOL]}),
+)
+TEXTS = ("Hello", "", "<s>Hello</s> <s>", "  Übung\n練習", "a<unk>b")
 # The adapter changes queries and values by a product of two matrices of this rank.
 RANK = 8
 
@@ -46,7 +62,7 @@ class Engine:
     def __init__(self, folder: str, device: str, *, is_processed: bool) -> None:
         import vllm
 
-        self._vllm = vllm
+        self._vllm, self.folder = vllm, folder
         options: Record = {
             "model": folder,
             "dtype": "float32",
@@ -97,6 +113,17 @@ class Engine:
         inputs = [{"prompt_token_ids": prompt} | more for prompt in prompts]
         outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=adapter)
         return list(outputs)
+
+    def rendered(self, messages: list[Record], more: Record) -> list[int]:
+        """Return the tokens of a conversation."""
+        greedy = self.params()
+        (output,) = self._llm.chat(messages, greedy, use_tqdm=False, **more)
+        return list(output.prompt_token_ids)
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the tokens of a prompt that is a text."""
+        (output,) = self._llm.generate([text], self.params(), use_tqdm=False)
+        return list(output.prompt_token_ids)
 
     def cached(self, prompt: list[int], count: int = 1, **how: Any) -> tuple[int, list[int]]:
         """Return how many tokens of a prompt came from the cache, and its answer."""
@@ -342,6 +369,28 @@ def adapters(engine: Engine, _: Record) -> Rows:
         yield row("without an adapter again", engine.cached(prompt, 8), (whole, plain[1]))
 
 
+def chats(engine: Engine, reference: Record) -> Rows:
+    """Compare the tokens of conversations and of texts with those of Hugging Face's tokenizer."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(engine.folder, local_files_only=True)
+    for messages, more in CHATS:
+        arguments = {key: value for key, value in more.items() if key != "chat_template_kwargs"}
+        arguments = (
+            {"add_generation_prompt": True} | arguments | more.get("chat_template_kwargs", {})
+        )
+        expected = tokenizer.apply_chat_template(messages, return_dict=False, **arguments)
+        reference.setdefault("chats", []).append(
+            {"messages": messages, "more": more, "tokens": expected}
+        )
+        roles = " ".join(message["role"] for message in messages)
+        title = " ".join([f"the conversation {roles}", *more])
+        yield row(f"{title}: its tokens are", engine.rendered(messages, more), expected)
+    for text in TEXTS:
+        expected = tokenizer(text)["input_ids"]
+        yield row(f"the text {text!r}: its tokens are", engine.tokens(text), expected)
+
+
 def write_adapter(folder: Path, shape: Any) -> None:
     """Write an adapter of queries and values in the layout of Hugging Face's peft."""
     import torch
@@ -378,6 +427,7 @@ RAW: tuple[tuple[str, Group], ...] = (
     ("sampling.random", random),
     ("cache.blocks", blocks),
     ("cache.keys", keys),
+    ("templates.tokens", chats),
 )
 PROCESSED: tuple[tuple[str, Group], ...] = (
     ("sampling.logprobs", of("logprobs", "processed")),
@@ -438,6 +488,7 @@ def main() -> None:
         record["load_s"] = round(time.monotonic() - started, 3)
         groups = PROCESSED if arguments.processed else RAW
         record["groups"] = measured(engine, reference, groups)
+        record["chats"] = reference.get("chats", [])
     except Exception as exc:
         traceback.print_exc()
         record["error"] = f"vLLM: {type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
