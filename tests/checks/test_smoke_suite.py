@@ -67,6 +67,9 @@ class Clone:
             {
                 "error": None,
                 "answer": "Paris",
+                "compared": [
+                    {"text": "a", "same_prompt": True, "equal": 1, "total": 1, "parting": None}
+                ],
                 "longest_run": 1,
                 "most_repeated": 6,
                 "finishes": [{"case": "x", "found": 1, "expected": 1}],

@@ -39,6 +39,8 @@ PROMPTS = (
     ),
     "A patch that nobody carries is lost. " * 8,
 )
+# Questions for a model that answers some, with --chats.
+CHATS = ("What is the capital of France?", "Explain in a few sentences how a bicycle works.")
 # The prompt whose next token is the least certain, for the sampling parameters.
 SAMPLED = PROMPTS[1]
 SAMPLED_TOKENS = 12
@@ -246,26 +248,17 @@ class Sampled:
         texts = {"bad_words": [self._tokenizer.decode(tokens) for tokens in bad]}
         biases, won = {plain["tokens"][0]: -100.0, plain["tokens"][3]: 2.5}, {300: 100.0}
         ended = {self._end: 100.0}
+        too_early = {"min_tokens": 5, "logit_bias": ended}
+        banned = transformers.NoBadWordsLogitsProcessor(bad)
         late = transformers.MinNewTokensLengthLogitsProcessor(
             len(self._prompt), 5, [self._end], device=str(self._model.device)
         )
         return [
             allowed,
-            Case(
-                "bad_words",
-                "masks",
-                texts | allowed.params,
-                (few, transformers.NoBadWordsLogitsProcessor(bad)),
-            ),
+            Case("bad_words", "masks", texts | allowed.params, (few, banned)),
             Case("logit_bias", "masks", {"logit_bias": biases}, (biased(biases),)),
             Case("logit_bias 100", "masks", {"logit_bias": won}, (biased(won),), count=4),
-            Case(
-                "min_tokens",
-                "masks",
-                {"min_tokens": 5, "logit_bias": ended},
-                (late, biased(ended)),
-                (self._end,),
-            ),
+            Case("min_tokens", "masks", too_early, (late, biased(ended)), (self._end,)),
         ]
 
     def _filters(self, scores: "Tensor") -> list[Case]:
@@ -416,6 +409,21 @@ def load(
     return model, tokenizer
 
 
+def rows_of(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace
+) -> list[Record]:
+    """Return the rows of all prompts for one model."""
+    prompts = {text: tokenizer(text)["input_ids"] for text in PROMPTS}
+    if arguments.chats:
+        chats = {text: [{"role": "user", "content": text}] for text in CHATS}
+        options = {"add_generation_prompt": True, "return_dict": False}
+        prompts = {text: tokenizer.apply_chat_template(chats[text], **options) for text in chats}
+    return [
+        {"text": text} | decoded(model, prompt, arguments.tokens)
+        for text, prompt in prompts.items()
+    ]
+
+
 def _model(text: str) -> tuple[str, str]:
     name, _, folder = text.partition("=")
     if folder and not Path(folder).exists():
@@ -449,6 +457,7 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=int, default=64, help="how many to generate for each prompt"
     )
+    parser.add_argument("--chats", action="store_true", help="answer questions instead")
     parser.add_argument("--sampling", metavar="NAME", help="the model of the sampling parameters")
     arguments = parser.parse_args()
     if arguments.tokens < 1:
@@ -476,10 +485,7 @@ def main() -> None:
         for name, folder in arguments.model:
             model, tokenizer = load(folder, arguments.device, arguments.dtype)
             with torch.inference_mode():
-                models[name] = [
-                    {"text": text} | decoded(model, tokenizer(text)["input_ids"], arguments.tokens)
-                    for text in PROMPTS
-                ]
+                models[name] = rows_of(model, tokenizer, arguments)
                 if name == arguments.sampling:
                     record["sampling"] = Sampled(model, tokenizer).record()
         record["transformers"] = transformers.__version__
