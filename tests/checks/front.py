@@ -35,6 +35,8 @@ class Request(TypedDict, total=False):
     stop: list[str]
     stream: bool
     return_token_ids: bool
+    n: int
+    seed: int
     logprobs: int
     response_format: object
 
@@ -91,6 +93,8 @@ class Front(http.server.BaseHTTPRequestHandler):
             os._exit(3)
         if MANNER == "hangs" and request["max_tokens"] > 1:
             sleep_for_ever()
+        if request.get("n", 1) > 1:
+            prompts = prompts * request["n"]
         choices = [self.choice(index, prompt, request) for index, prompt in enumerate(prompts)]
         if MANNER == "rubbish":
             choices = [{"text": "!!!", "message": {"content": "!!!"}}]
@@ -120,6 +124,10 @@ class Front(http.server.BaseHTTPRequestHandler):
         if known is None:
             raise TypeError("an unknown text")
         tokens, chances = known["tokens"], known["logprobs"]
+        # A sample begins at the token of its seed, or of its number.
+        start = request.get("seed", index if "n" in request else 0)
+        if MANNER != "ignores seeds":
+            tokens = [*tokens[start:], *tokens[:start]]
         text, end = decode(tokens[: request["max_tokens"]]), "length"
         for stop in request.get("stop", []):
             text, end = text.partition(stop)[0], "stop"
@@ -134,6 +142,7 @@ class Front(http.server.BaseHTTPRequestHandler):
             "index": index,
             "text": text,
             "message": message,
+            "token_ids": tokens[: request["max_tokens"]],
             "finish_reason": end,
             **({"logprobs": named} if "logprobs" in request else {}),
         }

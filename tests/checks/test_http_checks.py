@@ -87,6 +87,71 @@ def test_conversation_has_exactly_the_expected_tokens() -> None:
     assert http_checks.conversations({"chats": [{"messages": [], "tokens": None}]}) == ()
 
 
+CASE = {"case": "stop", "params": {"stop": ["a"], "logprobs": 5}, "tokens": [5, 6], "text": "ab"}
+CASE |= {"finish": "stop", "stop": "a"}
+CHOICE = {"token_ids": [5, 6], "text": "ab", "finish_reason": "stop", "stop_reason": "a"}
+
+
+def test_parameter_gives_exactly_the_references_answer() -> None:
+    def judged(case: dict, **changes: object) -> list[str]:
+        return http_checks.parameter(reply({"choices": [CHOICE | changes]}), case)
+
+    assert judged(CASE) == []
+    for name, wrong in (
+        ("token_ids", [5]),
+        ("text", "a"),
+        ("finish_reason", "length"),
+        ("stop_reason", None),
+    ):
+        assert len(judged(CASE, **{name: wrong})) == 1
+    # Behind a tie everything may differ.
+    cut = CASE | {"is_cut": True, "tokens": [5]}
+    assert judged(cut, token_ids=[5, 9], text="?") == []
+    assert len(judged(cut, token_ids=[9])) == 1
+    assert http_checks.parameter(Reply(400, "no"), CASE) == ["stop: HTTP 400: no"]
+
+
+def test_cases_are_those_that_a_request_can_have_and_three_strict_filters() -> None:
+    plain = CASE | {"case": "logprobs"}
+    offline = CASE | {"params": {"detokenize": False}}
+    drawn = CASE | {"tokens": None}
+    known = {"prompt": [1], "cases": [plain, CASE, offline, drawn]}
+    found = http_checks.cases({"sampling": known})
+    assert [case["case"] for case in found] == ["logprobs", "stop", *http_checks.STRICT]
+    assert all(case["prompt"] == [1] for case in found)
+    assert found[2]["params"] == plain["params"] | {"temperature": 1.5, "top_k": 1}  # type: ignore[operator]
+    assert http_checks.cases({}) == ()
+
+
+def test_chat_with_a_parameter_is_the_completion_with_it() -> None:
+    chat = {"message": {"content": "ab"}, "finish_reason": "stop"}
+    other = {"text": "ab", "finish_reason": "stop"}
+
+    def judged(one: dict, two: dict) -> list[str]:
+        return http_checks.alike("stop", reply({"choices": [one]}), reply({"choices": [two]}))
+
+    assert judged(chat, other) == []
+    assert (
+        judged({"message": {"content": None}, "finish_reason": "stop"}, other | {"text": ""}) == []
+    )
+    assert len(judged(chat, other | {"text": "a"})) == 1
+    assert len(judged(chat, other | {"finish_reason": "length"})) == 1
+    assert http_checks.alike("stop", Reply(500, "no"), reply({})) == [
+        "stop in a chat: HTTP 500: no"
+    ]
+
+
+def test_samples_differ_and_repeat_with_their_seed() -> None:
+    def texts(*found: str) -> Reply:
+        return reply({"choices": [{"text": text} for text in found]})
+
+    several = texts("a", "b", "c")
+    assert http_checks.sampled(several, [texts("a"), texts("a"), texts("b")]) == []
+    assert len(http_checks.sampled(texts("a", "a", "c"), [texts("a"), texts("a"), texts("b")])) == 1
+    assert len(http_checks.sampled(several, [texts("a"), texts("b"), texts("c")])) == 1
+    assert len(http_checks.sampled(several, [texts("a"), texts("a"), texts("a")])) == 1
+
+
 def test_stream_needs_pieces_an_end_and_one_finish() -> None:
     assert http_checks.stream(streamed("<300>$", "<301><302>"), TEXT, is_chat=False) == ([], 2)
     for bad in (

@@ -39,6 +39,17 @@ CHATS = tuple(
     for row in ROWS
 )
 
+CASES = (
+    {
+        "case": "logprobs",
+        "prompt": ROWS[0]["prompt"],
+        "params": {"max_tokens": 16},
+        "tokens": [310 + step for step in range(16)],
+        "text": "".join(f"<{310 + step}>" for step in range(16)),
+        "finish": "length",
+    },
+)
+
 
 def args_of(pid: int) -> str:
     try:
@@ -68,6 +79,7 @@ class Place:
             "1+cpu",
             offline(rows),
             CHATS,
+            CASES,
             limit_s,
         )
         before = process_tree.living().keys()
@@ -116,7 +128,7 @@ def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_s
 ) -> None:
     failed = place.failed("rubbish")
     # All at once it is the same rubbish as alone.
-    assert set(failed) == {"completions", "chat", "stream", "logprobs", "structured"}
+    assert set(failed) == {"completions", "chat", "stream", "logprobs", "parameters", "structured"}
     assert failed["completions"].startswith("1 answers to 2 prompts")
 
 
@@ -129,6 +141,7 @@ def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_s
             "40 of 40 tokens as offline, largest log-probability difference 1.0e-02",
         ),
         ("raises", "bad_request", "no document: HTTP 500"),
+        ("ignores seeds", "parameters", "n 3: the answers are ["),
         ("begins twice", "chat", "the tokens of ({'role': 'user', 'content': 'Hello'},) are [0, 0"),
         ("other", "ready", "it reports vLLM 2, but the stamp has 1+cpu"),
     ],

@@ -54,7 +54,10 @@ class Clone:
             "rows": [{"case": "one", "difference": 0.5, "limit": 1.0}],
         }
         self.says("kernels", {"error": None, "groups": dict.fromkeys(smoke_suite.KERNELS, group)})
-        self.says("reference", {"error": None, "models": {}})
+        case = {"case": "logprobs", "params": {"max_tokens": 2}, "tokens": [300, 301]}
+        case |= {"text": "<300><301>", "finish": "length"}
+        sampling = {"prompt": [1, 2, 3, 4, 5], "cases": [case]}
+        self.says("reference", {"error": None, "models": {}, "sampling": sampling})
         part = {"error": None, "seconds": 0.1, "rows": [{"case": "one", "problem": None}]}
         checks = (*numeric.RAW, *numeric.PROCESSED)
         chat = {"messages": [{"role": "user", "content": "Hello"}], "more": {}}

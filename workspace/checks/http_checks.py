@@ -30,6 +30,10 @@ SCHEMA: Mapping[str, object] = {
     "additionalProperties": False,
 }
 SHOWN = 80
+# Filters of random samples that leave the most likely token only.
+STRICT: Mapping[str, object] = {"top_k": 1, "top_p": 1e-6, "min_p": 1.0}
+# Parameters of the engine that a request has not.
+_OFFLINE = {"detokenize"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,72 @@ def conversations(record: Mapping[str, object]) -> tuple[Conversation, ...]:
             return ()
         found.append(Conversation(tuple(messages), section(row, "more"), tuple(tokens)))
     return tuple(found)
+
+
+def cases(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
+    """Return the cases of `reference.py --sampling` that have one right answer and whose
+    parameters a request has, and the filters of STRICT; empty if there are none.
+    """
+    known = section(record, "sampling")
+    found = [
+        case
+        for case in rows(known, "cases")
+        if isinstance(case.get("tokens"), list) and not _OFFLINE & section(case, "params").keys()
+    ]
+    plain = next((case for case in found if case.get("case") == "logprobs"), {})
+    strict = [
+        {
+            **plain,
+            "case": name,
+            "params": {**section(plain, "params"), "temperature": 1.5, name: value},
+        }
+        for name, value in STRICT.items()
+        if plain
+    ]
+    return tuple({**case, "prompt": known.get("prompt")} for case in (*found, *strict))
+
+
+def parameter(reply: Reply, case: Mapping[str, object]) -> list[str]:
+    """Judge the answer to a request with a changed parameter by the reference's."""
+    if reply.refused:
+        return [f"{case.get('case')}: {reply.refused}"]
+    choice, tokens = _first(reply), case["tokens"]
+    found = choice.get("token_ids")
+    if case.get("is_cut") and isinstance(found, list) and isinstance(tokens, list):
+        # What follows comes after a tie.
+        return [] if found[: len(tokens)] == tokens else [f"{case.get('case')}: {_shown(found)}"]
+    pairs = (
+        (found, tokens),
+        (choice.get("text"), case.get("text")),
+        (choice.get("finish_reason"), case.get("finish")),
+        (choice.get("stop_reason"), case.get("stop")),
+    )
+    return [
+        f"{case.get('case')}: {_shown(one)}, expected {_shown(other)}"
+        for one, other in pairs
+        if one != other
+    ]
+
+
+def alike(name: str, chat_reply: Reply, reply: Reply) -> list[str]:
+    """Judge a chat with a changed parameter by the completion of its tokens."""
+    if refused := chat_reply.refused or reply.refused:
+        return [f"{name} in a chat: {refused}"]
+    choice, other = _first(chat_reply), _first(reply)
+    found = (section(choice, "message").get("content") or "", choice.get("finish_reason"))
+    expected = (other.get("text"), other.get("finish_reason"))
+    return (
+        [] if found == expected else [f"{name} in a chat: {_shown(found)}, not {_shown(expected)}"]
+    )
+
+
+def sampled(several: Reply, seeds: Sequence[Reply]) -> list[str]:
+    """Judge three answers to one request, and two answers with one seed before one with another."""
+    texts = [choice.get("text") for choice in rows(several.document, "choices")]
+    first, again, other = map(text_of, seeds)
+    problems = [] if len(set(map(str, texts))) == 3 else [f"n 3: the answers are {_shown(texts)}"]
+    problems += [] if first and first == again else ["seed: the same seed does not repeat"]
+    return problems + ([] if first != other else ["seed: another seed gives the same answer"])
 
 
 def completions(reply: Reply, expected: Sequence[OfflineAnswer], count: int) -> list[str]:

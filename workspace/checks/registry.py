@@ -165,6 +165,11 @@ REGISTRY: Mapping[str, Entry] = {
     "server.logprobs": Entry(
         "tokens and log-probabilities over HTTP equal the offline engine's", _DIFFERS, "full"
     ),
+    "server.parameters": Entry(
+        "sampling parameters over HTTP give Hugging Face's answers, in a chat as in a completion",
+        _DIFFERS,
+        "full",
+    ),
     "server.structured": Entry("an answer obeys a JSON schema", _DIFFERS, "full"),
     "server.bad_request": Entry(
         "a bad request is refused with 4xx and a reason, and the server keeps running",

@@ -18,7 +18,7 @@ from pathlib import Path
 from workspace.checks import http_checks, probe_runs
 from workspace.checks.http_checks import Conversation, OfflineAnswer, Reply
 from workspace.checks.numeric import MAX_DIFFERENCE
-from workspace.checks.registry import Check, Expected, judged
+from workspace.checks.registry import Check, Expected, judged, section
 from workspace.core.console import RunLog
 from workspace.core.errors import ServeError, WorkspaceError
 from workspace.core.paths import Layout
@@ -32,6 +32,7 @@ CHECKS = (
     "chat",
     "stream",
     "logprobs",
+    "parameters",
     "structured",
     "bad_request",
     "concurrent",
@@ -54,6 +55,10 @@ KEPT_LOG_LINES = 300
 _MEMORY = ("--gpu-memory-utilization=0.1", "--kv-cache-memory-bytes=268435456")
 
 Verdict = tuple[list[str], str]
+# What the requests are compared with: the last three fields of ServerUnderTest before the limit.
+Answers = tuple[
+    tuple[OfflineAnswer, ...], tuple[Conversation, ...], tuple[Mapping[str, object], ...]
+]
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class ServerUnderTest:
     """The server to start, and the expected version and answers.
 
     `environment` is complete; `rows` are the offline engine's answers, `chats` conversations with
-    Hugging Face's tokens.
+    Hugging Face's tokens, `cases` requests with Hugging Face's answers.
     """
 
     argv: tuple[str, ...]
@@ -70,6 +75,7 @@ class ServerUnderTest:
     version: str
     rows: tuple[OfflineAnswer, ...]
     chats: tuple[Conversation, ...]
+    cases: tuple[Mapping[str, object], ...]
     limit_s: float
 
 
@@ -79,7 +85,7 @@ def under_test(
     model: Path,
     *,
     expected: Expected,
-    answers: tuple[tuple[OfflineAnswer, ...], tuple[Conversation, ...]],
+    answers: Answers,
     limit_s: float,
 ) -> ServerUnderTest:
     """Return the server to start, at a free port.
@@ -124,8 +130,8 @@ def run(
     Returns the verdicts, and the stack dumps of processes that hung.
     """
     started = time.monotonic()
-    if not tested.chats:
-        return failed("Hugging Face made no tokens of a conversation", 0.0), ()
+    if not tested.chats or not tested.cases:
+        return failed("Hugging Face gave no answer to compare with", 0.0), ()
     if not tested.rows or any(len(row.named(TOKENS)) <= STOP_TOKEN for row in tested.rows):
         return failed("the offline engine gave no answer to compare with", 0.0), ()
     try:
@@ -262,6 +268,23 @@ class _Client:
             prompts, max_tokens=longest, logprobs=1, return_tokens_as_token_ids=True
         )
         return http_checks.logprobs(reply, self._tested.rows, MAX_DIFFERENCE)
+
+    def parameters(self) -> Verdict:
+        problems = []
+        for case in self._tested.cases:
+            name, params = str(case.get("case")), section(case, "params")
+            reply = self._complete(case["prompt"], **params, return_token_ids=True)
+            problems += http_checks.parameter(reply, case)
+            # In a chat these two have other names.
+            plain = {key: value for key, value in params.items() if "logprob" not in key}
+            talk = self._talk(**plain)
+            reply = self._complete(list(self._tested.chats[0].tokens), **plain)
+            problems += http_checks.alike(name, talk, reply)
+        warm = {"prompt": self._row.text, "temperature": 1.5}
+        seeds = [self._complete(**warm, seed=seed) for seed in (7, 7, 8)]
+        problems += http_checks.sampled(self._complete(**warm, n=3), seeds)
+        count = len(self._tested.cases)
+        return problems, f"{count} cases answered as by Hugging Face, and in a chat as offline"
 
     def structured(self) -> Verdict:
         return http_checks.structured(

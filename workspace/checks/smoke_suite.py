@@ -16,7 +16,7 @@ from workspace.checks import http_checks, numeric, probe_runs, registry, server_
 from workspace.checks.probe_runs import Answer, Program, SharedImport
 from workspace.checks.registry import REGISTRY, Check, Expected, Level, Need, chosen
 from workspace.compile import device_code
-from workspace.core import hints
+from workspace.core import hints, records
 from workspace.core.console import Row, RunLog, State
 from workspace.core.errors import (
     BuildError,
@@ -262,8 +262,7 @@ class _Suite:
         answers = {name: future.result() for name, future in engines.items()}
         first = answers["llama"]
         self.document = numeric.merged(answers.values())
-        # The process that generated the tokens reports its own import; another process would prove
-        # less.
+        # The process that generated the tokens reports its own import.
         others = (
             *(numeric.consistency(first, name) for name in CONSISTENCY),
             registry.provenance(first, self._expected),
@@ -406,6 +405,15 @@ class _Suite:
         model = _named({name: folders[name]})
         return self._ask_shared("parity.py", *model, *self._device, *form, *kept, *own)
 
+    def _offline(self) -> server_checks.Answers:
+        files = self._round("tiny", "llama")
+        reference = records.read(files.reference, dict[str, object]) or {}
+        return (
+            http_checks.offline(numeric.read_rows(files.vllm, "llama")),
+            http_checks.conversations(self._sampled.record),
+            http_checks.cases(reference),
+        )
+
     def _server(self) -> _Found:
         """Judge the tiny Llama over HTTP by the offline engine's answers."""
         started = time.monotonic()
@@ -415,12 +423,7 @@ class _Suite:
                 built_environment(self._machine, "smoke-serve"),
                 self._tiny_model("llama"),
                 expected=self._expected,
-                answers=(
-                    http_checks.offline(
-                        numeric.read_rows(self._round("tiny", "llama").vllm, "llama")
-                    ),
-                    http_checks.conversations(self._sampled.record),
-                ),
+                answers=self._offline(),
                 limit_s=self._options.timeout_s,
             )
         except WorkspaceError as exc:
