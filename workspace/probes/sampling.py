@@ -323,13 +323,13 @@ def blocks(engine: Engine, _: Record) -> Rows:
             title = f"another token, the {name} of block {block + 1}: cached tokens"
             yield row(title, engine.cached(other)[0], block * size)
     # At least one token is computed, of which the answer comes.
-    yield row("a prompt of two blocks: cached tokens", engine.cached(prompt[: 2 * size])[0], size)
+    yield row("two blocks: cached tokens", engine.cached(prompt[: 2 * size])[0], size)
     longer = prompt[: 2 * size + 1]
-    yield row(
-        "a prompt of two blocks and a token: cached tokens", engine.cached(longer)[0], 2 * size
-    )
+    yield row("two blocks and a token: cached tokens", engine.cached(longer)[0], 2 * size)
     swapped = [*prompt[size : 2 * size], *prompt[:size], *prompt[2 * size :]]
     yield row("the blocks in another order: cached tokens", engine.cached(swapped)[0], 0)
+    turned = [*reversed(prompt[:size]), *prompt[size:]]
+    yield row("a block turned around: cached tokens", engine.cached(turned)[0], 0)
     begun = tokens_of(1, 2 * size - 4)
     made = engine.cached(begun, 12)[1]
     yield row(
