@@ -202,7 +202,7 @@ def compared(engine: Engine, reference: Record, group: str, kind: str) -> Rows:
     """Ask for all cases of a group in one batch, and compare the answers."""
     cases = [case for case in reference["cases"] if case["check"] == group]
     # In a batch with one of these, vLLM 0.31.0 gives no other request its most likely tokens
-    # (Sampler.forward replaces the tensors of the batch).
+    # (github.com/vllm-project/vllm/pull/51789).
     listed = [case for case in cases if "logprob_token_ids" in case["params"]]
     for batch in filter(None, ([case for case in cases if case not in listed], listed)):
         params = [engine.params(**case["params"]) for case in batch]
