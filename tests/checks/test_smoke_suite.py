@@ -59,7 +59,7 @@ class Clone:
         sampling = {"prompt": [1, 2, 3, 4, 5], "cases": [case]}
         self.says("reference", {"error": None, "models": {}, "sampling": sampling})
         part = {"error": None, "seconds": 0.1, "rows": [{"case": "one", "problem": None}]}
-        checks = (*numeric.RAW, *numeric.PROCESSED)
+        checks = (*numeric.RAW, *numeric.PROCESSED, numeric.ADAPTER)
         chat = {"messages": [{"role": "user", "content": "Hello"}], "more": {}}
         chats = [chat | {"tokens": [0, 1, 2, 3, 4, 5]}]
         self.says(

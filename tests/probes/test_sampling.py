@@ -162,9 +162,11 @@ def test_prompts_of_the_cache_share_no_block(probe: ModuleType) -> None:
 
 
 def test_groups_of_the_probe_are_the_checks_that_are_judged(probe: ModuleType) -> None:
-    raw, processed = ({name for name, _ in part} for part in (probe.RAW, probe.PROCESSED))
+    parts = (probe.RAW, probe.PROCESSED, probe.ADAPTER)
+    raw, processed, adapter = ({name for name, _ in part} for part in parts)
     assert processed == set(numeric.PROCESSED)
-    assert raw == set(numeric.RAW) | set(numeric.PROCESSED)
+    assert adapter == {numeric.ADAPTER}
+    assert raw == {*numeric.RAW, *numeric.PROCESSED, numeric.ADAPTER}
     assert raw == {
         name for name in REGISTRY if name.startswith(("cache.", "sampling.", "templates."))
     }

@@ -24,15 +24,20 @@ _LIMITS = {"mixtral": 5 * MAX_DIFFERENCE}
 MAX_MEAN_BFLOAT16 = 0.05
 # Nats: a tenth of what parity allows. GPU kernels may add in another order in the next run.
 STEADY = 1e-4
-# The checks of probes/sampling.py by its first engine, and those with a part in each of the two.
+# The checks of probes/sampling.py: by its first engine, by the second, too, and by an adapter, too.
 RAW = ("templates.tokens", "cache.blocks", "sampling.random", "sampling.ends")
 PROCESSED = (
-    "cache.keys",
     "sampling.logprobs",
     "sampling.penalties",
     "sampling.masks",
     "sampling.filters",
 )
+ADAPTER = "cache.keys"
+# The options of its engines, which `sampling` judges; on a GPU an adapter needs another type.
+ENGINES: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "cpu": ((), ("--processed", "--adapter")),
+    "cuda": ((), ("--processed",), ("--adapter",)),
+}
 # Seconds of loading and compilation from which on they are mentioned.
 SHOWN_S = 1.0
 
@@ -91,11 +96,16 @@ def kernels(answer: Answer, group: str) -> Check:
     )
 
 
-def sampling(raw: Answer, processed: Answer) -> list[tuple[tuple[Check, ...], Answer]]:
-    """Judge what the two engines of probes/sampling.py answered, some checks by both."""
+def sampling(
+    raw: Answer, processed: Answer, adapter: Answer
+) -> list[tuple[tuple[Check, ...], Answer]]:
+    """Judge what the engines of probes/sampling.py answered, some checks by two of them.
+
+    `adapter` may be `processed`, if one engine has both.
+    """
     only_raw = tuple(cases(name, raw) for name in RAW)
     both = tuple(cases(name, raw, processed) for name in PROCESSED)
-    return [(only_raw, raw), (both, processed)]
+    return [(only_raw, raw), (both, processed), ((cases(ADAPTER, raw, adapter),), adapter)]
 
 
 def cases(identifier: str, *answers: Answer) -> Check:

@@ -206,7 +206,7 @@ class _Suite:
         }
         sampling = [
             self._pool.submit(self._sampling, reference.result, folders, *form)
-            for form in ((), ("--processed",))
+            for form in numeric.ENGINES[self._expected.device]
         ]
         self._begun += [reference, *engines.values(), *sampling]
         named = None if self._options.model == "tiny" else self._begin_named_model()
@@ -332,10 +332,9 @@ class _Suite:
         """
         found = numeric.parity(answer, name)
         if found.verdict == "fail" and numeric.is_answered(answer, name):
-            again = self._parity(folders, name, f"{round_name}-again")
-            before, after = (
-                self._round(kind, name) for kind in (round_name, f"{round_name}-again")
-            )
+            second = f"{round_name}-again"
+            again = self._parity(folders, name, second)
+            before, after = (self._round(kind, name) for kind in (round_name, second))
             found = numeric.settle_recheck(
                 found, numeric.parity(again, name), name=name, before=before, after=after
             )
@@ -349,9 +348,9 @@ class _Suite:
         against = ("--against", str(self._round("tiny", "llama").reference))
         return self._ask_shared("sampling.py", folders["llama"], *against, *self._device, *form)
 
-    def _judge_sampling(self, raw: "Future[Answer]", processed: "Future[Answer]") -> _Found:
-        self._sampled = raw.result()
-        return numeric.sampling(self._sampled, processed.result())
+    def _judge_sampling(self, *engines: "Future[Answer]") -> _Found:
+        self._sampled, processed, *others = (engine.result() for engine in engines)
+        return numeric.sampling(self._sampled, processed, *(others or [processed]))
 
     def _round(self, round_name: str, name: str) -> numeric.Round:
         return numeric.Round(
@@ -455,8 +454,8 @@ class _Suite:
         return [(numeric.real(answer), answer)]
 
     def _bfloat16(self, folders: Folders) -> _Found:
-        form = ("--dtype", "bfloat16", "--tokens", "16")
-        answer = self._parity(folders, "smollm2", "smollm2", form)
+        options = ("--dtype", "bfloat16", "--tokens", "16")
+        answer = self._parity(folders, "smollm2", "smollm2", options)
         return [((numeric.bfloat16(answer, "smollm2"),), answer)]
 
     def _mxfp4(self, folders: Folders | str) -> _Found:

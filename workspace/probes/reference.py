@@ -50,8 +50,8 @@ KEPT, TOP = 8, 5
 TIE = 2e-3
 # Tokens of the prompt that an answer with a penalty has, beside as many others.
 FEW = 3
-# Tokens that top-p and min-p keep, and the temperature of the samples that are counted.
-LEFT, WARM = 5, 0.7
+# How many tokens the filters may keep, and the temperature of the samples that are counted.
+LEFT, WARM = range(3, 7), 0.7
 # Stands for minus infinity, which JSON lacks.
 NEVER = -1e9
 
@@ -241,10 +241,9 @@ class Sampled:
         spelled, blank = self._decode(allowed)["tokens"], self._tokenizer(" ")["input_ids"][-1]
         # A pair of letters, and a letter. vLLM cuts a blank at the beginning, and searches the
         # answer only; transformers searches the end of the prompt, too.
-        first = [
-            list(pair) for pair in pairwise(spelled) if pair[0] not in (blank, *self._prompt[-1:])
-        ]
-        bad = [*first[:1], *([token] for token in spelled if token != blank)][:2]
+        others = (blank, self._prompt[-1])
+        pair = next(list(pair) for pair in pairwise(spelled) if pair[0] not in others)
+        bad = [pair, next([one] for one in spelled[::-1] if one not in (blank, *pair))]
         texts = {"bad_words": [self._tokenizer.decode(tokens) for tokens in bad]}
         biases, won = {plain["tokens"][0]: -100.0, plain["tokens"][3]: 2.5}, {300: 100.0}
         ended = {self._end: 100.0}
@@ -268,12 +267,13 @@ class Sampled:
         import transformers
 
         chances = scores.softmax(-1).sort(descending=True).values
+        left = max(LEFT, key=lambda count: float(chances[count - 1] / chances[count]))
         total = chances.cumsum(-1)
-        top_p = float(total[LEFT - 2] + total[LEFT - 1]) / 2
-        min_p = float((chances[LEFT - 1] * chances[LEFT]).sqrt() / chances[0])
+        top_p = float(total[left - 2] + total[left - 1]) / 2
+        min_p = float((chances[left - 1] * chances[left]).sqrt() / chances[0])
         changes: tuple[tuple[Record, Processor], ...] = (
             ({"temperature": WARM}, transformers.TemperatureLogitsWarper(WARM)),
-            ({"top_k": LEFT}, transformers.TopKLogitsWarper(LEFT)),
+            ({"top_k": left}, transformers.TopKLogitsWarper(left)),
             ({"top_p": top_p}, transformers.TopPLogitsWarper(top_p)),
             ({"min_p": min_p}, transformers.MinPLogitsWarper(min_p)),
         )

@@ -118,6 +118,12 @@ DEFECTS = (
     Defect(
         "samples of a colder distribution",
         FILTERS,
+        replaced("return probs.div(q).argmax", "return probs.div(q.sqrt()).argmax"),
+        "sampling.random",
+    ),
+    Defect(
+        "samples of a colder distribution where there is a seed",
+        FILTERS,
         replaced("scores = probs.div_(q)", "scores = probs.div_(q.sqrt_())"),
         "sampling.random",
     ),
@@ -128,11 +134,9 @@ DEFECTS = (
         "sampling.logprobs",
     ),
     Defect(
-        "log-probabilities of a prompt at the next position",
+        "tokens of a prompt that all have the first rank",
         PROMPT_LOGPROBS,
-        replaced(
-            "prompt_logprobs = logprobs.tolist()", "prompt_logprobs = logprobs.roll(1, 0).tolist()"
-        ),
+        replaced("prompt_token_ranks = ranks.tolist()", "prompt_token_ranks = [1] * len(ranks)"),
         "sampling.logprobs",
     ),
     Defect(
