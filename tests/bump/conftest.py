@@ -39,10 +39,14 @@ print(json.dumps({
 """
 REFERENCE = "print('{}')\n"
 SAMPLING = """import json
-names = ("blocks", "keys"), ("logprobs", "penalties", "masks", "filters", "random", "ends")
-names = [f"{room}.{name}" for room, part in zip(("cache", "sampling"), names) for name in part]
+rooms = {
+    "templates": ("tokens",),
+    "cache": ("blocks", "keys"),
+    "sampling": ("logprobs", "penalties", "masks", "filters", "random", "ends"),
+}
 part = {"error": None, "seconds": 0.1, "rows": [{"case": "one", "problem": None}]}
-print(json.dumps({"error": None, "groups": dict.fromkeys(names, part)}))
+groups = {f"{room}.{name}": part for room, names in rooms.items() for name in names}
+print(json.dumps({"error": None, "groups": groups}))
 """
 KERNELS = """import json
 rows = [{"case": "one", "difference": 0.5, "limit": 1.0}]
