@@ -104,6 +104,9 @@ def test_parameter_gives_exactly_the_references_answer() -> None:
         ("stop_reason", None),
     ):
         assert len(judged(CASE, **{name: wrong})) == 1
+    message = {"message": {"content": "ab"}, "text": None}
+    assert judged(CASE, **message) == []
+    assert judged(CASE | {"text": ""}, message={"content": None}, text=None) == []
     # Behind a tie everything may differ.
     cut = CASE | {"is_cut": True, "tokens": [5]}
     assert judged(cut, token_ids=[5, 9], text="?") == []
@@ -115,30 +118,12 @@ def test_cases_are_those_that_a_request_can_have_and_three_strict_filters() -> N
     plain = CASE | {"case": "logprobs"}
     offline = CASE | {"params": {"detokenize": False}}
     drawn = CASE | {"tokens": None}
-    known = {"prompt": [1], "cases": [plain, CASE, offline, drawn]}
+    known = {"prompt": [1], "message": "Hello", "cases": [plain, CASE, offline, drawn]}
     found = http_checks.cases({"sampling": known})
     assert [case["case"] for case in found] == ["logprobs", "stop", *http_checks.STRICT]
-    assert all(case["prompt"] == [1] for case in found)
+    assert all((case["prompt"], case["message"]) == ([1], "Hello") for case in found)
     assert found[2]["params"] == plain["params"] | {"temperature": 1.5, "top_k": 1}  # type: ignore[operator]
     assert http_checks.cases({}) == ()
-
-
-def test_chat_with_a_parameter_is_the_completion_with_it() -> None:
-    chat = {"message": {"content": "ab"}, "finish_reason": "stop"}
-    other = {"text": "ab", "finish_reason": "stop"}
-
-    def judged(one: dict, two: dict) -> list[str]:
-        return http_checks.alike("stop", reply({"choices": [one]}), reply({"choices": [two]}))
-
-    assert judged(chat, other) == []
-    assert (
-        judged({"message": {"content": None}, "finish_reason": "stop"}, other | {"text": ""}) == []
-    )
-    assert len(judged(chat, other | {"text": "a"})) == 1
-    assert len(judged(chat, other | {"finish_reason": "length"})) == 1
-    assert http_checks.alike("stop", Reply(500, "no"), reply({})) == [
-        "stop in a chat: HTTP 500: no"
-    ]
 
 
 def test_samples_differ_and_repeat_with_their_seed() -> None:

@@ -42,10 +42,11 @@ CHATS = tuple(
 CASES = (
     {
         "case": "logprobs",
-        "prompt": ROWS[0]["prompt"],
+        "message": "Hello",
+        "prompt": CHATS[0].tokens,
         "params": {"max_tokens": 16},
-        "tokens": [310 + step for step in range(16)],
-        "text": "".join(f"<{310 + step}>" for step in range(16)),
+        "tokens": ROWS[0]["tokens"][::-1][:16],
+        "text": "".join(f"<{token}>" for token in ROWS[0]["tokens"][::-1][:16]),
         "finish": "length",
     },
 )

@@ -54,9 +54,9 @@ class Clone:
             "rows": [{"case": "one", "difference": 0.5, "limit": 1.0}],
         }
         self.says("kernels", {"error": None, "groups": dict.fromkeys(smoke_suite.KERNELS, group)})
-        case = {"case": "logprobs", "params": {"max_tokens": 2}, "tokens": [300, 301]}
-        case |= {"text": "<300><301>", "finish": "length"}
-        sampling = {"prompt": [1, 2, 3, 4, 5], "cases": [case]}
+        case = {"case": "logprobs", "params": {"max_tokens": 2}, "tokens": [319, 318]}
+        case |= {"text": "<319><318>", "finish": "length"}
+        sampling = {"message": "Hello", "prompt": [0, 1, 2, 3, 4, 5], "cases": [case]}
         self.says("reference", {"error": None, "models": {}, "sampling": sampling})
         part = {"error": None, "seconds": 0.1, "rows": [{"case": "one", "problem": None}]}
         checks = (*numeric.RAW, *numeric.PROCESSED, numeric.ADAPTER)

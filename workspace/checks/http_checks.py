@@ -127,11 +127,12 @@ def cases(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
         for name, value in STRICT.items()
         if plain
     ]
-    return tuple({**case, "prompt": known.get("prompt")} for case in (*found, *strict))
+    both = {name: known.get(name) for name in ("prompt", "message")}
+    return tuple({**case, **both} for case in (*found, *strict))
 
 
 def parameter(reply: Reply, case: Mapping[str, object]) -> list[str]:
-    """Judge the answer to a request with a changed parameter by the reference's."""
+    """Judge the answer to a completion or a chat with a changed parameter by the reference's."""
     if reply.refused:
         return [f"{case.get('case')}: {reply.refused}"]
     choice, tokens = _first(reply), case["tokens"]
@@ -139,9 +140,10 @@ def parameter(reply: Reply, case: Mapping[str, object]) -> list[str]:
     if case.get("is_cut") and isinstance(found, list) and isinstance(tokens, list):
         # What follows comes after a tie.
         return [] if found[: len(tokens)] == tokens else [f"{case.get('case')}: {_shown(found)}"]
+    text = section(choice, "message").get("content") or choice.get("text") or ""
     pairs = (
         (found, tokens),
-        (choice.get("text"), case.get("text")),
+        (text, case.get("text")),
         (choice.get("finish_reason"), case.get("finish")),
         (choice.get("stop_reason"), case.get("stop")),
     )
@@ -150,18 +152,6 @@ def parameter(reply: Reply, case: Mapping[str, object]) -> list[str]:
         for one, other in pairs
         if one != other
     ]
-
-
-def alike(name: str, chat_reply: Reply, reply: Reply) -> list[str]:
-    """Judge a chat with a changed parameter by the completion of its tokens."""
-    if refused := chat_reply.refused or reply.refused:
-        return [f"{name} in a chat: {refused}"]
-    choice, other = _first(chat_reply), _first(reply)
-    found = (section(choice, "message").get("content") or "", choice.get("finish_reason"))
-    expected = (other.get("text"), other.get("finish_reason"))
-    return (
-        [] if found == expected else [f"{name} in a chat: {_shown(found)}, not {_shown(expected)}"]
-    )
 
 
 def sampled(several: Reply, seeds: Sequence[Reply]) -> list[str]:

@@ -172,7 +172,7 @@ REGISTRY: Mapping[str, Entry] = {
         "tokens and log-probabilities over HTTP equal the offline engine's", _DIFFERS, "full"
     ),
     "server.parameters": Entry(
-        "sampling parameters over HTTP give Hugging Face's answers, in a chat as in a completion",
+        "sampling parameters over HTTP give Hugging Face's answers, in completions and in chats",
         _DIFFERS,
         "full",
     ),

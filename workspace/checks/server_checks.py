@@ -272,19 +272,18 @@ class _Client:
     def parameters(self) -> Verdict:
         problems = []
         for case in self._tested.cases:
-            name, params = str(case.get("case")), section(case, "params")
-            reply = self._complete(case["prompt"], **params, return_token_ids=True)
-            problems += http_checks.parameter(reply, case)
-            # In a chat these two have other names.
-            plain = {key: value for key, value in params.items() if "logprob" not in key}
-            talk = self._talk(**plain)
-            reply = self._complete(list(self._tested.chats[0].tokens), **plain)
-            problems += http_checks.alike(name, talk, reply)
+            params = {**section(case, "params"), "return_token_ids": True}
+            problems += http_checks.parameter(self._complete(case["prompt"], **params), case)
+            # In a chat the log-probabilities have other names.
+            params = {name: value for name, value in params.items() if "logprob" not in name}
+            messages = [{"role": "user", "content": case["message"]}]
+            found = http_checks.parameter(self._talk(**params, messages=messages), case)
+            problems += [f"in a chat {problem}" for problem in found]
         warm = {"prompt": self._row.text, "temperature": 1.5}
         seeds = [self._complete(**warm, seed=seed) for seed in (7, 7, 8)]
         problems += http_checks.sampled(self._complete(**warm, n=3), seeds)
         count = len(self._tested.cases)
-        return problems, f"{count} cases answered as by Hugging Face, and in a chat as offline"
+        return problems, f"{count} cases answered as by Hugging Face, in completions and in chats"
 
     def structured(self) -> Verdict:
         return http_checks.structured(

@@ -41,8 +41,8 @@ PROMPTS = (
 )
 # Questions for a model that answers some, with --chats.
 CHATS = ("What is the capital of France?", "Explain in a few sentences how a bicycle works.")
-# The prompt whose next token is the least certain, for the sampling parameters.
-SAMPLED = PROMPTS[1]
+# The chat whose next token is the least certain, for the sampling parameters.
+SAMPLED = PROMPTS[2]
 SAMPLED_TOKENS = 12
 # Most likely tokens that a case keeps of each position; a request is for the first `TOP`.
 KEPT, TOP = 8, 5
@@ -143,7 +143,7 @@ class Sampled:
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._prompt: list[int] = tokenizer(SAMPLED)["input_ids"]
+        self._prompt = chat_tokens(tokenizer, SAMPLED)
         self._letters = sorted({*self._prompt} - {*tokenizer.all_special_ids})
         self._end = int(tokenizer.eos_token_id)
 
@@ -164,6 +164,7 @@ class Sampled:
             *(*self._filters(scores[-1]), *self._ends(plain)),
         ]
         return {
+            "message": SAMPLED,
             "prompt": self._prompt,
             "plain": plain["tokens"],
             "cases": [self._answered(case) for case in cases],
@@ -277,14 +278,10 @@ class Sampled:
             ({"top_p": top_p}, transformers.TopPLogitsWarper(top_p)),
             ({"min_p": min_p}, transformers.MinPLogitsWarper(min_p)),
         )
+        drawn, none = {"temperature": 1.0, "seed": 1}, {"tokens": None, "text": None}
         return [
             Case(
-                f"{name} {value:.3g}",
-                "filters",
-                {"temperature": 1.0, "seed": 1} | params,
-                (process,),
-                count=1,
-                outcome={"tokens": None, "text": None},
+                f"{name} {value:.3g}", "filters", drawn | params, (process,), count=1, outcome=none
             )
             for params, process in changes
             for name, value in params.items()
@@ -319,14 +316,15 @@ class Sampled:
             stopped = {"finish": "stop", "stop": stop} if "stop" in params else {}
             used = (biased(ended["logit_bias"]),) if is_ended else ()
             yield Case(name, "ends", params, used, count=length, outcome=stopped | outcome)
-        yield Case(
-            "stop_token_ids",
-            "ends",
-            {"stop_token_ids": tokens[2:3]},
-            ends=tokens[2:3],
-            outcome={"stop": tokens[2], "text": decoded[2]},
-        )
+        third, outcome = tokens[2:3], {"stop": tokens[2], "text": decoded[2]}
+        yield Case("stop_token_ids", "ends", {"stop_token_ids": third}, (), third, outcome=outcome)
         yield Case("the end of text", "ends", ended, (biased(ended["logit_bias"]),), [self._end])
+
+
+def chat_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Return the tokens of a conversation of one message."""
+    chat = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
 
 
 def presence(penalty: float, start: int) -> Processor:
@@ -415,9 +413,7 @@ def rows_of(
     """Return the rows of all prompts for one model."""
     prompts = {text: tokenizer(text)["input_ids"] for text in PROMPTS}
     if arguments.chats:
-        chats = {text: [{"role": "user", "content": text}] for text in CHATS}
-        options = {"add_generation_prompt": True, "return_dict": False}
-        prompts = {text: tokenizer.apply_chat_template(chats[text], **options) for text in chats}
+        prompts = {text: chat_tokens(tokenizer, text) for text in CHATS}
     return [
         {"text": text} | decoded(model, prompt, arguments.tokens)
         for text, prompt in prompts.items()
