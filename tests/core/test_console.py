@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -98,11 +99,15 @@ def test_sentence_is_cut_at_blanks_and_hint_stays_one_line(narrow: Terminal) -> 
     ]
 
 
-def test_record_goes_to_a_program_and_not_to_a_terminal() -> None:
-    terminal, pipe = Terminal(), io.StringIO()
+def test_record_goes_only_where_it_was_asked_for(tmp_path: Path) -> None:
+    terminal, pipe, file = Terminal(), io.StringIO(), tmp_path / "deep" / "record.json"
     for out in (terminal, pipe):
-        Console(out=out, err=io.StringIO()).record('{"schema": 1}')
-    assert (terminal.getvalue(), pipe.getvalue()) == ("", '{"schema": 1}\n')
+        console = Console(out=out, err=io.StringIO())
+        console.record('{"schema": 1}', None)
+        console.record('{"schema": 1}', file)
+        assert out.getvalue() == ""
+        console.record('{"schema": 1}', Path("-"))
+    assert file.read_text() == terminal.getvalue() == pipe.getvalue() == '{"schema": 1}\n'
 
 
 def test_state_orders_rows_by_gravity_and_only_the_last_fails_a_verb() -> None:

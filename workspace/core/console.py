@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from workspace.core import files
 from workspace.core.errors import WorkspaceError, printable
 from workspace.core.lock import Held
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import rich.console
     import rich.progress
 
+# As the file of a record: stdout.
+STDOUT = Path("-")
 # Widths with the blanks behind the cell. A longer name widens its column.
 STATE_WIDTH = 9
 NAME_WIDTH = 14
@@ -138,10 +141,12 @@ class Console:
         """Print data that a program may read."""
         print(printable(text), file=self._out, flush=True)
 
-    def record(self, text: str) -> None:
-        """Print a record for a program; a terminal already shows its rows, and a file has it."""
-        if not self._out.isatty():
+    def record(self, text: str, file: Path | None) -> None:
+        """Write a record to the file that was asked for, `-` for stdout; None: write nothing."""
+        if file == STDOUT:
             self.data(text)
+        elif file:
+            files.write_atomic(file, f"{text}\n".encode())
 
     def info(self, text: str, *, style: str | None = None) -> None:
         """Print a message line as it is, without markup."""
