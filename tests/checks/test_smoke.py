@@ -77,6 +77,10 @@ def test_vllm_that_computes_nothing_fails_with_8_and_both_records_are_the_same(
     } == {"fail"}
     assert len(record["built"]) == 64
     assert built.status()["smoke"] == "FAIL"
+    edited = built.layout.vllm / "vllm" / "__init__.py"
+    edited.write_text(edited.read_text() + "# fixed\n")
+    # As a verdict that passed: it is one on another tree.
+    assert built.status()["smoke"] == "stale"
 
 
 def test_edited_python_is_judged_and_named_by_a_digest(built: World) -> None:

@@ -89,6 +89,16 @@ def test_long_detail_of_a_step_is_cut_and_its_title_is_not(narrow: Terminal) -> 
     assert not any("_vllm_fa2_C" in line for line in shown)
 
 
+def test_text_beside_a_spinner_is_made_anew_each_time_it_is_drawn(narrow: Terminal) -> None:
+    texts = iter([f"second {count}" for count in range(1000)])
+    with Console(err=narrow).step("parity") as step:
+        step.watch(lambda: next(texts))
+        assert step._progress is not None
+        step._progress.refresh()
+        step._progress.refresh()
+    assert len({found for line in narrow.lines() for found in re.findall(r"second \d+", line)}) > 1
+
+
 def test_sentence_is_cut_at_blanks_and_hint_stays_one_line(narrow: Terminal) -> None:
     sentence, hint = "a sentence with more letters than this terminal has columns", "x " * 40
     Console(err=narrow).error(SourceError(sentence, hint=hint.strip()))

@@ -142,6 +142,7 @@ class _Suite:
         )
         # Seconds of compilers in each part of the smoke, by its first check.
         self.compiled: dict[str, Mapping[str, float]] = {}
+        self._running = probe_runs.Running(machine.layout.smoke_record)
         self.checks: list[Check] = []
         self.document: Mapping[str, object] = {}
 
@@ -161,6 +162,7 @@ class _Suite:
     def show(self, first: str, wait: Callable[[], _Found]) -> None:
         """Show a spinner while a part runs, then a row for each verdict."""
         with self._run_log.console.step(first, least=NAME_WIDTH) as view:
+            view.watch(lambda: self._running.text(first))
             found = wait()
             judged = [check for checks, answer in found for check in self._settled(checks, answer)]
             done = sorted(judged, key=lambda check: list(REGISTRY).index(check.identifier))
@@ -444,10 +446,12 @@ class _Suite:
         return [((numeric.mxfp4(answer),), answer)]
 
     def _ask(self, probe: str, *args: str) -> Answer:
-        return probe_runs.ask(self._program(probe, *args))
+        with self._running.noted(probe, args):
+            return probe_runs.ask(self._program(probe, *args))
 
     def _ask_shared(self, probe: str, *args: str) -> Answer:
-        return probe_runs.ask(self._program(probe, *args), self._shared)
+        with self._running.noted(probe, args):
+            return probe_runs.ask(self._program(probe, *args), self._shared)
 
     def _program(self, probe: str, *args: str, is_compiled: bool = False) -> Program:
         """Return a probe with its environment; `is_compiled` leaves torch.compile on."""

@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -95,6 +95,16 @@ def failed(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.state is State.FAIL]
 
 
+@dataclass(frozen=True)
+class _Live:
+    """A text that is made when it is drawn."""
+
+    make: Callable[[], str]
+
+    def __str__(self) -> str:
+        return printable(self.make())
+
+
 @dataclass
 class Step:
     """A running step of a verb: its title, state and reason."""
@@ -113,6 +123,11 @@ class Step:
             self._progress.update(
                 self._progress.task_ids[0], completed=done, total=total, detail=printable(text)
             )
+
+    def watch(self, text: Callable[[], str]) -> None:
+        """Show what `text` returns beside the spinner, called anew at each refresh."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], detail=_Live(text))
 
     def line(self, text: str) -> None:
         """Show the newest output line of a command beside the spinner."""
@@ -315,7 +330,7 @@ class Console:
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False, table_column=title),
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[detail]}", markup=False),
+            TextColumn("{task.fields[detail]!s}", markup=False),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self._rich, transient=True) as progress:
