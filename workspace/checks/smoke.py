@@ -88,7 +88,7 @@ def smoke(
     started = time.monotonic()
     observed = require_built(Machine(layout, settings))
     check.require(observed.machine, console=console, device=observed.device)
-    expected = smoke_suite.expect(layout, observed)
+    expected = smoke_suite.expect(observed)
     look = functools.partial(_present_tree, layout, settings)
     # The tree must not change while the checks run.
     with locked_run(layout, settings, console, session="smoke") as run_log:
@@ -210,12 +210,10 @@ def encode(record: Mapping[str, object]) -> str:
 def write_record(
     path: Path, record: Mapping[str, object], *, console: Console, json_file: Path | None
 ) -> None:
-    """Write a record to `path`, to stdout if a program reads it, and to the file of the user."""
+    """Write a record to `path`, and to the file of the user, `-` for stdout."""
     text = encode(record)
     write_atomic(path, f"{text}\n".encode())
-    console.record(text)
-    if json_file:
-        write_atomic(json_file, f"{text}\n".encode())
+    console.record(text, json_file)
 
 
 def last_record(layout: Layout) -> Mapping[str, object]:

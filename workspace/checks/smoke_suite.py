@@ -25,9 +25,9 @@ from workspace.core.errors import (
     ToolchainError,
     WorkspaceError,
 )
-from workspace.core.paths import Layout, typed
+from workspace.core.paths import typed
 from workspace.install import plan
-from workspace.machine import hardware, interpreter
+from workspace.machine import hardware
 from workspace.machine.machine import Machine
 from workspace.server import models, process_tree
 from workspace.server.command import built_environment
@@ -55,7 +55,7 @@ class SmokeOptions:
     is_fail_fast: bool = False
 
 
-def expect(layout: Layout, observed: plan.Observation) -> Expected:
+def expect(observed: plan.Observation) -> Expected:
     """Read from the stamp what `.vllm` has. Raises SmokeError if it lacks torch or a version."""
     stamped = observed.kernels.recorded
     version = stamped.outcome.get("version") if stamped else None
@@ -65,15 +65,15 @@ def expect(layout: Layout, observed: plan.Observation) -> Expected:
         "torch", f"{observed.torch.version} CUDA {observed.torch.cuda or 'none'}"
     ).partition(" CUDA ")
     libraries = {library.path: (library.size, library.sha256) for library in stamped.libraries}
-    triton = interpreter.installed(layout).get("triton") if observed.device == "cuda" else None
+    packages = observed.machine.packages() if observed.device == "cuda" else {}
     return Expected(
-        layout.vllm.resolve(),
+        observed.machine.layout.vllm.resolve(),
         version,
         torch,
         observed.device,
         libraries,
         None if cuda in ("", "none") else cuda,
-        triton,
+        packages.get("triton"),
     )
 
 
@@ -142,6 +142,7 @@ class _Suite:
         )
         # Seconds of compilers in each part of the smoke, by its first check.
         self.compiled: dict[str, Mapping[str, float]] = {}
+        self._running = probe_runs.Running(machine.layout.smoke_record)
         self.checks: list[Check] = []
         self._sampled = _NOTHING
         self.document: Mapping[str, object] = {}
@@ -162,6 +163,7 @@ class _Suite:
     def show(self, first: str, wait: Callable[[], _Found]) -> None:
         """Show a spinner while a part runs, then a row for each verdict."""
         with self._run_log.console.step(first, least=NAME_WIDTH) as view:
+            view.watch(lambda: self._running.text(first))
             found = wait()
             judged = [check for checks, answer in found for check in self._settled(checks, answer)]
             done = sorted(judged, key=lambda check: list(REGISTRY).index(check.identifier))
@@ -467,11 +469,12 @@ class _Suite:
         answer = self._compared(lambda: reference, folders, "gpt-oss", "gpt-oss", form)
         return [((numeric.mxfp4(answer),), answer)]
 
-    def _ask(self, probe: str, *args: str) -> Answer:
-        return probe_runs.ask(self._program(probe, *args))
+    def _ask(self, probe: str, *args: str, shared: SharedImport | None = None) -> Answer:
+        with self._running.noted(probe, args):
+            return probe_runs.ask(self._program(probe, *args), shared)
 
     def _ask_shared(self, probe: str, *args: str) -> Answer:
-        return probe_runs.ask(self._program(probe, *args), self._shared)
+        return self._ask(probe, *args, shared=self._shared)
 
     def _program(self, probe: str, *args: str, is_compiled: bool = False) -> Program:
         """Return a probe with its environment; `is_compiled` leaves torch.compile on."""
