@@ -397,7 +397,9 @@ def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
     from workspace.checks.smoke_suite import SmokeOptions
 
     # The smoke writes its record to a file; this verb does not print it.
-    smoke.smoke(layout, settings, SmokeOptions(), console=Console(out=io.StringIO()))
+    quiet = Console(out=io.StringIO())
+    quiet.on_step = console.on_step
+    smoke.smoke(layout, settings, SmokeOptions(), console=quiet)
 
 
 def _verify_promotion(layout: Layout, settings: Settings, console: Console) -> None:
