@@ -79,6 +79,10 @@ def test_vllm_that_computes_nothing_fails_with_8_and_all_three_records_are_the_s
     } == {"fail"}
     assert len(record["built"]) == 64
     assert built.status()["smoke"] == "FAIL"
+    # A failure on another tree says nothing of this one.
+    edited = built.layout.vllm / "vllm" / "__init__.py"
+    edited.write_text(edited.read_text() + "# mine\n")
+    assert built.status()["smoke"] == "stale"
 
 
 def test_edited_python_is_judged_and_named_by_a_digest(built: World) -> None:
