@@ -40,6 +40,11 @@ ELSEWHERE = {
     "machine.drop_caches_yes": (
         "tests/machine/test_page_cache.py::test_root_that_was_not_asked_drops_nothing_without_yes"
     ),
+    "server.try_it": (
+        "tests/server/test_server.py::"
+        "test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped"
+    ),
+    "cli.after_dashes": "tests/test_entrances.py::test_misuse_is_a_sentence_and_exits_2",
     "repo.add_trailer": (
         "tests/repo/test_export_refusals.py::"
         "test_hint_for_a_missing_trailer_is_enough_and_takes_no_staged_edit"
