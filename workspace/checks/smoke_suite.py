@@ -351,8 +351,8 @@ class _Suite:
         return self._ask_shared("sampling.py", folders["llama"], *against, *self._device, *form)
 
     def _judge_sampling(self, *engines: "Future[Answer]") -> _Found:
-        self._sampled, processed, *others = (engine.result() for engine in engines)
-        return numeric.sampling(self._sampled, processed, *(others or [processed]))
+        self._sampled, *others = (engine.result() for engine in engines)
+        return numeric.sampling(self._sampled, *others)
 
     def _round(self, round_name: str, name: str) -> numeric.Round:
         return numeric.Round(
