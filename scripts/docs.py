@@ -1,8 +1,9 @@
 """Write the pages of docs/ that are generated from the code, or compare them with it.
 
 Owns docs/verbs.md, docs/settings-reference.md, docs/children.md, docs/exit-codes.md, docs/hints.md,
-docs/symptoms.md, docs/architecture.svg and the generated part of docs/architecture.md. Runs in the
-tool environment; `--check` writes nothing and exits with 1 where a page is out of date.
+docs/symptoms.md, docs/architecture.svg and the generated parts of docs/architecture.md and
+docs/smoke.md. Runs in the tool environment; `--check` writes nothing and exits with 1 where a page
+is out of date.
 scripts/docs_site.py builds the site.
 """
 
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 # Everything that comes from the library: a new name of a room changes these lines only.
 from scripts import docs_picture  # noqa: E402
 from scripts.docs_picture import cell, table  # noqa: E402
+from workspace.checks.registry import coverage  # noqa: E402
 from workspace.cli.program import program  # noqa: E402
 from workspace.cli.sessions import SESSIONS  # noqa: E402
 from workspace.core import child_variables, hints  # noqa: E402
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def render() -> dict[Path, str]:
     """Return every generated page with the text that it should have."""
     rooms = docs_picture.read_rooms(ROOT)
-    architecture = DOCS / "architecture.md"
+    architecture, smoke = DOCS / "architecture.md", DOCS / "smoke.md"
     return {
         DOCS / "verbs.md": verbs_page(),
         DOCS / "settings-reference.md": settings_page(SETTINGS),
@@ -141,6 +143,7 @@ def render() -> dict[Path, str]:
         DOCS / "symptoms.md": symptoms_page(symptoms(), harmless()),
         DOCS / "architecture.svg": docs_picture.draw(rooms),
         architecture: with_part(_read(architecture), docs_picture.tables(ROOT, rooms)),
+        smoke: with_part(_read(smoke), docs_picture.coverage(coverage())),
     }
 
 
@@ -158,7 +161,7 @@ def with_part(text: str, part: Sequence[str]) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in after:
-        raise docs_picture.PictureError(f"docs/architecture.md lacks the markers {BEGIN} and {END}")
+        raise docs_picture.PictureError(f"a page lacks the markers {BEGIN} and {END}")
     return "\n".join([f"{before}{BEGIN}", "", *part, "", f"{END}{after}"])
 
 

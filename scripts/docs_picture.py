@@ -399,6 +399,32 @@ def rounded(lines: int) -> str:
     return f"{max(100, round(lines, -2 if lines < 10_000 else -3)):,}"
 
 
+def coverage(parts: Mapping[str, Mapping[str, tuple[str, ...] | str]]) -> list[str]:
+    """Return the lines of the generated part of docs/smoke.md: what is judged, then what is not.
+
+    Names with the same checks, or with the same reason, share a row.
+    """
+    lines: list[str] = []
+    for title, head, is_judged in (
+        ("What the checks judge", "checks", True),
+        ("What no check judges", "why", False),
+    ):
+        rows: dict[tuple[str, str], list[str]] = {}
+        for part, names in parts.items():
+            for name, entry in names.items():
+                if isinstance(entry, tuple) == is_judged:
+                    text = (
+                        ", ".join(f"`{check}`" for check in entry)
+                        if is_judged
+                        else cell(str(entry))
+                    )
+                    shown = name if part == "forms" else f"`{name}`"
+                    rows.setdefault((part, text), []).append(shown)
+        shown_rows = [(part, ", ".join(names), text) for (part, text), names in rows.items()]
+        lines += [f"### {title}", "", *table(("of", "names", head), shown_rows), ""]
+    return lines[:-1]
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
     written = [f"| {' | '.join(row)} |" for row in (head, *rows)]

@@ -134,6 +134,15 @@ def test_every_verb_setting_session_and_error_has_its_row() -> None:
     assert re.search(r"^\| `-w, --wait` \| .+ \| `off` \|$", verbs, re.MULTILINE)
 
 
+def test_everything_in_the_table_of_coverage_is_on_the_page_of_the_smoke() -> None:
+    page = (ROOT / "docs" / "smoke.md").read_text(encoding="utf-8")
+    for part, names in docs.coverage().items():
+        shown = [line for line in page.splitlines() if line.startswith(f"| {part} |")]
+        for name in names:
+            spelled = name if part == "forms" else f"`{name}`"
+            assert sum(spelled in line for line in shown) == 1, f"{part}: {name}"
+
+
 def test_rooms_are_read_from_imports_of_every_kind() -> None:
     tree = ast.parse(IMPORTS)
     found = set(docs_picture.imported_rooms(tree, "workspace/here/module.py"))

@@ -38,6 +38,16 @@ print(json.dumps({
 }))
 """
 REFERENCE = "print('{}')\n"
+SAMPLING = """import json
+rooms = {
+    "templates": ("tokens",),
+    "cache": ("blocks", "keys"),
+    "sampling": ("logprobs", "penalties", "masks", "filters", "random", "ends"),
+}
+part = {"error": None, "seconds": 0.1, "rows": [{"case": "one", "problem": None}]}
+groups = {f"{room}.{name}": part for room, names in rooms.items() for name in names}
+print(json.dumps({"error": None, "groups": groups}))
+"""
 KERNELS = """import json
 rows = [{"case": "one", "difference": 0.5, "limit": 1.0}]
 groups = ("norm", "activation", "rotary", "attention", "quantized", "moe")
@@ -57,6 +67,7 @@ def judge_at_once(probes: Path) -> None:
         ("small_model", TINY),
         ("reference", REFERENCE),
         ("kernels", KERNELS),
+        ("sampling", SAMPLING),
     ):
         (probes / f"{name}.py").write_text(text)
 

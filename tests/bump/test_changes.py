@@ -99,6 +99,39 @@ def test_same_change_in_several_files_is_one_line(trees: Trees) -> None:
     ]
 
 
+def test_parameters_that_no_check_of_the_smoke_covers_are_named(trees: Trees) -> None:
+    old, new = both(
+        "vllm/sampling_params.py",
+        "class SamplingParams:\n    n: int = 1\n    top_k: int = 0\n    skip_clone: bool = False\n",
+        "class SamplingParams:\n    n: int = 1\n    mirostat: float = 0.0\n    _own: int = 0\n",
+    )
+    new["vllm/config/cache.py"] = (
+        "class CacheConfig:\n    enable_prefix_caching: bool = True\n    evict_early: bool = True\n"
+        "    off: bool = False\n    chosen: bool | None = None\n    depth: int = True\n"
+    )
+    unlisted = "checks/coverage.toml does not list it"
+    assert trees.texts("smoke", old, new) == [
+        f"SamplingParams.mirostat vllm/sampling_params.py, new; {unlisted}",
+        "SamplingParams.skip_clone vllm/sampling_params.py, gone",
+        "SamplingParams.top_k vllm/sampling_params.py, gone; judged by sampling.filters",
+        f"CacheConfig.chosen vllm/config/cache.py, new; {unlisted}",
+        (
+            "CacheConfig.enable_prefix_caching vllm/config/cache.py, new; judged by cache.blocks,"
+            " cache.keys, consistency.prefix"
+        ),
+        f"CacheConfig.evict_early vllm/config/cache.py, new; {unlisted}",
+    ]
+
+
+@pytest.mark.parametrize("moved", ["", "class Other: pass\n", "class SamplingParams(:\n"])
+def test_class_of_parameters_that_is_gone_is_one_line(trees: Trees, moved: str) -> None:
+    known = "class SamplingParams:\n    n: int = 1\n    top_k: int = 0\n"
+    old, new = both("vllm/sampling_params.py", known, moved)
+    assert trees.texts("smoke", old, new) == [
+        "SamplingParams vllm/sampling_params.py, gone; checks/coverage.toml still lists it"
+    ]
+
+
 def test_requirements_of_other_machines_pythons_and_devices_do_not_count(trees: Trees) -> None:
     old, new = both(
         "requirements/common.txt",

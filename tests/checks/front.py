@@ -34,6 +34,9 @@ class Request(TypedDict, total=False):
     messages: list[dict[str, str]]
     stop: list[str]
     stream: bool
+    return_token_ids: bool
+    n: int
+    seed: int
     logprobs: int
     response_format: object
 
@@ -70,7 +73,8 @@ class Front(http.server.BaseHTTPRequestHandler):
         try:
             request = cast(Request, json.loads(body))
             if "chat" in self.path:
-                self.serve(request, [request["messages"][0]["content"] + " "])
+                # The template adds one token, 0, at the beginning.
+                self.serve(request, [[0, *ROWS[request["messages"][0]["content"]]["prompt"]]])
             else:
                 self.serve(request, prompts_of(request["prompt"]))
         except (ValueError, KeyError, TypeError, IndexError) as exc:
@@ -89,6 +93,8 @@ class Front(http.server.BaseHTTPRequestHandler):
             os._exit(3)
         if MANNER == "hangs" and request["max_tokens"] > 1:
             sleep_for_ever()
+        if request.get("n", 1) > 1:
+            prompts = prompts * request["n"]
         choices = [self.choice(index, prompt, request) for index, prompt in enumerate(prompts)]
         if MANNER == "rubbish":
             choices = [{"text": "!!!", "message": {"content": "!!!"}}]
@@ -101,7 +107,11 @@ class Front(http.server.BaseHTTPRequestHandler):
                 "completion_tokens": used[1],
                 "total_tokens": sum(used),
             }
-            self.answer({"choices": choices, "usage": usage})
+            document: dict[str, object] = {"choices": choices, "usage": usage}
+            if request.get("return_token_ids"):
+                begun = [0] if MANNER == "begins twice" else []
+                document["prompt_token_ids"] = [*begun, *prompts[0]]
+            self.answer(document)
 
     def choice(self, index: int, prompt: Prompt, request: Request) -> dict[str, object]:
         known = ROWS.get(prompt if isinstance(prompt, str) else tuple(prompt))
@@ -114,6 +124,10 @@ class Front(http.server.BaseHTTPRequestHandler):
         if known is None:
             raise TypeError("an unknown text")
         tokens, chances = known["tokens"], known["logprobs"]
+        # A sample begins at the token of its seed, or of its number.
+        start = request.get("seed", index if "n" in request else 0)
+        if MANNER != "ignores seeds":
+            tokens = [*tokens[start:], *tokens[:start]]
         text, end = decode(tokens[: request["max_tokens"]]), "length"
         for stop in request.get("stop", []):
             text, end = text.partition(stop)[0], "stop"
@@ -128,6 +142,7 @@ class Front(http.server.BaseHTTPRequestHandler):
             "index": index,
             "text": text,
             "message": message,
+            "token_ids": tokens[: request["max_tokens"]],
             "finish_reason": end,
             **({"logprobs": named} if "logprobs" in request else {}),
         }
@@ -172,8 +187,8 @@ MANNER = sys.argv[2]
 ROWS: dict[str | tuple[int, ...], KnownRow] = {}
 for row in cast("list[KnownRow]", json.loads(Path(sys.argv[3]).read_text())):
     ROWS[row["text"]] = ROWS[tuple(row["prompt"])] = row
-    # A chat's prompt, whose template adds a space, has an answer of its own.
-    ROWS[f"{row['text']} "] = {**row, "tokens": row["tokens"][::-1]}
+    # A chat's prompt has an answer of its own.
+    ROWS[(0, *row["prompt"])] = {**row, "tokens": row["tokens"][::-1]}
 if MANNER == "raises at start":
     sys.exit("RuntimeError: no such kernel")
 if MANNER == "hangs at start":

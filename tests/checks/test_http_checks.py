@@ -67,14 +67,74 @@ def test_stop_string_cuts_before_its_first_place() -> None:
     assert http_checks.stopped(completed(text="<300>$", finish_reason="length"), ROW, 301) != []
 
 
-def test_chat_equals_the_completion_and_counts_the_templates_space() -> None:
+def test_chat_equals_the_completion_and_counts_the_tokens_of_the_template() -> None:
     message = {"message": {"role": "assistant", "content": TEXT}, "finish_reason": "length"}
     used = {"prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10}
-    assert http_checks.chat(reply({"choices": [message], "usage": used}), TEXT, ROW, 4) == []
-    assert http_checks.chat(reply({"choices": [message], "usage": USED}), TEXT, ROW, 4) != []
+    assert http_checks.chat(reply({"choices": [message], "usage": used}), TEXT, 6, 4) == []
+    assert http_checks.chat(reply({"choices": [message], "usage": USED}), TEXT, 6, 4) != []
     # What it is compared with may have gone wrong, too.
     empty = {"message": {"role": "assistant", "content": ""}, "finish_reason": "length"}
-    assert http_checks.chat(reply({"choices": [empty], "usage": used}), "", ROW, 4) != []
+    assert http_checks.chat(reply({"choices": [empty], "usage": used}), "", 6, 4) != []
+
+
+def test_conversation_has_exactly_the_expected_tokens() -> None:
+    row = {"messages": [{"role": "user", "content": "a"}], "more": {"tools": []}, "tokens": [0, 5]}
+    (known,) = http_checks.conversations({"chats": [row]})
+    assert http_checks.rendered(reply({"prompt_token_ids": [0, 5]}), known) == []
+    for found in ([0, 0, 5], [5], None):
+        assert len(http_checks.rendered(reply({"prompt_token_ids": found}), known)) == 1
+    assert http_checks.rendered(Reply(500, "no"), known) == ["HTTP 500: no"]
+    assert http_checks.conversations({"chats": [{"messages": [], "tokens": None}]}) == ()
+
+
+CASE = {"case": "stop", "params": {"stop": ["a"], "logprobs": 5}, "tokens": [5, 6], "text": "ab"}
+CASE |= {"finish": "stop", "stop": "a"}
+CHOICE = {"token_ids": [5, 6], "text": "ab", "finish_reason": "stop", "stop_reason": "a"}
+
+
+def test_parameter_gives_exactly_the_references_answer() -> None:
+    def judged(case: dict, **changes: object) -> list[str]:
+        return http_checks.parameter(reply({"choices": [CHOICE | changes]}), case)
+
+    assert judged(CASE) == []
+    for name, wrong in (
+        ("token_ids", [5]),
+        ("text", "a"),
+        ("finish_reason", "length"),
+        ("stop_reason", None),
+    ):
+        assert len(judged(CASE, **{name: wrong})) == 1
+    message = {"message": {"content": "ab"}, "text": None}
+    assert judged(CASE, **message) == []
+    assert judged(CASE | {"text": ""}, message={"content": None}, text=None) == []
+    # Behind a tie everything may differ.
+    cut = CASE | {"is_cut": True, "tokens": [5]}
+    assert judged(cut, token_ids=[5, 9], text="?") == []
+    assert len(judged(cut, token_ids=[9])) == 1
+    assert http_checks.parameter(Reply(400, "no"), CASE) == ["stop: HTTP 400: no"]
+
+
+def test_cases_are_those_that_a_request_can_have_and_three_strict_filters() -> None:
+    plain = CASE | {"case": "logprobs"}
+    offline = CASE | {"params": {"detokenize": False}}
+    drawn = CASE | {"tokens": None}
+    known = {"prompt": [1], "message": "Hello", "cases": [plain, CASE, offline, drawn]}
+    found = http_checks.cases({"sampling": known})
+    assert [case["case"] for case in found] == ["logprobs", "stop", *http_checks.STRICT]
+    assert all((case["prompt"], case["message"]) == ([1], "Hello") for case in found)
+    assert found[2]["params"] == plain["params"] | {"temperature": 1.5, "top_k": 1}  # type: ignore[operator]
+    assert http_checks.cases({}) == ()
+
+
+def test_samples_differ_and_repeat_with_their_seed() -> None:
+    def texts(*found: str) -> Reply:
+        return reply({"choices": [{"text": text} for text in found]})
+
+    several = texts("a", "b", "c")
+    assert http_checks.sampled(several, [texts("a"), texts("a"), texts("b")]) == []
+    assert len(http_checks.sampled(texts("a", "a", "c"), [texts("a"), texts("a"), texts("b")])) == 1
+    assert len(http_checks.sampled(several, [texts("a"), texts("b"), texts("c")])) == 1
+    assert len(http_checks.sampled(several, [texts("a"), texts("a"), texts("a")])) == 1
 
 
 def test_stream_needs_pieces_an_end_and_one_finish() -> None:
@@ -201,7 +261,7 @@ def test_whatever_comes_is_a_sentence_and_never_right(status: int | None) -> Non
         for problems in (
             http_checks.completions(one, [ROW], 4),
             http_checks.stopped(one, ROW, 301),
-            http_checks.chat(one, TEXT, ROW, 4),
+            http_checks.chat(one, TEXT, 6, 4),
             http_checks.stream(one, TEXT, is_chat=True)[0],
             http_checks.logprobs(one, [ROW], 1e-3)[0],
             http_checks.structured(one)[0],

@@ -155,11 +155,17 @@ def test_operator_that_the_build_lacks_is_skipped_with_the_reason() -> None:
     assert (check.verdict, check.evidence) == ("skipped", "this build has no oneDNN")
 
 
+def one_answer(**changes: object) -> dict[str, object]:
+    row = {"text": "Why?", "same_prompt": True, "equal": 24, "total": 24, "parting": None}
+    return row | changes
+
+
 def real(**changes: object) -> list[str]:
     finishes = [{"case": "by itself", "found": "stop", "expected": "stop"}]
     record = {
         "error": None,
         "answer": "The capital of France is Paris.",
+        "compared": [one_answer()],
         "longest_run": 2,
         "most_repeated": 6,
         "finishes": finishes,
@@ -167,9 +173,18 @@ def real(**changes: object) -> list[str]:
     return [check.verdict for check in numeric.real(Answer(record, None, 1.0))]
 
 
-def test_real_model_answers_rightly_and_ends_where_it_should() -> None:
+def test_real_model_answers_as_the_reference_and_ends_where_it_should() -> None:
     assert real() == ["pass", "pass"]
-    assert real(answer="The capital of France is London.") == ["fail", "pass"]
+    # It may part from Hugging Face's answer at a tie only.
+    assert real(compared=[one_answer(equal=3, parting=1e-5)]) == ["pass", "pass"]
+    for row in (
+        one_answer(equal=3, parting=0.5),
+        one_answer(equal=3),
+        one_answer(same_prompt=False),
+        one_answer(equal=None, total=None),
+    ):
+        assert real(compared=[one_answer(), row]) == ["fail", "pass"]
+    assert real(compared=[]) == ["fail", "pass"]
     assert real(longest_run=40) == ["fail", "pass"]
     assert real(longest_run=None) == ["fail", "pass"]
     assert real(finishes=[{"case": "by itself", "found": "length", "expected": "stop"}]) == [

@@ -3,7 +3,7 @@
 import json
 import math
 
-from workspace.checks import registry
+from workspace.checks import smoke
 from workspace.checks.registry import Check
 
 GOOD, BAD = (
@@ -11,13 +11,13 @@ GOOD, BAD = (
     Check("parity.llama", "fail", "319/320", 16.0),
 )
 MACHINE = {"architecture": "aarch64", "cores": 20}
-TREE = registry.Tree("v0.31.0", "c" * 40, "d" * 40, None)
+TREE = smoke.Tree("v0.31.0", "c" * 40, "d" * 40, None)
 
 
 def composed(*checks: Check, parity: dict | None = None) -> dict:
     return json.loads(
-        registry.encode(
-            registry.compose(
+        smoke.encode(
+            smoke.compose(
                 checks, level="quick", tree=TREE, machine=MACHINE, parity=parity or {}, seconds=20.0
             )
         )
@@ -55,10 +55,8 @@ def test_numbers_that_json_lacks_become_null_and_the_record_stays_readable() -> 
         "torch": "damaged",
         "vllm": None,
     }
-    text = registry.encode(
-        registry.compose(
-            [BAD], level="quick", tree=TREE, machine=MACHINE, parity=parity, seconds=1.0
-        )
+    text = smoke.encode(
+        smoke.compose([BAD], level="quick", tree=TREE, machine=MACHINE, parity=parity, seconds=1.0)
     )
     assert json.loads(text, parse_constant=lambda token: f"not JSON: {token}")["parity"] == {
         "models": {"llama": {"max_difference": None, "margin": None}},
@@ -67,20 +65,20 @@ def test_numbers_that_json_lacks_become_null_and_the_record_stays_readable() -> 
 
 
 def test_record_is_of_this_tree_only_where_edits_and_build_are_the_same_and_it_passed() -> None:
-    now = registry.Tree("v0.31.0", "c" * 40, "d" * 40, None, "b" * 64)
+    now = smoke.Tree("v0.31.0", "c" * 40, "d" * 40, None, "b" * 64)
     output = {"verdict": "pass", "tree": "d" * 40, "dirty": None, "built": "b" * 64}
-    assert registry.is_record_of(output, now)
+    assert smoke.is_record_of(output, now)
     for change in (
         {"verdict": "fail"},
         {"tree": "e" * 40},
         {"dirty": "f" * 64},
         {"built": "a" * 64},
     ):
-        assert not registry.is_record_of(output | change, now)
-    assert not registry.is_record_of({}, now)
-    assert not registry.is_record_of(
+        assert not smoke.is_record_of(output | change, now)
+    assert not smoke.is_record_of({}, now)
+    assert not smoke.is_record_of(
         {"verdict": "pass", "tree": None, "dirty": None, "built": None},
-        registry.Tree("v0.31.0", None, None, None),
+        smoke.Tree("v0.31.0", None, None, None),
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from workspace.checks import registry
 from workspace.checks.probe_runs import Answer
 from workspace.checks.registry import REGISTRY, Check, Expected, chosen
+from workspace.core.paths import here
 
 TREE = Path("/clone/vendor/vllm")
 LIBRARIES = {"vllm/_C.abi3.so": (9, "a" * 64), "vllm/spinloop.abi3.so": (7, "b" * 64)}
@@ -208,3 +209,43 @@ def test_levels_nest_and_the_named_model_is_judged_where_one_is_named() -> None:
     assert quick < full == set(REGISTRY)
     assert "parity.model" in chosen("quick", has_model=True)
     assert "parity.model" not in quick
+
+
+def test_table_of_coverage_names_checks_that_exist_or_a_reason() -> None:
+    table = registry.coverage()
+    assert set(table) == {*registry.FIELDS, "features", "forms"}
+    for part, names in table.items():
+        for name, entry in names.items():
+            if isinstance(entry, str):
+                assert len(entry) > 10, f"{part}.{name}"
+                assert entry[-1] != "."
+            else:
+                assert entry
+                assert set(entry) <= set(registry.REGISTRY), f"{part}.{name}"
+
+
+def test_each_check_of_a_parameter_or_of_the_cache_covers_something() -> None:
+    used = {
+        name
+        for names in registry.coverage().values()
+        for entry in names.values()
+        if isinstance(entry, tuple)
+        for name in entry
+    }
+    own = {name for name in registry.REGISTRY if name.startswith(("sampling.", "cache."))}
+    assert own | {"server.parameters"} <= used
+
+
+def test_table_has_a_form_of_each_recipe_and_of_no_other() -> None:
+    recipes = {path.stem for path in (here().root / "recipes").glob("*.toml")}
+    assert {name.partition(": ")[0] for name in registry.coverage()["forms"]} == recipes
+
+
+def test_field_that_the_table_does_not_list_is_named(tmp_path: Path) -> None:
+    assert registry.unlisted(tmp_path) == []
+    file = tmp_path / "vllm" / "sampling_params.py"
+    file.parent.mkdir()
+    file.write_text("class SamplingParams:\n    n: int = 1\n    new: int = 2\n")
+    (tmp_path / "vllm" / "config").mkdir()
+    (tmp_path / "vllm" / "config" / "x.py").write_text("class X:\n    on: bool = True\n")
+    assert registry.unlisted(tmp_path) == ["SamplingParams.new", "features.X.on"]

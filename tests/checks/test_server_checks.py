@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from workspace.checks import server_checks
-from workspace.checks.http_checks import offline
+from workspace.checks.http_checks import Conversation, offline
 from workspace.checks.registry import Check
 from workspace.core.console import Console, RunLog
 from workspace.server import lifecycle, observation, process_tree
@@ -33,6 +33,23 @@ ROWS = [
     }
     for start, text in enumerate(("Hello", "def add(a, b):"), 10)
 ]
+
+CHATS = tuple(
+    Conversation(({"role": "user", "content": row["text"]},), {}, (0, *row["prompt"]))  # type: ignore[misc]
+    for row in ROWS
+)
+
+CASES = (
+    {
+        "case": "logprobs",
+        "message": "Hello",
+        "prompt": CHATS[0].tokens,
+        "params": {"max_tokens": 16},
+        "tokens": ROWS[0]["tokens"][::-1][:16],
+        "text": "".join(f"<{token}>" for token in ROWS[0]["tokens"][::-1][:16]),
+        "finish": "length",
+    },
+)
 
 
 def args_of(pid: int) -> str:
@@ -62,6 +79,8 @@ class Place:
             Address("127.0.0.1", port),
             "1+cpu",
             offline(rows),
+            CHATS,
+            CASES,
             limit_s,
         )
         before = process_tree.living().keys()
@@ -110,7 +129,7 @@ def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_s
 ) -> None:
     failed = place.failed("rubbish")
     # All at once it is the same rubbish as alone.
-    assert set(failed) == {"completions", "chat", "stream", "logprobs", "structured"}
+    assert set(failed) == {"completions", "chat", "stream", "logprobs", "parameters", "structured"}
     assert failed["completions"].startswith("1 answers to 2 prompts")
 
 
@@ -123,6 +142,8 @@ def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_s
             "40 of 40 tokens as offline, largest log-probability difference 1.0e-02",
         ),
         ("raises", "bad_request", "no document: HTTP 500"),
+        ("ignores seeds", "parameters", "n 3: the answers are ["),
+        ("begins twice", "chat", "the tokens of ({'role': 'user', 'content': 'Hello'},) are [0, 0"),
         ("other", "ready", "it reports vLLM 2, but the stamp has 1+cpu"),
     ],
 )

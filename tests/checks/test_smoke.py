@@ -53,19 +53,17 @@ def test_library_of_the_same_size_with_another_content_is_found_by_its_hash(buil
     )
 
 
-def test_vllm_that_computes_nothing_fails_with_8_and_all_three_records_are_the_same(
+def test_vllm_that_computes_nothing_fails_with_8_and_both_records_are_the_same(
     built: World, tmp_path: Path
 ) -> None:
     ended = smoke(built, "--json", tmp_path / "deep" / "record.json")
     assert "checks failed: kernels.norm" in ended.error(8)
     # One line for each, so that a refused push shows its reasons.
     assert "parity.llama: " in ended.err
-    record = json.loads(ended.out)
-    assert (
-        record
-        == json.loads(built.layout.smoke_record.read_bytes())
-        == json.loads((tmp_path / "deep" / "record.json").read_bytes())
-    )
+    # Nobody asked for it on stdout.
+    assert ended.out == ""
+    record = json.loads(built.layout.smoke_record.read_bytes())
+    assert record == json.loads((tmp_path / "deep" / "record.json").read_bytes())
     assert record["verdict"] == "fail"
     assert record["tree"] == built.git("rev-parse", "HEAD^{tree}").strip()
     assert record["dirty"] is None
@@ -79,12 +77,16 @@ def test_vllm_that_computes_nothing_fails_with_8_and_all_three_records_are_the_s
     } == {"fail"}
     assert len(record["built"]) == 64
     assert built.status()["smoke"] == "FAIL"
+    edited = built.layout.vllm / "vllm" / "__init__.py"
+    edited.write_text(edited.read_text() + "# fixed\n")
+    # As a verdict that passed: it is one on another tree.
+    assert built.status()["smoke"] == "stale"
 
 
 def test_edited_python_is_judged_and_named_by_a_digest(built: World) -> None:
     edited = built.layout.vllm / "vllm" / "__init__.py"
     edited.write_text(edited.read_text() + "# mine\n")
-    record = json.loads(smoke(built).out)
+    record = json.loads(smoke(built, "--json", "-").out)
     assert len(record["dirty"]) == 64
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from workspace.checks import probe_runs, server_checks, smoke_suite
+from workspace.checks import numeric, probe_runs, server_checks, smoke_suite
 from workspace.checks.registry import Check, Expected, Level, chosen
 from workspace.checks.smoke import require_passed
 from workspace.core.console import Console, RunLog
@@ -54,12 +54,25 @@ class Clone:
             "rows": [{"case": "one", "difference": 0.5, "limit": 1.0}],
         }
         self.says("kernels", {"error": None, "groups": dict.fromkeys(smoke_suite.KERNELS, group)})
-        self.says("reference", {"error": None, "models": {}})
+        case = {"case": "logprobs", "params": {"max_tokens": 2}, "tokens": [319, 318]}
+        case |= {"text": "<319><318>", "finish": "length"}
+        sampling = {"message": "Hello", "prompt": [0, 1, 2, 3, 4, 5], "cases": [case]}
+        self.says("reference", {"error": None, "models": {}, "sampling": sampling})
+        part = {"error": None, "seconds": 0.1, "rows": [{"case": "one", "problem": None}]}
+        checks = (*numeric.RAW, *numeric.PROCESSED, numeric.ADAPTER)
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "more": {}}
+        chats = [chat | {"tokens": [0, 1, 2, 3, 4, 5]}]
+        self.says(
+            "sampling", {"error": None, "groups": dict.fromkeys(checks, part), "chats": chats}
+        )
         self.says(
             "real_model",
             {
                 "error": None,
                 "answer": "Paris",
+                "compared": [
+                    {"text": "a", "same_prompt": True, "equal": 1, "total": 1, "parting": None}
+                ],
                 "longest_run": 1,
                 "most_repeated": 6,
                 "finishes": [{"case": "x", "found": 1, "expected": 1}],

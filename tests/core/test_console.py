@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,16 @@ def test_long_detail_of_a_step_is_cut_and_its_title_is_not(narrow: Terminal) -> 
     assert not any("_vllm_fa2_C" in line for line in shown)
 
 
+def test_text_beside_a_spinner_is_made_anew_each_time_it_is_drawn(narrow: Terminal) -> None:
+    texts = iter([f"second {count}" for count in range(1000)])
+    with Console(err=narrow).step("parity") as step:
+        step.watch(lambda: next(texts))
+        assert step._progress is not None
+        step._progress.refresh()
+        step._progress.refresh()
+    assert len({found for line in narrow.lines() for found in re.findall(r"second \d+", line)}) > 1
+
+
 def test_sentence_is_cut_at_blanks_and_hint_stays_one_line(narrow: Terminal) -> None:
     sentence, hint = "a sentence with more letters than this terminal has columns", "x " * 40
     Console(err=narrow).error(SourceError(sentence, hint=hint.strip()))
@@ -98,11 +109,15 @@ def test_sentence_is_cut_at_blanks_and_hint_stays_one_line(narrow: Terminal) -> 
     ]
 
 
-def test_record_goes_to_a_program_and_not_to_a_terminal() -> None:
-    terminal, pipe = Terminal(), io.StringIO()
+def test_record_goes_only_where_it_was_asked_for(tmp_path: Path) -> None:
+    terminal, pipe, file = Terminal(), io.StringIO(), tmp_path / "deep" / "record.json"
     for out in (terminal, pipe):
-        Console(out=out, err=io.StringIO()).record('{"schema": 1}')
-    assert (terminal.getvalue(), pipe.getvalue()) == ("", '{"schema": 1}\n')
+        console = Console(out=out, err=io.StringIO())
+        console.record('{"schema": 1}', None)
+        console.record('{"schema": 1}', file)
+        assert out.getvalue() == ""
+        console.record('{"schema": 1}', Path("-"))
+    assert file.read_text() == terminal.getvalue() == pipe.getvalue() == '{"schema": 1}\n'
 
 
 def test_state_orders_rows_by_gravity_and_only_the_last_fails_a_verb() -> None:

@@ -113,6 +113,27 @@ def test_verbs_with_nothing_to_do_do_not_ask_the_gpu(built: World) -> None:
     assert asked.exists()
 
 
+@pytest.mark.parametrize(
+    ("step", "argument", "edited"),
+    [("requirements", "-r", "requirements/new.txt"), ("install", "--editable", "setup.py")],
+)
+def test_step_whose_files_are_edited_meanwhile_is_done_again(
+    built: World, tmp_path: Path, step: str, argument: str, edited: str
+) -> None:
+    program, made, file = tmp_path / "uv", tmp_path / "made", built.layout.vllm / edited
+    edit = f'[ -e "{made}" ] || echo "# meanwhile" | tee "{made}" >> "{file}"'
+    real = built.materials.bin / "uv"
+    program.write_text(
+        f'#!/bin/sh\ncase "$*" in *" {argument} "*) {edit};; esac\nexec "{real}" "$@"\n'
+    )
+    program.chmod(0o755)
+    common = built.layout.vllm / "requirements" / "common.txt"
+    common.write_text(common.read_text() + "# before\n")
+    ended = built.bootstrap(env={"PATH": f"{tmp_path}:{built.env['PATH']}"})
+    assert ended.err.count(f"done     {step} ") == 2, ended.err
+    assert "nothing to do" in built.bootstrap().err
+
+
 QUESTIONS = {
     "nvidia-smi": 'case "$*" in *compute_cap*) echo "NVIDIA GB10, 12.1, 580.95.05";; esac',
     "nvcc": "echo 'Cuda compilation tools, release 13.0, V13.0.48'; echo '#$ TOP=/usr/local/cuda'",

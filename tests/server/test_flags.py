@@ -5,7 +5,7 @@ the real parser.
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from workspace.core.errors import SettingsError, ToolchainError
@@ -331,6 +331,8 @@ FLAGS = st.sampled_from(
 
 
 @given(st.lists(FLAGS | VALUES | st.tuples(FLAGS, VALUES).map("=".join)))
+@example(["--ssl-certfile=", "-0"])
+@example(["--tokenizer", "-1"])
 def test_typed_paths_keep_every_argument_and_are_the_same_when_typed_again(
     args: list[str],
 ) -> None:

@@ -22,6 +22,7 @@ from workspace.core.errors import SettingsError, ToolchainError
 from workspace.core.known_settings import is_secret
 from workspace.core.paths import Layout
 from workspace.core.settings import load
+from workspace.machine.machine import Machine
 from workspace.server import command, verbs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,14 +127,16 @@ def become(
 ) -> "subprocess.Popen[str]":
     """Start `inv run -- ARGV`, or `inv shell`, in a process of its own."""
     call = (
-        "verbs.run_command(layout, settings.load(layout), sys.argv[2:], console=main.console())"
+        "verbs.run_command(machine, sys.argv[2:], console=main.console())"
         if verb == "run"
-        else "verbs.open_shell(layout, settings.load(layout), console=main.console())"
+        else "verbs.open_shell(machine, console=main.console())"
     )
     code = (
         "import sys; from pathlib import Path; from workspace.cli import main; from workspace.core"
-        " import settings; from workspace.core.paths import Layout\nfrom workspace.server import"
-        " verbs; layout = Layout(Path(sys.argv[1]))\nsys.exit(main.run(lambda: " + call + "))"
+        " import settings; from workspace.core.paths import Layout\nfrom workspace.machine.machine"
+        " import Machine\nfrom workspace.server import verbs; layout = Layout(Path(sys.argv[1]))\n"
+        "def verb():\n    machine = Machine(layout, settings.load(layout))\n    " + call + "\n"
+        "sys.exit(main.run(verb))"
     )
     environment = {
         "PATH": "/usr/bin:/bin",
@@ -234,17 +237,17 @@ def test_command_that_cannot_run_is_an_error(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "bare")
     found = load(layout, environ={"PATH": "/usr/bin"})
     with pytest.raises(SettingsError, match="no command"):
-        verbs.run_command(layout, found, [], console=console)
+        verbs.run_command(Machine(layout, found), [], console=console)
     with pytest.raises(ToolchainError, match="no built environment"):
-        verbs.run_command(layout, found, ["true"], console=console)
+        verbs.run_command(Machine(layout, found), ["true"], console=console)
     made = built(tmp_path / "made")
+    machine = Machine(made, load(made, environ={"PATH": "/usr/bin"}))
     with pytest.raises(ToolchainError, match="no-such-program is missing"):
-        verbs.run_command(
-            made, load(made, environ={"PATH": "/usr/bin"}), ["no-such-program"], console=console
-        )
+        verbs.run_command(machine, ["no-such-program"], console=console)
     made.dotenv.write_text("VLLM_CPU_KVCACHE_SPACE=900000\nDEVICE=cpu\n")
     with pytest.raises(SettingsError, match="VLLM_CPU_KVCACHE_SPACE=900000"):
-        verbs.run_command(made, load(made, environ={"PATH": "/usr/bin"}), ["true"], console=console)
+        machine = Machine(made, load(made, environ={"PATH": "/usr/bin"}))
+        verbs.run_command(machine, ["true"], console=console)
 
 
 def test_export_leaves_out_secrets_with_a_note(tmp_path: Path) -> None:
@@ -252,8 +255,7 @@ def test_export_leaves_out_secrets_with_a_note(tmp_path: Path) -> None:
     layout.dotenv.write_text("HF_TOKEN=hf_secret\nMY_OWN='a b'\n")
     out, err = io.StringIO(), io.StringIO()
     verbs.export_variables(
-        layout,
-        load(layout, environ={"PATH": os.environ["PATH"]}),
+        Machine(layout, load(layout, environ={"PATH": os.environ["PATH"]})),
         console=Console(out=out, err=err),
     )
     assert f"export MY_OWN={shlex.quote('a b')}" in out.getvalue().splitlines()

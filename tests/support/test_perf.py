@@ -44,7 +44,8 @@ def tools(world: World) -> Path:
 
 
 def perf(world: World, *args: str) -> Ended:
-    argv = [tools(world), "-m", "workspace.cli.sessions", "perf", *args]
+    asked = ("--json", "-") if "--json" not in args else ()
+    argv = [tools(world), "-m", "workspace.cli.sessions", "perf", *asked, *args]
     done = subprocess.run(
         argv,
         env=world.env,

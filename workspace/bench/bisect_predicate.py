@@ -21,7 +21,8 @@ from workspace.bench.bisect_log import Verdict
 from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Kind
 from workspace.bench.subject import Benchmark, WorkloadOptions
-from workspace.checks.registry import REGISTRY, last_record
+from workspace.checks.registry import REGISTRY
+from workspace.checks.smoke import last_record
 from workspace.core import hints, process
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import SettingsError, SmokeError, ToolchainError, WorkspaceError

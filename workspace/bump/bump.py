@@ -6,7 +6,6 @@ or `inv patch.continue`, resumes a bump after a conflict, a failed smoke or a ki
 
 import contextlib
 import datetime
-import io
 from collections.abc import Iterator
 from typing import Literal
 
@@ -396,8 +395,7 @@ def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
     from workspace.checks import smoke
     from workspace.checks.smoke_suite import SmokeOptions
 
-    # The smoke writes its record to a file; this verb does not print it.
-    smoke.smoke(layout, settings, SmokeOptions(), console=Console(out=io.StringIO()))
+    smoke.smoke(layout, settings, SmokeOptions(), console=console)
 
 
 def _verify_promotion(layout: Layout, settings: Settings, console: Console) -> None:

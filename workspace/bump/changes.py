@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.checks import registry
 from workspace.compile import externals
 from workspace.core import records
 from workspace.core.errors import counted
@@ -40,6 +41,7 @@ Topic = Literal[
     "flag",
     "moved",
     "precompiled",
+    "smoke",
     "age",
     "unknown",
 ]
@@ -172,6 +174,7 @@ def work_out(
         *_names(layout, settings, before, after),
         *_moved(differing, compared.moved, compared.touched),
         *_precompiled_wheels(compared.pin, compared.candidate),
+        *_smoke(before, after),
         *_age(settings, compared.candidate),
         *_unknown(compared.candidate),
     )
@@ -355,6 +358,31 @@ def _precompiled_wheels(pin: Pin, candidate: Candidate) -> Iterator[Change]:
                 (),
                 f"{why}; kernels: --kernels native, or --kernels WHEEL",
             )
+
+
+def _smoke(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> Iterator[Change]:
+    """Yield what requests and configurations offer there or no longer offer; see coverage.toml."""
+    old, new = (
+        {
+            name: path
+            for path, content in files.items()
+            for name in registry.offered(path, content.decode(errors="replace"))
+        }
+        for files in (before, after)
+    )
+    there = {part for part, _ in new}
+    for part in sorted({part for part, _ in old} - there - {"features"}):
+        place = next(path for (other, _), path in old.items() if other == part)
+        yield Change("smoke", part, place, None, remark="checks/coverage.toml still lists it")
+    for part, name in sorted(old.keys() ^ new.keys()):
+        if part not in there and part != "features":
+            continue
+        known = registry.coverage().get(part, {}).get(name)
+        remark = "" if known else "checks/coverage.toml does not list it"
+        if isinstance(known, tuple):
+            remark = f"judged by {', '.join(known)}"
+        shown = name if part == "features" else f"{part}.{name}"
+        yield Change("smoke", shown, old.get((part, name)), new.get((part, name)), remark=remark)
 
 
 def _age(settings: Settings, candidate: Candidate) -> Iterator[Change]:

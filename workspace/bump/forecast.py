@@ -44,6 +44,7 @@ _CHANGE_STATES: Mapping[Topic, RowState] = {
     "sources": RowState.WARN,
     "moved": RowState.WARN,
     "precompiled": RowState.MISSING,
+    "smoke": RowState.WARN,
     "unknown": RowState.WARN,
 }
 _TEST_TEXTS: Mapping[Test, str] = {

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.checks import registry as smoke_record
+from workspace.checks import smoke as smoke_record
 from workspace.core import files, lock, records
 from workspace.core.console import Console, RunLog
 from workspace.core.files import copy_files, read_regular, write_atomic

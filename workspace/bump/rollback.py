@@ -14,7 +14,7 @@ from pathlib import Path
 from workspace.bump import bump, known_good, promote, staging, triton
 from workspace.bump.known_good import KnownGood
 from workspace.bump.staging import RedoLog, Step
-from workspace.checks import registry as smoke_record
+from workspace.checks import smoke as smoke_record
 from workspace.core import hints, lock
 from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import (

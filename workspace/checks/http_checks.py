@@ -30,6 +30,10 @@ SCHEMA: Mapping[str, object] = {
     "additionalProperties": False,
 }
 SHOWN = 80
+# Filters of random samples that leave the most likely token only.
+STRICT: Mapping[str, object] = {"top_k": 1, "top_p": 1e-6, "min_p": 1.0}
+# Parameters of the engine that a request has not.
+_OFFLINE = {"detokenize"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,82 @@ def offline(record: object) -> tuple[OfflineAnswer, ...]:
         return ()
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a chat with further arguments of its request, and Hugging Face's tokens."""
+
+    messages: tuple[object, ...]
+    more: Mapping[str, object]
+    tokens: tuple[int, ...]
+
+
+def conversations(record: Mapping[str, object]) -> tuple[Conversation, ...]:
+    """Return the conversations of probes/sampling.py; empty if they are damaged."""
+    found = []
+    for row in rows(record, "chats"):
+        messages, tokens = row.get("messages"), row.get("tokens")
+        if not isinstance(messages, list) or not isinstance(tokens, list):
+            return ()
+        found.append(Conversation(tuple(messages), section(row, "more"), tuple(tokens)))
+    return tuple(found)
+
+
+def cases(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
+    """Return the cases of `reference.py --sampling` that have one right answer and whose
+    parameters a request has, and the filters of STRICT; empty if there are none.
+    """
+    known = section(record, "sampling")
+    found = [
+        case
+        for case in rows(known, "cases")
+        if isinstance(case.get("tokens"), list) and not _OFFLINE & section(case, "params").keys()
+    ]
+    plain = next((case for case in found if case.get("case") == "logprobs"), {})
+    strict = [
+        {
+            **plain,
+            "case": name,
+            "params": {**section(plain, "params"), "temperature": 1.5, name: value},
+        }
+        for name, value in STRICT.items()
+        if plain
+    ]
+    both = {name: known.get(name) for name in ("prompt", "message")}
+    return tuple({**case, **both} for case in (*found, *strict))
+
+
+def parameter(reply: Reply, case: Mapping[str, object]) -> list[str]:
+    """Judge the answer to a completion or a chat with a changed parameter by the reference's."""
+    if reply.refused:
+        return [f"{case.get('case')}: {reply.refused}"]
+    choice, tokens = _first(reply), case["tokens"]
+    found = choice.get("token_ids")
+    if case.get("is_cut") and isinstance(found, list) and isinstance(tokens, list):
+        # What follows comes after a tie.
+        return [] if found[: len(tokens)] == tokens else [f"{case.get('case')}: {_shown(found)}"]
+    text = section(choice, "message").get("content") or choice.get("text") or ""
+    pairs = (
+        (found, tokens),
+        (text, case.get("text")),
+        (choice.get("finish_reason"), case.get("finish")),
+        (choice.get("stop_reason"), case.get("stop")),
+    )
+    return [
+        f"{case.get('case')}: {_shown(one)}, expected {_shown(other)}"
+        for one, other in pairs
+        if one != other
+    ]
+
+
+def sampled(several: Reply, seeds: Sequence[Reply]) -> list[str]:
+    """Judge three answers to one request, and two answers with one seed before one with another."""
+    texts = [choice.get("text") for choice in rows(several.document, "choices")]
+    first, again, other = map(text_of, seeds)
+    problems = [] if len(set(map(str, texts))) == 3 else [f"n 3: the answers are {_shown(texts)}"]
+    problems += [] if first and first == again else ["seed: the same seed does not repeat"]
+    return problems + ([] if first != other else ["seed: another seed gives the same answer"])
+
+
 def completions(reply: Reply, expected: Sequence[OfflineAnswer], count: int) -> list[str]:
     """Judge one reply to all prompts: the offline engine's tokens, in order and counted right."""
     if reply.refused:
@@ -116,11 +196,8 @@ def stopped(reply: Reply, row: OfflineAnswer, stop: int) -> list[str]:
     return problems + _finish(choice, "stop")
 
 
-def chat(reply: Reply, text: str, row: OfflineAnswer, count: int) -> list[str]:
-    """Judge a chat answer by the completion of its prompt.
-
-    The template's prompt is the message and one space.
-    """
+def chat(reply: Reply, text: str, prompt: int, count: int) -> list[str]:
+    """Judge a chat answer by the completion of its prompt, which has this many tokens."""
     if reply.refused:
         return [reply.refused]
     choice = _first(reply)
@@ -134,7 +211,15 @@ def chat(reply: Reply, text: str, row: OfflineAnswer, count: int) -> list[str]:
         problems.append(
             f"chat answers {_shown(message.get('content'))}, completions answer {_shown(text)}"
         )
-    return problems + _finish(choice, "length") + _usage(reply.document, len(row.prompt) + 1, count)
+    return problems + _finish(choice, "length") + _usage(reply.document, prompt, count)
+
+
+def rendered(reply: Reply, expected: Conversation) -> list[str]:
+    """Judge the tokens that the server makes of a conversation."""
+    found = reply.document.get("prompt_token_ids")
+    if reply.refused or found == list(expected.tokens):
+        return [reply.refused] if reply.refused else []
+    return [f"the tokens of {_shown(expected.messages)} are {_shown(found)}, not Hugging Face's"]
 
 
 def stream(reply: Reply, whole: str, *, is_chat: bool) -> tuple[list[str], int]:

@@ -1,6 +1,6 @@
 """Verdicts on numbers: operators against torch, models against Hugging Face, vLLM against itself.
 
-They also judge a real model by common knowledge, and a parity failure by a second run.
+They also judge a real model's answers, and a parity failure by a second run.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,6 +25,20 @@ _LIMITS = {"mixtral": 5 * MAX_DIFFERENCE}
 MAX_MEAN_BFLOAT16 = 0.05
 # Nats: a tenth of what parity allows. GPU kernels may add in another order in the next run.
 STEADY = 1e-4
+# The checks of probes/sampling.py: by its first engine, by the second, too, and by an adapter, too.
+RAW = ("templates.tokens", "cache.blocks", "sampling.random", "sampling.ends")
+PROCESSED = (
+    "sampling.logprobs",
+    "sampling.penalties",
+    "sampling.masks",
+    "sampling.filters",
+)
+ADAPTER = "cache.keys"
+# The options of its engines, which `sampling` judges; on a GPU an adapter needs another type.
+ENGINES: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "cpu": ((), ("--processed", "--adapter")),
+    "cuda": ((), ("--processed",), ("--adapter",)),
+}
 # Seconds of loading and compilation from which on they are mentioned.
 SHOWN_S = 1.0
 
@@ -57,24 +71,68 @@ def kernels(answer: Answer, group: str) -> Check:
         )
     if found.get("skipped"):
         return Check(identifier, "skipped", str(found["skipped"]), seconds)
-    cases = rows(found, "rows")
+    found_cases = rows(found, "rows")
     problems = (
-        [str(found["error"])] if found.get("error") else [] if cases else ["nothing was compared"]
+        [str(found["error"])]
+        if found.get("error")
+        else []
+        if found_cases
+        else ["nothing was compared"]
     )
-    for case in cases:
+    for case in found_cases:
         difference, limit = number(case, "difference"), number(case, "limit")
         if not difference <= limit:
             problems.append(
                 f"{case.get('case')}: off by {difference:.3g}, the limit is {limit:g} (roundings)"
             )
-    worst = max((number(case, "difference") / number(case, "limit") for case in cases), default=0.0)
+    worst = max(
+        (number(case, "difference") / number(case, "limit") for case in found_cases), default=0.0
+    )
     return judged(
         identifier,
         problems,
-        f"{counted(len(cases), 'case')}, the worst at {worst:.0%} of what rounding allows"
+        f"{counted(len(found_cases), 'case')}, the worst at {worst:.0%} of what rounding allows"
         + (f"; loading and compilation {first_s:.1f} s" if first_s >= SHOWN_S else ""),
         seconds,
     )
+
+
+def sampling(
+    raw: Answer, processed: Answer, adapter: Answer
+) -> list[tuple[tuple[Check, ...], Answer]]:
+    """Judge what the engines of probes/sampling.py answered, some checks by two of them.
+
+    `adapter` may be `processed`, if one engine has both.
+    """
+    only_raw = tuple(cases(name, raw) for name in RAW)
+    both = tuple(cases(name, raw, processed) for name in PROCESSED)
+    return [(only_raw, raw), (both, processed), ((cases(ADAPTER, raw, adapter),), adapter)]
+
+
+def cases(identifier: str, *answers: Answer) -> Check:
+    """Judge the cases of one check in documents of probes/sampling.py, each of which has some."""
+    problems: list[str] = []
+    count, worst, seconds = 0, 0.0, 0.0
+    for answer in answers:
+        found = section(section(answer.record, "groups"), identifier)
+        seconds += number(found, "seconds") if found else 0.0
+        if problem := _failure_of(answer, found):
+            problems.append(problem)
+        for case in rows(found, "rows"):
+            count += 1
+            if case.get("problem"):
+                problems.append(f"{case.get('case')} {case['problem']}")
+            elif "difference" in case:
+                difference = number(case, "difference")
+                worst = max(worst, difference)
+                if not difference < MAX_DIFFERENCE:
+                    problems.append(
+                        f"{case.get('case')} differ by {difference:.1e}, allowed is"
+                        f" {MAX_DIFFERENCE:g}"
+                    )
+    problems += [] if count or problems else ["nothing was compared"]
+    fine = counted(count, "comparison") + (f", largest difference {worst:.1e}" if worst else "")
+    return judged(identifier, problems, fine, seconds)
 
 
 def parity(answer: Answer, name: str, identifier: str | None = None) -> Check:
@@ -155,12 +213,11 @@ def real(answer: Answer) -> tuple[Check, Check]:
     if answer.problem or record.get("error"):
         why = [answer.problem or str(record["error"])]
         return judged("real.answer", why, "", answer.seconds), judged("real.finish", why, "", 0.0)
-    answered, run = str(record.get("answer")), number(record, "longest_run")
-    problems = (
-        []
-        if "Paris" in answered
-        else [f"the answer about the capital of France is {answered[:80]!r}"]
-    )
+    answered, run = str(record.get("answer"))[:60], number(record, "longest_run")
+    compared = rows(record, "compared")
+    equal = sum(number(row, "equal") for row in compared)
+    problems = [] if compared else ["nothing was compared"]
+    problems += [problem for row in compared for problem in _unlike(row)]
     problems += (
         []
         if run <= number(record, "most_repeated")
@@ -173,11 +230,27 @@ def real(answer: Answer) -> tuple[Check, Check]:
     ]
     ends += [] if rows(record, "finishes") else ["the probe asked nothing"]
     return (
-        judged("real.answer", problems, repr(answered[:60]), answer.seconds),
+        judged("real.answer", problems, f"{equal:g} tokens equal, {answered!r}", answer.seconds),
         judged(
             "real.finish", ends, f"{len(rows(record, 'finishes'))} answers end as expected", 0.0
         ),
     )
+
+
+def _unlike(row: Mapping[str, object]) -> list[str]:
+    """Return the problems of an answer of SmolLM2; it may part from Hugging Face's at a tie."""
+    equal, total = number(row, "equal"), number(row, "total")
+    problems = (
+        []
+        if row.get("same_prompt") is True
+        else [f"the tokens of {row.get('text')!r} differ from Hugging Face's"]
+    )
+    if not (equal == total > 0 or number(row, "parting") < MAX_DIFFERENCE):
+        problems.append(
+            f"{equal:g} of the first {total:g} tokens of the answer to {row.get('text')!r} are"
+            " Hugging Face's"
+        )
+    return problems
 
 
 def is_answered(answer: Answer, name: str) -> bool:

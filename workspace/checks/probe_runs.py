@@ -17,7 +17,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -289,6 +289,58 @@ def ask(program: Program, shared: SharedImport | None = None) -> Answer:
         stacks = watch.stacks(completed.stderr)
         log = (shlex.join(program.argv), *watch.seen, *completed.stderr.splitlines())
     return Answer(record, failure, time.monotonic() - started, stacks, log, compilers)
+
+
+# What the screen calls a probe.
+_TITLES = {
+    "verify.py": "libraries",
+    "kernels.py": "operators",
+    "reference.py": "Hugging Face",
+    "parity.py": "vLLM",
+    "sampling.py": "sampling",
+    "real_model.py": "vLLM smollm2",
+}
+
+
+@dataclass(frozen=True)
+class _LastCheck:
+    id: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _LastSmoke:
+    """What is read here of the record of the last smoke."""
+
+    checks: tuple[_LastCheck, ...] = ()
+
+
+class Running:
+    """The probes that run now, and the seconds of each check in the last smoke, for the screen."""
+
+    def __init__(self, record: Path) -> None:
+        last = records.read(record, _LastSmoke) or _LastSmoke()
+        self._last = {check.id: check.seconds for check in last.checks}
+        # Monotonic seconds by title. Threads write, and one reads.
+        self._began: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def noted(self, probe: str, args: Iterable[str]) -> Iterator[None]:
+        """Name a probe and its models on the screen while it runs."""
+        models = " ".join(arg.split("=")[1] for arg in args if arg.startswith("--model="))
+        title = f"{_TITLES[probe]} {models}".rstrip()
+        self._began[title] = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began.pop(title, None)
+
+    def text(self, check: str) -> str:
+        """Return the seconds of a check in the last smoke, and of each probe that runs now."""
+        now = time.monotonic()
+        parts = [f"{title} {now - began:.0f} s" for title, began in [*self._began.items()]]
+        last = [f"last time {self._last[check]:.0f} s"] if check in self._last else []
+        return "; ".join([*last, *parts])
 
 
 def timeout_text(program: Program) -> str:

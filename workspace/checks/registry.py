@@ -1,24 +1,23 @@
-"""The smoke's checks: their registry, their verdicts on build and imports, and the record.
+"""The smoke's checks: their registry, what of vLLM they cover, and their verdicts on build and
+imports.
 
 Verdicts are pure functions: from a probe's answer and the stamps to pass or fail with evidence.
 """
 
-import datetime
-import hashlib
-import json
+import ast
+import contextlib
+import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from workspace.checks.probe_runs import Answer
 from workspace.core import records
-from workspace.core.console import Console, Row, State
+from workspace.core.console import Row, State
 from workspace.core.errors import counted
-from workspace.core.files import write_atomic
-from workspace.core.paths import Layout
-from workspace.install import plan
 
 Level = Literal["quick", "full"]
 # What a machine may lack. A check that is skipped for another reason counts as failed.
@@ -31,10 +30,6 @@ _SERVER = "checks.server_log"
 _REBUILD = "checks.rebuild"
 Verdict = Literal["pass", "fail", "skipped"]
 _STATES = {"pass": State.OK, "fail": State.FAIL, "skipped": State.SKIPPED}
-SCHEMA = 2
-# The parts of the parity probe's document that are worth comparing between days; it omits the
-# tokens.
-_MEASURES = ("models", "consistency", "device", "gpu", "seconds", "compilation")
 
 
 @dataclass(frozen=True)
@@ -108,6 +103,46 @@ REGISTRY: Mapping[str, Entry] = {
     "consistency.prefix": Entry(
         "prompts that share a beginning give the same answers from the prefix cache", _DIFFERS
     ),
+    "templates.tokens": Entry(
+        "the tokens of conversations and of texts, with one BOS, are those of Hugging Face's"
+        " tokenizer and template",
+        _DIFFERS,
+    ),
+    "cache.blocks": Entry(
+        "of a prompt the tokens of exactly those blocks come from the cache that an earlier prompt"
+        " shares from its beginning",
+        _DIFFERS,
+    ),
+    "cache.keys": Entry(
+        "a cached block is found only with the salt and the adapter with which it was computed",
+        _DIFFERS,
+    ),
+    "sampling.logprobs": Entry(
+        "log-probabilities and ranks, before and after all parameters, of answers and of prompts,"
+        " are Hugging Face's",
+        _DIFFERS,
+    ),
+    "sampling.penalties": Entry(
+        "each penalty changes tokens and log-probabilities as in Hugging Face or in float64",
+        _DIFFERS,
+    ),
+    "sampling.masks": Entry(
+        "allowed tokens, bad words, biases and a least length choose the tokens that they must",
+        _DIFFERS,
+    ),
+    "sampling.filters": Entry(
+        "temperature, top-k, top-p and min-p leave the distribution that Hugging Face's leave",
+        _DIFFERS,
+    ),
+    "sampling.random": Entry(
+        "samples have the reference's probabilities, repeat with a seed, and differ without one",
+        _DIFFERS,
+    ),
+    "sampling.ends": Entry(
+        "an answer ends at a stop string, a stop token, the end of text or a repetition, with the"
+        " text and the reason that it must have",
+        _DIFFERS,
+    ),
     "consistency.compiled": Entry(
         "torch.compile changes no token and no log-probability", _DIFFERS, "full"
     ),
@@ -124,7 +159,8 @@ REGISTRY: Mapping[str, Entry] = {
         "full",
     ),
     "server.chat": Entry(
-        "/v1/chat/completions gives the completion of the prompt that the chat template makes",
+        "/v1/chat/completions makes Hugging Face's tokens of a conversation, and answers with the"
+        " completion of these tokens",
         _DIFFERS,
         "full",
     ),
@@ -135,6 +171,11 @@ REGISTRY: Mapping[str, Entry] = {
     ),
     "server.logprobs": Entry(
         "tokens and log-probabilities over HTTP equal the offline engine's", _DIFFERS, "full"
+    ),
+    "server.parameters": Entry(
+        "sampling parameters over HTTP give Hugging Face's answers, in completions and in chats",
+        _DIFFERS,
+        "full",
     ),
     "server.structured": Entry("an answer obeys a JSON schema", _DIFFERS, "full"),
     "server.bad_request": Entry(
@@ -155,7 +196,8 @@ REGISTRY: Mapping[str, Entry] = {
     ),
     "provenance.tree": Entry("vendor/vllm did not change while the checks ran", "nox.smoke"),
     "real.answer": Entry(
-        "SmolLM2 knows the capital of France and does not repeat one token endlessly",
+        "SmolLM2 answers questions with Hugging Face's first tokens and does not repeat one token"
+        " endlessly",
         _DIFFERS,
         "full",
     ),
@@ -174,6 +216,77 @@ def chosen(level: Level, *, has_model: bool) -> tuple[str, ...]:
         for name, entry in REGISTRY.items()
         if level in ("full", entry.level) and (has_model or name != "parity.model")
     )
+
+
+# What coverage.toml lists of the tree: the fields of these classes, and switches in these files.
+COVERAGE = Path(__file__).with_name("coverage.toml")
+_SAMPLING = "vllm/sampling_params.py"
+_OPENAI = "vllm/entrypoints/openai"
+FIELDS: Mapping[str, str] = {
+    "SamplingParams": _SAMPLING,
+    "StructuredOutputsParams": _SAMPLING,
+    "RepetitionDetectionParams": _SAMPLING,
+    "CompletionRequest": f"{_OPENAI}/completion/protocol.py",
+    "ChatCompletionRequest": f"{_OPENAI}/chat_completion/protocol.py",
+}
+_SWITCHES = re.compile(r"vllm/config/\w+\.py")
+_SWITCH = re.compile(r"(True|None|Field\(default=(True|None)\b.*)")
+
+
+@functools.cache
+def coverage() -> Mapping[str, Mapping[str, tuple[str, ...] | str]]:
+    """Return coverage.toml: by part and name the checks, or the reason why there is none.
+
+    Raises DecodeError if the file is damaged.
+    """
+    parts = records.parse_toml(COVERAGE.read_bytes())
+    return {
+        part: {
+            name: tuple(map(str, entry)) if isinstance(entry, list) else str(entry)
+            for name, entry in section(parts, part).items()
+        }
+        for part in parts
+    }
+
+
+def offered(path: str, content: str) -> set[tuple[str, str]]:
+    """Return what a file of the tree offers, as part and name in coverage.toml.
+
+    A source that does not parse offers nothing.
+    """
+    try:
+        classes = [node for node in ast.parse(content).body if isinstance(node, ast.ClassDef)]
+    except (SyntaxError, ValueError, RecursionError):
+        return set()
+    found: set[tuple[str, str]] = set()
+    for node in classes:
+        for line in node.body:
+            if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
+                continue
+            name, default = line.target.id, ast.unparse(line.value) if line.value else ""
+            if name.startswith("_"):
+                continue
+            if FIELDS.get(node.name) == path:
+                found.add((node.name, name))
+            is_switch = re.search(r"\bbool\b", ast.unparse(line.annotation))
+            if _SWITCHES.fullmatch(path) and is_switch and _SWITCH.fullmatch(default):
+                found.add(("features", f"{node.name}.{name}"))
+    return found
+
+
+def unlisted(tree: Path) -> list[str]:
+    """Return what the tree offers and coverage.toml does not list."""
+    paths = {
+        *FIELDS.values(),
+        *(f"vllm/config/{file.name}" for file in tree.glob("vllm/config/*.py")),
+    }
+    found: set[tuple[str, str]] = set()
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found |= offered(path, (tree / path).read_text(encoding="utf-8", errors="replace"))
+    return [
+        f"{part}.{name}" for part, name in sorted(found) if name not in coverage().get(part, {})
+    ]
 
 
 @dataclass(frozen=True)
@@ -343,20 +456,6 @@ def number(record: Mapping[str, object], name: str) -> float:
     )
 
 
-@dataclass(frozen=True)
-class Tree:
-    """The content of vendor/vllm: its git tree, and a digest of edits, None without edits.
-
-    `built` is one digest of everything that was stamped.
-    """
-
-    pin: str
-    commit: str | None
-    oid: str | None
-    dirty: str | None
-    built: str | None = None
-
-
 def verdict(checks: Sequence[Check]) -> Verdict:
     """Return pass if a check passed and none failed.
 
@@ -364,114 +463,3 @@ def verdict(checks: Sequence[Check]) -> Verdict:
     """
     verdicts = {check.verdict for check in checks}
     return "pass" if "pass" in verdicts and "fail" not in verdicts else "fail"
-
-
-def tree_of(layout: Layout, observed: plan.Observation) -> Tree:
-    """Name the sources under test; edited files count with their present content."""
-    stack = observed.stack
-    return Tree(
-        observed.pin.tag,
-        stack.head if stack else None,
-        stack.tree if stack else None,
-        plan.edits_digest(layout, stack),
-        _built(observed),
-    )
-
-
-def is_record_of(record: Mapping[str, object], now: Tree) -> bool:
-    """Return whether a record is of a smoke that passed on this tree, edits and build."""
-    return (
-        record.get("verdict") == "pass"
-        and now.oid is not None
-        and all(
-            record.get(name) == text
-            for name, text in (("tree", now.oid), ("dirty", now.dirty), ("built", now.built))
-        )
-    )
-
-
-def _built(observed: plan.Observation) -> str:
-    stamps = [
-        asdict(layer.recorded) if layer.recorded else None
-        for layer in (observed.environment, observed.kernels)
-    ]
-    # Build time and number of jobs do not describe what was built.
-    names = ("inputs", "kernels", "packages", "libraries")
-    parts = [{name: stamp[name] for name in names} if stamp else None for stamp in stamps]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def compose(
-    checks: Sequence[Check],
-    *,
-    level: str,
-    tree: Tree,
-    machine: Mapping[str, object],
-    parity: Mapping[str, object],
-    seconds: float,
-) -> dict[str, object]:
-    """Return the record as a document. Times are UTC, durations seconds, differences nats."""
-    torch = parity.get("torch")
-    vllm = parity.get("vllm")
-    return {
-        "schema": SCHEMA,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "verdict": verdict(checks),
-        "level": level,
-        "pin": tree.pin,
-        "commit": tree.commit,
-        "tree": tree.oid,
-        "dirty": tree.dirty,
-        "built": tree.built,
-        "checks": [_row(check) for check in checks],
-        "versions": {
-            "vllm": vllm.get("version") if isinstance(vllm, dict) else None,
-            "torch": torch.get("version") if isinstance(torch, dict) else None,
-            "cuda": torch.get("cuda") if isinstance(torch, dict) else None,
-            "triton": parity.get("triton"),
-            "transformers": parity.get("transformers"),
-            "python": parity.get("python"),
-        },
-        "parity": {name: _writable(parity[name]) for name in _MEASURES if name in parity},
-        "seconds": round(seconds, 2),
-        "machine": machine,
-    }
-
-
-def _writable(measured: object) -> object:
-    """Replace numbers that JSON lacks, NaN and infinity, by null."""
-    if isinstance(measured, dict):
-        return {name: _writable(part) for name, part in measured.items()}
-    return None if isinstance(measured, float) and not math.isfinite(measured) else measured
-
-
-def _row(check: Check) -> dict[str, object]:
-    row: dict[str, object] = {
-        "id": check.identifier,
-        "meaning": check.meaning,
-        "verdict": check.verdict,
-        "evidence": check.evidence,
-        "seconds": round(check.seconds, 2),
-    }
-    return row | ({"problems": list(check.problems)} if check.problems else {})
-
-
-def encode(record: Mapping[str, object]) -> str:
-    """Return a record as JSON text."""
-    return json.dumps(record, indent=1, allow_nan=False)
-
-
-def write_record(
-    path: Path, record: Mapping[str, object], *, console: Console, json_file: Path | None
-) -> None:
-    """Write a record to `path`, to stdout if a program reads it, and to the file of the user."""
-    text = encode(record)
-    write_atomic(path, f"{text}\n".encode())
-    console.record(text)
-    if json_file:
-        write_atomic(json_file, f"{text}\n".encode())
-
-
-def last_record(layout: Layout) -> Mapping[str, object]:
-    """Return the record of the last smoke, empty if there is none or it is unreadable."""
-    return records.read(layout.smoke_record, dict[str, object]) or {}

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.checks import http_checks, probe_runs
-from workspace.checks.http_checks import OfflineAnswer, Reply
+from workspace.checks.http_checks import Conversation, OfflineAnswer, Reply
 from workspace.checks.numeric import MAX_DIFFERENCE
-from workspace.checks.registry import Check, Expected, judged
+from workspace.checks.registry import Check, Expected, judged, section
 from workspace.core.console import RunLog
 from workspace.core.errors import ServeError, WorkspaceError
 from workspace.core.paths import Layout
@@ -32,6 +32,7 @@ CHECKS = (
     "chat",
     "stream",
     "logprobs",
+    "parameters",
     "structured",
     "bad_request",
     "concurrent",
@@ -51,19 +52,21 @@ DYING_S = 10.0
 # Seconds: vLLM exits within one second, on a loaded machine later.
 STOP_S = 30.0
 KEPT_LOG_LINES = 300
-# The tiny model has no chat template (see recipes/tiny.toml), and a template cannot name its
-# special tokens.
-TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 _MEMORY = ("--gpu-memory-utilization=0.1", "--kv-cache-memory-bytes=268435456")
 
 Verdict = tuple[list[str], str]
+# What the requests are compared with: the last three fields of ServerUnderTest before the limit.
+Answers = tuple[
+    tuple[OfflineAnswer, ...], tuple[Conversation, ...], tuple[Mapping[str, object], ...]
+]
 
 
 @dataclass(frozen=True)
 class ServerUnderTest:
     """The server to start, and the expected version and answers.
 
-    `environment` is complete; `rows` are the offline engine's answers.
+    `environment` is complete; `rows` are the offline engine's answers, `chats` conversations with
+    Hugging Face's tokens, `cases` requests with Hugging Face's answers.
     """
 
     argv: tuple[str, ...]
@@ -71,6 +74,8 @@ class ServerUnderTest:
     address: Address
     version: str
     rows: tuple[OfflineAnswer, ...]
+    chats: tuple[Conversation, ...]
+    cases: tuple[Mapping[str, object], ...]
     limit_s: float
 
 
@@ -80,7 +85,7 @@ def under_test(
     model: Path,
     *,
     expected: Expected,
-    rows: tuple[OfflineAnswer, ...],
+    answers: Answers,
     limit_s: float,
 ) -> ServerUnderTest:
     """Return the server to start, at a free port.
@@ -95,7 +100,6 @@ def under_test(
         f"--max-model-len={LENGTH}",
         f"--max-num-seqs={BATCH}",
         f"--served-model-name={NAME}",
-        f"--chat-template={TEMPLATE}",
         f"--host={address.host}",
         f"--port={address.port}",
         *(_MEMORY if expected.device == "cuda" else ()),
@@ -106,7 +110,7 @@ def under_test(
         environment,
         address,
         expected.version,
-        rows,
+        *answers,
         limit_s,
     )
 
@@ -126,6 +130,8 @@ def run(
     Returns the verdicts, and the stack dumps of processes that hung.
     """
     started = time.monotonic()
+    if not tested.chats or not tested.cases:
+        return failed("Hugging Face gave no answer to compare with", 0.0), ()
     if not tested.rows or any(len(row.named(TOKENS)) <= STOP_TOKEN for row in tested.rows):
         return failed("the offline engine gave no answer to compare with", 0.0), ()
     try:
@@ -229,17 +235,26 @@ class _Client:
         )
 
     def chat(self) -> Verdict:
-        text = http_checks.text_of(self._complete(f"{self._row.text} "))
+        first, *others = self._tested.chats
+        text = http_checks.text_of(self._complete(list(first.tokens)))
+        problems = http_checks.chat(self._talk(), text, len(first.tokens), TOKENS)
+        # A tool may be in the template without a parser of its calls.
+        how = {"max_tokens": 1, "return_token_ids": True, "tool_choice": "none"}
+        for chat in (first, *others):
+            body = {"messages": chat.messages} | how
+            reply = self._talk(**body, **chat.more)
+            problems += http_checks.rendered(reply, chat)
+        count = len(self._tested.chats)
         return (
-            http_checks.chat(self._talk(), text, self._row, TOKENS),
-            "equal to the completion of the prompt that its template makes",
+            problems,
+            f"{count} conversations have Hugging Face's tokens, one is answered as a completion",
         )
 
     def stream(self) -> Verdict:
         problems, pieces = http_checks.stream(
             self._complete(self._row.text, stream=True), self._whole, is_chat=False
         )
-        whole = http_checks.text_of(self._complete(f"{self._row.text} "))
+        whole = http_checks.text_of(self._complete(list(self._tested.chats[0].tokens)))
         more, others = http_checks.stream(self._talk(stream=True), whole, is_chat=True)
         return [
             *problems,
@@ -253,6 +268,22 @@ class _Client:
             prompts, max_tokens=longest, logprobs=1, return_tokens_as_token_ids=True
         )
         return http_checks.logprobs(reply, self._tested.rows, MAX_DIFFERENCE)
+
+    def parameters(self) -> Verdict:
+        problems = []
+        for case in self._tested.cases:
+            params = {**section(case, "params"), "return_token_ids": True}
+            problems += http_checks.parameter(self._complete(case["prompt"], **params), case)
+            # In a chat the log-probabilities have other names.
+            params = {name: value for name, value in params.items() if "logprob" not in name}
+            messages = [{"role": "user", "content": case["message"]}]
+            found = http_checks.parameter(self._talk(**params, messages=messages), case)
+            problems += [f"in a chat {problem}" for problem in found]
+        warm = {"prompt": self._row.text, "temperature": 1.5}
+        seeds = [self._complete(**warm, seed=seed) for seed in (7, 7, 8)]
+        problems += http_checks.sampled(self._complete(**warm, n=3), seeds)
+        count = len(self._tested.cases)
+        return problems, f"{count} cases answered as by Hugging Face, in completions and in chats"
 
     def structured(self) -> Verdict:
         return http_checks.structured(
@@ -326,7 +357,7 @@ class _Client:
         return self._post("/v1/chat/completions", self._chat_body(**changes))
 
     def _chat_body(self, **changes: object) -> dict[str, object]:
-        return self._body(messages=[{"role": "user", "content": self._row.text}], **changes)
+        return self._body(**({"messages": self._tested.chats[0].messages} | changes))
 
     def _body(self, **changes: object) -> dict[str, object]:
         return {"model": NAME, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True} | changes

@@ -4,18 +4,23 @@ It also has the pre-push gate of `inv hook`, which requires a passed smoke.
 """
 
 import contextlib
+import datetime
 import functools
+import hashlib
 import io
+import json
+import math
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from workspace.checks import registry, smoke_suite
-from workspace.checks.registry import REGISTRY, Check
+from workspace.checks import smoke_suite
+from workspace.checks.registry import REGISTRY, Check, unlisted, verdict
 from workspace.checks.smoke_suite import SmokeOptions
-from workspace.core import hints, lock
+from workspace.core import hints, lock, records
 from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.files import write_atomic
@@ -45,6 +50,25 @@ fi
 exec ./scripts/inv hook --run </dev/null
 """
 
+SCHEMA = 2
+# The parts of the parity probe's document that are worth comparing between days; it omits the
+# tokens.
+_MEASURES = ("models", "consistency", "device", "gpu", "seconds", "compilation")
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The content of vendor/vllm: its git tree, and a digest of edits, None without edits.
+
+    `built` is one digest of everything that was stamped.
+    """
+
+    pin: str
+    commit: str | None
+    oid: str | None
+    dirty: str | None
+    built: str | None = None
+
 
 def smoke(
     layout: Layout,
@@ -64,15 +88,15 @@ def smoke(
     started = time.monotonic()
     observed = require_built(Machine(layout, settings))
     check.require(observed.machine, console=console, device=observed.device)
-    expected = smoke_suite.expect(layout, observed)
+    expected = smoke_suite.expect(observed)
     look = functools.partial(_present_tree, layout, settings)
     # The tree must not change while the checks run.
     with locked_run(layout, settings, console, session="smoke") as run_log:
-        tree = registry.tree_of(layout, observed)
+        tree = tree_of(layout, observed)
         checks, parity = smoke_suite.run(
             observed.machine, expected, options, run_log=run_log, look=look
         )
-        document = registry.compose(
+        document = compose(
             checks,
             level=options.level,
             tree=tree,
@@ -80,13 +104,125 @@ def smoke(
             parity=parity,
             seconds=time.monotonic() - started,
         )
-        registry.write_record(layout.smoke_record, document, console=console, json_file=json_file)
+        write_record(layout.smoke_record, document, console=console, json_file=json_file)
+        if names := unlisted(layout.vllm):
+            text = f"checks/coverage.toml does not list {', '.join(names)}"
+            console.rows([Row(State.WARN, "coverage", text)])
         require_passed(checks, log=layout.relative(run_log.path) if run_log.path else None)
     console.info(f"smoke passed in {time.monotonic() - started:.1f} s")
 
 
-def _present_tree(layout: Layout, settings: Settings) -> registry.Tree:
-    return registry.tree_of(layout, plan.observe(layout, settings))
+def tree_of(layout: Layout, observed: plan.Observation) -> Tree:
+    """Name the sources under test; edited files count with their present content."""
+    stack = observed.stack
+    return Tree(
+        observed.pin.tag,
+        stack.head if stack else None,
+        stack.tree if stack else None,
+        plan.edits_digest(layout, stack),
+        _built(observed),
+    )
+
+
+def is_record_of(record: Mapping[str, object], now: Tree) -> bool:
+    """Return whether a record is of a smoke that passed on this tree, edits and build."""
+    return (
+        record.get("verdict") == "pass"
+        and now.oid is not None
+        and all(
+            record.get(name) == text
+            for name, text in (("tree", now.oid), ("dirty", now.dirty), ("built", now.built))
+        )
+    )
+
+
+def _built(observed: plan.Observation) -> str:
+    stamps = [
+        asdict(layer.recorded) if layer.recorded else None
+        for layer in (observed.environment, observed.kernels)
+    ]
+    # Build time and number of jobs do not describe what was built.
+    names = ("inputs", "kernels", "packages", "libraries")
+    parts = [{name: stamp[name] for name in names} if stamp else None for stamp in stamps]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def compose(
+    checks: Sequence[Check],
+    *,
+    level: str,
+    tree: Tree,
+    machine: Mapping[str, object],
+    parity: Mapping[str, object],
+    seconds: float,
+) -> dict[str, object]:
+    """Return the record as a document. Times are UTC, durations seconds, differences nats."""
+    torch = parity.get("torch")
+    vllm = parity.get("vllm")
+    return {
+        "schema": SCHEMA,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "verdict": verdict(checks),
+        "level": level,
+        "pin": tree.pin,
+        "commit": tree.commit,
+        "tree": tree.oid,
+        "dirty": tree.dirty,
+        "built": tree.built,
+        "checks": [_row(check) for check in checks],
+        "versions": {
+            "vllm": vllm.get("version") if isinstance(vllm, dict) else None,
+            "torch": torch.get("version") if isinstance(torch, dict) else None,
+            "cuda": torch.get("cuda") if isinstance(torch, dict) else None,
+            "triton": parity.get("triton"),
+            "transformers": parity.get("transformers"),
+            "python": parity.get("python"),
+        },
+        "parity": {name: _writable(parity[name]) for name in _MEASURES if name in parity},
+        "seconds": round(seconds, 2),
+        "machine": machine,
+    }
+
+
+def _writable(measured: object) -> object:
+    """Replace numbers that JSON lacks, NaN and infinity, by null."""
+    if isinstance(measured, dict):
+        return {name: _writable(part) for name, part in measured.items()}
+    return None if isinstance(measured, float) and not math.isfinite(measured) else measured
+
+
+def _row(check: Check) -> dict[str, object]:
+    row: dict[str, object] = {
+        "id": check.identifier,
+        "meaning": check.meaning,
+        "verdict": check.verdict,
+        "evidence": check.evidence,
+        "seconds": round(check.seconds, 2),
+    }
+    return row | ({"problems": list(check.problems)} if check.problems else {})
+
+
+def encode(record: Mapping[str, object]) -> str:
+    """Return a record as JSON text."""
+    return json.dumps(record, indent=1, allow_nan=False)
+
+
+def write_record(
+    path: Path, record: Mapping[str, object], *, console: Console, json_file: Path | None
+) -> None:
+    """Write a record to `path`, and to the file of the user, `-` for stdout."""
+    text = encode(record)
+    write_atomic(path, f"{text}\n".encode())
+    console.record(text, json_file)
+
+
+def last_record(layout: Layout) -> Mapping[str, object]:
+    """Return the record of the last smoke, empty if there is none or it is unreadable."""
+    return records.read(layout.smoke_record, dict[str, object]) or {}
+
+
+def _present_tree(layout: Layout, settings: Settings) -> Tree:
+    return tree_of(layout, plan.observe(layout, settings))
 
 
 @contextlib.contextmanager
@@ -171,7 +307,7 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
             )
             export.show_unpatched(done, console=console)
     observed = require_built(Machine(layout, settings))
-    if registry.is_record_of(registry.last_record(layout), registry.tree_of(layout, observed)):
+    if is_record_of(last_record(layout), tree_of(layout, observed)):
         console.info("the smoke has passed on this tree and build")
         return
     console.info("no smoke has passed on this tree and build yet; nox -s smoke runs now")

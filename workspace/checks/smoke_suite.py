@@ -16,7 +16,7 @@ from workspace.checks import http_checks, numeric, probe_runs, registry, server_
 from workspace.checks.probe_runs import Answer, Program, SharedImport
 from workspace.checks.registry import REGISTRY, Check, Expected, Level, Need, chosen
 from workspace.compile import device_code
-from workspace.core import hints
+from workspace.core import hints, records
 from workspace.core.console import Row, RunLog, State
 from workspace.core.errors import (
     BuildError,
@@ -25,9 +25,9 @@ from workspace.core.errors import (
     ToolchainError,
     WorkspaceError,
 )
-from workspace.core.paths import Layout, typed
+from workspace.core.paths import typed
 from workspace.install import plan
-from workspace.machine import hardware, interpreter
+from workspace.machine import hardware
 from workspace.machine.machine import Machine
 from workspace.server import models, process_tree
 from workspace.server.command import built_environment
@@ -55,7 +55,7 @@ class SmokeOptions:
     is_fail_fast: bool = False
 
 
-def expect(layout: Layout, observed: plan.Observation) -> Expected:
+def expect(observed: plan.Observation) -> Expected:
     """Read from the stamp what `.vllm` has. Raises SmokeError if it lacks torch or a version."""
     stamped = observed.kernels.recorded
     version = stamped.outcome.get("version") if stamped else None
@@ -65,15 +65,15 @@ def expect(layout: Layout, observed: plan.Observation) -> Expected:
         "torch", f"{observed.torch.version} CUDA {observed.torch.cuda or 'none'}"
     ).partition(" CUDA ")
     libraries = {library.path: (library.size, library.sha256) for library in stamped.libraries}
-    triton = interpreter.installed(layout).get("triton") if observed.device == "cuda" else None
+    packages = observed.machine.packages() if observed.device == "cuda" else {}
     return Expected(
-        layout.vllm.resolve(),
+        observed.machine.layout.vllm.resolve(),
         version,
         torch,
         observed.device,
         libraries,
         None if cuda in ("", "none") else cuda,
-        triton,
+        packages.get("triton"),
     )
 
 
@@ -142,7 +142,9 @@ class _Suite:
         )
         # Seconds of compilers in each part of the smoke, by its first check.
         self.compiled: dict[str, Mapping[str, float]] = {}
+        self._running = probe_runs.Running(machine.layout.smoke_record)
         self.checks: list[Check] = []
+        self._sampled = _NOTHING
         self.document: Mapping[str, object] = {}
 
     def __enter__(self) -> "_Suite":
@@ -161,6 +163,7 @@ class _Suite:
     def show(self, first: str, wait: Callable[[], _Found]) -> None:
         """Show a spinner while a part runs, then a row for each verdict."""
         with self._run_log.console.step(first, least=NAME_WIDTH) as view:
+            view.watch(lambda: self._running.text(first))
             found = wait()
             judged = [check for checks, answer in found for check in self._settled(checks, answer)]
             done = sorted(judged, key=lambda check: list(REGISTRY).index(check.identifier))
@@ -203,11 +206,16 @@ class _Suite:
             name: self._pool.submit(self._compared, reference.result, folders, name, "tiny")
             for name in names
         }
-        self._begun += [reference, *engines.values()]
+        sampling = [
+            self._pool.submit(self._sampling, reference.result, folders, *form)
+            for form in numeric.ENGINES[self._expected.device]
+        ]
+        self._begun += [reference, *engines.values(), *sampling]
         named = None if self._options.model == "tiny" else self._begin_named_model()
         yield "provenance.libraries", binary.result
         yield "kernels.norm", kernels.result
         yield "parity.llama", lambda: self._tiny(folders, engines)
+        yield "templates.tokens", lambda: self._judge_sampling(*sampling)
         if named:
             yield "parity.model", named.result
         if self._options.level == "full":
@@ -256,8 +264,7 @@ class _Suite:
         answers = {name: future.result() for name, future in engines.items()}
         first = answers["llama"]
         self.document = numeric.merged(answers.values())
-        # The process that generated the tokens reports its own import; another process would prove
-        # less.
+        # The process that generated the tokens reports its own import.
         others = (
             *(numeric.consistency(first, name) for name in CONSISTENCY),
             registry.provenance(first, self._expected),
@@ -327,14 +334,25 @@ class _Suite:
         """
         found = numeric.parity(answer, name)
         if found.verdict == "fail" and numeric.is_answered(answer, name):
-            again = self._parity(folders, name, f"{round_name}-again")
-            before, after = (
-                self._round(kind, name) for kind in (round_name, f"{round_name}-again")
-            )
+            second = f"{round_name}-again"
+            again = self._parity(folders, name, second)
+            before, after = (self._round(kind, name) for kind in (round_name, second))
             found = numeric.settle_recheck(
                 found, numeric.parity(again, name), name=name, before=before, after=after
             )
         return (found,), answer
+
+    def _sampling(self, hugging_face: Callable[[], Answer], folders: Folders, *form: str) -> Answer:
+        """Change each sampling parameter of vLLM once Hugging Face has answered."""
+        reference = hugging_face()
+        if reference.problem or isinstance(folders, Answer):
+            return reference
+        against = ("--against", str(self._round("tiny", "llama").reference))
+        return self._ask_shared("sampling.py", folders["llama"], *against, *self._device, *form)
+
+    def _judge_sampling(self, *engines: "Future[Answer]") -> _Found:
+        self._sampled, processed, *others = (engine.result() for engine in engines)
+        return numeric.sampling(self._sampled, processed, *(others or [processed]))
 
     def _round(self, round_name: str, name: str) -> numeric.Round:
         return numeric.Round(
@@ -363,7 +381,8 @@ class _Suite:
         """Run Hugging Face, in a process without vLLM, and keep its answers in the round's file."""
         if isinstance(folders, Answer):
             return folders
-        answer = self._ask("reference.py", *_named(folders), *self._device, *form)
+        sampled = ("--sampling", "llama") if round_name == "tiny" else ()
+        answer = self._ask("reference.py", *_named(folders), *self._device, *form, *sampled)
         if answer.problem:
             return replace(answer, record={}, problem=f"Hugging Face: {answer.problem}")
         self._round(round_name, "").reference.write_text(json.dumps(answer.record))
@@ -387,6 +406,15 @@ class _Suite:
         model = _named({name: folders[name]})
         return self._ask_shared("parity.py", *model, *self._device, *form, *kept, *own)
 
+    def _offline(self) -> server_checks.Answers:
+        files = self._round("tiny", "llama")
+        reference = records.read(files.reference, dict[str, object]) or {}
+        return (
+            http_checks.offline(numeric.read_rows(files.vllm, "llama")),
+            http_checks.conversations(self._sampled.record),
+            http_checks.cases(reference),
+        )
+
     def _server(self) -> _Found:
         """Judge the tiny Llama over HTTP by the offline engine's answers."""
         started = time.monotonic()
@@ -396,9 +424,7 @@ class _Suite:
                 built_environment(self._machine, "smoke-serve"),
                 self._tiny_model("llama"),
                 expected=self._expected,
-                rows=http_checks.offline(
-                    numeric.read_rows(self._round("tiny", "llama").vllm, "llama")
-                ),
+                answers=self._offline(),
                 limit_s=self._options.timeout_s,
             )
         except WorkspaceError as exc:
@@ -423,15 +449,15 @@ class _Suite:
         return [((numeric.parity(answer, "llama", name),), answer)]
 
     def _real(self, folders: Folders) -> _Found:
-        if isinstance(folders, Answer):
-            answer = folders
-        else:
-            answer = self._ask_shared("real_model.py", folders["smollm2"], *self._device)
+        answer = self._reference(folders, "chats", ("--chats", "--tokens", "24"))
+        if not (answer.problem or isinstance(folders, Answer)):
+            against = ("--against", str(self._round("chats", "").reference))
+            answer = self._ask_shared("real_model.py", folders["smollm2"], *against, *self._device)
         return [(numeric.real(answer), answer)]
 
     def _bfloat16(self, folders: Folders) -> _Found:
-        form = ("--dtype", "bfloat16", "--tokens", "16")
-        answer = self._parity(folders, "smollm2", "smollm2", form)
+        options = ("--dtype", "bfloat16", "--tokens", "16")
+        answer = self._parity(folders, "smollm2", "smollm2", options)
         return [((numeric.bfloat16(answer, "smollm2"),), answer)]
 
     def _mxfp4(self, folders: Folders | str) -> _Found:
@@ -443,11 +469,12 @@ class _Suite:
         answer = self._compared(lambda: reference, folders, "gpt-oss", "gpt-oss", form)
         return [((numeric.mxfp4(answer),), answer)]
 
-    def _ask(self, probe: str, *args: str) -> Answer:
-        return probe_runs.ask(self._program(probe, *args))
+    def _ask(self, probe: str, *args: str, shared: SharedImport | None = None) -> Answer:
+        with self._running.noted(probe, args):
+            return probe_runs.ask(self._program(probe, *args), shared)
 
     def _ask_shared(self, probe: str, *args: str) -> Answer:
-        return probe_runs.ask(self._program(probe, *args), self._shared)
+        return self._ask(probe, *args, shared=self._shared)
 
     def _program(self, probe: str, *args: str, is_compiled: bool = False) -> Program:
         """Return a probe with its environment; `is_compiled` leaves torch.compile on."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.checks import registry, smoke, upstream_selection, upstream_trial
+from workspace.checks import smoke, upstream_selection, upstream_trial
 from workspace.checks.upstream_selection import Decision, Reach, Reached, Rules
 from workspace.checks.upstream_trial import FileCheck, Sorted
 from workspace.core import hints
@@ -298,7 +298,7 @@ def compose_record(
     selection: Selection,
     observed: plan.Observation,
     *,
-    tree: registry.Tree,
+    tree: smoke.Tree,
     seconds: float,
 ) -> dict[str, object]:
     """Return the record; if no test ended by itself, as without a GPU, it is `skipped`."""
@@ -308,7 +308,7 @@ def compose_record(
         "torch": {"version": torch.version, "cuda": torch.cuda} if torch else None,
         "python": observed.python.version if observed.python else None,
     }
-    document = registry.compose(
+    document = smoke.compose(
         result.checks,
         level="upstream",
         tree=tree,
@@ -358,10 +358,10 @@ def run(
         return
     # The tree must not change while the tests run.
     with smoke.locked_run(layout, settings, console, session="upstream") as run_log:
-        tree = registry.tree_of(layout, observed)
+        tree = smoke.tree_of(layout, observed)
         site = _install_needs(layout, settings, known, device=observed.device, run_log=run_log)
         result = run_tests(observed.machine, selection, options, site, run_log=run_log)
-        if registry.tree_of(layout, plan.observe(layout, settings)) != tree:
+        if smoke.tree_of(layout, plan.observe(layout, settings)) != tree:
             raise SmokeError(
                 "vendor/vllm changed while the tests ran", hint=hints.text("nox.upstream")
             )
@@ -372,7 +372,7 @@ def run(
             tree=tree,
             seconds=time.monotonic() - started,
         )
-        registry.write_record(layout.state / RECORD, document, console=console, json_file=json_file)
+        smoke.write_record(layout.state / RECORD, document, console=console, json_file=json_file)
         judge(result, log=layout.relative(run_log.path) if run_log.path else None)
     console.info(f"{result.summary} in {time.monotonic() - started:.1f} s")
 

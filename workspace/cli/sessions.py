@@ -33,7 +33,7 @@ def smoke_session(argv: Sequence[str]) -> int:
 
     parser = _parser(
         "smoke",
-        "Judge whether the built vLLM computes correctly. The record goes to stdout and to"
+        "Judge whether the built vLLM computes correctly. The record goes to"
         " .workspace/smoke.json.",
     )
     add = parser.add_argument
@@ -42,7 +42,7 @@ def smoke_session(argv: Sequence[str]) -> int:
     model_help = "also compare this model: smollm2, a folder, or a name whose files are on disk"
     add("--model", default="tiny", metavar="NAME", help=model_help)
     add("--fail-fast", action="store_true", help="stop after the first probe with a failed check")
-    _add_json(parser, "write the record to this file as well")
+    _add_json(parser, "write the record to this file as well, - for stdout")
     _add_timeout(parser, "each probe", TIMEOUT_S)
     arguments = parser.parse_args(argv)
     _require_timeout(parser, arguments.timeout_s)
@@ -99,8 +99,8 @@ def upstream_session(argv: Sequence[str]) -> int:
 def _upstream_parser(timeout_s: float) -> argparse.ArgumentParser:
     parser = _parser(
         "upstream",
-        "Run the tests of vLLM itself that the changed files reach. The record goes to stdout and"
-        " to .workspace/upstream.json.",
+        "Run the tests of vLLM itself that the changed files reach. The record goes to"
+        " .workspace/upstream.json.",
         epilog="Arguments after a second -- go to pytest.",
     )
     add = parser.add_argument
@@ -111,7 +111,7 @@ def _upstream_parser(timeout_s: float) -> argparse.ArgumentParser:
     gpu_help = "without a GPU, also run tests that upstream runs on GPUs only"
     add("--try-all", action="store_true", help=gpu_help)
     add("--online", action="store_true", help="let tests ask the Hugging Face hub for models")
-    _add_json(parser, "write the record to this file as well")
+    _add_json(parser, "write the record to this file as well, - for stdout")
     _add_timeout(parser, "a run", timeout_s)
     return parser
 
@@ -286,8 +286,7 @@ def perf_session(argv: Sequence[str]) -> int:
 
     parser = _parser(
         "perf",
-        "Measure what the workspace itself costs. The record goes to stdout and to"
-        " .workspace/perf.json.",
+        "Measure what the workspace itself costs. The record goes to .workspace/perf.json.",
     )
     add = parser.add_argument
     names = [row.name for row in perf.ROWS]
@@ -295,7 +294,7 @@ def perf_session(argv: Sequence[str]) -> int:
     add("--row", action="append", choices=names, metavar="NAME", help=row_help)
     repeat_help = "pairs of runs for a row (default 10, fewer for slow rows)"
     add("--repeat", type=int, metavar="N", help=repeat_help)
-    _add_json(parser, "write the record to this file as well")
+    _add_json(parser, "write the record to this file as well, - for stdout")
     arguments = parser.parse_args(argv)
     if arguments.repeat is not None and arguments.repeat < 1:
         parser.error("--repeat must be a whole number of at least 1")

@@ -239,7 +239,7 @@ def env_export(_: Context) -> None:
     """Print shell lines for eval: they put inv, nox on PATH."""
     from workspace.server import verbs as verb
 
-    verb.export_variables(*main.opened(), console=main.console())
+    verb.export_variables(main.machine(), console=main.console())
 
 
 @task
@@ -247,7 +247,7 @@ def run(_: Context) -> None:
     """Run a command in the built environment: run -- COMMAND."""
     from workspace.server import verbs as verb
 
-    verb.run_command(*main.opened(), after_dashes(), console=main.console())
+    verb.run_command(main.machine(), after_dashes(), console=main.console())
 
 
 @task
@@ -255,7 +255,7 @@ def shell(_: Context) -> None:
     """Open a shell in the built environment."""
     from workspace.server import verbs as verb
 
-    verb.open_shell(*main.opened(), console=main.console())
+    verb.open_shell(main.machine(), console=main.console())
 
 
 @task

@@ -13,11 +13,12 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from workspace.core import files
 from workspace.core.errors import WorkspaceError, printable
 from workspace.core.lock import Held
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import rich.console
     import rich.progress
 
+# As the file of a record: stdout.
+STDOUT = Path("-")
 # Widths with the blanks behind the cell. A longer name widens its column.
 STATE_WIDTH = 9
 NAME_WIDTH = 14
@@ -92,6 +95,16 @@ def failed(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.state is State.FAIL]
 
 
+@dataclass(frozen=True)
+class _Live:
+    """A text that is made when it is drawn."""
+
+    make: Callable[[], str]
+
+    def __str__(self) -> str:
+        return printable(self.make())
+
+
 @dataclass
 class Step:
     """A running step of a verb: its title, state and reason."""
@@ -110,6 +123,11 @@ class Step:
             self._progress.update(
                 self._progress.task_ids[0], completed=done, total=total, detail=printable(text)
             )
+
+    def watch(self, text: Callable[[], str]) -> None:
+        """Show what `text` returns beside the spinner, called anew at each refresh."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], detail=_Live(text))
 
     def line(self, text: str) -> None:
         """Show the newest output line of a command beside the spinner."""
@@ -138,10 +156,12 @@ class Console:
         """Print data that a program may read."""
         print(printable(text), file=self._out, flush=True)
 
-    def record(self, text: str) -> None:
-        """Print a record for a program; a terminal already shows its rows, and a file has it."""
-        if not self._out.isatty():
+    def record(self, text: str, file: Path | None) -> None:
+        """Write a record to the file that was asked for, `-` for stdout; None: write nothing."""
+        if file == STDOUT:
             self.data(text)
+        elif file:
+            files.write_atomic(file, f"{text}\n".encode())
 
     def info(self, text: str, *, style: str | None = None) -> None:
         """Print a message line as it is, without markup."""
@@ -310,7 +330,7 @@ class Console:
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False, table_column=title),
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[detail]}", markup=False),
+            TextColumn("{task.fields[detail]!s}", markup=False),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self._rich, transient=True) as progress:

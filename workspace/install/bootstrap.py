@@ -144,17 +144,18 @@ def _patches(layout: Layout, observed: plan.Observation) -> tuple[bool, str]:
 def _act(run: stages.Run) -> plan.Observation:
     """Act on the first stage that is due and observe again, until none is due.
 
-    A stage may make another stage due, or complete it.
+    A stage may make another stage due, or complete it. What was edited during a stage makes it due
+    again, for another reason than before.
     """
     checkout.sweep(run.layout, run.observed.pin)
-    acted: list[tuple[str, stages.Act]] = []
+    acted: list[tuple[tuple[str, stages.Act], str]] = []
     shown = 0
     while True:
         observed = run.observed = run.observe()
         due = stages_of(observed, is_sandbox=run.is_sandbox)
         first = next((index for index, stage in enumerate(due) if stage.is_due), len(due))
         for stage in due[shown:first]:
-            if stage.steps[0] not in acted:
+            if stage.steps[0] not in dict(acted):
                 _show_skipped(stage, run.run_log.console)
         shown = max(shown, first)
         if first == len(due):
@@ -162,12 +163,12 @@ def _act(run: stages.Run) -> plan.Observation:
             checkout.protect(run.layout)
             return observed
         stage = due[first]
-        if stage.steps[0] in acted:
+        if (stage.steps[0], stage.reason) in acted:
             raise BuildError(
                 f"{stage.steps[0][0]} is still due after it was done: {stage.reason}",
                 hint=hints.text("install.status_defect"),
             )
-        acted.append(stage.steps[0])
+        acted.append((stage.steps[0], stage.reason))
         stages.act(run, stage.steps, reason=stage.reason)
 
 

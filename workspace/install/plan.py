@@ -139,7 +139,7 @@ def observe_on(machine: Machine) -> Observation:
     stack = patches.observe(layout, "vllm", pin, current) if is_usable else None
     python = machine.python()
     build = machine.torch() if python else None
-    tree = Tree(Git(layout.vllm)) if is_usable else None
+    tree = _read_tree(layout) if is_usable else None
     facts = _Facts(machine, pin, device, tree, python, build)
     environment = _environment(facts, environment_stamp)
     changed_sources = _changed_sources(tree, current)
@@ -166,6 +166,15 @@ def observe_on(machine: Machine) -> Observation:
         changed_sources,
         needs_compilation,
     )
+
+
+def _read_tree(layout: Layout) -> Tree:
+    """Return the tree with its requirements read: what is edited while `.vllm` is made for the
+    first time is due again.
+    """
+    tree = Tree(Git(layout.vllm))
+    tree.entries(REQUIREMENT_FILES)
+    return tree
 
 
 def edits_digest(layout: Layout, stack: patches.Stack | None) -> str | None:

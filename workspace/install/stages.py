@@ -136,13 +136,15 @@ def install_accelerators(run: Run, view: Step) -> None:
     provided = venv.install_accelerators(
         run.reread(), device=run.observed.device, run_log=run.run_log
     )
-    observed = run.observe()
+    before, observed = run.observed.tree, run.observe()
     inputs = observed.environment.inputs
-    if inputs is None:
+    if inputs is None or before is None:
         raise BuildError(
             "the environment is missing after its installation", hint=hints.text("inv.status")
         )
-    files = plan.digested_files(observed.tree, inputs)
+    # As in write_stamp, the files are those from before the installation.
+    inputs = inputs | {"requirements": before.digest(plan.REQUIREMENT_FILES)}
+    files = plan.digested_files(before, inputs)
     # A build for the CPU reports a driver that answers later: status.device_row.
     away = observed.device == "cpu" and not observed.machine.gpus
     outcome = {stamp.DRIVER: stamp.AWAY} if away else {}

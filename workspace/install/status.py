@@ -305,15 +305,11 @@ def _smoke(layout: Layout, observed: plan.Observation) -> Row:
         )
     if record is None:
         return Row(State.MISSING, "smoke", "not run yet")
-    if record.verdict != "pass":
-        return Row(State.FAIL, "smoke", f"failed {record.time}")
     same = (
         observed.stack is not None
         and observed.stack.tree == record.tree
         and plan.edits_digest(layout, observed.stack) == record.dirty
     )
-    return Row(
-        State.OK if same else State.STALE,
-        "smoke",
-        f"passed {record.time}" + ("" if same else ", on another tree"),
-    )
+    state, verb = (State.OK, "passed") if record.verdict == "pass" else (State.FAIL, "failed")
+    text = f"{verb} {record.time}" if same else f"{verb} {record.time}, on another tree"
+    return Row(state if same else State.STALE, "smoke", text)

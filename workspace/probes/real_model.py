@@ -1,5 +1,6 @@
-"""Check that a trained model gives the right answer to one question, a long answer without
-repetition, and answers that end as requested; or generate one token with a model of noise.
+"""Check that a trained model answers as in the document of `reference.py --chats`, gives a long
+answer without repetition, and answers that end as requested; or generate one token with a model of
+noise.
 
 The caller sets the environment that vLLM reads. One JSON document on stdout; `--first-token` prints
 `@ STAGE` before each stage to stderr.
@@ -13,7 +14,7 @@ import sys
 import traceback
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, SamplingParams
@@ -84,7 +85,37 @@ def answers(llm: "LLM") -> list["CompletionOutput"]:
     return [output.outputs[0] for output in outputs]
 
 
-def examine(folder: str, device: str) -> dict[str, object]:
+def compared(llm: "LLM", expected: list[dict[str, Any]]) -> list[dict[str, object]]:
+    """Return how many of the reference's first tokens each answer has, and how far its second
+    choice was behind where they part (nats).
+    """
+    import vllm
+
+    rows: list[dict[str, object]] = []
+    for row in expected:
+        tokens = row["tokens"]
+        greedy = vllm.SamplingParams(temperature=0, max_tokens=len(tokens), ignore_eos=True)
+        talk = [{"role": "user", "content": row["text"]}]
+        (output,) = llm.chat(talk, greedy, use_tqdm=False)
+        pairs = zip(tokens, output.outputs[0].token_ids, strict=True)
+        equal = next((i for i, (one, other) in enumerate(pairs) if one != other), len(tokens))
+        rows.append(
+            {
+                "text": row["text"],
+                "same_prompt": row["prompt"] == list(output.prompt_token_ids),
+                "equal": equal,
+                "total": len(tokens),
+                "parting": row["margins"][equal] if equal < len(tokens) else None,
+            }
+        )
+    return rows
+
+
+def examine(folder: str, device: str, against: Path) -> dict[str, object]:
+    reference = json.loads(against.read_text(encoding="utf-8"))
+    expected = reference["models"].get("smollm2")
+    if not expected:
+        raise RuntimeError(f"Hugging Face: {reference.get('error') or 'no answer'}")
     llm = load(folder, device)
     answer, long, short, stopped = answers(llm)
     tokens = list(long.token_ids)
@@ -100,6 +131,7 @@ def examine(folder: str, device: str) -> dict[str, object]:
     # Past its end a model may repeat its last token; until there it may not.
     runs = [len(list(run)) for _, run in groupby(tokens[: _end(llm, tokens)])]
     return {
+        "compared": compared(llm, expected),
         "answer": answer.text.strip(),
         "long": long.text,
         "longest_run": max(runs, default=0),
@@ -147,12 +179,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prompt SmolLM2 through vLLM.")
     parser.add_argument("model", type=Path, help="its folder")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="of reference.py --chats")
     parser.add_argument(
         "--first-token",
         action="store_true",
         help="instead, write a model of noise into the folder and generate one token",
     )
     arguments = parser.parse_args()
+    if not (arguments.first_token or arguments.against):
+        parser.error("--against is missing")
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if limit := float(os.environ.get("WORKSPACE_SMOKE_LIMIT_S", "0")):
@@ -162,7 +197,9 @@ def main() -> None:
         if arguments.first_token:
             record |= first_token(arguments.model.resolve(), arguments.device)
         else:
-            record |= examine(str(arguments.model.resolve()), arguments.device)
+            # As in probes/parity.py: products in float32.
+            os.environ |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
+            record |= examine(str(arguments.model.resolve()), arguments.device, arguments.against)
     except Exception as exc:
         traceback.print_exc()
         record["error"] = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"

@@ -40,6 +40,14 @@ SHAPE = {
 SPREAD = 0.3
 SPECIAL = ("<s>", "</s>", "<unk>")
 ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+# A conversation begins with one BOS, and each message ends with the end of text. `mood` is an
+# argument of a request.
+TEMPLATE = (
+    "{{ bos_token }}{% if mood %}({{ mood }}){% endif %}"
+    "{% for tool in tools or [] %}<{{ tool.function.name }}>{% endfor %}"
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 # Llama and Qwen3 differ here in attention: Qwen3 normalizes queries and keys by head.
 ARCHITECTURES = {
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
@@ -177,9 +185,9 @@ def mxfp4(values: "Tensor") -> tuple["Tensor", "Tensor"]:
 
 def _save_tokenizer(folder: Path) -> None:
     """Write a tokenizer whose tokens are bytes, so that it encodes any text; the other tokens have
-    names and appear in no text.
+    names and appear in no text. It begins a text with BOS.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -189,6 +197,9 @@ def _save_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", ENDS["bos_token_id"])]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -196,6 +207,7 @@ def _save_tokenizer(folder: Path) -> None:
         unk_token="<unk>",
         pad_token="</s>",
         model_max_length=CONTEXT,
+        chat_template=TEMPLATE,
     )
     fast.save_pretrained(folder)
 

@@ -31,6 +31,8 @@ _COMMIT_ID = re.compile(rb"commit_id = '?g([0-9a-f]{7,40})\b")
 _LOOKED_AT = re.compile(
     r"requirements/.*\.txt|pyproject\.toml|CMakeLists\.txt|cmake/.*\.cmake|vllm/envs\.py"
     r"|vllm/engine/arg_utils\.py|vllm/entrypoints/.*cli_args\.py"
+    r"|vllm/sampling_params\.py|vllm/entrypoints/openai/(chat_)?completion/protocol\.py"
+    r"|vllm/config/\w+\.py"
 )
 
 

@@ -195,11 +195,14 @@ def typed_paths(args: Sequence[str], folder: Path | None = None) -> tuple[str, .
     flag = ""
     for arg in args:
         head, equals, value = arg.partition("=")
-        if not arg.startswith("-") or _NUMBER.match(arg):
-            made.append(str(typed_value(flag, arg, folder)))
+        if _NUMBER.match(arg):
+            made.append(arg)
+        elif arg.startswith("-"):
+            made.append(f"{head}={typed_value(head, value, folder)}" if equals else arg)
+            # A value behind = is the only one.
+            flag = "" if equals else head
         else:
-            flag = head
-            made.append(f"{head}={typed_value(flag, value, folder)}" if equals else arg)
+            made.append(str(typed_value(flag, arg, folder)))
     return tuple(made)
 
 

@@ -225,9 +225,7 @@ def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -
         console.rows(rows)
 
 
-def run_command(
-    layout: Layout, settings: Settings, argv: Sequence[str], *, console: Console
-) -> None:
+def run_command(machine: Machine, argv: Sequence[str], *, console: Console) -> None:
     """Replace this process with the command, in the built environment.
 
     Raises ToolchainError if the program does not exist.
@@ -237,13 +235,13 @@ def run_command(
             "there is no command to run",
             hint=hints.text("server.run_command"),
         )
-    process.become(argv, env=_ready(layout, settings, console))
+    process.become(argv, env=_ready(machine, console))
 
 
-def open_shell(layout: Layout, settings: Settings, *, console: Console) -> None:
+def open_shell(machine: Machine, *, console: Console) -> None:
     """Replace this process with the user's shell, in the built environment."""
-    program = settings.shell.get("SHELL") or USUAL_SHELL
-    environment = _ready(layout, settings, console)
+    program = machine.settings.shell.get("SHELL") or USUAL_SHELL
+    environment = _ready(machine, console)
     console.info(
         f"{program} in the built environment; `exit` leaves it. The shell's own start-up files may"
         " change the environment."
@@ -251,20 +249,18 @@ def open_shell(layout: Layout, settings: Settings, *, console: Console) -> None:
     process.become([program], env=environment)
 
 
-def export_variables(layout: Layout, settings: Settings, *, console: Console) -> None:
+def export_variables(machine: Machine, *, console: Console) -> None:
     """Print lines for `eval "$(inv env.export)"` in sh: variables of a running vLLM that this shell
     lacks, and scripts/ on PATH. Secrets are left out.
     """
-    machine = Machine(layout, settings)
+    shell = machine.settings.shell
     check.require(machine, console=console)
     environment = built_environment(machine, "shell", is_shown=True)
-    for line in lines(layout, environment, settings.shell):
+    for line in lines(machine.layout, environment, shell):
         # A control character is shown escaped, which would be another value.
         if printable(line) == line:
             console.data(line)
-    secrets = [
-        name for name in secret_names(environment) if settings.shell.get(name) != environment[name]
-    ]
+    secrets = [name for name in secret_names(environment) if shell.get(name) != environment[name]]
     if secrets:
         console.info(
             f"left out, because they are secret: {', '.join(secrets)}; inv run and inv"
@@ -272,12 +268,11 @@ def export_variables(layout: Layout, settings: Settings, *, console: Console) ->
         )
 
 
-def _ready(layout: Layout, settings: Settings, console: Console) -> dict[str, str]:
-    if not os.access(layout.environment_python, os.X_OK):
+def _ready(machine: Machine, console: Console) -> dict[str, str]:
+    if not os.access(machine.layout.environment_python, os.X_OK):
         raise ToolchainError(
             "there is no built environment: .vllm/bin/python is missing",
             hint=hints.text("inv.bootstrap"),
         )
-    machine = Machine(layout, settings)
     check.require(machine, console=console)
     return built_environment(machine, "shell")

@@ -336,7 +336,7 @@ def run(
     pairs: int | None = None,
     json_file: Path | None = None,
 ) -> None:
-    """Measure the rows, print table and record, and write the record.
+    """Measure the rows, print the table, and write the record, to `json_file` as well.
 
     A missed aim is not a failure: machines are noisy. Raises BuildError where a row could not be
     measured, after all other rows are done.
@@ -349,10 +349,14 @@ def run(
         results = [_measure(row, context, pairs or row.pairs, console) for row in rows]
     console.table([_HEAD, *(_cells(result) for result in results)], right=range(2, 9))
     text = encode(results, Machine(layout, settings).record())
-    for file in (layout.state / RECORD, *([json_file] if json_file else [])):
-        write_atomic(file, f"{text}\n".encode())
-    console.record(text)
+    write_atomic(layout.state / RECORD, f"{text}\n".encode())
+    console.record(text, json_file)
+    missed = [result.row.name for result in results if result.verdict == "missed"]
     failed = [result for result in results if result.error]
+    console.sentence(
+        f"{len(results) - len(failed)} of {len(results)} rows measured;"
+        f" aims missed: {', '.join(missed) or 'none'}"
+    )
     if failed and (first := failed[0].error):
         details = tuple(
             line

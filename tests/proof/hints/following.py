@@ -5,6 +5,7 @@ each of its hints there. tests/hints/table.py has all situations, and the hints 
 """
 
 import re
+import shutil
 import string
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.small.materials import git
-from tests.small.world import TIMEOUT_S, Ended, World
+from tests.small.world import HOSTILE_GIT, TIMEOUT_S, Ended, World
 from workspace.core import hints
 
 REMARK = re.compile(r"    |\s+# ")
@@ -46,6 +47,13 @@ class User:
     @property
     def vllm(self) -> Path:
         return self.world.layout.vllm
+
+    def enter_home(self) -> None:
+        """Begin with the home of the small world, whatever another situation left in it."""
+        home = self.world.folder / "home"
+        shutil.rmtree(home)
+        home.mkdir()
+        (home / ".gitconfig").write_text(HOSTILE_GIT)
 
     def inv(self, *args: str, **env: str) -> Ended:
         return self.world.run(*args, env=env)

@@ -24,7 +24,7 @@ def places_that_others_can_write(user: User) -> None:
     user.world.layout.dotenv.write_text("HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz\n")
     user.world.layout.dotenv.chmod(0o644)
     user.follow("machine.close_file", "doctor", "--offline")
-    folder = user.world.folder / "tmp"
+    folder = user.world.folder / "open"
     folder.mkdir()
     folder.chmod(0o777)
     user.follow("machine.close_folder", "doctor", "--offline", TMPDIR=str(folder))

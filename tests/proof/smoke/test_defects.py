@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.proof.smoke import request_defects
 from tests.proof.smoke.defects import DEFECTS, Defect
 from workspace.core.paths import Layout, here
 
@@ -72,7 +73,9 @@ def living(layout: Layout) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.what)
+@pytest.mark.parametrize(
+    "defect", [*DEFECTS, *request_defects.DEFECTS], ids=lambda defect: defect.what
+)
 def test_defect_is_caught_by_the_check_that_names_it_and_leaves_no_process(
     built: Layout, defect: Defect
 ) -> None:
