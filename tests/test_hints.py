@@ -69,6 +69,7 @@ PROGRAMS = {
         "chmod",
         "chown",
         "cp",
+        "curl",
         "df",
         "diff",
     ),

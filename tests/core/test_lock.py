@@ -1,5 +1,8 @@
 """The lock: held by the living only."""
 
+import contextlib
+import io
+import json
 import os
 import select
 import signal
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from workspace.core import lock
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import LockError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +56,24 @@ def holder(path: Path) -> "subprocess.Popen[str]":
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
     return child
+
+
+def test_step_of_a_nested_run_is_the_step_of_both_locks(tmp_path: Path) -> None:
+    console, paths = Console(err=io.StringIO()), [tmp_path / name for name in ("outer", "inner")]
+
+    def steps() -> list[str]:
+        return [json.loads(path.read_text())["doing"] for path in paths]
+
+    with contextlib.ExitStack() as runs:
+        for path in paths:
+            held = runs.enter_context(lock.hold(path, verb="inv test"))
+            runs.enter_context(RunLog(console, tmp_path / "logs", verb="test", held=held))
+        with console.step("torch"):
+            assert steps() == ["torch", "torch"]
+        with console.step("smoke"):
+            assert steps() == ["smoke", "smoke"]
+    with console.step("afterwards"):
+        assert [path.read_text() for path in paths] == ["", ""]
 
 
 def test_second_verb_stops_and_says_who_holds_the_lock(tmp_path: Path) -> None:

@@ -46,12 +46,13 @@ def test_line_for_sudoers_allows_exactly_the_command_and_is_escaped() -> None:
     )
 
 
-def dropped(house: House, *, is_root: bool) -> str:
+def dropped(house: House, *, is_root: bool, is_agreed: bool = False) -> str:
     err = io.StringIO()
     hardware.drop_caches(
         house.settings(),
         console=Console(out=io.StringIO(), err=err),
         is_root=is_root,
+        is_agreed=is_agreed,
         sysctl=str(house.bin / "sysctl"),
     )
     return err.getvalue()
@@ -87,11 +88,26 @@ def test_with_the_right_the_allowed_command_runs_and_the_freed_memory_is_printed
 
 def test_root_needs_no_sudo_and_a_refusal_is_a_sentence(house: House) -> None:
     log = sudo(house, "exit 1")
-    assert f"+ {house.bin}/sysctl -w vm.drop_caches=3" in dropped(house, is_root=True)
+    assert f"+ {house.bin}/sysctl -w vm.drop_caches=3" in dropped(
+        house, is_root=True, is_agreed=True
+    )
     house.program("sysctl", 'echo "sysctl: permission denied on key" >&2; exit 255')
     with pytest.raises(ToolchainError, match="permission denied"):
-        dropped(house, is_root=True)
+        dropped(house, is_root=True, is_agreed=True)
     assert not log.exists()
+
+
+def test_root_that_was_not_asked_drops_nothing_without_yes(house: House) -> None:
+    log = sudo(house, "exit 1")
+    house.program("sysctl", f"echo ran >> {log}")
+    with pytest.raises(
+        ToolchainError, match="root confirms it on a terminal or by --yes"
+    ) as caught:
+        dropped(house, is_root=True)
+    assert caught.value.hint == "./scripts/inv drop-caches --yes"
+    assert not log.exists()
+    dropped(house, is_root=True, is_agreed=True)
+    assert log.read_text() == "ran\n"
 
 
 def test_machine_without_sudo_gets_the_line(house: House) -> None:

@@ -23,7 +23,7 @@ from tests.repo.conftest import (
     write,
 )
 from workspace.core.errors import CheckoutError, PatchConflict, ToolchainError
-from workspace.repo import moves, overview
+from workspace.repo import moves, overview, patches
 from workspace.repo.git import Git
 from workspace.repo.patches import State
 from workspace.repo.series import Attempt
@@ -261,7 +261,7 @@ def test_interrupted_operation_is_reported_with_the_command_that_begins_it_again
         True,
     )
     assert (
-        overview.next_command(stopped.layout, stopped.pin, stopped.stack())
+        patches.next_command(stopped.layout, stopped.pin, stopped.stack())
         == "./scripts/inv patch.continue    undoes it and begins it again"
     )
 

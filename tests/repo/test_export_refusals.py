@@ -1,6 +1,7 @@
 """Exports that are refused or killed: no commit, no patch and no edit is lost."""
 
 import os
+import shlex
 import subprocess
 
 import pytest
@@ -93,7 +94,24 @@ def test_messages_that_no_mail_can_carry_are_refused(
             applied.vllm, "commit", "--quiet", "--amend", "--cleanup=verbatim", "--message", message
         )
         failure = refused(applied, why, snapshot)
-        assert "git -C vendor/vllm rebase -i refs/patches/base" in (failure.hint or "")
+        is_enough = "lacks the line" in why
+        way = "commit --amend --only" if is_enough else "rebase -i refs/patches/base"
+        assert f"git -C vendor/vllm {way}" in (failure.hint or "")
+
+
+def test_hint_for_a_missing_trailer_is_enough_and_takes_no_staged_edit(
+    applied: Workspace, snapshot: Snapshot
+) -> None:
+    commit(applied.vllm, "mine", {"vllm/mine.py": "mine\n"})
+    write(applied.vllm, {"vllm/mine.py": "more\n"})
+    sh_git(applied.vllm, "add", "--all")
+    hint = refused(applied, "lacks the line", snapshot).hint or ""
+    amend, _, export = hint.partition(" && ")
+    argv = shlex.split(amend)
+    assert (argv[:3], export) == (["git", "-C", "vendor/vllm"], "./scripts/inv patch.export")
+    sh_git(applied.vllm, *argv[3:])
+    assert run(applied).written == ("mine.patch",)
+    assert sh_git(applied.vllm, "diff", "--cached", "--name-only") == "vllm/mine.py"
 
 
 def test_author_that_git_reads_differently_is_refused(

@@ -21,7 +21,7 @@ from tests.repo.conftest import (
 )
 from workspace.core.console import Console, Row
 from workspace.core.errors import PatchConflict, SettingsError
-from workspace.repo import overview
+from workspace.repo import overview, patches
 
 
 def table(workspace: Workspace) -> tuple[overview.Entry, ...]:
@@ -260,7 +260,8 @@ def test_pin_that_moved_under_a_stack_is_reported_with_the_way_to_follow(
         assert (workspace.observe().head, moved(workspace)) == (drift, None)
 
 
-def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied: Workspace) -> None:
+def write_pins(applied: Workspace) -> None:
+    """Write pins.toml with the pin of the world, as `inv patch` reads it."""
     pin, archive = applied.pin, applied.pin.archive
     assert archive
     tables = (
@@ -274,6 +275,10 @@ def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied:
         f'[triton]\ntag = "main"\nversion = "main"\ncommit = "{pin.commit}"\nurl = "{pin.url}"\n'
     )
     write(applied.layout.root, {"vendor/pins.toml": tables})
+
+
+def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied: Workspace) -> None:
+    write_pins(applied)
     err, out = io.StringIO(), io.StringIO()
     overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))
     lines = err.getvalue().splitlines()
@@ -295,6 +300,26 @@ def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied:
     )
 
 
+@pytest.mark.parametrize(
+    ("messages", "way"),
+    [
+        (["mine"], "git -C vendor/vllm commit --amend --only --no-edit --trailer"),
+        (["mine", "again"], "git -C vendor/vllm rebase -i "),
+        (["mine\n\nUpstream-Status: Pending"], "./scripts/inv patch.export"),
+    ],
+)
+def test_next_command_adds_the_trailer_without_which_the_export_refuses(
+    applied: Workspace, messages: list[str], way: str
+) -> None:
+    write_pins(applied)
+    for index, message in enumerate(messages):
+        commit(applied.vllm, message, {f"vllm/mine{index}.py": "mine\n"})
+    err = io.StringIO()
+    console = Console(out=err, err=err)
+    overview.show(applied.layout, applied.settings(), "vllm", console=console)
+    assert f"hint: {way}" in err.getvalue()
+
+
 def test_unknown_project_is_a_wrong_flag_and_not_a_missing_series(workspace: Workspace) -> None:
     with pytest.raises(SettingsError, match="--project: 'nope' is not one of vllm, triton"):
         overview.show(workspace.layout, workspace.settings(), "nope", console=Console())
@@ -305,5 +330,5 @@ def test_next_command_for_a_folder_without_git_does_not_touch_the_clone_around_i
 ) -> None:
     workspace.vllm.mkdir(parents=True, exist_ok=True)
     (workspace.vllm / "mine.txt").write_text("mine")
-    following = overview.next_command(workspace.layout, workspace.pin, workspace.stack())
+    following = patches.next_command(workspace.layout, workspace.pin, workspace.stack())
     assert following.startswith("ls -lA vendor/vllm    shows what is there")

@@ -10,7 +10,7 @@ import pytest
 from tests.repo.conftest import Workspace, commit, sh_git, write
 from workspace.core.console import Console
 from workspace.install.status import patches_row
-from workspace.repo import export, overview
+from workspace.repo import export, overview, patches
 from workspace.repo.git import Git
 from workspace.repo.patches import State
 
@@ -65,7 +65,7 @@ def test_new_file_beside_a_commit_all_is_named_by_each_verb_and_taken(
     done = run_export(applied)
     assert name in shown(done)
     assert name in patches_row(applied.stack()).text
-    hint = overview.next_command(applied.layout, applied.pin, applied.stack())
+    hint = patches.next_command(applied.layout, applied.pin, applied.stack())
     assert hint in shown(done)
     do(applied, hint, tmp_path)
     done = run_export(applied)
@@ -105,7 +105,7 @@ def test_file_that_the_user_excludes_is_taken_by_the_hint(
     (applied.vllm / ".git" / "info").mkdir(exist_ok=True)
     (applied.vllm / ".git" / "info" / "exclude").write_text("*.py\n")
     write(applied.vllm, {"vllm/mine.py": "new\n"})
-    do(applied, overview.next_command(applied.layout, applied.pin, applied.stack()), tmp_path)
+    do(applied, patches.next_command(applied.layout, applied.pin, applied.stack()), tmp_path)
     assert run_export(applied).written == ("My-own.patch",)
 
 
@@ -114,7 +114,7 @@ def test_many_files_are_counted_and_taken_together(applied: Workspace, tmp_path:
     write(applied.vllm, {f"vllm/new{number}.py": "new\n" for number in range(30)})
     done = run_export(applied)
     assert "vllm/new0.py, vllm/new1.py, vllm/new10.py and 27 more" in shown(done)
-    do(applied, overview.next_command(applied.layout, applied.pin, applied.stack()), tmp_path)
+    do(applied, patches.next_command(applied.layout, applied.pin, applied.stack()), tmp_path)
     assert applied.stack().untracked == ()
 
 

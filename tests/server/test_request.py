@@ -80,6 +80,24 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
     return made
 
 
+def test_script_of_a_dry_run_sets_the_path_of_the_server(request_: Request) -> None:
+    layout = request_.clone.layout
+    request_.cache("acme/tiny", MODEL)
+    *script, _ = request_.dry_run("acme/tiny", PATH="/usr/bin:/bin").splitlines()
+    script = [line for line in script if line.startswith(("export ", "unset "))]
+    seen = subprocess.run(
+        ["/bin/sh", "-c", "\n".join([*script, "echo $PATH; echo $VIRTUAL_ENV"])],
+        env={"PATH": "/somewhere/else:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    path, environment = seen.stdout.splitlines()
+    assert path.split(":")[0] == f"{layout.environment}/bin"
+    assert "/somewhere/else" not in path
+    assert environment == str(layout.environment)
+
+
 def is_offline(output: str) -> bool:
     return "HF_HUB_OFFLINE=1" in output
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from workspace.core.errors import ServeError
-from workspace.server import lifecycle, observation, process_tree
+from workspace.server import command, lifecycle, observation, process_tree
 from workspace.server.lifecycle import Launch
 from workspace.server.observation import Address
 
@@ -76,6 +76,11 @@ def test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped(
     there = lifecycle.start(place, launch(manner))
     there, ready = lifecycle.wait_until_ready(there, timeout_s=20)
     assert ready.models == ("standin",)
+    line = command.try_it(there.address.url, *ready.models, has_key=True)
+    asked = subprocess.run(
+        ["/bin/sh", "-c", line], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert json.loads(asked.stdout)["choices"] == [{"text": "!"}], asked.stderr
     assert len(there.members()) == 4
     assert len(shared(there.address.port)) == 2
     found = observation.find(place)

@@ -8,23 +8,25 @@ count.
 import datetime
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.checks import smoke as smoke_record
-from workspace.core import files, lock, records
+from workspace.core import files, hints, lock, records
 from workspace.core.console import Console, RunLog
+from workspace.core.errors import CheckoutError
 from workspace.core.files import copy_files, read_regular, write_atomic
 from workspace.core.paths import Layout
-from workspace.install import editable, plan, precompiled, stamp
+from workspace.install import editable, plan, precompiled, sandbox, stamp
 from workspace.install.precompiled import KernelSource
 from workspace.machine import interpreter
-from workspace.repo import checkout, pins
+from workspace.repo import checkout, pins, series
 from workspace.repo.git import Git, worktree
 from workspace.repo.series import State
 
 KEPT = 3
+_MOST_COMMITS = 20
 
 
 @dataclass(frozen=True)
@@ -214,12 +216,113 @@ def keep_present(layout: Layout, why: str, *, name: str) -> None:
     if head := git.head():
         git.set_ref(ref, head)
     if outer and outer.head():
-        outer.set_ref(ref, worktree.snapshot(outer, why, paths=("vendor/pins.toml", "patches")))
+        link = outer.gitlink(layout.relative(layout.vllm))
+        gitlinks = {layout.relative(layout.vllm): link.commit} if link else {}
+        paths = ("vendor/pins.toml", "patches")
+        outer.set_ref(ref, worktree.snapshot(outer, why, paths=paths, gitlinks=gitlinks))
     else:
         with files.folder_beside(leftovers(layout, name)) as scratch:
             _copy_pins(layout, Layout(scratch / "left"))
             shutil.rmtree(leftovers(layout, name), ignore_errors=True)
             files.put_in_place(scratch / "left", leftovers(layout, name))
+
+
+def held_by_none(layout: Layout, wanted: KnownGood) -> tuple[str, ...]:
+    """Return what a rollback to `wanted` takes away and no known-good state holds, a line each.
+
+    These are commits of vendor/vllm, files of patches/vllm, and the pin.
+    """
+    found = states(layout)
+    lines = [f"commit {line} of vendor/vllm" for line in _commits_of_none(layout, found)]
+    folders = [pinned_files(layout, state.name).patches("vllm") for state in found]
+    # What write_patches deletes or overwrites; a file that no series names stays.
+    names = {*sandbox.names_of(layout.patches("vllm")).split("\n"), series.SERIES_FILE}
+    names |= {path.name for path in pinned_files(layout, wanted.name).patches("vllm").iterdir()}
+    for name in sorted(names - {""}):
+        path = layout.patches("vllm") / name
+        if path.is_file() and not any(_is_in(folder, path) for folder in folders):
+            lines.append(layout.relative(path))
+    pin = pins.load(layout.pins).vllm
+    if all(pins.load(pinned_files(layout, state.name).pins).vllm != pin for state in found):
+        lines.append(f"the pin of {pin.tag} {pin.commit[:12]} in vendor/pins.toml")
+    return tuple(lines)
+
+
+def would_lose(
+    layout: Layout, wanted: KnownGood, lost: Sequence[str], edited: Sequence[str]
+) -> CheckoutError:
+    """Return the error for work that no known-good state holds; `edited` are its edited files."""
+    shown = layout.relative(layout.vllm)
+    force = hints.text("bump.rollback_force", good=wanted.name)
+    hint = hints.text("bump.smoke_or_force", force=force)
+    if len(lost) == len(edited):
+        hint = hints.text("bump.stash_or_force", shown=shown, force=force)
+    more = f" and {len(edited) - 3} more" if len(edited) > 3 else ""
+    edits = f"{shown} has edits ({', '.join(edited[:3])}{more}); " if edited else ""
+    return CheckoutError(
+        f"{edits}a return to {wanted.name} would take away what is listed above and no known-good"
+        " state holds; nothing was changed",
+        hint=hint,
+        details=tuple(lost),
+    )
+
+
+def _is_in(folder: Path, path: Path) -> bool:
+    """Return whether a file of any name in the folder has the content of `path`."""
+    content = read_regular(path)
+    return any(read_regular(other) == content for other in folder.iterdir() if other.is_file())
+
+
+def _commits_of_none(layout: Layout, found: Sequence[KnownGood]) -> list[str]:
+    """Return SHA and subject of the commits in HEAD of vendor/vllm that no state has."""
+    git = Git(layout.vllm)
+    head = git.head()
+    if head is None or git.tree(head) in {state.tree for state in found}:
+        return []
+    bases = (git.resolve(series.BASE_REF), pins.load(layout.pins).vllm.commit)
+    others = git.present(
+        [commit for commit in (*bases, *(state.head for state in found)) if commit]
+    )
+    log = ("log", f"-n{_MOST_COMMITS}", "--reverse", "--no-show-signature", "--format=%h %s")
+    return git.look(*log, head, "--not", *sorted(others), "--").out.splitlines()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a move kept of the state before it, under `ref` in vendor/vllm.
+
+    `back` is the command that brings it back, None where the superproject has no such reference.
+    """
+
+    ref: str
+    head: str
+    back: str | None
+
+
+def kept(layout: Layout) -> tuple[Kept, ...]:
+    """Return what moves and given-up sandboxes kept, newest first, those without a date last."""
+    git, outer = Git(layout.vllm), checkout.superproject(layout)
+    if git.place() is None:
+        return ()
+    own = {**worktree.references(git, "refs/left/"), **worktree.references(git, "refs/pins/")}
+    pinned = worktree.references(outer, "refs/left/") if outer else {}
+    return tuple(
+        Kept(ref, head, way_back(layout, ref) if ref in pinned else None)
+        for ref, head in sorted(own.items(), reverse=True)
+        if ref.startswith(("refs/left/", "refs/pins/left-"))
+    )
+
+
+def way_back(layout: Layout, ref: str) -> str:
+    """Return the command that brings pins, patches and commits of a kept state back."""
+    shown, outer = layout.relative(layout.vllm), checkout.superproject(layout)
+    if outer is None or not outer.head():
+        folder = layout.relative(leftovers(layout, ref.removeprefix("refs/left/")))
+        return hints.text("bump.bring_back_copy", folder=folder, shown=shown, ref=ref)
+    command = hints.text("repo.detach", shown=shown, commit=ref)
+    if outer.gitlink(shown):
+        command = hints.text("bump.bring_back_gitlink", shown=shown, ref=ref, command=command)
+    return hints.text("bump.bring_back", ref=ref, command=command)
 
 
 def discarded_sandbox(layout: Layout) -> Path:

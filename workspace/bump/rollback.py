@@ -35,14 +35,22 @@ from workspace.repo.pins import Pin
 from workspace.repo.series import BASE_REF, TIP_REF
 
 SHOWN_RELEASES = 3
+SHOWN_KEPT = 3
 
 
 def run(
-    layout: Layout, settings: Settings, name: str | None, *, console: Console, wait: bool = False
+    layout: Layout,
+    settings: Settings,
+    name: str | None,
+    *,
+    console: Console,
+    force: bool = False,
+    wait: bool = False,
 ) -> None:
     """Return to the newest other known-good state, or to `name`, and verify it by the smoke.
 
-    Raises SettingsError without such a state, CheckoutError if edits or an `am` prevent it, and
+    `force` leaves commits, patches and edits that no known-good state holds; they are kept. Raises
+    SettingsError without such a state, CheckoutError if that work or an `am` prevents it, and
     SmokeError if the smoke fails.
     """
     with (
@@ -51,7 +59,9 @@ def run(
             console, layout.logs, verb="pin.rollback", secrets=settings.secrets, held=held
         ) as run_log,
     ):
-        redo_log = staging.find_redo_log(layout.returning) or _begin(layout, name, console)
+        redo_log = staging.find_redo_log(layout.returning) or _begin(
+            layout, name, run_log, force=force
+        )
         wanted = known_good.read(layout, redo_log.facts["good"])
         if wanted is None:
             raise CheckoutError(
@@ -60,6 +70,15 @@ def run(
             )
         _finish(layout, redo_log, wanted, run_log)
     staging.report_leftovers(layout, redo_log.facts, console=console)
+    _build(layout, settings, wanted, console)
+    # Last, where a person sees it. An older redo log has no note of it.
+    if back := redo_log.facts.get("back"):
+        console.info("what was left is kept; this brings it back:")
+        console.hint(back)
+
+
+def _build(layout: Layout, settings: Settings, wanted: KnownGood, console: Console) -> None:
+    """Make the environment and the build of the state fit again, and record it once it passed."""
     if not layout.environment.exists():
         console.info(
             "its environment was not kept: bootstrap builds it again with the recorded versions"
@@ -80,8 +99,9 @@ def is_under_way(layout: Layout) -> bool:
     return layout.returning.exists()
 
 
-def _begin(layout: Layout, name: str | None, console: Console) -> RedoLog:
+def _begin(layout: Layout, name: str | None, run_log: RunLog, *, force: bool) -> RedoLog:
     """Choose the state, check that nothing prevents a rollback, and write the redo log."""
+    console = run_log.console
     if staging.exists(layout):
         raise CheckoutError(
             "a bump is under way",
@@ -89,17 +109,27 @@ def _begin(layout: Layout, name: str | None, console: Console) -> RedoLog:
         )
     wanted, present = _choose(layout, name), known_good.present_name(layout)
     _require_movable(layout, wanted)
+    edited = Git(layout.vllm).edits()
+    lost = (*known_good.held_by_none(layout, wanted), *(f"edits of {path}" for path in edited))
+    if lost and not force:
+        raise known_good.would_lose(layout, wanted, lost, edited)
     kept = present if present and known_good.read(layout, present) else ""
     console.info(f"{present or 'the present state'} → {wanted.name}")
     if not kept:
         console.info("the present state never passed the smoke, so its environment is not kept")
     left = known_good.timestamp()
     known_good.keep_present(layout, f"Before the return to {wanted.name}", name=left)
+    back = known_good.way_back(layout, f"refs/left/{left}") if lost else ""
+    if edited:
+        _stash(layout, left, run_log)
+        stashed = hints.text("bump.pop_edits", shown=layout.relative(layout.vllm))
+        back = stashed if len(lost) == len(edited) else f"{back} && {stashed}"
     facts = {
         "good": wanted.name,
         "present": kept,
         "tip": Git(layout.vllm).head() or "",
         "left": left,
+        "back": back,
         "names": sandbox.names_of(layout.patches("vllm")),
         **staging.products_of(layout),
     }
@@ -114,12 +144,6 @@ def _require_movable(layout: Layout, wanted: KnownGood) -> None:
             f"{shown} is in the middle of a git {verb}",
             hint=hints.text("inv.patch_continue_or_abort"),
         )
-    if edited := git.edits():
-        more = f" and {len(edited) - 3} more" if len(edited) > 3 else ""
-        raise CheckoutError(
-            f"{shown} has edits ({', '.join(edited[:3])}{more})",
-            hint=hints.text("bump.stash_then_rollback", shown=shown),
-        )
     if wanted.head not in git.present((wanted.head,)):
         raise CheckoutError(
             f"{shown} no longer has commit {wanted.head[:12]} of {wanted.name}",
@@ -127,6 +151,17 @@ def _require_movable(layout: Layout, wanted: KnownGood) -> None:
         )
     worktree.require_way(git, wanted.head)
     staging.require_one_disk(layout)
+
+
+def _stash(layout: Layout, left: str, run_log: RunLog) -> None:
+    """Put the edits of vendor/vllm into a stash. Raises CheckoutError if some stay."""
+    git, shown = Git(layout.vllm), layout.relative(layout.vllm)
+    git.write("stash", "push", "--quiet", "--message", f"pin.rollback {left}", run_log=run_log)
+    if edited := git.edits():
+        raise CheckoutError(
+            f"{shown} has edits that git stash does not take ({', '.join(edited[:3])})",
+            hint=hints.text("inv.patch"),
+        )
 
 
 def _choose(layout: Layout, name: str | None) -> KnownGood:
@@ -298,6 +333,7 @@ def show(
         *_checkout(layout, pinned.vllm),
         *_under_way(layout),
         *_known_good_states(layout),
+        *_kept(layout),
     ]
     rows += [
         _releases(settings, pinned.vllm, offline=offline),
@@ -395,6 +431,20 @@ def _known_good_states(layout: Layout) -> list[PinRow]:
         }
         text = f"{state.name}, smoke {state.smoke}; {'in use' if is_present else kept}"
         rows.append(PinRow(State.OK if is_present else State.KEPT, "good", text, facts=facts))
+    return rows
+
+
+def _kept(layout: Layout) -> list[PinRow]:
+    """Return a row for each of the newest states that a move kept, with its way back."""
+    found, shown = known_good.kept(layout), layout.relative(layout.vllm)
+    all_of = hints.text("bump.list_kept", shown=shown)
+    rows = []
+    for state in found[:SHOWN_KEPT]:
+        facts: dict[str, object] = {"ref": state.ref, "commit": state.head}
+        text = f"{state.ref}, {shown} at {state.head[:12]}"
+        rows.append(PinRow(State.KEPT, "left", text, hint=state.back or all_of, facts=facts))
+    if len(found) > SHOWN_KEPT:
+        rows.append(PinRow(State.KEPT, "left", f"{len(found) - SHOWN_KEPT} more", hint=all_of))
     return rows
 
 

@@ -463,8 +463,7 @@ class _Suite:
     def _mxfp4(self, folders: Folders | str) -> _Found:
         if isinstance(folders, str):
             return [((Check("parity.gpt-oss", "skipped", folders, 0.0),), _NOTHING)]
-        # Hugging Face runs in float32: vLLM's kernels take bfloat16 only, and their rounding is
-        # error enough.
+        # Hugging Face runs in float32: vLLM's bfloat16 is rounding enough.
         reference, form = self._reference(folders, "gpt-oss"), ("--dtype", "bfloat16")
         answer = self._compared(lambda: reference, folders, "gpt-oss", "gpt-oss", form)
         return [((numeric.mxfp4(answer),), answer)]
@@ -478,9 +477,8 @@ class _Suite:
 
     def _program(self, probe: str, *args: str, is_compiled: bool = False) -> Program:
         """Return a probe with its environment; `is_compiled` leaves torch.compile on."""
-        given = {probe_runs.LIMIT: f"{probe_runs.PROBE_SHARE * self._options.timeout_s:g}"}
-        if is_compiled:
-            given["TORCHDYNAMO_DISABLE"] = "0"
+        given = {"TORCHDYNAMO_DISABLE": "0"} if is_compiled else {}
+        given[probe_runs.LIMIT] = f"{probe_runs.PROBE_SHARE * self._options.timeout_s:g}"
         return Program(
             (str(self._layout.environment_python), str(self._layout.probes / probe), *args),
             built_environment(self._machine, "smoke", given=given),

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 
 from invoke.collection import Collection
 from invoke.config import Config
@@ -191,8 +192,12 @@ class WorkspaceProgram(Program):
         typed = unknown.group(1)
         if typed.startswith("-"):
             context = self.parser.contexts[verb] if verb else self.initial_context
-            like = difflib.get_close_matches(typed, list(context.flags), n=3)
+            # vLLM has hundreds of flags: only a slip of the finger means one of ours.
+            cutoff = 0.8 if verb == "serve.start" else 0.6
+            like = difflib.get_close_matches(typed, list(context.flags), n=3, cutoff=cutoff)
             sentence = "{} has no flag {}".format("inv " + verb if verb else "inv", typed)
+            if verb == "serve.start" and not like:
+                more = self._after_dashes(typed, list(context.flags))
         else:
             like = difflib.get_close_matches(typed, list(self.parser.contexts), n=3)
             sentence, more = f"there is no verb {typed}", hints.text("cli.list")
@@ -206,6 +211,14 @@ class WorkspaceProgram(Program):
             sentence,
             hint=hints.text("cli.alike", command=more, alike=" or ".join(like)) if like else more,
         )
+
+    def _after_dashes(self, typed: str, own: Sequence[str]) -> str:
+        """Return the command that was typed, with the flags of vLLM after `--`."""
+        tokens = [token for token in self.argv[1:] if token != "--"]
+        at = next((at for at, token in enumerate(tokens) if token.startswith(typed)), len(tokens))
+        ours = [token for token in tokens[at:] if token in own]
+        theirs = [token for token in tokens[at:] if token not in own]
+        return hints.text("cli.after_dashes", words=[*tokens[:at], *ours, "--", *theirs])
 
     def _typed_as_flag(self, verb: str, typed: str) -> str:
         """Return the verb with its flag for a value, where it has exactly one, else its help."""

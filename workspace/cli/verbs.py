@@ -258,12 +258,12 @@ def shell(_: Context) -> None:
     verb.open_shell(main.machine(), console=main.console())
 
 
-@task
-def drop_caches(_: Context) -> None:
+@task(help={"yes": "as root, do not ask"})
+def drop_caches(_: Context, yes: bool = False) -> None:
     """Free the page cache before loading a large model."""
     from workspace.machine import hardware
 
-    hardware.drop_caches(main.opened()[1], console=main.console())
+    hardware.drop_caches(main.opened()[1], console=main.console(), is_agreed=yes)
 
 
 @task(
@@ -308,13 +308,17 @@ def pin_bump(_: Context, ref: str, allow_recent: bool = False, wait: bool = Fals
 
 @task(
     name="rollback",
-    help={"good": "a name that inv pin shows (default: the last one)", "wait": WAIT},
+    help={
+        "good": "a name that inv pin shows (default: the last one)",
+        "force": "also leave work that no known-good state holds; it is kept",
+        "wait": WAIT,
+    },
 )
-def pin_rollback(_: Context, good: str = "", wait: bool = False) -> None:
+def pin_rollback(_: Context, good: str = "", force: bool = False, wait: bool = False) -> None:
     """Return to the last known-good state."""
     from workspace.bump import rollback
 
-    rollback.run(*main.opened(), good or None, console=main.console(), wait=wait)
+    rollback.run(*main.opened(), good or None, console=main.console(), force=force, wait=wait)
 
 
 @task(

@@ -142,6 +142,8 @@ class Console:
         self._out = out or sys.stdout
         self._err = err or sys.stderr
         self._rich: rich.console.Console | None = None
+        # Gets the title of each step that begins: a verb records it in its lock.
+        self.on_step: Callable[[str], None] = lambda title: None
         if self._err.isatty():
             from rich.console import Console as Terminal
 
@@ -190,6 +192,13 @@ class Console:
                 indent = min(indent, _BELOW)
             label = f"{' ' * indent}$" if indent else "hint:"
             self.info(f"{label} {hint}", style="bold" if indent else None)
+
+    def is_confirmed(self, text: str) -> bool:
+        """Print a text that asks for a yes; return whether it came, False away from a terminal."""
+        if self._rich is None or not sys.stdin.isatty():
+            return False
+        self.info(f"{text} [y/N]")
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def command(self, text: str) -> None:
         """Echo a changing command in a form that can be copied into a shell."""
@@ -303,6 +312,7 @@ class Console:
     def step(self, title: str, *, least: int = NAME_WIDTH) -> Iterator[Step]:
         """Show a step while the block runs, then one row with state, reason and seconds."""
         step = Step(title)
+        self.on_step(title)
         started = time.monotonic()
         try:
             with self._spinner(step):
@@ -383,6 +393,7 @@ class RunLog:
         self._secrets = tuple(secret for secret in secrets if secret)
         self._file: TextIO | None = None
         self._phase = ""
+        self._outer = console.on_step
 
     @property
     def path(self) -> Path | None:
@@ -390,9 +401,19 @@ class RunLog:
         return Path(self._file.name) if self._file else None
 
     def __enter__(self) -> "RunLog":
+        self._outer = self.console.on_step
+        if self.held:
+            self.console.on_step = self._note
         return self
 
+    def _note(self, title: str) -> None:
+        """Record a step in the lock, and in that of the verb for which this one works."""
+        assert self.held
+        self.held.note(title)
+        self._outer(title)
+
     def __exit__(self, *_: object) -> None:
+        self.console.on_step = self._outer
         if self._file:
             with _naming(self._file):
                 self._file.close()

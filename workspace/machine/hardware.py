@@ -216,12 +216,17 @@ def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[floa
 
 
 def drop_caches(
-    settings: Settings, *, console: Console, is_root: bool | None = None, sysctl: str | None = None
+    settings: Settings,
+    *,
+    console: Console,
+    is_agreed: bool = False,
+    is_root: bool | None = None,
+    sysctl: str | None = None,
 ) -> None:
     """Write dirty pages to the disk, drop the page cache, and report how much memory that frees.
 
-    Raises ToolchainError where this user may not; nothing is changed then. `sysctl` is the program,
-    by default that of root.
+    Root is asked first unless `is_agreed`. Raises ToolchainError where root does not agree, or this
+    user may not; nothing is changed then. `sysctl` is the program, by default that of root.
     """
     environment = settings.child_environment("plain")
     sysctl = sysctl or root_program("sysctl")
@@ -231,6 +236,10 @@ def drop_caches(
             hint=hints.text("machine.apt_procps"),
         )
     argv = command(sysctl, is_root=os.geteuid() == 0 if is_root is None else is_root)
+    harm = "every program of this machine then reads its files from the disk again"
+    if not (is_agreed or argv[0] == "sudo" or console.is_confirmed(f"drop caches? {harm}")):
+        message = f"nothing was dropped: {harm}, so root confirms it on a terminal or by --yes"
+        raise ToolchainError(message, hint=hints.text("machine.drop_caches_yes"))
     before = free_memory_gib(read_meminfo())
     if argv[0] == "sudo" and (why := _sudo_fault(argv, environment)):
         raise _refused(sysctl, why)

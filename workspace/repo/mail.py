@@ -464,6 +464,10 @@ def _fault(commit: Commit) -> str | None:
     return None if is_status(status) else f"its line `{TRAILER}: {status}` is none of: {VOCABULARY}"
 
 
+def _lacks_status_only(commit: Commit) -> bool:
+    return not unfit(commit.message) and status_of(commit.message) is None
+
+
 def refuse(git: Git, base: str, shown: str, faults: Sequence[tuple[Commit, str]]) -> None:
     """Raise Unfit for commits that cannot be patches, each with its reason; return if none."""
     if not faults:
@@ -475,12 +479,11 @@ def refuse(git: Git, base: str, shown: str, faults: Sequence[tuple[Commit, str]]
     ]
     more = f"; and {len(faults) - 1} more" if len(faults) > 1 else ""
     start = BASE_REF if git.resolve(BASE_REF) == base else base[:12]
-    has_merge = any(len(commit.parents) > 1 for commit, _ in faults)
-    hint = (
-        hints.text("repo.rebase", shown=shown, start=start)
-        if has_merge
-        else hints.text("repo.rebase_interactive", shown=shown, start=start)
-    )
+    hint = hints.text("repo.rebase_interactive", shown=shown, start=start)
+    if any(len(commit.parents) > 1 for commit, _ in faults):
+        hint = hints.text("repo.rebase", shown=shown, start=start)
+    elif [commit.oid for commit, _ in faults] == [git.head()] and _lacks_status_only(faults[0][0]):
+        hint = hints.text("repo.add_trailer", shown=shown)
     raise Unfit(
         f"{sentences[0]}{more}; nothing was written",
         hint=hint,

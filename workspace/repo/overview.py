@@ -56,7 +56,13 @@ def show(
     move = moved(layout, project, pin, checkout, stack)
     found = _entries(layout, project, pin, checkout, stack, move)
     # The way back has priority over the next step.
-    following = (move and move.hint) or next_command(layout, pin, stack)
+    # A commit of which git can make no mail has no files here; the export says what it needs.
+    lacking = [
+        entry.name
+        for entry in found
+        if entry.state == "unexported" and entry.status is None and entry.files
+    ]
+    following = (move and move.hint) or patches.next_command(layout, pin, stack, lacking)
     if as_json:
         rows = [dataclasses.asdict(entry) for entry in found]
         console.document({"schema": 1, "rows": rows, "next": following})
@@ -72,27 +78,6 @@ def _columns(row: Entry) -> list[str]:
     if row.name == "stack":
         return [row.subject, *([f"edits: {files}"] if files else [])]
     return [row.subject, row.status or "no Upstream-Status", *([files] if files else [])]
-
-
-def next_command(layout: Layout, pin: Pin, stack: Stack) -> str:
-    """Return the command line to type next."""
-    path = checkouts.folder_of(layout, pin)
-    if stack.untracked and stack.state in (State.APPLIED, State.UNEXPORTED):
-        return series.taking_hint(layout.relative(path), stack.untracked)
-    if stack.state is State.APPLIED:
-        return hints.text("repo.export_later", path=layout.relative(path))
-    if stack.state in (State.UNAPPLIED, State.UNEXPORTED):
-        return (
-            hints.text("inv.patch_apply")
-            if stack.state is State.UNAPPLIED
-            else hints.text("inv.patch_export")
-        )
-    if stack.head is None and stack.state is State.FOREIGN:
-        return checkouts.keeping_command(layout.relative(path))
-    return (
-        series.refusal(layout.relative(path), Git(path), stack, verb=patches.APPLY).hint
-        or patches.APPLY
-    )
 
 
 def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack) -> Row | None:

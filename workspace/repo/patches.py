@@ -52,6 +52,31 @@ class _Work:
         return self.layout.state / f"{self.project}-stack"
 
 
+def next_command(layout: Layout, pin: Pin, stack: Stack, lacking: Sequence[str] = ()) -> str:
+    """Return the command line to type next; the commits `lacking` have no Upstream-Status."""
+    path = checkouts.folder_of(layout, pin)
+    if stack.untracked and stack.state in (State.APPLIED, State.UNEXPORTED):
+        return series.taking_hint(layout.relative(path), stack.untracked)
+    if stack.state is State.APPLIED:
+        return hints.text("repo.export_later", path=layout.relative(path))
+    if stack.state is State.UNAPPLIED:
+        return hints.text("inv.patch_apply")
+    if stack.state is State.UNEXPORTED:
+        return _exporting(layout.relative(path), stack, lacking)
+    if stack.head is None and stack.state is State.FOREIGN:
+        return checkouts.keeping_command(layout.relative(path))
+    return series.refusal(layout.relative(path), Git(path), stack, verb=APPLY).hint or APPLY
+
+
+def _exporting(shown: str, stack: Stack, lacking: Sequence[str]) -> str:
+    """Return the command that exports the commits, some of which lack an Upstream-Status."""
+    if not lacking or stack.head is None or stack.base is None:
+        return hints.text("inv.patch_export")
+    if list(lacking) == [stack.head[:12]]:
+        return hints.text("repo.add_trailer", shown=shown)
+    return hints.text("repo.rebase_interactive", shown=shown, start=stack.base[:12])
+
+
 def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack:
     """Return the stack; nothing in the checkout is written.
 

@@ -6,6 +6,7 @@ are checked here; vLLM's parser checks the rest.
 """
 
 import ipaddress
+import json
 import os
 import re
 import shlex
@@ -162,6 +163,15 @@ def typed(name: str, extra: Sequence[str], *, detach: bool = False) -> str:
     return " ".join(parts)
 
 
+def try_it(url: str, model: str, *, has_key: bool) -> str:
+    """Return the command that asks a server for a few tokens."""
+    headers = "-H 'Content-Type: application/json'"
+    if has_key:
+        headers += ' -H "Authorization: Bearer $VLLM_API_KEY"'
+    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 8})
+    return hints.text("server.try_it", url=url, headers=headers, body=body)
+
+
 def shown(
     layout: Layout, settings: Settings, argv: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[str]:
@@ -174,7 +184,7 @@ def shown(
     ]
     if removed:
         yield f"unset {' '.join(removed)}"
-    yield from lines(layout, environment, settings.shell)
+    yield from lines(layout, environment, settings.shell, is_exact=True)
     for name in secret_names(environment):
         yield f"# {name} is {'set, and not shown' if environment[name] else 'empty'}"
     yield settings.masked(shlex.join(argv))
@@ -391,21 +401,31 @@ def secret_names(environment: Mapping[str, str]) -> list[str]:
 
 
 def lines(
-    layout: Layout, environment: Mapping[str, str], outer: Mapping[str, str]
+    layout: Layout,
+    environment: Mapping[str, str],
+    outer: Mapping[str, str],
+    *,
+    is_exact: bool = False,
 ) -> Iterator[str]:
-    """Yield lines of sh that turn `outer` into `environment`. Secrets, names that no shell can
-    export and the built interpreter's folder are left out.
+    """Yield lines of sh that turn `outer` into `environment`, without secrets and names that no
+    shell can export.
+
+    A shell that goes on to work gets the entries of PATH behind scripts/, and not the built
+    interpreter's folder; with `is_exact` each value is that of the environment.
     """
     secret = secret_names(environment)
+    apart = _READ_ONLY if is_exact else (*_LISTS, *_READ_ONLY, "VIRTUAL_ENV")
     for name, text in sorted(environment.items()):
         if (
-            name not in (*_LISTS, *_READ_ONLY, "VIRTUAL_ENV")
+            name not in apart
             and outer.get(name) != text
             and name not in secret
             and name.isidentifier()
             and name.isascii()
         ):
             yield f"export {name}={shlex.quote(text)}"
+    if is_exact:
+        return
     ours = {"PATH": [str(layout.root / "scripts")], "LD_LIBRARY_PATH": []}
     for name in _LISTS:
         present = outer.get(name, "").split(os.pathsep)

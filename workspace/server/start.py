@@ -249,6 +249,8 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
             console.info(f"log: {layout.relative(server.log)}")
             server, ready = _wait(session, server, folder)
         console.info(f"ready: {server.address.url}/v1 serves {', '.join(ready.models)}")
+        has_key = bool(settings.text("VLLM_API_KEY"))
+        console.hint(command.try_it(server.address.url, ready.models[0], has_key=has_key))
         if is_detached:
             is_left = True
             console.info("the server runs in the background")

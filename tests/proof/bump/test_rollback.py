@@ -17,7 +17,7 @@ def test_uncommitted_pins_and_patches_and_unexported_commits_are_kept_under_refe
     clone.git("add", "mine.py")
     clone.git("commit", "--quiet", "-m", "Mine")
     mine, tag = clone.git("rev-parse", "HEAD"), pins.load(layout.pins).vllm.tag
-    ended = clone.run("pin.rollback", "--good", wanted)
+    ended = clone.run("pin.rollback", "--good", wanted, "--force")
     assert ended.code == 0, ended.output
     assert clone.git("rev-parse", "HEAD") == clone.git("rev-parse", f"{mine}~1")
     left = git(clone.root, "for-each-ref", "--format=%(refname)", "refs/left")

@@ -35,7 +35,7 @@ def hooks_in_a_folder_that_others_share(user: User) -> None:
     user.follow("checks.call_hook", "hook", then=False)
 
 
-@runs("bump.commit_vllm_with", "bump.stash_then_rollback")
+@runs("bump.commit_vllm_with", "bump.stash_or_force")
 def bump_and_the_way_back(user: User) -> None:
     smoked(user)
     publish(user, CLEAN)
@@ -44,7 +44,7 @@ def bump_and_the_way_back(user: User) -> None:
     assert user.git("log", "-1", "--format=%s") == f"pin: move vLLM from v0.31.0 to v{CLEAN}"
     envs = user.vllm / "vllm" / "envs.py"
     envs.write_text(envs.read_text() + "# mine\n")
-    user.follow("bump.stash_then_rollback", "pin.rollback", then=False)
+    user.follow("bump.stash_or_force", "pin.rollback", then=False)
     assert user.world.git("rev-parse", "HEAD") == old
 
 

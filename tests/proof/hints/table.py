@@ -25,8 +25,30 @@ _ALL = (
     stack_situations,
 )
 
+_ROLLBACK = "tests/bump/test_rollback.py::"
+_FORCED = f"{_ROLLBACK}test_work_that_no_state_holds_leaves_by_force_only_and_can_be_brought_back"
+_PLAIN_FOLDER = f"{_ROLLBACK}test_work_comes_back_in_a_folder_without_a_repository"
 # The test that runs the command of the hint.
 ELSEWHERE = {
+    "bump.bring_back": _FORCED,
+    "bump.bring_back_gitlink": _FORCED,
+    "bump.bring_back_copy": _PLAIN_FOLDER,
+    "bump.list_kept": _PLAIN_FOLDER,
+    "bump.pop_edits": _FORCED,
+    "bump.rollback_force": _FORCED,
+    "bump.smoke_or_force": _FORCED,
+    "machine.drop_caches_yes": (
+        "tests/machine/test_page_cache.py::test_root_that_was_not_asked_drops_nothing_without_yes"
+    ),
+    "server.try_it": (
+        "tests/server/test_server.py::"
+        "test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped"
+    ),
+    "cli.after_dashes": "tests/test_entrances.py::test_misuse_is_a_sentence_and_exits_2",
+    "repo.add_trailer": (
+        "tests/repo/test_export_refusals.py::"
+        "test_hint_for_a_missing_trailer_is_enough_and_takes_no_staged_edit"
+    ),
     "repo.connect_submodule": (
         "tests/repo/test_checkout.py::test_submodule_that_was_moved_is_connected_by_the_hint"
     ),
@@ -98,8 +120,8 @@ _REASONS = {
         machine.ccache_switch machine.no_sccache machine.pip_cmake machine.pip_ninja
         machine.sccache_size support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
-        bump.bump bump.checkout_former bump.commit_vllm bump.continue_then_rollback
-        bump.disk_of_all bump.doctor_or bump.edit_then_continue bump.export_then_again
+        bump.bump bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.disk_of_all
+        bump.doctor_or bump.edit_then_continue bump.export_then_again
         bump.fix_then_continue bump.git_continue bump.give_rollback_up bump.other_states
         bump.read_state bump.rollback_or bump.sandbox_commit bump.sandbox_operation
         bump.sandbox_reflog bump.stash_then_again inv.patch_continue inv.pin inv.pin_rollback
