@@ -58,8 +58,9 @@ def recorded(folder: Path) -> Iterator[None]:
             text = rendered(show)
             if (key := _VARIES.sub("N", text)) not in seen:
                 seen.add(key)
-                with (folder / f"{os.getpid()}.txt").open("a", encoding="utf-8") as file:
-                    print(text, file=file)
+                content = f"{text}\n".encode(errors="backslashreplace")
+                with (folder / f"{os.getpid()}.txt").open("ab") as file:
+                    file.write(content)
             yield
         finally:
             is_open = False
@@ -73,6 +74,9 @@ def recorded(folder: Path) -> Iterator[None]:
         method: Callable[..., None] = getattr(Console, name)
 
         def call(self: Console, *args: object, **more: object) -> None:
+            if isinstance(self._err, Terminal):
+                method(self, *args, **more)
+                return
             # The rows of a screen may be an iterator.
             again = tuple(tuple(each) if isinstance(each, Iterator) else each for each in args)
             with kept(lambda console: method(console, *again, **more)):

@@ -126,7 +126,7 @@ def test_field_of_across_may_differ(tmp_path: Path) -> None:
 
 
 def test_field_that_no_record_has_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="--across: 'speed' is no field"):
+    with pytest.raises(SettingsError, match="--across: 'speed' is not a field"):
         output(tmp_path, record(), other(), "speed")
 
 

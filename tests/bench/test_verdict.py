@@ -130,7 +130,7 @@ def test_interval_excludes_the_ratios_that_scipys_exact_test_rejects(
 def test_fewer_than_six_starts_are_inconclusive_however_far_apart() -> None:
     judgement = judge_samples([1.0] * 5, [9.0] * 30, better="lower")
     assert (judgement.verdict, judgement.needed) == ("inconclusive", 6)
-    assert "there are 5 and 30" in judgement.reason
+    assert "these have 5 and 30" in judgement.reason
 
 
 def test_arms_of_equal_values_are_judged_too() -> None:

@@ -490,7 +490,7 @@ def test_deps_of_another_pin_are_reported_and_kept(site: Site, mirror: Path) -> 
     put(deps, {"flashy-src/.git/HEAD": "2" * 40 + "\n", "other-src/x": "", "flashy-build/x": ""})
     output = externals.leftover(site.tree)
     assert output == (
-        f".deps/flashy-src is {'2' * 12}, this pin requires {TAG[:12]}; it is not used",
+        f".deps/flashy-src is {'2' * 12}, but this pin requires {TAG[:12]}; it is not used",
         ".deps/other-src: this pin fetches no other; it is not used",
     )
     put(deps, {"flashy-src/.git/HEAD": TAG + "\n"})

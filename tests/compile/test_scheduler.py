@@ -37,7 +37,7 @@ def test_number_of_jobs_bounds_the_compilers_however_much_memory_is_free() -> No
     admission = with_requests(room(1000, jobs=4), *[(1.0, 0.1)] * 9)
     assert len(admission.admit(0.0)) == 4
     assert admission.admit(0.0) == ()
-    assert admission.why == "4 run, which is the limit"
+    assert admission.why == "4 running, which is the limit"
     admission.leave(0)
     assert len(admission.admit(1.0)) == 1
 
@@ -45,7 +45,7 @@ def test_number_of_jobs_bounds_the_compilers_however_much_memory_is_free() -> No
 def test_unit_that_does_not_fit_waits_with_a_reason() -> None:
     admission = with_requests(room(10), (10, 6), (10, 5))
     assert admission.admit(0.0) == (0,)
-    assert admission.why == "4.5 GiB are free, a waiting compiler needs at least 5.0"
+    assert admission.why == "4.5 GiB are free, and a waiting compiler needs at least 5.0"
 
 
 def test_small_unit_starts_earlier_only_if_it_does_not_delay_the_first_in_line() -> None:

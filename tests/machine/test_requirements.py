@@ -204,7 +204,7 @@ def test_digest_follows_the_files_that_were_read_and_no_others(house, tree):
 def test_line_that_is_no_requirement_is_an_error_with_file_and_line(house, tree):
     (tree / "requirements" / "common.txt").write_text("numpy\n\n<<<<<<< HEAD\nsix\n")
     with pytest.raises(
-        BuildError, match=r"requirements/common\.txt, line 3: '<<<<<<< HEAD' is no requirement"
+        BuildError, match=r"requirements/common\.txt, line 3: '<<<<<<< HEAD' is not a requirement"
     ):
         read(house, tree)
 

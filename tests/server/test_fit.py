@@ -62,7 +62,7 @@ def test_share_below_the_models_need_is_found_before_the_load() -> None:
         "./scripts/inv serve gpt-oss-120b -- --gpu-memory-utilization 0.58",
         0.58,
     )
-    assert "is given too little: 59.9 GiB with these flags; needs 67.9 GiB" in found.sentence
+    assert "gets too little: 59.9 GiB with these flags; needs 67.9 GiB" in found.sentence
     assert judged(SPARK, "--gpu-memory-utilization", "0.58").verdict == "yes"
     assert judged(SPARK, "--device-memory-utilization", "0.5") == found
 

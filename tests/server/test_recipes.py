@@ -120,7 +120,11 @@ def test_alternatives_replace_parts_of_the_recipe_for_their_versions(
         ),
         ('VLLM_SWITCH = "1"', 'HF_TOKEN = "hf_x"', "environment.HF_TOKEN is not for a recipe"),
         ('VLLM_SWITCH = "1"', '"not a name" = "1"', "environment.not a name is not the name of"),
-        ('vllm = "<0.18"', 'vllm = "old"', "alternatives[1].vllm is not versions of vLLM"),
+        (
+            'vllm = "<0.18"',
+            'vllm = "old"',
+            "alternatives[1].vllm is not a range of versions of vLLM",
+        ),
         ('source = "somebody#1"', "", "figures[1].source is missing"),
         ("[[figures]]", "[figures]", "figures is not a list of tables"),
         ("[memory]", "[memory", "is not TOML"),

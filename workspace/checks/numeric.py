@@ -123,7 +123,7 @@ def parameters(identifier: str, *answers: Answer) -> Check:
                 worst = max(worst, difference)
                 if not difference < MAX_DIFFERENCE:
                     problems.append(
-                        f"{case.get('case')} differ by {difference:.1e}, allowed is"
+                        f"{case.get('case')} differ by {difference:.1e}, the limit is"
                         f" {MAX_DIFFERENCE:g}"
                     )
     problems += [] if count or problems else ["nothing was compared"]

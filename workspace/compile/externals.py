@@ -241,7 +241,7 @@ def leftover(tree: Path) -> tuple[str, ...]:
             found.append(f".deps/{folder.name}: this pin fetches no {name}; it is not used")
         elif there != (tag if _COMMIT.fullmatch(tag) else _tagged(folder, tag)):
             found.append(
-                f".deps/{folder.name} is {(there or 'no git checkout')[:12]}, this pin requires"
+                f".deps/{folder.name} is {(there or 'no git checkout')[:12]}, but this pin requires"
                 f" {tag[:12]}; it is not used"
             )
     return tuple(found)

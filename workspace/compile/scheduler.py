@@ -136,11 +136,11 @@ class Admission:
         if not self._waiting:
             return None
         if len(self._running) >= self.bounds.jobs:
-            self.why = f"{len(self._running)} run, which is the limit"
+            self.why = f"{len(self._running)} running, which is the limit"
             return None
         if memory and memory.pressure_percent >= PRESSURE_PERCENT:
             self.why = (
-                f"memory is short: tasks wait for it {memory.pressure_percent:.0f} % of the time"
+                f"memory is short: tasks wait for it {memory.pressure_percent:.0f}% of the time"
             )
             return self._alone(now, is_blocked=True)
         waiting = sorted(self._waiting.values(), key=lambda token: token.rank)
@@ -150,7 +150,7 @@ class Admission:
             return number
         least_gib = min(token.cost.peak_gib for token in waiting)
         self.why = (
-            f"{max(free_gib, 0.0):.1f} GiB are free, a waiting compiler needs at least"
+            f"{max(free_gib, 0.0):.1f} GiB are free, and a waiting compiler needs at least"
             f" {least_gib:.1f}"
         )
         return self._alone(

@@ -287,10 +287,9 @@ def require_rows(rows: Sequence[Row], console: Console, *, what: str) -> None:
     """
     console.rows([row for row in rows if row.state is not State.OK])
     if faults := failed(rows):
+        named = (f"{row.name}: {row.text}" + (f" ({row.why})" if row.why else "") for row in faults)
         raise ToolchainError(
-            f"cannot {what} on this machine:"
-            f" {', '.join(f'{row.name}: {row.text}' for row in faults)}",
-            hint=faults[0].hint,
+            f"cannot {what} on this machine: {', '.join(named)}", hint=faults[0].hint
         )
 
 

@@ -192,8 +192,8 @@ def judge(
     offloaded = weights * split.local + cache
     if device == "cuda" and not frees[0].is_unified and offloaded > frees[0].host_gib:
         sentence = (
-            f"does not fit: {offloaded:.1f} GiB are to be offloaded, and {frees[0].host_gib:.1f}"
-            " GiB of the machine's memory are available"
+            f"the model does not fit: {offloaded:.1f} GiB are to be offloaded, and"
+            f" {frees[0].host_gib:.1f} GiB of the machine's memory are available"
         )
         hint = hints.text("server.recipes_fit")
         return Fit("no", needs_gib(recipe, args), offloaded, frees[0], sentence, hint)
@@ -273,7 +273,8 @@ def _too_few(recipe: Recipe, frees: Sequence[Free], split: _Split, args: Sequenc
         needs_gib(recipe, args),
         0.0,
         frees[0] if frees else Free(0.0, 0.0, 0.0, is_unified=False),
-        f"takes {split.local} {'GPU' if split.local == 1 else 'GPUs'}{factors}, {visible}",
+        f"the model takes {split.local} {'GPU' if split.local == 1 else 'GPUs'}{factors},"
+        f" {visible}",
         hints.text("server.gpus"),
     )
 
@@ -303,24 +304,24 @@ def judge_one(
     if given < needs <= free.available_gib:
         least = min(1.0, math.ceil((needs + LEAST_KV_GIB) / free.total_gib * 100) / 100)
         hint = hints.text("server.utilization_least", model=_typed(recipe), value=least)
-        sentence = f"is given too little: {given:.1f} GiB with these flags; {seen}{holding}"
+        sentence = f"the model gets too little: {given:.1f} GiB with these flags; {seen}{holding}"
         return Fit("no", needs, given, free, sentence, hint, least)
     if takes <= free.available_gib:
         is_cached = (
             device == "cuda" and free.is_unified and takes > free.available_gib - free.droppable_gib
         )
         if not is_cached:
-            return Fit("yes", needs, takes, free, f"fits: {seen}{holding}")
+            return Fit("yes", needs, takes, free, f"the model fits: {seen}{holding}")
         sentence = (
-            f"fits once page cache is dropped: {seen}, {free.droppable_gib:.1f} of them are page"
-            f" cache{holding}"
+            f"the model fits once the page cache is dropped: {seen}, {free.droppable_gib:.1f} of"
+            f" them are page cache{holding}"
         )
         return Fit(
             "after drop-caches", needs, takes, free, sentence, hints.text("server.drop_caches")
         )
     utilization, kv_gib = _suggestion(free, needs, fixed, device=device)
     hint = _hint(recipe, free, utilization, kv_gib, device=device)
-    sentence = f"does not fit: {seen}{holding}"
+    sentence = f"the model does not fit: {seen}{holding}"
     return Fit("no", needs, takes, free, sentence, hint, utilization, kv_gib)
 
 

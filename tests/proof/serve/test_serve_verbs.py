@@ -177,10 +177,10 @@ def test_model_that_cannot_be_served_is_an_error(clone: World, tmp_path: Path) -
             "serve", str(folder), "--", "--port", str(lifecycle.free_port()), *share
         ).error(10)
     assert "there is no recipe 'tinny'" in clone.run("serve", "tinny").error(2)
-    assert "no port from 1 to 65535" in clone.run(*serve(clone, "plain", "--port", "99999")).error(
-        2
-    )
-    assert "no share above 0" in clone.run(
+    assert "not a port from 1 to 65535" in clone.run(
+        *serve(clone, "plain", "--port", "99999")
+    ).error(2)
+    assert "not a share above 0" in clone.run(
         *serve(clone, "plain", "--gpu-memory-utilization", "-1")
     ).error(2)
     assert "without a key" in clone.run(*serve(clone, "plain", "--host", "0.0.0.0")).error(2)
