@@ -13,7 +13,7 @@ from invoke.exceptions import Exit, ParseError
 from invoke.parser.argument import Argument
 from invoke.program import Program
 
-from workspace.cli import verbs
+from workspace.cli import main, verbs
 from workspace.core import hints
 from workspace.core.errors import SettingsError
 
@@ -107,9 +107,12 @@ class WorkspaceProgram(Program):
         root = Argument(
             names=("search-root", "r"), help="Ignored; the verbs always work on this clone."
         )
+        verbose = Argument(
+            names=("verbose",), kind=bool, default=False, help="Show each command that is run."
+        )
         return [
             argument for argument in super().core_args() if argument.name in self.core_flags
-        ] + [root]
+        ] + [root, verbose]
 
     def parse_core(self, argv: list[str] | None) -> None:
         # Invoke turns bytecode off for the tasks file; every verb would then compile the library
@@ -135,6 +138,7 @@ class WorkspaceProgram(Program):
             self.parse_collection()
             self.parse_tasks()
             self.parse_cleanup()
+            main.console().is_verbose |= self.args.verbose.value
             self.execute()
         except ParseError as exc:
             raise self._misuse(exc) from exc

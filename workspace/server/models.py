@@ -171,6 +171,7 @@ def _make(
             f"{model} could not be made, its probe {process.describe_status(done.returncode)}:"
             f" {last}",
             hint=hints.text("inv.bootstrap"),
+            details=(f"+ {shlex.join(argv)}",),
         )
 
 

@@ -345,9 +345,16 @@ class Command:
         if not self._trusted:
             self.look("rev-parse", "--git-dir")
             self._trusted = True
+        echo = shlex.join(["git", "-C", str(self.path), *args])
         if run_log:
-            run_log.command(shlex.join(["git", "-C", str(self.path), *args]))
-        return self._git(args, git_environment() | dict(env or {}), check=check, verb=_verb(args))
+            run_log.command(echo)
+        variables = git_environment() | dict(env or {})
+        try:
+            return self._git(args, variables, check=check, verb=_verb(args))
+        except WorkspaceError as exc:
+            if run_log:
+                exc.details = (run_log.redact(f"+ {echo}"), *exc.details)
+            raise
 
     def applies(self, *args: str, env: Mapping[str, str], flags: Sequence[str] = ()) -> bool:
         """Apply patches to the index that `env` names, and return whether git did it.
