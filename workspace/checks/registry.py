@@ -33,7 +33,7 @@ _STATES = {"pass": State.OK, "fail": State.FAIL, "skipped": State.SKIPPED}
 SCHEMA = 2
 # The parts of the parity probe's document that are worth comparing between days; it omits the
 # tokens.
-_MEASURES = ("models", "consistency", "device", "gpu", "seconds", "compilation")
+_MEASURES = ("models", "consistency", "device", "gpu", "seconds", "compilation", "steps")
 
 
 @dataclass(frozen=True)
