@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.clone import Clone, is_list, make_clone
+from workspace.cli.program import program
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +145,9 @@ def test_output_on_a_full_disk_is_a_sentence(ready: Clone) -> None:
 def test_help_of_a_verb_names_what_it_needs_and_each_value(ready: Clone) -> None:
     serve = ready.inv("serve.start", "--help").stdout.splitlines()
     rebuild = ready.inv("--help", "rebuild").stdout.splitlines()
-    assert any(line.startswith("  --dry-run, -d ") for line in serve)
+    assert any(line.startswith("  --dry-run ") for line in serve)
     assert serve[0] == "Usage: inv serve.start RECIPE [flags] [-- FLAGS OF VLLM]"
-    assert any(line.startswith("  --target, -t TARGET ") for line in rebuild)
+    assert any(line.startswith("  --jobs, -j JOBS ") for line in rebuild)
 
 
 def test_every_help_text_fits_its_column(ready: Clone) -> None:
@@ -287,3 +288,16 @@ def test_verb_that_starts_something_warns_of_each_line_once(ready: Clone) -> Non
         assert "sed -i" not in warned
     finally:
         dotenv.unlink()
+
+
+def test_no_verb_has_a_short_flag_but_j_for_jobs() -> None:
+    namespace = program().namespace
+    assert namespace is not None
+    short = {
+        (str(argument.name), name)
+        for context in namespace.to_contexts()
+        for argument in context.args.values()
+        for name in argument.names
+        if len(name) == 1
+    }
+    assert short == {("jobs", "j")}

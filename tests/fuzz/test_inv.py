@@ -31,9 +31,7 @@ FLAGS = (
     "--jobs",
     "--wait",
     "--json",
-    "-d",
-    "-k",
-    "-w",
+    "-j",
     "--no-wait",
     "--help",
     "--list",
@@ -78,9 +76,7 @@ MORE_FLAGS = (
         "--across",
         "--lines",
         "--follow",
-        "-m",
-        "-t",
-        "-p",
+        "--verbose",
     ),
 )
 VERBS = (

@@ -4,10 +4,11 @@ A verb parses its arguments, calls one function of the library and prints nothin
 the library stand inside the verbs, so that `inv --list` starts at once.
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
+from invoke import tasks
 from invoke.context import Context
-from invoke.tasks import task
 
 from workspace.cli import main
 from workspace.cli.main import JSON, WAIT, after_dashes
@@ -15,6 +16,21 @@ from workspace.core import hints, paths
 from workspace.core.errors import SettingsError
 
 PROJECT = "vllm or triton"
+
+
+class Verb(tasks.Task[Any]):
+    """A verb. Its only short flag is -j for --jobs, as of make: letters of Invoke's choice would
+    mean --skip in one verb and --source in another.
+    """
+
+    def arg_opts(self, name: str, default: str, taken_names: set[str]) -> dict[str, Any]:
+        options = super().arg_opts(name, default, taken_names)
+        if name == "jobs":
+            options["names"] += ["j"]
+        return options
+
+
+task = functools.partial(tasks.task, klass=Verb, auto_shortflags=False)
 
 
 @task(
@@ -413,8 +429,6 @@ def patch_unapply(_: Context, project: str = "vllm", wait: bool = False) -> None
 
 @task(
     name="export",
-    # With every verb, -p is --project.
-    auto_shortflags=False,
     help={
         "check": "write nothing; print the difference and exit with 5",
         "branch": "put one patch, signed off, on upstream's main",
