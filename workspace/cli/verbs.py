@@ -64,7 +64,7 @@ def bootstrap(
     iterable=["target"],
     help={
         "jobs": "compilers at once, or auto: as many as cores and memory allow",
-        "memory": "GiB for all compilers together, or auto: what is available",
+        "memory": "GiB for all compilers together (default: auto, what is available)",
         "kernels": "auto, precompiled, native, or a wheel file",
         "target": "also compile this CMake target; may be repeated",
         "clean": "delete the build directories of this clone first",
