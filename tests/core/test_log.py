@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from workspace.core.console import KEPT_LOGS, Console, RunLog
+from workspace.core.errors import SourceError
 
 
 def run_log(folder: Path, *secrets: str) -> tuple[RunLog, io.StringIO]:
@@ -54,6 +55,14 @@ def test_command_is_on_the_screen_only_if_the_console_is_verbose(tmp_path: Path)
         run.command("git fetch")
         assert run.path is not None
         assert run.path.read_text(encoding="utf-8") == "+ git fetch\n"
+    assert talk.getvalue() == ""
+
+
+def test_command_that_failed_is_in_the_error_with_secrets_masked(tmp_path: Path) -> None:
+    run, talk = run_log(tmp_path, "hunter2")
+    with run, pytest.raises(SourceError) as caught, run.running("git am hunter2"):
+        raise SourceError("git am failed", details=("line 1",))
+    assert caught.value.details == ("+ git am ****", "line 1")
     assert talk.getvalue() == ""
 
 

@@ -265,6 +265,7 @@ def _ending_signals() -> Iterator[None]:
 
 
 WAIT = "wait for another verb instead of stopping"
+PROJECT = "vllm or triton"
 JSON = "print one JSON document instead of the table"
 
 

@@ -11,22 +11,17 @@ from invoke import tasks
 from invoke.context import Context
 
 from workspace.cli import main
-from workspace.cli.main import JSON, WAIT, after_dashes
+from workspace.cli.main import JSON, PROJECT, WAIT, after_dashes
 from workspace.core import hints, paths
 from workspace.core.errors import SettingsError
 
-PROJECT = "vllm or triton"
-
 
 class Verb(tasks.Task[Any]):
-    """A verb. Its only short flag is -j for --jobs, as of make: letters of Invoke's choice would
-    mean --skip in one verb and --source in another.
-    """
+    """A verb. Its only short flag is -j for --jobs, as of make."""
 
     def arg_opts(self, name: str, default: str, taken_names: set[str]) -> dict[str, Any]:
         options = super().arg_opts(name, default, taken_names)
-        if name == "jobs":
-            options["names"] += ["j"]
+        options["names"] += ["j"] if name == "jobs" else []
         return options
 
 
@@ -116,8 +111,7 @@ def fix_triton(
     wait: bool = False,
 ) -> None:
     """Find the Triton fault, fix it, prove it."""
-    here = paths.here()
-    settings = main.load_settings(here, flags={"TRITON_REF": ref})
+    here, settings = main.opened({"TRITON_REF": ref})
     from workspace.bump import triton as pin
     from workspace.install import triton_fix as verb
 
@@ -446,8 +440,7 @@ def patch_export(
     wait: bool = False,
 ) -> None:
     """Write the commits on the pin as patches and series."""
-    here = paths.here()
-    settings = main.load_settings(here)
+    here, settings = main.opened()
     from workspace.repo import patching
 
     if bool(patch) != bool(branch) or (branch and check):
@@ -492,8 +485,7 @@ def patch_continue(
     _: Context, skip: bool = False, abort: bool = False, project: str = "vllm", wait: bool = False
 ) -> None:
     """Resume after a conflict, also in a bump."""
-    here = paths.here()
-    settings = main.load_settings(here)
+    here, settings = main.opened()
     from workspace.bump import bump
     from workspace.repo import patching
 

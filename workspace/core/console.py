@@ -422,6 +422,16 @@ class RunLog:
             self.console.command(text)
         self.write(f"+ {text}")
 
+    @contextlib.contextmanager
+    def running(self, text: str) -> Iterator[None]:
+        """Log a command, and name it in the error of a block that fails."""
+        self.command(text)
+        try:
+            yield
+        except WorkspaceError as exc:
+            exc.details = (self.redact(f"+ {text}"), *exc.details)
+            raise
+
     def line(self, text: str) -> None:
         """Log an output line of a command and show it beside the spinner."""
         self.write(text)

@@ -162,8 +162,7 @@ def _make(
         cwd=layout.root,
         timeout_s=TIMEOUT_S,
     )
-    lines = done.stderr.splitlines()
-    for line in lines:
+    for line in (lines := done.stderr.splitlines()):
         run_log.line(line)
     if done.returncode != 0 or not folder.is_dir():
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
