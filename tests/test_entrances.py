@@ -330,3 +330,9 @@ def test_example_of_each_verb_is_parsed_as_a_call_of_that_verb() -> None:
         tokens = tokens[: tokens.index("--")] if "--" in tokens else tokens
         (parsed,) = Parser(contexts=contexts).parse_argv(tokens)
         assert parsed.name == context.name
+
+
+def test_help_is_a_word_too(ready: Clone) -> None:
+    assert ready.inv("help").stdout == ready.inv("--list").stdout
+    assert ready.inv("help", "rebuild").stdout == ready.inv("--help", "rebuild").stdout
+    assert ready.inv("help", "nonsense").returncode == 2

@@ -312,8 +312,13 @@ class WorkspaceProgram(Program):
 
 
 def _help_first(argv: list[str]) -> list[str]:
-    """Return `inv VERB --help` as `inv --help VERB`; Invoke takes it for an argument of VERB."""
+    """Return `inv VERB --help` as `inv --help VERB`; Invoke takes it for an argument of VERB.
+
+    `inv help VERB` is the same, and `inv help` the list of verbs.
+    """
     tokens = argv[1 : argv.index("--") if "--" in argv else None]
+    if tokens[:1] == ["help"]:
+        return [argv[0], *(["--help", tokens[1]] if tokens[1:] else ["--list"])]
     if tokens and tokens[0][:1] != "-" and {"--help", "-h"} & set(tokens):
         return [argv[0], "--help", tokens[0]]
     return argv
