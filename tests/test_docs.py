@@ -131,7 +131,7 @@ def test_every_verb_setting_session_and_error_has_its_row() -> None:
     assert "### inv bootstrap\n" in verbs
     assert "`inv patch` does the same." in verbs
     assert "| `--level LEVEL` | quick, full: " in verbs
-    assert re.search(r"^\| `-w, --wait` \| .+ \| `off` \|$", verbs, re.MULTILINE)
+    assert re.search(r"^\| `--wait` \| .+ \| `off` \|$", verbs, re.MULTILINE)
 
 
 def test_everything_in_the_table_of_coverage_is_on_the_page_of_the_smoke() -> None:

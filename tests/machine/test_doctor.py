@@ -298,7 +298,7 @@ def test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not(hous
     house.program("g++", "echo 9.1.0")
     policy = "printf '%s:\\n  Installed: (none)\\n  Candidate: %s\\n' g++ 4:12.2 g++-13"
     house.program("apt-cache", f"{policy} '(none)'")
-    line = next(line for line in shown(house, settings)[1].splitlines() if "CXX=" in line)
+    line = next(line for line in shown(house, settings)[0].splitlines() if "CXX=" in line)
     command = line.strip().removeprefix("$ ").split("    ")[0]
     assert command == "export CC=/path/to/gcc CXX=/path/to/g++"
     assert subprocess.run(["/bin/sh", "-c", command], check=False).returncode == 0

@@ -422,9 +422,7 @@ def _show(made: Forecast, blockers: Sequence[Row], console: Console) -> None:
         if _state_of(change) is not RowState.OK:
             console.row(_state_of(change), change.topic, text_of(change))
     if well:
-        console.row(
-            RowState.OK, "others", f"{counted(well, 'change')} without work; --json lists all"
-        )
+        console.row(RowState.OK, "others", f"nothing to do for {well} more; --json lists them")
     if blockers:
         return
     tag, count = made.candidate.pin.tag, sum(patch.state == "conflicts" for patch in made.patches)
