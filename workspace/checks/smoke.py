@@ -311,7 +311,7 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
         console.info("the smoke has passed on this tree and build")
         return
     console.info("no smoke has passed on this tree and build yet; nox -s smoke runs now")
-    smoke(layout, settings, SmokeOptions(), console=Console(out=io.StringIO()))
+    smoke(layout, settings, SmokeOptions(), console=console)
 
 
 def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:
