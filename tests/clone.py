@@ -162,7 +162,7 @@ def make_clone(folder: Path) -> Clone:
 
 
 def is_list(text: str) -> bool:
-    return text.startswith("Subcommands:\n") and "\n  bootstrap " in text and "\n  status " in text
+    return text.startswith("Start here:\n") and "\n  bootstrap " in text and "\n  status " in text
 
 
 HOSTILE = {

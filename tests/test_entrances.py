@@ -4,14 +4,17 @@ foreign inv, nox or Python.
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+from invoke.parser.parser import Parser
 
 from tests.clone import Clone, is_list, make_clone
+from workspace.cli.program import EXAMPLES, GROUPS, program
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +155,12 @@ def test_output_on_a_full_disk_is_a_sentence(ready: Clone) -> None:
 def test_help_of_a_verb_names_what_it_needs_and_each_value(ready: Clone) -> None:
     serve = ready.inv("serve.start", "--help").stdout.splitlines()
     rebuild = ready.inv("--help", "rebuild").stdout.splitlines()
-    assert any(line.startswith("  --dry-run, -d ") for line in serve)
-    assert serve[0] == "Usage: inv serve.start RECIPE [flags] [-- FLAGS OF VLLM]"
-    assert any(line.startswith("  --target, -t TARGET ") for line in rebuild)
+    assert any(line.startswith("  --dry-run ") for line in serve)
+    assert serve[0] == "Usage: inv serve RECIPE [flags] [-- FLAGS OF VLLM]"
+    assert any(line.startswith("  --jobs, -j JOBS ") for line in rebuild)
+    assert any(line.startswith("  RECIPE   a recipe,") for line in serve)
+    assert "(default: the setting KERNELS, auto if unset)" in " ".join(" ".join(rebuild).split())
+    assert rebuild[-2:] == ["  ./scripts/inv rebuild --plan", ""]
 
 
 def test_every_help_text_fits_its_column(ready: Clone) -> None:
@@ -295,3 +301,46 @@ def test_verb_that_starts_something_warns_of_each_line_once(ready: Clone) -> Non
         assert "sed -i" not in warned
     finally:
         dotenv.unlink()
+
+
+def test_no_verb_has_a_short_flag_but_j_for_jobs() -> None:
+    namespace = program().namespace
+    assert namespace is not None
+    short = {
+        (str(argument.name), name)
+        for context in namespace.to_contexts()
+        for argument in context.args.values()
+        for name in argument.names
+        if len(name) == 1
+    }
+    assert short == {("jobs", "j")}
+
+
+def test_list_has_each_verb_in_one_group_and_fits_80_columns(ready: Clone) -> None:
+    namespace = program().namespace
+    assert namespace is not None
+    named = [name for names in GROUPS.values() for name in names]
+    assert sorted(named) == sorted(context.name for context in namespace.to_contexts())
+    assert len(GROUPS["Start here"]) == 10
+    shown = ready.inv("--list").stdout.splitlines()
+    assert max(map(len, shown)) <= 80
+    assert [line[:-1] for line in shown if line.endswith(":")] == list(GROUPS)
+
+
+def test_example_of_each_verb_is_parsed_as_a_call_of_that_verb() -> None:
+    namespace = program().namespace
+    assert namespace is not None
+    contexts = namespace.to_contexts()
+    for context in contexts:
+        typed = EXAMPLES[str(context.name)]
+        found = re.search(r"\./scripts/inv ([^)]*)", typed)
+        tokens = shlex.split(found[1] if found else typed)
+        tokens = tokens[: tokens.index("--")] if "--" in tokens else tokens
+        (parsed,) = Parser(contexts=contexts).parse_argv(tokens)
+        assert parsed.name == context.name
+
+
+def test_help_is_a_word_too(ready: Clone) -> None:
+    assert ready.inv("help").stdout == ready.inv("--list").stdout
+    assert ready.inv("help", "rebuild").stdout == ready.inv("--help", "rebuild").stdout
+    assert ready.inv("help", "nonsense").returncode == 2

@@ -203,7 +203,7 @@ def test_list_shows_newest_first_with_damaged_and_interrupted_records(tmp_path: 
     (layout.results / "gb10-123456" / "half.json").write_bytes(encode(record())[:300])
     out, err = io.StringIO(), io.StringIO()
     results.show_records(layout, console=Console(out=out, err=err), as_json=False)
-    rows = err.getvalue().splitlines()
+    rows = out.getvalue().splitlines()
     assert [row.split()[:2] for row in rows[:3]] == [
         ["warn", "ffffffffffff-newer"],
         ["ok", "aaaaaaaaaaaa-latency"],
@@ -211,6 +211,8 @@ def test_list_shows_newest_first_with_damaged_and_interrupted_records(tmp_path: 
     ]
     assert "2 of 6 starts, interrupted" in rows[0]
     assert "latency 1 s ± 1.4%" in rows[1]
+    assert err.getvalue() == ""
+    out = io.StringIO()
     results.show_records(layout, console=Console(out=out, err=err), as_json=True)
     assert [row.get("starts") for row in json.loads(out.getvalue())["records"]] == [2, 6, None]
 

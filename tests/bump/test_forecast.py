@@ -133,7 +133,7 @@ def test_every_fate_is_foreseen_and_nothing_is_touched(clone: Clone, kind: str) 
     assert fates(made) == FATES[kind]
     assert contents(clone.layout.root) == before
     assert made.tree is None
-    assert clone.err.getvalue().splitlines()[-1].startswith("hint: ./scripts/inv pin.bump v1.1.0")
+    assert clone.out.getvalue().splitlines()[-1].startswith("hint: ./scripts/inv pin.bump v1.1.0")
 
 
 def test_conflicts_name_the_upstream_commits_that_touched_the_file(
@@ -155,7 +155,7 @@ def test_conflicts_name_the_upstream_commits_that_touched_the_file(
     else:
         assert commits is None
         assert any(
-            "unknown" in line and "no history" in line for line in clone.err.getvalue().splitlines()
+            "unknown" in line and "no history" in line for line in clone.out.getvalue().splitlines()
         )
 
 

@@ -35,5 +35,5 @@ def test_without_a_network_everything_else_is_still_shown(clone: World) -> None:
     ended = clone.run("pin", "--offline")
     assert ended.code == 0, ended.output
     assert clone.index.requests == []
-    assert ended.err.splitlines()[0].startswith("ok       pin           v0.31.0")
-    assert "skipped  newer" in ended.err
+    assert ended.out.splitlines()[0].startswith("ok       pin           v0.31.0")
+    assert "skipped  newer" in ended.out

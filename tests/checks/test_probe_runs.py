@@ -278,10 +278,13 @@ def test_seconds_of_compilers_are_counted_apart_even_in_a_child_that_is_killed(
 def test_wait_names_each_probe_with_its_models_and_the_seconds_of_last_time(tmp_path: Path) -> None:
     record = tmp_path / "smoke.json"
     assert probe_runs.Running(record).text("parity.llama") == ""
-    record.write_text('{"schema": 2, "checks": [{"id": "parity.llama", "seconds": 41.4}]}')
+    record.write_text('{"schema": 2, "parity": {"llama": {}, "steps": {"parity.llama": 41.4}}}')
     running = probe_runs.Running(record)
     llama, both = ("--model=llama=/m/a",), ("--model=llama=/m/a", "--model=qwen3=/m/b")
     with running.noted("reference.py", both), running.noted("parity.py", llama):
         shown = running.text("parity.llama")
     assert shown == "last time 41 s; Hugging Face llama qwen3 0 s; vLLM llama 0 s"
     assert running.text("kernels.norm") == ""
+    with running.timed("kernels.norm"):
+        pass
+    assert running.steps["kernels.norm"] < 41

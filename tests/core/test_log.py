@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from workspace.core.console import KEPT_LOGS, Console, RunLog
+from workspace.core.errors import SourceError
 
 
 def run_log(folder: Path, *secrets: str) -> tuple[RunLog, io.StringIO]:
@@ -38,6 +39,7 @@ def test_phase_is_written_before_its_first_line_only(tmp_path: Path) -> None:
 
 def test_secrets_are_masked_on_screen_and_in_the_log(tmp_path: Path) -> None:
     run, talk = run_log(tmp_path, "hunter2", "")
+    run.console.is_verbose = True
     with run:
         run.command("git clone https://me:hunter2@host/x")
         run.line("fatal: hunter2 refused")
@@ -45,6 +47,23 @@ def test_secrets_are_masked_on_screen_and_in_the_log(tmp_path: Path) -> None:
         log = run.path.read_text(encoding="utf-8")
     assert log == "+ git clone https://me:****@host/x\nfatal: **** refused\n"
     assert talk.getvalue() == "+ git clone https://me:****@host/x\n"
+
+
+def test_command_is_on_the_screen_only_if_the_console_is_verbose(tmp_path: Path) -> None:
+    run, talk = run_log(tmp_path)
+    with run:
+        run.command("git fetch")
+        assert run.path is not None
+        assert run.path.read_text(encoding="utf-8") == "+ git fetch\n"
+    assert talk.getvalue() == ""
+
+
+def test_command_that_failed_is_in_the_error_with_secrets_masked(tmp_path: Path) -> None:
+    run, talk = run_log(tmp_path, "hunter2")
+    with run, pytest.raises(SourceError) as caught, run.running("git am hunter2"):
+        raise SourceError("git am failed", details=("line 1",))
+    assert caught.value.details == ("+ git am ****", "line 1")
+    assert talk.getvalue() == ""
 
 
 def test_old_logs_go_and_the_newest_stay(tmp_path: Path) -> None:

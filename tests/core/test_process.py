@@ -201,7 +201,8 @@ def test_failure_shows_the_first_error_line_the_tail_and_the_log(run_log: RunLog
         )
     assert caught.value.message == "sh exited with 3: x.cpp:3: error: no such thing"
     assert caught.value.details[-2:] == ("line 30", f"log: {run_log.path}")
-    assert len(caught.value.details) == process.SHOWN_TAIL_LINES + 1
+    assert caught.value.details[0].startswith("+ /bin/sh -c ")
+    assert len(caught.value.details) == process.SHOWN_TAIL_LINES + 2
     assert caught.value.hint == "do this"
 
 

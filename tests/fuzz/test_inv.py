@@ -31,9 +31,7 @@ FLAGS = (
     "--jobs",
     "--wait",
     "--json",
-    "-d",
-    "-k",
-    "-w",
+    "-j",
     "--no-wait",
     "--help",
     "--list",
@@ -78,9 +76,7 @@ MORE_FLAGS = (
         "--across",
         "--lines",
         "--follow",
-        "-m",
-        "-t",
-        "-p",
+        "--verbose",
     ),
 )
 VERBS = (
@@ -313,7 +309,7 @@ def test_any_record_of_a_smoke(fresh: WarmInv, content: bytes) -> None:
     with places.replaced(fresh.world.layout.smoke_record, content):
         ended = fresh("status")
     is_decent(ended)
-    rows = [line for line in ended.err.splitlines() if line.split()[1:2] == ["smoke"]]
+    rows = [line for line in ended.out.splitlines() if line.split()[1:2] == ["smoke"]]
     assert len(rows) == 1, ended.output
     assert not rows[0].startswith("ok"), "nothing is built"
     assert rows[0].isprintable()

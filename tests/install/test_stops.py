@@ -21,7 +21,7 @@ def test_name_that_the_pinned_tree_does_not_know_stops_as_soon_as_the_tree_is_th
     assert "preflight" not in again.err
     row = next(
         line
-        for line in world.run("env").err.splitlines()
+        for line in world.run("env").out.splitlines()
         if line.split()[1:2] == ["VLLM_LOGING_LEVEL"]
     )
     assert row.startswith("FAIL")

@@ -295,9 +295,9 @@ def test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not(hous
     settings = built()
     house.program("g++", "echo 9.1.0")
     out, err, error = shown(house, settings)
-    assert out == ""
+    assert err == ""
     assert error is None
-    lines = err.splitlines()
+    lines = out.splitlines()
     assert len([line for line in lines if line.startswith("ok       uv")]) == 1
     assert (
         "                       $ sudo apt install g++-13 && export CC=gcc-13 CXX=g++-13" in lines

@@ -174,7 +174,7 @@ def test_groups_of_the_probe_are_the_checks_that_are_judged(probe: ModuleType) -
 
 def judged(*rows: dict, name: str = "sampling.ends", **changes: object) -> Check:
     group = {"rows": list(rows), "seconds": 0.5, "error": None} | changes
-    return numeric.cases(name, Answer({"groups": {name: group}}, None, 1.0))
+    return numeric.parameters(name, Answer({"groups": {name: group}}, None, 1.0))
 
 
 def test_each_problem_and_difference_fails_and_names_its_case() -> None:
@@ -192,5 +192,21 @@ def test_group_without_rows_with_an_error_or_in_one_engine_only_fails() -> None:
     right = {"case": "x", "problem": None}
     assert judged(right, error="KeyError: x").evidence == "KeyError: x"
     group = {"groups": {"cache.keys": {"rows": [right], "seconds": 0.5, "error": None}}}
-    both = numeric.cases("cache.keys", Answer(group, None, 1.0), Answer({}, "it died", 1.0))
+    both = numeric.parameters("cache.keys", Answer(group, None, 1.0), Answer({}, "it died", 1.0))
     assert (both.verdict, both.evidence) == ("fail", "it died")
+
+
+def test_engine_with_an_adapter_of_its_own_or_shared_is_judged_once() -> None:
+    right = {"rows": [{"case": "x", "problem": None}], "seconds": 0.5, "error": None}
+    names = (*numeric.RAW, *numeric.PROCESSED, numeric.ADAPTER)
+    whole = Answer({"groups": dict.fromkeys(names, right)}, None, 1.0)
+    for engines in numeric.ENGINES.values():
+        found = numeric.sampling(*([whole] * len(engines)))
+        assert len(found) == len(engines)
+        checks = [check for part, _ in found for check in part]
+        assert {check.identifier for check in checks} == set(names)
+        assert len(checks) == len(names)
+        assert {check.verdict for check in checks} == {"pass"}
+    _, *parts = numeric.sampling(whole, whole, Answer({}, "it died", 1.0))
+    failed = [check for part, _ in parts for check in part if check.verdict == "fail"]
+    assert [check.identifier for check in failed] == ["cache.keys"]

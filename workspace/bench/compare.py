@@ -193,14 +193,17 @@ def show(
         }
         console.data(json.dumps(document, indent=1, allow_nan=False))
     else:
-        print_rows(rows, console=console)
+        print_rows(rows, console=console.stdout)
     if names := worse(rows):
         raise Regression(
             f"{b.stem} is slower than {a.stem}: {names}",
             hint=hints.text("bench.report_plots", percent=allowed * 100),
         )
     if needed := most_needed(rows):
-        console.hint(hints.text("bench.repeat_both", kind=b.kind, label=b.label, needed=needed))
+        # Beside a document stdout has nothing else.
+        (console if as_json else console.stdout).hint(
+            hints.text("bench.repeat_both", kind=b.kind, label=b.label, needed=needed)
+        )
 
 
 def print_rows(

@@ -403,11 +403,11 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
         records = [_document(layout, entry) for entry in found]
         console.document({"schema": 1, "records": records})
         return
-    console.rows(_row(entry) for entry in found)
+    console.stdout.rows(_row(entry) for entry in found)
     if not found:
-        console.info("there are no records of benchmarks yet")
+        console.stdout.info("there are no records of benchmarks yet")
     is_pair = sum(entry.record is not None for entry in found) > 1
-    console.hint(hints.text("bench.compare_two") if is_pair else hints.text("nox.bench"))
+    console.stdout.hint(hints.text("bench.compare_two") if is_pair else hints.text("nox.bench"))
 
 
 def counted_starts(count: int) -> str:

@@ -182,7 +182,7 @@ def run(
     if as_json:
         console.document(_record(made))
     else:
-        _show(made, console)
+        _show(made, console.stdout)
     return made
 
 

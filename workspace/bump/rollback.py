@@ -475,12 +475,8 @@ def _triton(layout: Layout, settings: Settings, pin: Pin, *, offline: bool) -> P
     try:
         found = triton.ahead(layout, settings, pin)
     except WorkspaceError as exc:
-        return PinRow(
-            State.WARN,
-            "triton",
-            f"{text}; the commit of {triton.branch_of(settings)} is unknown: {exc.message}",
-            facts=facts,
-        )
+        text += f"; the commit of {triton.branch_of(settings)} is unknown: {exc.message}"
+        return PinRow(State.WARN, "triton", text, facts=facts)
     facts |= {"upstream": found.commit, "ahead": found.commits}
     if found.commit == pin.commit:
         return PinRow(State.OK, "triton", f"{text}, the same as {found.branch}", facts=facts)

@@ -71,46 +71,42 @@ def kernels(answer: Answer, group: str) -> Check:
         )
     if found.get("skipped"):
         return Check(identifier, "skipped", str(found["skipped"]), seconds)
-    found_cases = rows(found, "rows")
+    cases = rows(found, "rows")
     problems = (
-        [str(found["error"])]
-        if found.get("error")
-        else []
-        if found_cases
-        else ["nothing was compared"]
+        [str(found["error"])] if found.get("error") else [] if cases else ["nothing was compared"]
     )
-    for case in found_cases:
+    for case in cases:
         difference, limit = number(case, "difference"), number(case, "limit")
         if not difference <= limit:
             problems.append(
                 f"{case.get('case')}: off by {difference:.3g}, the limit is {limit:g} (roundings)"
             )
-    worst = max(
-        (number(case, "difference") / number(case, "limit") for case in found_cases), default=0.0
-    )
+    worst = max((number(case, "difference") / number(case, "limit") for case in cases), default=0.0)
     return judged(
         identifier,
         problems,
-        f"{counted(len(found_cases), 'case')}, the worst at {worst:.0%} of what rounding allows"
+        f"{counted(len(cases), 'case')}, the worst at {worst:.0%} of what rounding allows"
         + (f"; loading and compilation {first_s:.1f} s" if first_s >= SHOWN_S else ""),
         seconds,
     )
 
 
-def sampling(
-    raw: Answer, processed: Answer, adapter: Answer
-) -> list[tuple[tuple[Check, ...], Answer]]:
-    """Judge what the engines of probes/sampling.py answered, some checks by two of them.
-
-    `adapter` may be `processed`, if one engine has both.
+def sampling(raw: Answer, *others: Answer) -> list[tuple[tuple[Check, ...], Answer]]:
+    """Judge what the engines of probes/sampling.py answered, in the order of ENGINES; some checks
+    have a part in two of them.
     """
-    only_raw = tuple(cases(name, raw) for name in RAW)
-    both = tuple(cases(name, raw, processed) for name in PROCESSED)
-    return [(only_raw, raw), (both, processed), ((cases(ADAPTER, raw, adapter),), adapter)]
+    processed, adapter = others[0], others[-1]
+    keys = parameters(ADAPTER, raw, adapter)
+    both = tuple(parameters(name, raw, processed) for name in PROCESSED)
+    return [
+        (tuple(parameters(name, raw) for name in RAW), raw),
+        ((*both, keys), processed),
+        *(((), answer) for answer in others[1:]),
+    ]
 
 
-def cases(identifier: str, *answers: Answer) -> Check:
-    """Judge the cases of one check in documents of probes/sampling.py, each of which has some."""
+def parameters(identifier: str, *answers: Answer) -> Check:
+    """Judge one check by its cases in documents of probes/sampling.py, each of which has some."""
     problems: list[str] = []
     count, worst, seconds = 0, 0.0, 0.0
     for answer in answers:

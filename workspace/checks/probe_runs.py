@@ -303,24 +303,24 @@ _TITLES = {
 
 
 @dataclass(frozen=True)
-class _LastCheck:
-    id: str
-    seconds: float
+class _LastParity:
+    steps: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _LastSmoke:
     """What is read here of the record of the last smoke."""
 
-    checks: tuple[_LastCheck, ...] = ()
+    parity: _LastParity = _LastParity()
 
 
 class Running:
-    """The probes that run now, and the seconds of each check in the last smoke, for the screen."""
+    """The probes that run now, and the seconds of each step of the last smoke, for the screen."""
 
     def __init__(self, record: Path) -> None:
-        last = records.read(record, _LastSmoke) or _LastSmoke()
-        self._last = {check.id: check.seconds for check in last.checks}
+        self._last = (records.read(record, _LastSmoke) or _LastSmoke()).parity.steps
+        # Seconds of each step of this smoke, for the next.
+        self.steps: dict[str, float] = {}
         # Monotonic seconds by title. Threads write, and one reads.
         self._began: dict[str, float] = {}
 
@@ -335,11 +335,18 @@ class Running:
         finally:
             self._began.pop(title, None)
 
-    def text(self, check: str) -> str:
-        """Return the seconds of a check in the last smoke, and of each probe that runs now."""
+    @contextlib.contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Measure a step of the smoke."""
+        began = time.monotonic()
+        yield
+        self.steps[step] = round(time.monotonic() - began, 2)
+
+    def text(self, step: str) -> str:
+        """Return the seconds of a step in the last smoke, and of each probe that runs now."""
         now = time.monotonic()
         parts = [f"{title} {now - began:.0f} s" for title, began in [*self._began.items()]]
-        last = [f"last time {self._last[check]:.0f} s"] if check in self._last else []
+        last = [f"last time {self._last[step]:.0f} s"] if step in self._last else []
         return "; ".join([*last, *parts])
 
 

@@ -53,7 +53,7 @@ exec ./scripts/inv hook --run </dev/null
 SCHEMA = 2
 # The parts of the parity probe's document that are worth comparing between days; it omits the
 # tokens.
-_MEASURES = ("models", "consistency", "device", "gpu", "seconds", "compilation")
+_MEASURES = ("models", "consistency", "device", "gpu", "seconds", "compilation", "steps")
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def run(
         check.identifier for check in suite.checks
     }
     assert not missing, f"no verdict for {missing}"
-    return tuple(suite.checks), {**suite.document, "compilation": suite.compiled}
+    measured = {"compilation": suite.compiled, "steps": suite.steps}
+    return tuple(suite.checks), {**suite.document, **measured}
 
 
 # The checks that an answer decided, with the answer. A part of the smoke has one or more.
@@ -143,6 +144,7 @@ class _Suite:
         # Seconds of compilers in each part of the smoke, by its first check.
         self.compiled: dict[str, Mapping[str, float]] = {}
         self._running = probe_runs.Running(machine.layout.smoke_record)
+        self.steps = self._running.steps
         self.checks: list[Check] = []
         self._sampled = _NOTHING
         self.document: Mapping[str, object] = {}
@@ -164,7 +166,8 @@ class _Suite:
         """Show a spinner while a part runs, then a row for each verdict."""
         with self._run_log.console.step(first, least=NAME_WIDTH) as view:
             view.watch(lambda: self._running.text(first))
-            found = wait()
+            with self._running.timed(first):
+                found = wait()
             judged = [check for checks, answer in found for check in self._settled(checks, answer)]
             done = sorted(judged, key=lambda check: list(REGISTRY).index(check.identifier))
             view.state, view.reason = done[0].row.state, done[0].evidence
@@ -351,8 +354,8 @@ class _Suite:
         return self._ask_shared("sampling.py", folders["llama"], *against, *self._device, *form)
 
     def _judge_sampling(self, *engines: "Future[Answer]") -> _Found:
-        self._sampled, processed, *others = (engine.result() for engine in engines)
-        return numeric.sampling(self._sampled, processed, *(others or [processed]))
+        self._sampled, *others = (engine.result() for engine in engines)
+        return numeric.sampling(self._sampled, *others)
 
     def _round(self, round_name: str, name: str) -> numeric.Round:
         return numeric.Round(

@@ -72,6 +72,7 @@ def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = No
         )
     settings.forget_outer_git()
     loaded = settings.load(layout, flags=flags, also_known=lambda: _registered(layout))
+    console().is_verbose |= loaded.switch("VERBOSE")
     if sentence := sudo_warning(loaded, layout.root.stat().st_uid, os.geteuid()):
         _warn(sentence)
     return loaded
@@ -264,6 +265,7 @@ def _ending_signals() -> Iterator[None]:
 
 
 WAIT = "wait for another verb instead of stopping"
+PROJECT = "vllm or triton"
 JSON = "print one JSON document instead of the table"
 
 

@@ -14,8 +14,8 @@ from invoke.exceptions import Exit, ParseError
 from invoke.parser.argument import Argument
 from invoke.program import Program
 
-from workspace.cli import verbs
-from workspace.core import hints
+from workspace.cli import main, verbs
+from workspace.core import hints, known_settings
 from workspace.core.errors import SettingsError
 
 # The first task with `default=True` is what a bare `inv` or a bare collection name runs.
@@ -57,6 +57,71 @@ COLLECTIONS = {
 
 _INV = "./scripts/inv"
 _LIST_FORMATS = ("flat", "nested", "json")
+# The list of verbs: those of each day, then the others by subject.
+GROUPS = {
+    "Start here": (
+        "bootstrap",
+        "status",
+        "doctor",
+        "rebuild",
+        "patch.status",
+        "patch.export",
+        "serve.start",
+        "serve.stop",
+        "bench.list",
+        "shell",
+    ),
+    "Patches": ("patch.import", "patch.continue", "patch.apply", "patch.unapply", "hook"),
+    "Pin": ("pin.show", "pin.forecast", "pin.bump", "pin.rollback"),
+    "Build": ("fix-triton", "wheel", "env.init", "env.export", "run"),
+    "Serve": ("serve.list", "serve.fetch", "serve.status", "serve.logs", "drop-caches"),
+    "Measure": ("bench.compare", "bench.report"),
+    "Look": ("env.check", "report"),
+}
+# What a person types for the positional argument of a verb, where its name does not say it.
+_TYPED = {
+    "patch.import": "FILE|URL|NUMBER",
+    "pin.forecast": "TAG|triton",
+    "pin.bump": "TAG|triton",
+}
+EXAMPLES = {
+    "bootstrap": "bootstrap --device cpu",
+    "rebuild": "rebuild --plan",
+    "fix-triton": "fix-triton --check",
+    "wheel": "wheel --wait",
+    "status": "status --json",
+    "doctor": "doctor --offline",
+    "hook": "hook --run",
+    "report": "report",
+    "run": "run -- python -c 'import vllm'",
+    "shell": "shell",
+    "drop-caches": "drop-caches",
+    "patch.status": "patch --project triton",
+    "patch.apply": "patch.apply",
+    "patch.unapply": "patch.unapply",
+    "patch.export": "patch.export --check",
+    "patch.import": "patch.import 12345",
+    "patch.continue": "patch.continue --abort",
+    "pin.show": "pin --offline",
+    "pin.forecast": "pin.forecast v0.33.0",
+    "pin.bump": "pin.bump v0.33.0",
+    "pin.rollback": "pin.rollback",
+    "env.check": "env",
+    "env.init": "env.init --replace",
+    "env.export": 'eval "$(./scripts/inv env.export)"',
+    "serve.start": "serve tiny --detach -- --port 8001",
+    "serve.status": "serve.status --json",
+    "serve.logs": "serve.logs --follow",
+    "serve.stop": "serve.stop",
+    "serve.list": "serve.list",
+    "serve.fetch": "serve.fetch Qwen/Qwen3-8B",
+    "bench.list": "bench",
+    "bench.compare": "bench.compare before after --factor 3",
+    "bench.report": "bench.report --first before --second after",
+}
+# Flags whose default is a setting.
+_SETTINGS = {"device": "DEVICE", "source": "SOURCE", "kernels": "KERNELS", "jobs": "MAX_JOBS"}
+_LONGEST_NAME = 15
 # What follows the flags of a verb that passes the rest on.
 _REST = {"run": " -- COMMAND", "serve.start": " [-- FLAGS OF VLLM]"}
 # Invoke's sentences, and ours.
@@ -108,9 +173,12 @@ class WorkspaceProgram(Program):
         root = Argument(
             names=("search-root", "r"), help="Ignored; the verbs always work on this clone."
         )
+        verbose = Argument(
+            names=("verbose",), kind=bool, default=False, help="Show each command that is run."
+        )
         return [
             argument for argument in super().core_args() if argument.name in self.core_flags
-        ] + [root]
+        ] + [root, verbose]
 
     def parse_core(self, argv: list[str] | None) -> None:
         # Invoke turns bytecode off for the tasks file; every verb would then compile the library
@@ -136,6 +204,7 @@ class WorkspaceProgram(Program):
             self.parse_collection()
             self.parse_tasks()
             self.parse_cleanup()
+            main.console().is_verbose |= self.args.verbose.value
             self.execute()
         except ParseError as exc:
             raise self._misuse(exc) from exc
@@ -159,16 +228,42 @@ class WorkspaceProgram(Program):
             )
 
     def print_task_help(self, name: str) -> None:
-        """Print usage, purpose and flags of a verb."""
+        """Print usage, purpose, arguments, flags and an example of a verb."""
         context = self.parser.contexts[name]
-        needed = [str(argument.name).upper() for argument in context.positional_args]
-        flags = [_flag_row(argument) for argument in context.args.values()]
-        usage = " ".join(["inv", name, *needed])
+        name = context.name or name
+        needed = [
+            (_TYPED.get(name, str(argument.name).upper()), argument.help or "")
+            for argument in context.positional_args
+        ]
+        flags = [_flag_row(arg) for arg in context.args.values() if not arg.positional]
+        # The default verb of a collection has its short name.
+        usage = " ".join(["inv", *(context.aliases or [name])[:1], *(typed for typed, _ in needed)])
         print(f"Usage: {usage}{' [flags]' if flags else ''}{_REST.get(name, '')}\n")
         print(f"  {inspect.getdoc(self.collection[name])}\n")
-        if flags:
-            print("Flags:\n")
-            self.print_columns(sorted(flags))
+        for title, rows in (("Arguments", needed), ("Flags", sorted(flags))):
+            if rows:
+                print(f"{title}:\n")
+                self.print_columns(rows)
+        example = EXAMPLES[name]
+        print(f"Example:\n\n  {'' if _INV in example else f'{_INV} '}{example}\n")
+
+    def list_flat(self) -> None:
+        """Print the verbs by subject; those of one collection, or of one depth, as Invoke does."""
+        if self.list_root or self.list_depth:
+            super().list_flat()
+            return
+        # A pair is `patch.status (patch)` and its purpose: the short name is what a person types.
+        found = {}
+        for both, text in self._make_pairs(self.scoped_collection):
+            name, *short = both.split(" ")
+            found[name] = (short[0].strip("()") if short else name, text)
+        for title, names in GROUPS.items():
+            print(f"{title}:")
+            for typed, text in map(found.__getitem__, names):
+                print(f"  {typed:<{_LONGEST_NAME}} {text}")
+            print()
+        print(f"{_INV} alone shows the status; {_INV} --help VERB explains a verb.")
+        print("Tests and measurements: ./scripts/nox --list")
 
     def parse_cleanup(self) -> None:
         try:
@@ -230,8 +325,13 @@ class WorkspaceProgram(Program):
 
 
 def _help_first(argv: list[str]) -> list[str]:
-    """Return `inv VERB --help` as `inv --help VERB`; Invoke takes it for an argument of VERB."""
+    """Return `inv VERB --help` as `inv --help VERB`; Invoke takes it for an argument of VERB.
+
+    `inv help VERB` is the same, and `inv help` the list of verbs.
+    """
     tokens = argv[1 : argv.index("--") if "--" in argv else None]
+    if tokens[:1] == ["help"]:
+        return [argv[0], *(["--help", tokens[1]] if tokens[1:] else ["--list"])]
     if tokens and tokens[0][:1] != "-" and {"--help", "-h"} & set(tokens):
         return [argv[0], "--help", tokens[0]]
     return argv
@@ -250,7 +350,13 @@ def _flag_row(argument: Argument) -> tuple[str, str]:
     name = str(argument.name).replace("_", "-")
     forms = [f"--{name}", *(f"-{short}" for short in argument.names if len(short) == 1)]
     value = f" {name.upper()}" if argument.takes_value else ""
-    return ", ".join(forms) + value, argument.help or ""
+    default = argument.default if argument.takes_value and argument.default else ""
+    if setting := _SETTINGS.get(name):
+        default = (
+            f"the setting {setting}, {known_settings.KNOWN[setting].default or 'auto'} if unset"
+        )
+    meaning = f"{argument.help or ''} (default: {default})" if default else argument.help or ""
+    return ", ".join(forms) + value, meaning
 
 
 def program() -> Program:

@@ -4,17 +4,28 @@ A verb parses its arguments, calls one function of the library and prints nothin
 the library stand inside the verbs, so that `inv --list` starts at once.
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
+from invoke import tasks
 from invoke.context import Context
-from invoke.tasks import task
 
 from workspace.cli import main
-from workspace.cli.main import JSON, WAIT, after_dashes
+from workspace.cli.main import JSON, PROJECT, WAIT, after_dashes
 from workspace.core import hints, paths
 from workspace.core.errors import SettingsError
 
-PROJECT = "vllm or triton"
+
+class Verb(tasks.Task[Any]):
+    """A verb. Its only short flag is -j for --jobs, as of make."""
+
+    def arg_opts(self, name: str, default: str, taken_names: set[str]) -> dict[str, Any]:
+        options = super().arg_opts(name, default, taken_names)
+        options["names"] += ["j"] if name == "jobs" else []
+        return options
+
+
+task = functools.partial(tasks.task, klass=Verb, auto_shortflags=False)
 
 
 @task(
@@ -48,7 +59,7 @@ def bootstrap(
     iterable=["target"],
     help={
         "jobs": "compilers at once, or auto: as many as cores and memory allow",
-        "memory": "GiB for all compilers together, or auto: what is available",
+        "memory": "GiB for all compilers together (default: auto, what is available)",
         "kernels": "auto, precompiled, native, or a wheel file",
         "target": "also compile this CMake target; may be repeated",
         "clean": "delete the build directories of this clone first",
@@ -100,8 +111,7 @@ def fix_triton(
     wait: bool = False,
 ) -> None:
     """Find the Triton fault, fix it, prove it."""
-    here = paths.here()
-    settings = main.load_settings(here, flags={"TRITON_REF": ref})
+    here, settings = main.opened({"TRITON_REF": ref})
     from workspace.bump import triton as pin
     from workspace.install import triton_fix as verb
 
@@ -417,8 +427,6 @@ def patch_unapply(_: Context, project: str = "vllm", wait: bool = False) -> None
 
 @task(
     name="export",
-    # With every verb, -p is --project.
-    auto_shortflags=False,
     help={
         "check": "write nothing; print the difference and exit with 5",
         "branch": "make this branch: one signed-off patch on upstream's main",
@@ -436,8 +444,7 @@ def patch_export(
     wait: bool = False,
 ) -> None:
     """Write the commits on the pin as patches and series."""
-    here = paths.here()
-    settings = main.load_settings(here)
+    here, settings = main.opened()
     from workspace.repo import patching
 
     if bool(patch) != bool(branch) or (branch and check):
@@ -482,8 +489,7 @@ def patch_continue(
     _: Context, skip: bool = False, abort: bool = False, project: str = "vllm", wait: bool = False
 ) -> None:
     """Resume after a conflict, also in a bump."""
-    here = paths.here()
-    settings = main.load_settings(here)
+    here, settings = main.opened()
     from workspace.bump import bump
     from workspace.repo import patching
 

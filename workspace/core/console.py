@@ -1,5 +1,8 @@
 """What a person sees and what the log keeps: data on stdout, messages on stderr, a run log.
 
+A verb that shows prints its screen with `Console.stdout`: rows, their summary, the next command. A
+verb that works prints its steps and its talk on stderr. Errors and warnings are always there.
+
 Colour, bars and spinners appear on a terminal only. rich is imported only then, because the import
 costs more than a verb with nothing to do. A log file appears with its first line, so a verb with
 nothing to do leaves none.
@@ -144,6 +147,9 @@ class Console:
         self._rich: rich.console.Console | None = None
         # Gets the title of each step that begins: a verb records it in its lock.
         self.on_step: Callable[[str], None] = lambda title: None
+        self._stdout: Console | None = None
+        # Whether commands are echoed; the log has them anyway.
+        self.is_verbose = False
         if self._err.isatty():
             from rich.console import Console as Terminal
 
@@ -153,6 +159,12 @@ class Console:
     def width(self) -> int | None:
         """The columns of the terminal, None away from one."""
         return self._rich.width if self._rich is not None else None
+
+    @property
+    def stdout(self) -> "Console":
+        """The console that prints on stdout, for what a person asked to see."""
+        self._stdout = self._stdout or Console(out=self._out, err=self._out)
+        return self._stdout
 
     def data(self, text: str) -> None:
         """Print data that a program may read."""
@@ -229,12 +241,12 @@ class Console:
         return [line.replace(_NO_BREAK, " ") for line in lines] or [""]
 
     def show(self, rows: Iterable[Row], *, as_json: bool, **more: object) -> None:
-        """Print a status screen, or its rows as one JSON document with `more` beside them."""
+        """Print a status screen on stdout, or one JSON document with its rows and `more`."""
         if as_json:
             records = [row.record() for row in rows]
             self.document({"schema": 1, "rows": records, **more})
         else:
-            self.rows(rows)
+            self.stdout.rows(rows)
 
     def document(self, document: Mapping[str, object]) -> None:
         """Print one JSON document on stdout, for a program."""
@@ -425,9 +437,21 @@ class RunLog:
             self.held.note(name)
 
     def command(self, text: str) -> None:
+        """Log a command that changes something; echo it if the console is verbose."""
         text = self.redact(text)
-        self.console.command(text)
+        if self.console.is_verbose:
+            self.console.command(text)
         self.write(f"+ {text}")
+
+    @contextlib.contextmanager
+    def running(self, text: str) -> Iterator[None]:
+        """Log a command, and name it in the error of a block that fails."""
+        self.command(text)
+        try:
+            yield
+        except WorkspaceError as exc:
+            exc.details = (self.redact(f"+ {text}"), *exc.details)
+            raise
 
     def line(self, text: str) -> None:
         """Log an output line of a command and show it beside the spinner."""

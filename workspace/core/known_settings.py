@@ -79,6 +79,13 @@ SETTINGS: tuple[Setting, ...] = (
         "1 lets xgrammar, triton and flashinfer be pre-releases",
     ),
     Setting(
+        "VERBOSE",
+        "switch",
+        "0",
+        "workspace",
+        "1: show each command that changes something, as --verbose does; the log has them anyway",
+    ),
+    Setting(
         "TORCH_INDEX_URL",
         "url",
         "",

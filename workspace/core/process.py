@@ -192,18 +192,16 @@ def run(
     failure: type[WorkspaceError] = BuildError,
     hint: str | None = None,
 ) -> None:
-    """Run a program that changes something: echoed, logged line by line, ended on ^C with its
-    group.
+    """Run a program that changes something: logged line by line, ended on ^C with its group.
 
-    Raises `failure` with the first error line, the last lines and the path of the log on any status
-    but 0.
+    Raises `failure` with the first error line, the command, the last lines and the path of the log
+    on any status but 0.
     """
     command = [os.fspath(argument) for argument in argv]
-    run_log.command(
-        shlex.join(command)
-        if cwd is None
-        else f"cd {shlex.quote(str(cwd))} && {shlex.join(command)}"
-    )
+    echo = shlex.join(command)
+    if cwd is not None:
+        echo = f"cd {shlex.quote(str(cwd))} && {echo}"
+    run_log.command(echo)
     tail: deque[str] = deque(maxlen=SHOWN_TAIL_LINES)
     first_error: str | None = None
     with _started(
@@ -226,7 +224,7 @@ def run(
     if child.returncode != 0:
         message = f"{_name(command)} {describe_status(child.returncode)}"
         message += f": {first_error}" if first_error else ""
-        details = (*(run_log.redact(line) for line in tail), f"log: {run_log.path}")
+        details = (*map(run_log.redact, (f"+ {echo}", *tail)), f"log: {run_log.path}")
         raise failure(run_log.redact(message), hint=hint, details=details)
 
 

@@ -96,7 +96,7 @@ def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
         following = hints.text("install.after_change", command=following)
     console.show(rows, as_json=as_json, next=following)
     if not as_json:
-        console.hint(following)
+        console.stdout.hint(following)
 
 
 def require_built(machine: Machine) -> plan.Observation:

@@ -61,9 +61,10 @@ def run(
     limits = _limits(machine, options) if options.from_source else None
     pins.require_settled(layout)
     found = diagnose(machine)
-    console.rows(found.findings)
+    screen = console.stdout if options.check else console
+    screen.rows(found.findings)
     if options.check or (not found.bad and not options.from_source):
-        _close(found, console, hints.text("install.fix_what_can", first=_in_shell(found, settings)))
+        _close(found, screen, hints.text("install.fix_what_can", first=_in_shell(found, settings)))
         return
     context, found = _fix(machine, console=console, wait=wait, is_from_source=options.from_source)
     if options.from_source or not (found.can_compile or found.paired is None):

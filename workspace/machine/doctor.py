@@ -304,10 +304,10 @@ def show(
         records = [_record(row) for row in rows]
         console.document({"schema": SCHEMA, "rows": records, "verdict": verdict})
     else:
-        console.rows(rows)
+        console.stdout.rows(rows)
         states = [row.state for row in rows]
         counted = (State.OK, State.WARN, State.FAIL)
-        console.info(", ".join(f"{states.count(state)} {state}" for state in counted))
+        console.stdout.info(", ".join(f"{states.count(state)} {state}" for state in counted))
     if faults := failed(rows):
         names = ", ".join(dict.fromkeys(row.name for row in faults))
         raise ToolchainError(f"checks of this machine fail: {names}", hint=faults[0].hint)

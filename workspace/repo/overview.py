@@ -67,8 +67,8 @@ def show(
         rows = [dataclasses.asdict(entry) for entry in found]
         console.document({"schema": 1, "rows": rows, "next": following})
         return
-    console.table([(entry.state, "  ".join(_columns(entry))) for entry in found])
-    console.hint(following)
+    console.stdout.table([(entry.state, "  ".join(_columns(entry))) for entry in found])
+    console.stdout.hint(following)
 
 
 def _columns(row: Entry) -> list[str]:

@@ -162,8 +162,7 @@ def _make(
         cwd=layout.root,
         timeout_s=TIMEOUT_S,
     )
-    lines = done.stderr.splitlines()
-    for line in lines:
+    for line in (lines := done.stderr.splitlines()):
         run_log.line(line)
     if done.returncode != 0 or not folder.is_dir():
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
@@ -171,6 +170,7 @@ def _make(
             f"{model} could not be made: its probe {process.describe_status(done.returncode)}:"
             f" {last}",
             hint=hints.text("inv.bootstrap"),
+            details=(f"+ {shlex.join(argv)}",),
         )
 
 

@@ -156,7 +156,7 @@ def _print(
     if as_json:
         console.document(record)
     else:
-        console.rows(rows)
+        console.stdout.rows(rows)
 
 
 def _row(recipe: Recipe, judged: fit.Fit, folder: Path | None, *, device: str) -> Row:
@@ -222,7 +222,7 @@ def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -
         }
         console.document({"schema": 1, "device": device, "memory": memory, "rows": records})
     else:
-        console.rows(rows)
+        console.stdout.rows(rows)
 
 
 def run_command(machine: Machine, argv: Sequence[str], *, console: Console) -> None:

@@ -140,7 +140,7 @@ def test_impossible_target_is_refused_and_no_sandbox_is_made(
     assert "nothing to do: v0.31.0 is pinned already" in ended.err
     clone.index.faults["vllm"] = Fault(status=503)
     clone.run("pin.bump", f"v{CONFLICT}").error(11)
-    assert "newer         unknown: " in clone.run("pin.show").err
+    assert "newer         unknown: " in clone.run("pin.show").out
     assert not clone.layout.bump_sandbox.exists()
 
 

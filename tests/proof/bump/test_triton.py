@@ -27,7 +27,7 @@ def test_clean_checkout_moves_along_and_one_with_edits_or_commits_stays(
     assert world.layout.pins.read_bytes() == before
     git(tree, "branch", "mine")
     git(tree, "checkout", "--quiet", "--detach", first)
-    assert "1 commit ahead" in world.run("pin.show").err
+    assert "1 commit ahead" in world.run("pin.show").out
     ended = world.run("pin.bump", "triton")
     assert ended.code == 0, ended.output
     assert (git(tree, "rev-parse", "HEAD"), (tree / "file").read_text()) == (new, "two\n")

@@ -48,7 +48,7 @@ def index_that_does_not_answer_or_lacks_a_package(user: User) -> None:
     user.world.env |= {"UV_DEFAULT_INDEX": nowhere, "PIP_INDEX_URL": nowhere}
     user.world.env["TORCH_INDEX_URL"] = nowhere
     shown = user.type(user.meets("machine.network_or_index", "bootstrap"))
-    assert re.search(r"(FAIL|warn) +index", shown.err), shown.output
+    assert re.search(r"(FAIL|warn) +index", shown.out), shown.output
     user.followed.add("machine.network_or_index")
     user.world.env |= {"UV_DEFAULT_INDEX": index, "PIP_INDEX_URL": index, "TORCH_INDEX_URL": index}
     hidden = [name for name in user.world.index.files if name.startswith("torch-")]

@@ -87,7 +87,7 @@ def test_detached_server_is_seen_read_refused_twice_and_stopped(clone: World) ->
     assert "runs already" in clone.run(*serve(clone, "plain")).error(10)
     # No lock is held while it runs, and a new build is reported.
     clone.layout.stamp("vllm").write_bytes(clone.layout.stamp("vllm").read_bytes() + b"\n")
-    assert "kernels or environment were built anew since its start" in clone.run("serve.status").err
+    assert "kernels or environment were built anew since its start" in clone.run("serve.status").out
     stopped = clone.run("serve.stop")
     assert (stopped.code, "is free" in stopped.err) == (0, True), stopped.output
     assert clone.run("serve.stop").err == "no server runs\n"

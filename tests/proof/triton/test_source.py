@@ -58,7 +58,7 @@ def test_built_installed_proven_and_kept_by_all_that_comes_after(
         "the tree is as git made it"
     )
     assert answer(built) == "42"
-    assert f"{version} built here from {upstream.pinned[:12]} (main)" in built.run("status").err
+    assert f"{version} built here from {upstream.pinned[:12]} (main)" in built.run("status").out
     built.layout.stamp("environment").unlink()
     assert f"triton {version} (installed on purpose, kept)" in built.bootstrap().err
     assert "nothing to do" in built.bootstrap().err
@@ -129,7 +129,7 @@ def test_patches_on_triton_are_in_what_is_built(built: World, upstream: Upstream
     )
     build(built)
     assert built.python("import triton; print(triton._library.triton_small_second())") == "9"
-    assert "and 1 patch;" in built.run("status").err
+    assert "and 1 patch;" in built.run("status").out
 
 
 def test_one_that_compiles_wrongly_is_taken_out_and_the_former_is_back_file_by_file(

@@ -86,7 +86,7 @@ def torch(world: World, folder: Path, *, cuda: str | None = None) -> None:
 def rows(ended: Ended) -> dict[str, str]:
     """Return the first row of each name: its state and its text."""
     found: dict[str, str] = {}
-    for line in ended.err.splitlines():
+    for line in ended.output.splitlines():
         fields = line.split(None, 2)
         if len(fields) == 3 and fields[0] in ("ok", "warn", "FAIL"):
             found.setdefault(fields[1], f"{fields[0]} {fields[2]}")
@@ -106,7 +106,7 @@ def test_diagnosis_assembles_to_judge_a_wheel(
     output = rows(ended)
     assert output["triton"] == f"ok {version} from an index; torch 2.13.0+cpu pairs with no Triton"
     if version == OLD:
-        assert NO_SM in ended.err
+        assert NO_SM in ended.output
         assert output["kernel"].startswith("FAIL")
     else:
         assert output[used].endswith("assembles sm_121a")
@@ -134,7 +134,7 @@ def test_newer_wheel_is_not_given_the_toolkits_older_assembler(
 ) -> None:
     install(context, NEW)
     context.layout.dotenv.write_text(f"TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n")
-    assert "ignores it silently" in context.run("fix-triton", "--check").err
+    assert "ignores it silently" in context.run("fix-triton", "--check").output
     ended = context.run("fix-triton")
     assert ended.code == 0, ended.output
     assert (
@@ -153,7 +153,7 @@ def test_path_that_is_no_program_stops_a_kernel_and_is_taken_out_of_dotenv(
     (tmp_path / "ptxas").touch()
     context.layout.dotenv.write_text(f"export TRITON_PTXAS_BLACKWELL_PATH='{tmp_path / 'ptxas'}'\n")
     ended = context.run("fix-triton", "--check")
-    assert "PermissionError" in ended.err
+    assert "PermissionError" in ended.output
     assert "ptxas-bw, kernel" in ended.error(6)
     assert context.run("fix-triton").code == 0
 
@@ -185,7 +185,7 @@ def test_stale_cache_and_shadow_are_found_and_moved(context: World) -> None:
     (packages / "triton_kernels" / "__init__.py").write_text("raise ImportError('shadow')\n")
     ended = context.run("fix-triton", "--check")
     assert "shadows, caches" in ended.error(6)
-    assert f"written by triton {MIDDLE}, and {NEW} is installed" in ended.err
+    assert f"written by triton {MIDDLE}, and {NEW} is installed" in ended.output
     ended = context.run("fix-triton")
     assert ended.code == 0, ended.output
     assert not cache.exists()
@@ -211,7 +211,7 @@ def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does
     install(context, OLD)
     torch(context, tmp_path, cuda="13.0")
     ended = context.run("fix-triton", "--check")
-    assert "torch requires another version" in ended.err
+    assert "torch requires another version" in ended.output
     ended = context.run("fix-triton")
     assert ended.code == 0, ended.output
     assert (
@@ -220,7 +220,7 @@ def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does
     )
     assert (
         f"ok       triton        {NEW} from an index; torch 2.13.0 pairs with {NEW}"
-        in context.run("status").err
+        in context.run("status").out
     )
     assert not context.layout.dotenv.exists(), "no setting for an assembler that was removed"
 

@@ -332,7 +332,7 @@ class Command:
 
     def look(self, *args: str, check: bool = True) -> Answer:
         """Run a git command that only reads: no lock, no network."""
-        return self._git((*LOOKING_FLAGS, *args), LOOKING, check=check, verb=_verb(args))
+        return self._git((*LOOKING_FLAGS, *args), LOOKING, check=check)
 
     def write(
         self,
@@ -345,9 +345,9 @@ class Command:
         if not self._trusted:
             self.look("rev-parse", "--git-dir")
             self._trusted = True
-        if run_log:
-            run_log.command(shlex.join(["git", "-C", str(self.path), *args]))
-        return self._git(args, git_environment() | dict(env or {}), check=check, verb=_verb(args))
+        echo = shlex.join(["git", "-C", str(self.path), *args])
+        with run_log.running(echo) if run_log else contextlib.nullcontext():
+            return self._git(args, git_environment() | dict(env or {}), check=check)
 
     def applies(self, *args: str, env: Mapping[str, str], flags: Sequence[str] = ()) -> bool:
         """Apply patches to the index that `env` names, and return whether git did it.
@@ -363,9 +363,7 @@ class Command:
             place = {**env, "GIT_DIR": git_dir, "GIT_WORK_TREE": tree}
             return self.write("-C", tree, *apply, env=place, check=False).status == 0
 
-    def _git(
-        self, args: Sequence[str], env: Mapping[str, str], *, check: bool, verb: str
-    ) -> Answer:
+    def _git(self, args: Sequence[str], env: Mapping[str, str], *, check: bool) -> Answer:
         program = executable()
         # GitPython would run in the caller's folder where the path is missing: -C fails instead.
         argv = [program.GIT_PYTHON_GIT_EXECUTABLE or "git", "-C", str(self.path), *args]
@@ -388,6 +386,7 @@ class Command:
                 break
         answer = Answer(status, out.decode(errors="surrogateescape"), err)
         if status != 0:
+            verb = _verb(args)
             self._raise_environment_failure(answer, verb)
             if check:
                 self._raise_git_failure(answer, verb)
