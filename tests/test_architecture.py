@@ -111,6 +111,7 @@ MAKES_A_MACHINE = {
     "workspace/bench/ab.py": 1,
     "workspace/bench/bisect_predicate.py": 1,
     "workspace/bench/measure.py": 1,
+    "workspace/bump/forecast.py": 1,
     "workspace/checks/smoke.py": 2,
     "workspace/checks/upstream.py": 1,
     "workspace/cli/main.py": 1,

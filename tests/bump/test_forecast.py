@@ -53,6 +53,15 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ladders.hostile(tmp_path / "gitconfig")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("PATH", compiler(tmp_path / "new", "13.1.0"))
+
+
+def compiler(folder: Path, version: str) -> str:
+    """Return a PATH on which g++ has this version."""
+    folder.mkdir()
+    (folder / "g++").write_text(f"#!/bin/sh\necho {version}\n")
+    (folder / "g++").chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +143,22 @@ def test_every_fate_is_foreseen_and_nothing_is_touched(clone: Clone, kind: str) 
     assert contents(clone.layout.root) == before
     assert made.tree is None
     assert clone.out.getvalue().splitlines()[-1].startswith("hint: ./scripts/inv pin.bump v1.1.0")
+
+
+@pytest.mark.parametrize(("version", "is_blocked"), [("12.2.0", True), ("13.1.0", False)])
+def test_verdict_is_first_and_judges_the_compiler_of_this_machine(
+    clone: Clone, tmp_path: Path, version: str, is_blocked: bool
+) -> None:
+    run(clone, PATH=compiler(tmp_path / "other g++", version), DEVICE="cpu")
+    shown = clone.err.getvalue()
+    rows = [line for line in shown.splitlines() if not line.startswith(("+", "done"))]
+    assert rows[0].split()[:2] == ["FAIL" if is_blocked else "warn", "verdict"]
+    assert (
+        "g++ 12.2.0; v1.1.0 has no precompiled wheel, and needs 13 or newer" in shown
+    ) == is_blocked
+    assert ("inv pin.bump" in shown) != is_blocked, "a next command that cannot work"
+    assert "changes that need nothing; --json lists them" in shown
+    assert not any(line.startswith("ok       requirement") for line in rows)
 
 
 def test_conflicts_name_the_upstream_commits_that_touched_the_file(

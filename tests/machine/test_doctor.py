@@ -2,6 +2,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -215,6 +216,7 @@ def test_toolkit_of_another_major_version_than_torch_is_not_ok(house, built, tre
 def test_compiler_must_have_the_version_that_the_tree_requires_for_the_device(house, built, tree):
     settings = built()
     house.program("g++", "echo 12.2.0")
+    house.program("apt-cache", "exit 100")
     row = rows(house, settings, is_native=True)["compiler"]
     assert (row.state, row.text) == ("FAIL", "g++ 12.2.0")
     assert "CXX=g++-13" in row.hint
@@ -294,8 +296,18 @@ def test_json_has_every_row_with_its_five_keys_and_a_verdict(house, built, tree)
 def test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not(house, built, tree):
     settings = built()
     house.program("g++", "echo 9.1.0")
+    policy = "printf '%s:\\n  Installed: (none)\\n  Candidate: %s\\n' g++ 4:12.2 g++-13"
+    house.program("apt-cache", f"{policy} '(none)'")
+    line = next(line for line in shown(house, settings)[1].splitlines() if "CXX=" in line)
+    command = line.strip().removeprefix("$ ").split("    ")[0]
+    assert command == "export CC=/path/to/gcc CXX=/path/to/g++"
+    assert subprocess.run(["/bin/sh", "-c", command], check=False).returncode == 0
+    house.program("apt-cache", f"{policy} 13.2")
     out, err, error = shown(house, settings)
     assert err == ""
+    # What the device does not need was not looked at.
+    assert "skipped  driver        not needed: the device is cpu" in out.splitlines()
+    assert " skipped" in out.splitlines()[-1]
     assert error is None
     lines = out.splitlines()
     assert len([line for line in lines if line.startswith("ok       uv")]) == 1

@@ -1,13 +1,15 @@
 """Memory and disk of the machine that runs the tests, and of groups and folders made here."""
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from workspace.machine import doctor_host, hardware
+from workspace.core.console import Row
+from workspace.machine import doctor_host, doctor_toolchain, hardware
 from workspace.machine.machine import Case, Place, grown
 
 
@@ -127,3 +129,24 @@ def test_processor_without_released_wheels_gets_the_hint_to_compile(house):
         "warn",
         "./scripts/inv bootstrap --device cpu --kernels native",
     )
+
+
+def test_git_without_a_name_or_an_address_is_a_row_with_the_command_that_sets_both(house) -> None:
+    home = house.layout.root.parent / "home"
+    home.mkdir(exist_ok=True)
+
+    def look() -> Row:
+        (row,) = doctor_toolchain.git_identity(case(house))
+        return row
+
+    row = look()
+    assert (row.state, row.text) == ("warn", "git has no user.name and no user.email")
+    assert row.hint
+    for command in row.hint.split(" && "):
+        done = subprocess.run(
+            shlex.split(command), env={"HOME": str(home), "PATH": os.environ["PATH"]}, check=False
+        )
+        assert done.returncode == 0
+    assert look().state == "ok"
+    without = case(house, PATH=str(house.bin / "nothing"))
+    assert list(doctor_toolchain.git_identity(without)) == [], "the row of git has the fault"

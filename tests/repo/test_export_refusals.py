@@ -1,5 +1,6 @@
 """Exports that are refused or killed: no commit, no patch and no edit is lost."""
 
+import io
 import os
 import shlex
 import subprocess
@@ -8,8 +9,9 @@ import pytest
 
 from tests.repo.conftest import Snapshot, Upstream, Workspace, commit, sh_git, write
 from tests.repo.exporting import STATUS, files, order, refused, run, series
+from workspace.core.console import Console
 from workspace.core.errors import CheckoutError
-from workspace.repo import export
+from workspace.repo import export, patching
 from workspace.repo.git import Git
 
 
@@ -97,6 +99,20 @@ def test_messages_that_no_mail_can_carry_are_refused(
         is_enough = "lacks the line" in why
         way = "commit --amend --only" if is_enough else "rebase -i refs/patches/base"
         assert f"git -C vendor/vllm {way}" in (failure.hint or "")
+
+
+def test_export_names_the_commit_of_its_patches_in_a_repository(applied: Workspace) -> None:
+    commit(applied.vllm, "mine" + STATUS, {"vllm/mine.py": "mine\n"})
+    done, err = run(applied), io.StringIO()
+    patching._show_commit(applied.layout, done, Console(err=err))
+    root = applied.layout.root
+    add, commits = err.getvalue().removeprefix("hint: ").rstrip("\n").split(" && ")
+    sh_git(root, *shlex.split(add)[1:])
+    sh_git(root, *shlex.split(commits)[1:], "--message", "patches: mine")
+    assert "patches/vllm/mine.patch" in sh_git(root, "show", "--name-only", "--format=", "HEAD")
+    # Nothing was written, so nothing is to be committed.
+    patching._show_commit(applied.layout, run(applied), Console(err=err))
+    assert err.getvalue().count("hint: ") == 1
 
 
 def test_hint_for_a_missing_trailer_is_enough_and_takes_no_staged_edit(

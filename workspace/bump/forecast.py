@@ -6,6 +6,7 @@ repo/upstream.py.
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,18 @@ from typing import Literal
 from workspace.bump import changes
 from workspace.bump.changes import Change, Comparison, Topic
 from workspace.core import hints
-from workspace.core.console import Console, RunLog
+from workspace.core.console import Console, Row, RunLog
 from workspace.core.console import State as RowState
 from workspace.core.errors import PatchConflict, counted
 from workspace.core.paths import Layout
+from workspace.core.process import Absent, There
 from workspace.core.settings import Settings
+from workspace.install import precompiled
+from workspace.machine import doctor
+from workspace.machine.arch import key
+from workspace.machine.doctor_toolchain import compiler_hint
+from workspace.machine.hardware import GIB
+from workspace.machine.machine import GROWTH_GIB, NATIVE_GIB, Case, Machine
 from workspace.repo import checkout, mail, patches, pins, upstream
 from workspace.repo.checkout import Checkout, Kind
 from workspace.repo.git import Git, history, worktree
@@ -182,7 +190,7 @@ def run(
     if as_json:
         console.document(_record(made))
     else:
-        _show(made, console.stdout)
+        _show(made, _blockers(Machine(layout, settings), made), console.stdout)
     return made
 
 
@@ -193,10 +201,8 @@ def find_candidate(
     with run_log.console.step("upstream") as view:
         run_log.phase("upstream", view)
         candidate = upstream.find(layout, pin, ref, settings, found, run_log=run_log, step=view)
-        view.reason = (
-            f"{candidate.pin.tag} {candidate.pin.commit[:12]} from"
-            f" {'git' if candidate.kind is Kind.GIT else 'the release archive'}"
-        )
+        place = "git" if candidate.kind is Kind.GIT else "the release archive"
+        view.reason = f"{candidate.pin.tag} {candidate.pin.commit[:12]} from {place}"
     return candidate
 
 
@@ -340,23 +346,87 @@ def _conflicts(
     return tuple(conflicts)
 
 
-def _show(made: Forecast, console: Console) -> None:
+def _blockers(machine: Machine, made: Forecast) -> list[Row]:
+    """Return what ends a bump on this machine: no room, or no compiler where one is needed."""
+    if made.candidate.pin.name != "vllm":
+        return []
+    case = Case(machine)
+    lacks_wheel = any(
+        change.topic == "precompiled" and change.name.startswith("cpu") == (case.device == "cpu")
+        for change in made.changes
+    )
+    is_compiled = lacks_wheel or precompiled.is_native(machine.settings)
+    rows = _room(case, is_compiled=is_compiled)
+    if is_compiled:
+        rows += _compiler(case, made, "has no precompiled wheel" if lacks_wheel else "is compiled")
+    return rows
+
+
+def _room(case: Case, *, is_compiled: bool) -> list[Row]:
+    needed_gib = GROWTH_GIB[case.device] + (NATIVE_GIB[case.device] if is_compiled else 0)
+    free_gib = shutil.disk_usage(case.layout.root).free / GIB
+    if free_gib >= needed_gib:
+        return []
+    text = f"{free_gib:.1f} GiB are free, and a bump needs about {needed_gib:.0f}"
+    hint = hints.text("core.disk_of", folder=case.layout.root)
+    return [Row(RowState.FAIL, "disk", text, hint=hint)]
+
+
+def _compiler(case: Case, made: Forecast, why: str) -> list[Row]:
+    """Return the row of a g++ that is missing, or older than the new base accepts."""
+    answer = case.machine.compiler()[1]
+    after = [change.after or "" for change in made.changes if change.name == "C++ compiler"]
+    known = re.findall(r"\d+(?:\.\d+)*", "".join(after))
+    required = doctor.required_compiler(case.layout.vllm, device=case.device)
+    required = max(known, key=key) if known else required
+    tag = made.candidate.pin.tag
+    if isinstance(answer, Absent):
+        text, hint = f"no g++ runs; {tag} {why}", hints.text("machine.apt_gxx")
+    elif isinstance(answer, There) and required and key(answer.value) < key(required):
+        text = f"g++ {answer.value}; {tag} {why}, and needs {required} or newer"
+        hint = compiler_hint(case, required)
+    else:
+        return []
+    return [Row(RowState.FAIL, "compiler", text, hint=hint)]
+
+
+def _verdict(made: Forecast, blockers: Sequence[Row]) -> Row:
+    """Return the first row: whether a bump can succeed here, and what it will ask for."""
+    tag, count = made.candidate.pin.tag, sum(patch.state == "conflicts" for patch in made.patches)
+    warnings = sum(_state_of(change) is not RowState.OK for change in made.changes)
+    parts = [f"{count} of {len(made.patches)} patches conflict"] if count else []
+    parts += [f"{counted(warnings, 'change')} to look at"] if warnings else []
+    if blockers:
+        parts.insert(0, f"{tag} cannot be built here: {' and '.join(row.name for row in blockers)}")
+        return Row(RowState.FAIL, "verdict", "; ".join(parts))
+    text = "; ".join(parts) or f"nothing prevents a move to {tag}"
+    return Row(RowState.WARN if parts else RowState.OK, "verdict", text)
+
+
+def _show(made: Forecast, blockers: Sequence[Row], console: Console) -> None:
+    console.rows([_verdict(made, blockers), *blockers])
     if not made.patches:
         console.row(RowState.OK, "patches", "none")
     for patch in made.patches:
         console.row(_PATCH_STATES[patch.state], patch.state, f"{patch.name}{_why(patch)}")
         for conflict in patch.conflicts:
-            console.info(
-                f"  {conflict.path}"
-                + (f", which moved to {conflict.moved_to}" if conflict.moved_to else "")
-            )
+            moved = f", which moved to {conflict.moved_to}" if conflict.moved_to else ""
+            console.info(f"  {conflict.path}{moved}")
             lines = conflict.commits or ()
             for line in lines[:_SHOWN]:
                 console.info(f"    {line}")
             if len(lines) > _SHOWN:
                 console.info(f"    and {counted(len(lines) - _SHOWN, 'commit')} before that")
+    well = sum(_state_of(change) is RowState.OK for change in made.changes)
     for change in made.changes:
-        console.row(_state_of(change), change.topic, text_of(change))
+        if _state_of(change) is not RowState.OK:
+            console.row(_state_of(change), change.topic, text_of(change))
+    if well:
+        console.row(
+            RowState.OK, "others", f"{counted(well, 'change')} without work; --json lists all"
+        )
+    if blockers:
+        return
     tag, count = made.candidate.pin.tag, sum(patch.state == "conflicts" for patch in made.patches)
     console.hint(
         hints.text("bump.bump_with_conflicts", tag=tag, count=count)

@@ -100,9 +100,8 @@ def run(
             if options.is_fail_fast and any(check.verdict == "fail" for check in suite.checks):
                 return tuple(suite.checks), suite.document
     suite.show("provenance.tree", lambda: [((registry.tree(before, look(), 0.0),), _NOTHING)])
-    missing = set(chosen(options.level, has_model=options.model != "tiny")) - {
-        check.identifier for check in suite.checks
-    }
+    judged = {check.identifier for check in suite.checks}
+    missing = set(chosen(options.level, has_model=options.model != "tiny")) - judged
     assert not missing, f"no verdict for {missing}"
     measured = {"compilation": suite.compiled, "steps": suite.steps}
     return tuple(suite.checks), {**suite.document, **measured}
@@ -130,17 +129,15 @@ class _Suite:
         self._machine, self._run_log = machine, run_log
         self._layout, self._settings = machine.layout, machine.settings
         self._expected, self._options, self._folder = expected, options, folder
-        self._lacks: frozenset[Need] = (
-            frozenset({"gpu", "architectures"}) if expected.device == "cpu" else frozenset()
-        )
+        lacks: tuple[Need, ...] = ("gpu", "architectures") if expected.device == "cpu" else ()
+        self._lacks = frozenset(lacks)
         self._device = ("--device", expected.device)
         own = machine.driver.memories()[:1] if expected.device == "cuda" else ()
         self._lanes = probe_runs.lanes(machine.host(), *own)
         self._pool = ThreadPoolExecutor(self._lanes)
         self._begun: list[Future[_Found] | Future[Answer]] = []
-        self._shared = SharedImport(
-            self._program("imports.py", "share", str(folder / "imports.socket"))
-        )
+        place = str(folder / "imports.socket")
+        self._shared = SharedImport(self._program("imports.py", "share", place))
         # Seconds of compilers in each part of the smoke, by its first check.
         self.compiled: dict[str, Mapping[str, float]] = {}
         self._running = probe_runs.Running(machine.layout.smoke_record)

@@ -82,13 +82,9 @@ def rebuild(
     """Compile what changed, within cores and memory."""
     from workspace.install import rebuild as verb
 
+    targets = tuple(target or ())
     options = verb.RebuildOptions(
-        jobs=jobs,
-        memory=memory,
-        targets=tuple(target or ()),
-        clean=clean,
-        plan_only=plan,
-        as_json=json,
+        jobs=jobs, memory=memory, targets=targets, clean=clean, plan_only=plan, as_json=json
     )
     verb.run(*main.opened({"KERNELS": kernels}), options, console=main.console(), wait=wait)
 

@@ -265,7 +265,7 @@ class Console:
         for row, columns in zip(shown, cells, strict=True):
             widths = (STATE_WIDTH, name_width, *between)
             self._line((row.state, *columns), widths, style=_STYLES[row.state.gravity])
-            if row.why and row.state.gravity <= State.OK.gravity:
+            if row.why and row.state in (State.DONE, State.OK, State.SKIPPED):
                 continue
             for line in self.wrapped(row.why, indent=indent) if row.why else ():
                 self.info(" " * indent + line)

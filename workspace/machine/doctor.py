@@ -208,6 +208,7 @@ CHECKS: tuple[Check, ...] = (
     _check(doctor_host.oom_daemon, "native", "serve"),
     _check(doctor_toolchain.python, "cpu", "cuda", "native"),
     _check(doctor_toolchain.git, "cpu", "cuda", "native"),
+    _check(doctor_toolchain.git_identity),
     _check(doctor_toolchain.uv, "cpu", "cuda", "native"),
     _check(doctor_toolchain.headers, "cpu", "cuda", "native", "serve"),
     _check(doctor_toolchain.compiler, "cuda", "native"),
@@ -300,13 +301,15 @@ def show(
     checks = [check for check in CHECKS if not (offline and "network" in check.purposes)]
     rows = (*examine(case, checks), *more)
     if as_json:
-        verdict = max((row.state for row in rows), key=lambda state: state.gravity)
+        judged = [row.state for row in rows if row.state is not State.SKIPPED]
+        verdict = max(judged, key=lambda state: state.gravity)
         records = [_record(row) for row in rows]
         console.document({"schema": SCHEMA, "rows": records, "verdict": verdict})
     else:
         console.stdout.rows(rows)
         states = [row.state for row in rows]
-        counted = (State.OK, State.WARN, State.FAIL)
+        counted = [State.OK, State.WARN, State.FAIL]
+        counted += [State.SKIPPED] if State.SKIPPED in states else []
         console.stdout.info(", ".join(f"{states.count(state)} {state}" for state in counted))
     if faults := failed(rows):
         names = ", ".join(dict.fromkeys(row.name for row in faults))

@@ -59,6 +59,28 @@ def git(case: Case) -> Iterator[Row]:
     )
 
 
+def git_identity(case: Case) -> Iterator[Row]:
+    """Check that git has the name and the address that a commit needs; neither is shown."""
+    why = "a patch is a commit, and git makes none without a name and an address"
+    hint = hints.text("machine.git_identity")
+    lacking = []
+    for name, variable in (("user.name", "GIT_AUTHOR_NAME"), ("user.email", "GIT_AUTHOR_EMAIL")):
+        answer = case.ask(["git", "config", "--get", name])
+        if isinstance(answer, Absent):
+            return
+        if not isinstance(answer, There):
+            row = Row(State.WARN, "git identity", "unknown", why, hint)
+            yield unanswered(row, answer, look=hints.text("machine.git_version"))
+            return
+        if not (answer.value.stdout.strip() or case.settings.shell.get(variable)):
+            lacking.append(name)
+    if lacking:
+        text = f"git has no {' and no '.join(lacking)}"
+        yield Row(State.WARN, "git identity", text, why, hint)
+    else:
+        yield Row(State.OK, "git identity", "name and address are set", why)
+
+
 def uv(case: Case) -> Iterator[Row]:
     """Check that uv runs."""
     why = "it makes .vllm and installs the packages in it"
@@ -141,11 +163,30 @@ def compiler(case: Case) -> Iterator[Row]:
         return
     found = answer.value
     if required and key(found) < key(required):
-        major = key(required)[0] + (1 if "." in required else 0)
-        hint = hints.text("machine.apt_gxx_major", major=major)
+        hint = compiler_hint(case, required)
         yield Row(case.missing_state, "compiler", f"g++ {found}", why, hint)
     else:
         yield Row(State.OK, "compiler", f"g++ {found}", why)
+
+
+def compiler_hint(case: Case, required: str) -> str:
+    """Return how to get a g++ of this version on the distribution that is running."""
+    major = key(required)[0] + (1 if "." in required else 0)
+    if _is_not_packaged(case, f"g++-{major}", beside="g++"):
+        return hints.text("machine.other_gxx", major=major)
+    return hints.text("machine.apt_gxx_major", major=major)
+
+
+def _is_not_packaged(case: Case, package: str, *, beside: str) -> bool:
+    """Return whether apt has the package `beside` and not this one.
+
+    Without apt, or with empty lists of packages, nothing is known.
+    """
+    answer = case.ask(["apt-cache", "policy", beside, package], extra={"LC_ALL": "C"})
+    printed = answer.value.stdout if isinstance(answer, There) else ""
+    found = re.finditer(r"^(\S+):\n.*\n +Candidate: (.+)$", printed, re.MULTILINE)
+    offered = {row[1] for row in found if row[2] != "(none)"}
+    return beside in offered and package not in offered
 
 
 def cmake(case: Case) -> Iterator[Row]:
@@ -191,7 +232,7 @@ def patch(case: Case) -> Iterator[Row]:
     """Check for patch(1): the tree's CMake may patch a header of torch for CUDA."""
     why = "the tree's CMakeLists.txt may patch a header of torch with it"
     if case.device == "cpu":
-        yield Row(State.OK, "patch", NOT_NEEDED, why)
+        yield Row(State.SKIPPED, "patch", NOT_NEEDED, why)
     elif case.which("patch"):
         yield Row(State.OK, "patch", "installed", why)
     else:
@@ -237,7 +278,7 @@ def _supported(case: Case) -> "SpecifierSet":
 def driver(case: Case) -> Iterator[Row]:
     """Check that the driver answers and shows a GPU that vLLM has kernels for."""
     if case.device == "cpu":
-        yield Row(State.OK, "driver", NOT_NEEDED, "a CPU build needs no driver")
+        yield Row(State.SKIPPED, "driver", NOT_NEEDED, "a CPU build needs no driver")
         return
     answer, gpus = case.machine.driver.gpus(), case.machine.gpus
     if not isinstance(answer, There):
@@ -296,7 +337,7 @@ def _gpu_row(name: str, capability: str | None) -> Row:
 def toolkit(case: Case) -> Iterator[Row]:
     """Check for a CUDA toolkit of torch's major version."""
     if case.device == "cpu":
-        yield Row(State.OK, "toolkit", NOT_NEEDED, "a CPU build needs no toolkit")
+        yield Row(State.SKIPPED, "toolkit", NOT_NEEDED, "a CPU build needs no toolkit")
         return
     found = case.toolkit()
     seen = f"CUDA {found.version} in {found.home}" if found else ""
@@ -366,7 +407,7 @@ def agreement(case: Case) -> Iterator[Row]:
 def archs(case: Case) -> Iterator[Row]:
     """Check TORCH_CUDA_ARCH_LIST against the GPUs, torch and nvcc."""
     if case.device == "cpu":
-        yield Row(State.OK, "arch list", NOT_NEEDED, "a CPU build has no architectures")
+        yield Row(State.SKIPPED, "arch list", NOT_NEEDED, "a CPU build has no architectures")
         return
     text = case.settings.text("TORCH_CUDA_ARCH_LIST")
     capabilities = arch.known_capabilities(case.machine.capabilities)

@@ -232,7 +232,7 @@ def ptxas(case: Case) -> Iterator[Row]:
     """Check Triton's assemblers on a kernel for this machine's GPU, else for a Spark's."""
     why = "Triton assembles its kernels with it"
     if case.device == "cpu":
-        yield Row(State.OK, "ptxas", "not needed: the device is cpu", why)
+        yield Row(State.SKIPPED, "ptxas", "not needed: the device is cpu", why)
         return
     there = case.triton()
     if there is None:

@@ -226,7 +226,14 @@ def export(
             layout, project, session.pin, session.checkout, run_log=session.run_log, check=check
         )
         work.show(done, console=console)
+        _show_commit(layout, done, console)
         return done
+
+
+def _show_commit(layout: Layout, done: "Export", console: Console) -> None:
+    """Print the commit of the written patches; files that no patch has yet come first."""
+    if (done.written or done.removed) and not done.untracked and checkouts.superproject(layout):
+        console.hint(hints.text("repo.commit_patches", folder=done.folder))
 
 
 def make_branch(
@@ -252,7 +259,7 @@ def import_(
     from workspace.repo import importing
 
     with _opened(layout, settings, project, "inv patch.import", console, wait=wait) as session:
-        importing.run(session, origin)
+        _show_commit(layout, importing.run(session, origin), console)
 
 
 def resume(

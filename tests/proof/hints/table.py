@@ -45,9 +45,21 @@ ELSEWHERE = {
         "test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped"
     ),
     "cli.after_dashes": "tests/test_entrances.py::test_misuse_is_a_sentence_and_exits_2",
+    "machine.git_identity": (
+        "tests/machine/test_doctor_machine.py::"
+        "test_git_without_a_name_or_an_address_is_a_row_with_the_command_that_sets_both"
+    ),
     "repo.add_trailer": (
         "tests/repo/test_export_refusals.py::"
         "test_hint_for_a_missing_trailer_is_enough_and_takes_no_staged_edit"
+    ),
+    "repo.commit_patches": (
+        "tests/repo/test_export_refusals.py::"
+        "test_export_names_the_commit_of_its_patches_in_a_repository"
+    ),
+    "machine.other_gxx": (
+        "tests/machine/test_doctor.py::"
+        "test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not"
     ),
     "repo.connect_submodule": (
         "tests/repo/test_checkout.py::test_submodule_that_was_moved_is_connected_by_the_hint"
