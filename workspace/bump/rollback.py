@@ -15,15 +15,9 @@ from workspace.bump import bump, known_good, promote, staging, triton
 from workspace.bump.known_good import KnownGood
 from workspace.bump.staging import RedoLog, Step
 from workspace.checks import smoke as smoke_record
-from workspace.core import hints, lock
+from workspace.core import errors, hints, lock
 from workspace.core.console import Console, Row, RunLog, State
-from workspace.core.errors import (
-    CheckoutError,
-    SettingsError,
-    SmokeError,
-    WorkspaceError,
-    counted,
-)
+from workspace.core.errors import CheckoutError, SettingsError, SmokeError, WorkspaceError
 from workspace.core.files import copy_files, files_below, read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -487,7 +481,7 @@ def _triton(layout: Layout, settings: Settings, pin: Pin, *, offline: bool) -> P
     if found.commit == pin.commit:
         return PinRow(State.OK, "triton", f"{text}, the same as {found.branch}", facts=facts)
     count = (
-        f"{counted(found.commits, 'commit')} ahead"
+        f"{errors.counted(found.commits, 'commit')} ahead"
         if found.commits is not None
         else "not fetched, so the distance is unknown"
     )

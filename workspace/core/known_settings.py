@@ -83,7 +83,7 @@ SETTINGS: tuple[Setting, ...] = (
         "switch",
         "0",
         "workspace",
-        "1: show each command that changes something, as --verbose does; the log has them anyway",
+        "1 shows each command that changes something, as --verbose does; the log has them anyway",
     ),
     Setting(
         "TORCH_INDEX_URL",
