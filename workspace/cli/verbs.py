@@ -436,8 +436,7 @@ def patch_export(
     wait: bool = False,
 ) -> None:
     """Write the commits on the pin as patches and series."""
-    here = paths.here()
-    settings = main.load_settings(here)
+    here, settings = main.opened()
     from workspace.repo import patching
 
     if bool(patch) != bool(branch) or (branch and check):
@@ -458,15 +457,19 @@ def patch_export(
     positional=["origin"],
     help={
         "origin": "a mail file, a URL, or the number of a pull request",
+        "merge": "stop at a conflict in the checkout, for patch.continue",
         "project": PROJECT,
         "wait": WAIT,
     },
 )
-def patch_import(_: Context, origin: str, project: str = "vllm", wait: bool = False) -> None:
+def patch_import(
+    _: Context, origin: str, merge: bool = False, project: str = "vllm", wait: bool = False
+) -> None:
     """Import a patch: a file, a URL, a pull request."""
     from workspace.repo import patching
 
-    patching.import_(*main.opened(), project, origin, console=main.console(), wait=wait)
+    options = patching.ImportOptions(origin, stops=merge)
+    patching.import_(*main.opened(), project, options, console=main.console(), wait=wait)
 
 
 @task(
@@ -482,8 +485,7 @@ def patch_continue(
     _: Context, skip: bool = False, abort: bool = False, project: str = "vllm", wait: bool = False
 ) -> None:
     """Resume after a conflict, also in a bump."""
-    here = paths.here()
-    settings = main.load_settings(here)
+    here, settings = main.opened()
     from workspace.bump import bump
     from workspace.repo import patching
 
