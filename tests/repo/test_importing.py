@@ -149,9 +149,14 @@ def test_conflict_is_refused_with_its_files_and_nothing_changed(
     assert state(either_applied, snapshot) == before
     hint = failure.value.hint
     assert hint
-    argv = hint.split("    ")[0].split()
-    assert (either_applied.vllm / argv[-1]).read_bytes() == (mails / "conflict.patch").read_bytes()
-    sh_git(either_applied.vllm, *argv[3:], check=False)
+    file = mails / "conflict.patch"
+    assert hint.split("    ")[0] == f"./scripts/inv patch.import {file} --merge"
+    with pytest.raises(PatchConflict, match="'Twenty again'") as stopped:
+        importing.run(either_applied.session(), str(file), stops=True)
+    assert "git -C vendor/vllm add vllm/lines.py && ./scripts/inv patch.continue" in (
+        stopped.value.hint or ""
+    )
+    assert either_applied.stack().state is State.IN_PROGRESS
     assert "line 2O" in (either_applied.vllm / "vllm/lines.py").read_text(), (
         "the conflict stands in the file"
     )

@@ -198,14 +198,9 @@ def bench_compare(
     """Judge each metric: is the second record slower?"""
     from workspace.bench import compare
 
+    console, fields = main.console(), across or ()
     compare.show(
-        paths.here(),
-        first,
-        second,
-        factor=factor,
-        across=across or (),
-        console=main.console(),
-        as_json=json,
+        paths.here(), first, second, factor=factor, across=fields, console=console, as_json=json
     )
 
 
@@ -461,15 +456,19 @@ def patch_export(
     positional=["origin"],
     help={
         "origin": "a mail file, a URL, or the number of a pull request",
+        "merge": "stop at a conflict in the checkout, for patch.continue",
         "project": PROJECT,
         "wait": WAIT,
     },
 )
-def patch_import(_: Context, origin: str, project: str = "vllm", wait: bool = False) -> None:
+def patch_import(
+    _: Context, origin: str, merge: bool = False, project: str = "vllm", wait: bool = False
+) -> None:
     """Import a patch: a file, a URL, a pull request."""
     from workspace.repo import patching
 
-    patching.import_(*main.opened(), project, origin, console=main.console(), wait=wait)
+    options = patching.ImportOptions(origin, stops=merge)
+    patching.import_(*main.opened(), project, options, console=main.console(), wait=wait)
 
 
 @task(

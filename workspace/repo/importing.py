@@ -84,7 +84,7 @@ class Origin:
 class _Import:
     """An import: its origin, one file per mail, and what applies or checks it by hand.
 
-    `by_hand` is a command line, `check` a hint.
+    `by_hand` and `merging` are command lines, `check` a hint.
     """
 
     git: Git
@@ -94,16 +94,17 @@ class _Import:
     check: str
     place: Path
     notes: list[str]
+    merging: str
 
 
-def run(session: Session, source: str) -> export.Export:
+def run(session: Session, source: str, *, stops: bool = False) -> export.Export:
     """Apply the commits of a mail to the stack and export all patches.
 
     `source` is a file, a URL, or the number of a pull request. Author and date stay; each message
     gets an Upstream-Status unless it has one. Raises CheckoutError where the checkout cannot take
     commits, SettingsError and SourceError for a source that is no mail or cannot be fetched,
     PatchConflict where it does not apply, PatchDrift where it is upstream already or cannot be a
-    patch. Nothing is changed then.
+    patch. Nothing is changed then, but `stops` leaves a conflict in the checkout.
     """
     layout, project, run_log = session.layout, session.project, session.run_log
     git = Git(checkouts.folder_of(layout, session.pin))
@@ -125,14 +126,15 @@ def run(session: Session, source: str) -> export.Export:
         if (readable := b"".join(part.read_bytes() for part in parts)) != raw:
             write_atomic(kept, readable)
         place = layout.state / f"{project}-stack"
-        work = _Import(git, origin, parts, by_hand, check, place, notes)
-        tip = stack.head if _is_applied(work, stack) else _tip_on(work, stack.head)
+        again = patches.merging_command(source, project)
+        work = _Import(git, origin, parts, by_hand, check, place, notes, again)
+        keeper = session if stops else None
+        tip = stack.head if _is_applied(work, stack) else _tip_on(work, stack.head, keeper)
     try:
         prepared = export.prepare(layout, project, session.pin, replace(session.checkout, head=tip))
     except mail.Unfit as exc:
-        hint = hints.text(
-            "repo.by_hand_reword", command=by_hand, shown=shown, commit=stack.head[:12]
-        )
+        at = stack.head[:12]
+        hint = hints.text("repo.by_hand_reword", command=by_hand, shown=shown, commit=at)
         raise mail.Unfit(f"{origin.name}: {exc.message}", hint=hint, details=exc.details) from exc
     git.set_ref(TIP_REF, tip)
     moves.move(layout, project, git, tip, run_log=run_log)
@@ -171,9 +173,35 @@ def _is_applied(work: _Import, stack: Stack) -> bool:
     return False
 
 
-def _tip_on(work: _Import, head: str) -> str:
-    """Make the commits on `head`, each with an Upstream-Status, and return the last."""
-    return _with_status(work.git, head, _commits_on(work, head), work.origin)
+def _tip_on(work: _Import, head: str, session: Session | None = None) -> str:
+    """Make the commits on `head`, each with an Upstream-Status, and return the last.
+
+    With a session a conflict is left in its checkout.
+    """
+    try:
+        made = _commits_on(work, head)
+    except PatchConflict:
+        if session is None:
+            raise
+        made = _commits_in_checkout(session, work, head)
+    return _with_status(work.git, head, made, work.origin)
+
+
+def _commits_in_checkout(session: Session, work: _Import, head: str) -> tuple[Commit, ...]:
+    """Apply the mails in the checkout; leave the `am` that stops there and raise PatchConflict."""
+    git, layout, project = work.git, session.layout, session.project
+    touched = (path for part in work.parts for path in git.patch_paths(part))
+    moves.remember_times(git, touched, memory=layout.times(project))
+    tried = series.Attempt("git am", work.merging)
+    with moves.attempt(layout, project, git, tried, run_log=session.run_log):
+        done = am.start(git, work.parts, run_log=session.run_log)
+        if done.tip is None:
+            subject = mail.read_mail(work.parts[done.position - 1]).subject
+            count, place = len(work.parts), layout.relative(git.path)
+            raise series.sentence(
+                git, done, count=count, patch=repr(subject), shown=place, base=head
+            )
+    return mails.commits(git, head, done.tip)
 
 
 def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
@@ -217,11 +245,11 @@ def _not_applied(work: _Import, done: am.Applied, subjects: Sequence[str]) -> Wo
             f"{which} is refused by git am: {done.reason}; nothing was changed",
             hint=work.check,
         )
-    hint = hints.text("repo.by_hand_conflict", command=work.by_hand)
+    hint = hints.text("repo.by_hand_conflict", command=work.merging)
     if done.position > 1 and work.origin.url and public_of(work.origin.url):
         # A merge of main is in no mail, so the commits after it need not apply.
         url = f"{work.origin.url}.diff"
-        hint = hints.text("repo.net_change", url=url, command=work.by_hand)
+        hint = hints.text("repo.net_change", url=url, command=work.merging)
     return PatchConflict(
         f"{which} {done.cause}; nothing was changed", hint=hint, details=done.details
     )

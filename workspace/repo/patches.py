@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import re
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,7 +12,7 @@ from pathlib import Path
 from workspace.core import hints, records
 from workspace.core.console import RunLog
 from workspace.core.errors import PatchDrift, SettingsError, counted
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
 from workspace.repo import moves, series
@@ -66,6 +68,13 @@ def next_command(layout: Layout, pin: Pin, stack: Stack, lacking: Sequence[str] 
     if stack.head is None and stack.state is State.FOREIGN:
         return checkouts.keeping_command(layout.relative(path))
     return series.refusal(layout.relative(path), Git(path), stack, verb=APPLY).hint or APPLY
+
+
+def merging_command(source: str, project: str) -> str:
+    """Return the command that imports the source, and stops in the checkout at a conflict."""
+    again = source if re.match(r"#?\d+$|https?://", source) else str(typed(source))
+    more = "" if project == "vllm" else f" --project {project}"
+    return f"./scripts/inv patch.import {shlex.quote(again)} --merge{more}"
 
 
 def _exporting(shown: str, stack: Stack, lacking: Sequence[str]) -> str:

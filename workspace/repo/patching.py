@@ -6,6 +6,7 @@ The work itself is in patches, export, importing and overview; a patch as a bran
 import contextlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -173,6 +174,14 @@ def _report_branch(session: Session, name: str, path: Path, shown: str) -> None:
     )
 
 
+@dataclass(frozen=True)
+class ImportOptions:
+    """What to import; `stops` leaves a conflict in the checkout."""
+
+    source: str
+    stops: bool = False
+
+
 def apply(
     layout: Layout, settings: Settings, project: str, *, console: Console, wait: bool
 ) -> None:
@@ -253,13 +262,20 @@ def make_branch(
 
 
 def import_(
-    layout: Layout, settings: Settings, project: str, origin: str, *, console: Console, wait: bool
+    layout: Layout,
+    settings: Settings,
+    project: str,
+    options: ImportOptions,
+    *,
+    console: Console,
+    wait: bool,
 ) -> None:
     """Import a file, a URL or a pull request by its number. Raises what importing.run raises."""
     from workspace.repo import importing
 
     with _opened(layout, settings, project, "inv patch.import", console, wait=wait) as session:
-        _show_commit(layout, importing.run(session, origin), console)
+        done = importing.run(session, options.source, stops=options.stops)
+        _show_commit(layout, done, console)
 
 
 def resume(

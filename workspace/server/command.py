@@ -410,7 +410,7 @@ def lines(
     """Yield lines of sh that turn `outer` into `environment`, without secrets and names that no
     shell can export.
 
-    A shell that continues gets the entries of PATH behind scripts/, and not the built
+    An interactive shell gets the entries of PATH behind scripts/, and not the built
     interpreter's folder; with `is_exact` each value is that of the environment.
     """
     secret = secret_names(environment)

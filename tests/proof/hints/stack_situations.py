@@ -357,6 +357,6 @@ def mails_that_cannot_be_imported(user: User) -> None:
     bad = user.root / "bad.patch"
     bad.write_text(MAIL)
     stopped = user.type(user.meets("repo.by_hand_conflict", "patch.import", str(bad)))
-    assert stopped.code == 128, stopped.output
+    assert stopped.code == 4, stopped.output
     assert user.inv("patch.continue", "--abort").code == 0
     user.followed.add("repo.by_hand_conflict")
