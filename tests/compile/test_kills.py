@@ -219,7 +219,8 @@ def test_when_only_ninja_is_killed_its_compilers_end_too(site: Site) -> None:
         child.kill()
         child.wait()
     assert site.running() == []
-    assert len(site.log) == 2
+    # The shell of a compiler may still log its end.
+    assert sum(line.startswith("+") for line in site.log) == 2
     assert not [pid for pid in jobs.living() if command_of(pid).startswith(str(site.folder))]
 
 

@@ -46,11 +46,11 @@ def test_version_names_the_platform_in_its_letters(built: World) -> None:
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        (("csrc/a.c",), "which csrc/a.c differs from"),
-        (("csrc/a.c", "csrc/b.c"), "which csrc/a.c, csrc/b.c differ from"),
+        (("csrc/a.c",), "; csrc/a.c differs from them"),
+        (("csrc/a.c", "csrc/b.c"), "; csrc/a.c, csrc/b.c differ from them"),
         (
             tuple(f"csrc/{number}.c" for number in range(5)),
-            "which csrc/0.c, csrc/1.c, csrc/2.c and 2 more differ from",
+            "; csrc/0.c, csrc/1.c, csrc/2.c and 2 more differ from them",
         ),
     ],
 )

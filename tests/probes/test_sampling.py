@@ -183,7 +183,7 @@ def test_each_problem_and_difference_fails_and_names_its_case() -> None:
     wrong = judged(right, {"case": "stop: its text is", "problem": "a, expected b"})
     assert (wrong.verdict, wrong.evidence) == ("fail", "stop: its text is a, expected b")
     far = judged({"case": "stop: raw log-probabilities", "difference": 0.5})
-    assert far.evidence == "stop: raw log-probabilities differ by 5.0e-01, allowed is 0.001"
+    assert far.evidence == "stop: raw log-probabilities differ by 5.0e-01, the limit is 0.001"
     assert judged({"case": "x", "difference": None}).verdict == "fail"
 
 

@@ -1,6 +1,7 @@
 """Pull requests, mails and diffs as people pass them on: imported, or refused with git's words."""
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -283,8 +284,9 @@ def test_file_for_a_conflict_by_hand_is_what_git_can_read(named: Workspace) -> N
     diff = EDIT.replace("-a\n", "-other\n").replace(" a/", " ").replace(" b/", " ")
     with pytest.raises(PatchConflict, match="does not apply") as failure:
         take(named, file(named, diff, "my feature.diff"))
-    by_hand = (failure.value.hint or "").split("    ")[0]
-    assert "'../../.workspace/imported/my feature.diff.patch'" in by_hand
+    assert "my feature.diff' --merge    stops there" in (failure.value.hint or "")
+    kept = named.layout.state / "imported" / "my feature.diff.patch"
+    by_hand = f"git -C vendor/vllm am --3way {shlex.quote(str(kept))}"
     environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
     environ |= {"GIT_COMMITTER_NAME": "A", "GIT_COMMITTER_EMAIL": "a@b.c", "LC_ALL": "C"}
     done = subprocess.run(

@@ -128,8 +128,8 @@ def run(session: Session, source: str, *, stops: bool = False) -> export.Export:
         place = layout.state / f"{project}-stack"
         again = patches.merging_command(source, project)
         work = _Import(git, origin, parts, by_hand, check, place, notes, again)
-        keeper = session if stops else None
-        tip = stack.head if _is_applied(work, stack) else _tip_on(work, stack.head, keeper)
+        holder = session if stops else None
+        tip = stack.head if _is_applied(work, stack) else _tip_on(work, stack.head, holder)
     try:
         prepared = export.prepare(layout, project, session.pin, replace(session.checkout, head=tip))
     except mail.Unfit as exc:
