@@ -120,7 +120,8 @@ def _bootstrap(context: Context, observed: Observation) -> Command:
     }
     argv = (
         *(clone / "scripts" / "inv", "bootstrap", "--device", observed.device),
-        *("--source", "release", "--kernels", "precompiled"),
+        # By hand no token is generated.
+        *("--source", "release", "--kernels", "precompiled", "--no-first-token"),
     )
     return Command(
         argv, clone, context.environment | settings, before=lambda: _make_clone(context, clone)
