@@ -430,7 +430,7 @@ def index_of(argv, environment):
     options = [arg.partition("=")[2] for arg in argv if arg.startswith("--default-index=")]
     names = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
     options += [environment[name] for name in names if environment.get(name)]
-    return options[0] if options else "https://pypi.org/simple"
+    return options[0] if options else "the default of uv and pip"
 
 
 def remove_leftovers():

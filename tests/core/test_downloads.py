@@ -14,7 +14,7 @@ import pytest
 from workspace.core import files
 from workspace.core.errors import SourceError
 from workspace.core.paths import Layout
-from workspace.core.settings import load
+from workspace.core.settings import Settings, load
 from workspace.repo import importing, index
 
 MANNERS = (
@@ -121,6 +121,16 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         assert not server.is_read_on  # type: ignore[attr-defined]
 
 
+def fetch(way: str, url: str, settings: Settings, place: Path) -> None:
+    """Fetch a file, a patch or a page of an index."""
+    if way == "file":
+        files.download(url, place, expected_sha256=None, timeout_s=5)
+    elif way == "patch":
+        importing._fetched(url, settings)
+    else:
+        index.project_page("vllm", settings)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("manner", MANNERS)
 @pytest.mark.parametrize("way", ["file", "patch", "index"])
@@ -131,12 +141,7 @@ def test_answer_has_one_bound_on_bytes_and_time(
     settings = load(Layout(tmp_path), environ={"HOME": "/h", "UV_DEFAULT_INDEX": url})
     began = time.monotonic()
     with pytest.raises(SourceError) as caught:
-        if way == "file":
-            files.download(url, tmp_path / "file", expected_sha256=None, timeout_s=5)
-        elif way == "patch":
-            importing._fetched(url, settings)
-        else:
-            index.project_page("vllm", settings)
+        fetch(way, url, settings, tmp_path / "file")
     assert time.monotonic() - began < PATIENCE_S / 2
     assert caught.value.hint
     part = tmp_path / "file.part"
@@ -171,12 +176,7 @@ def test_proxy_that_points_nowhere_is_named_without_its_password(
     url = "https://pypi.invalid/simple"
     settings = load(Layout(tmp_path), environ={"HOME": "/h", "UV_DEFAULT_INDEX": url})
     with pytest.raises(SourceError) as caught:
-        if way == "file":
-            files.download(url, tmp_path / "file", expected_sha256=None, timeout_s=5)
-        elif way == "patch":
-            importing._fetched(url, settings)
-        else:
-            index.project_page("vllm", settings)
+        fetch(way, url, settings, tmp_path / "file")
     assert "through the proxy" in caught.value.message
     assert "127.0.0.1:1" in caught.value.message
     assert "HTTPS_PROXY" in caught.value.message

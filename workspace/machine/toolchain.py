@@ -298,7 +298,7 @@ def stalled_error(
 ) -> SourceError:
     """Return the error for a stalled uv, with the indexes that its command line names."""
     named = [after for flag, after in itertools.pairwise(arguments) if flag in _INDEX_FLAGS]
-    indexes = list(dict.fromkeys([*named, settings.index_url or "https://pypi.org/simple"]))
+    indexes = list(dict.fromkeys([*named, settings.index_url or "the default index of uv"]))
     return SourceError(
         f"the package index answers too slowly: uv did nothing for {STALL_S:g} s while it waited"
         f" for {' or '.join(map(without_user, indexes))}",
