@@ -51,10 +51,10 @@ def failure(name: str) -> str | None:
     return None
 
 
-def origin() -> dict[str, object]:
+def origin() -> dict[str, str | None]:
     # Without importing vLLM.
     found = find_spec("vllm")
-    return {"schema": 1, "vllm": found.origin if found else None}
+    return {"vllm": found.origin if found else None}
 
 
 def torch_build() -> dict[str, object]:
