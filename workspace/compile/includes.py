@@ -4,7 +4,6 @@ It includes too much rather than too little: conditions are ignored, comments co
 name counts as every changed file that it could be.
 """
 
-import contextlib
 import os
 import re
 from collections import defaultdict
@@ -31,6 +30,8 @@ _NAMED = tuple((directive, re.compile(directive + _NAME)) for directive in _DIRE
 _MACRO = rb"(?:_next)?(?![A-Za-z0-9_$])" + _BLANK + rb'(?=[^\s"</]|/[^*/])([^\n]*)'
 _COMPUTED = tuple((directive, re.compile(directive + _MACRO)) for directive in _DIRECTIVES)
 _HASH = re.compile(rb"(?:\A|\n|\*/)[ \t\f\v\r]*(?:#|%:|\?\?=)" + _BLANK + rb"\Z")
+_DEFINE = rb"define" + _BLANK + rb"\b"
+_MACRO_NAME = re.compile(_DEFINE + rb"(\w+)")
 # A macro with parameters, its use and its definition: CUTLASS's CUDA_STD_HEADER(cstdint) is
 # <cuda/std/cstdint>.
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
@@ -126,6 +127,7 @@ class Scan:
         }
         self._walked: set[str] = set()
         self._named: dict[str, Named | None] = {}
+        self._defined = cache(_defined)
         self._is_file = cache(self._look_for)
         self._is_folder = cache(paths.isdir)
 
@@ -191,20 +193,15 @@ class Scan:
             seen,
             {call[1] for uses in used.values() for use in uses if (call := _CALL.fullmatch(use))},
         )
+        macros = frozenset[str]().union(*map(self._defined, seen)) if used else frozenset[str]()
         for path, uses in used.items():
             for use in uses:
                 named = expanded(use, defined.get(use.split("(")[0], ()))
                 # An identifier in the name may be a macro, too.
                 if named and any(
-                    _defining(
-                        seen,
-                        {
-                            identifier
-                            for name in named.angled
-                            for identifier in _IDENTIFIER.findall(name)
-                        },
-                        b"",
-                    )
+                    identifier in macros
+                    for name in named.angled
+                    for identifier in _IDENTIFIER.findall(name)
                 ):
                     named = None
                 for included in (
@@ -315,26 +312,29 @@ def _definitions(
 ) -> Mapping[str, list[tuple[str, str]]]:
     """Return the definitions of each macro with parameters in the files: parameters and body."""
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for macro, parameters, body in _defining(files, macros, rb"\(([^()\n]*)\)([^\n]*)"):
-        found[macro].append((parameters, body))
+    listed = b"|".join(sorted(map(os.fsencode, macros)))
+    pattern = re.compile(_DEFINE + rb"(%s)\b\(([^()\n]*)\)([^\n]*)" % listed)
+    for file in files if macros else ():
+        for definition in pattern.finditer(_joined_if_defining(file)):
+            macro, parameters, body = map(os.fsdecode, definition.groups())
+            found[macro].append((parameters, body))
     return found
 
 
-def _defining(
-    files: Iterable[str], macros: Collection[str], rest: bytes
-) -> Iterator[tuple[str, ...]]:
-    """Yield each `#define` of one of the macros: its name, and the groups of `rest`."""
-    pattern = re.compile(
-        rb"define" + _BLANK + rb"\b(%s)\b" % b"|".join(sorted(map(os.fsencode, macros))) + rest
-    )
-    for file in files if macros else ():
-        with contextlib.suppress(OSError):
-            text = Path(file).read_bytes()
-            if b"define" in text:
-                yield from (
-                    tuple(map(os.fsdecode, found.groups()))
-                    for found in pattern.finditer(_SPLICE.sub(b"", text))
-                )
+def _defined(file: str) -> frozenset[str]:
+    """Return the names of all macros that the file defines."""
+    return frozenset(os.fsdecode(name) for name in _MACRO_NAME.findall(_joined_if_defining(file)))
+
+
+def _joined_if_defining(file: str) -> bytes:
+    """Return the text of a file with its continued lines joined; nothing if it defines nothing or
+    cannot be read.
+    """
+    try:
+        text = Path(file).read_bytes()
+    except OSError:
+        return b""
+    return _SPLICE.sub(b"", text) if b"define" in text else b""
 
 
 def _closure(path: str, includers: dict[str, set[str]]) -> set[str]:
