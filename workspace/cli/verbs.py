@@ -81,9 +81,10 @@ def rebuild(
 ) -> None:
     """Compile what changed, within cores and memory."""
     from workspace.install import rebuild as verb
+    from workspace.install.plan import RebuildOptions
 
     targets = tuple(target or ())
-    options = verb.RebuildOptions(
+    options = RebuildOptions(
         jobs=jobs, memory=memory, targets=targets, clean=clean, plan_only=plan, as_json=json
     )
     verb.run(*main.opened({"KERNELS": kernels}), options, console=main.console(), wait=wait)

@@ -101,9 +101,9 @@ def stages_of(observed: plan.Observation, *, is_sandbox: bool = False) -> tuple[
     )
     steps: stages.Steps = stages.VLLM
     if observed.kernels_wanted.source.is_native:
-        from workspace.install import rebuild
+        from workspace.install import rebuild_job as job
 
-        steps = (*rebuild.PLAN, *rebuild.COMPILE, *rebuild.INSTALL)
+        steps = (*job.PLAN, *job.COMPILE, *job.INSTALL)
     source = (
         Stage(*_source(settings, observed), (("source", stages.make_source),)),
         Stage(*_patches(layout, observed), (("patches", stages.apply_patches),)),

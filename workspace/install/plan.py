@@ -40,6 +40,18 @@ DIGESTS = {
 }
 
 
+@dataclass(frozen=True)
+class RebuildOptions:
+    """Options of `inv rebuild` as typed; None for an option that was not given."""
+
+    jobs: str | None = None
+    memory: str | None = None
+    targets: tuple[str, ...] = ()
+    clean: bool = False
+    plan_only: bool = False
+    as_json: bool = False
+
+
 class Tree:
     """The working content of vendor/vllm at one moment: each part is read once, when it is first
     needed.

@@ -1,10 +1,9 @@
-"""inv rebuild: compile what differs from the pin, within the limits of cores and memory.
+"""Compile what differs from the pin, within the limits of cores and memory.
 
 The steps: observe, plan, show, compile, install into the editable tree, verify, stamp. In hybrid
 mode the precompiled wheel provides every library that no change reaches.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,16 +28,14 @@ from workspace.compile.scheduler import Bounds
 from workspace.compile.targets import Reached
 from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog, Step
-from workspace.core.errors import BuildError, CheckoutError, SettingsError
-from workspace.core.paths import Layout
-from workspace.core.settings import Settings
+from workspace.core.errors import BuildError
 from workspace.install import editable, plan, precompiled, stages, stamp, status, verify
-from workspace.install.precompiled import KernelSource, text_of
-from workspace.machine import check, doctor, venv
+from workspace.install.plan import RebuildOptions
+from workspace.install.precompiled import KernelSource
+from workspace.machine import doctor, venv
 from workspace.machine.machine import Machine
-from workspace.repo import moves, pins
+from workspace.repo import moves
 from workspace.repo.git import Git, remotes
-from workspace.repo.patches import State
 
 # The key in the stamp's outcome: names of the targets that were compiled here, with blanks between.
 COMPILED_HERE = "compiled here"
@@ -331,7 +328,7 @@ class Job:
 def job_of(run: stages.Run) -> Job:
     """Return the job of a run; if the verb has made none, make one from the settings alone."""
     if not isinstance(run.job, Job):
-        run.job = job = Job(run, *_bounds(run.observed.machine, RebuildOptions()))
+        run.job = job = Job(run, *bounds_of(run.observed.machine, RebuildOptions()))
         return job
     return run.job
 
@@ -353,45 +350,20 @@ def compiled_here(recorded: stamp.Stamp | None) -> set[str]:
     return set(recorded.outcome.get(COMPILED_HERE, "").split()) if recorded else set()
 
 
-@dataclass(frozen=True)
-class RebuildOptions:
-    """Options of the command line as typed; None for an option that was not given."""
-
-    jobs: str | None = None
-    memory: str | None = None
-    targets: tuple[str, ...] = ()
-    clean: bool = False
-    plan_only: bool = False
-    as_json: bool = False
-
-
-def run(
-    layout: Layout,
-    settings: Settings,
+def rebuild(
+    observed: plan.Observation,
     options: RebuildOptions,
     *,
     console: Console,
     wait: bool = False,
     is_sandbox: bool = False,
 ) -> plan.Observation:
-    """Bring the compiled libraries up to date with the tree, and return its state at the end: what
-    was edited meanwhile is due next. Raises the error of a failed step.
+    """Compile and install what is due, or with `plan_only` only show it; return the tree's state
+    at the end. Raises the error of a failed step.
     """
-    pins.require_settled(layout)
-    if options.as_json and not options.plan_only:
-        raise SettingsError("--json works only with --plan", hint=hints.text("install.plan_json"))
-    has_bounds = options.jobs is not None or options.memory is not None
-    machine = Machine(layout, settings)
-    bounds = _bounds(machine, options) if has_bounds else None
-    observed = plan.observe_on(machine)
-    check.require(machine, console=console, device=observed.device)
-    _require_context(observed, is_sandbox=is_sandbox)
-    if options.clean and not options.plan_only:
-        _clean(layout, console, wait=wait)
-    if not options.targets and observed.kernels.state == observed.install.state == "ok":
-        _show_up_to_date(observed, console)
-        return observed
-    bounds = bounds or _bounds(machine, options)
+    machine = observed.machine
+    layout, settings = machine.layout, machine.settings
+    bounds = bounds_of(machine, options)
     is_compiled = bool(options.targets) or observed.kernels_wanted.source.is_compiled
     verb = "inv rebuild --plan" if options.plan_only else "inv rebuild"
     with lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held:
@@ -410,50 +382,12 @@ def run(
     return observed
 
 
-def _show_up_to_date(observed: plan.Observation, console: Console) -> None:
-    recorded = observed.kernels.recorded
-    console.info(
-        f"nothing to do: the kernels of vllm {observed.version} are up to date"
-        f" ({text_of(recorded.kernels if recorded else None)}); Python files are live"
-    )
-
-
-def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
-    """Remove all build directories of this clone; libraries that are installed in the tree stay."""
-    with (
-        lock.hold(layout.lock, verb="inv rebuild --clean", wait=wait, on_wait=console.info),
-        console.step("clean") as view,
-    ):
-        if not layout.builds.exists():
-            view.skip("there is no build directory")
-            return
-        shutil.rmtree(layout.builds)
-        view.reason = f"{layout.relative(layout.builds)} is removed"
-
-
-def _bounds(machine: Machine, options: RebuildOptions) -> tuple[Jobs, Memory]:
+def bounds_of(machine: Machine, options: RebuildOptions) -> tuple[Jobs, Memory]:
+    """Return the limits of cores and memory. Raises SettingsError for a flag that is none."""
     host, settings = machine.host(), machine.settings
     return jobs.count(settings, cores=host.cores, flag=options.jobs), jobs.memory(
         host, flag=options.memory
     )
-
-
-def _require_context(observed: plan.Observation, *, is_sandbox: bool) -> None:
-    """Raise where there is nothing to compile, or nothing to compile for: other verbs fix that."""
-    if observed.stack is None or observed.environment.state == "missing":
-        raise BuildError("there is no vLLM to rebuild yet", hint=hints.text("inv.bootstrap"))
-    if observed.environment.state != "ok":
-        raise BuildError(
-            f"the environment is stale: {observed.environment.why}",
-            hint=hints.text("install.bootstrap_rebuild"),
-        )
-    if observed.stack.state is State.IN_PROGRESS or (
-        observed.stack.state is State.FOREIGN and not is_sandbox
-    ):
-        raise CheckoutError(
-            "cannot rebuild: vendor/vllm has a git operation under way, or is not on the pin",
-            hint=hints.text("inv.patch"),
-        )
 
 
 def _preflight(observed: plan.Observation, console: Console, *, is_compiled: bool) -> None:

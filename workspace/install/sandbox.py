@@ -211,7 +211,7 @@ def build_in(
         observed = rebuild.run(
             layout,
             settings,
-            rebuild.RebuildOptions(),
+            plan.RebuildOptions(),
             console=console,
             wait=True,
             is_sandbox=is_sandbox,

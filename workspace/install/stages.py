@@ -33,7 +33,7 @@ class Run:
     run_log: RunLog
     observed: plan.Observation
     outcome: dict[str, str] = field(default_factory=dict)
-    # What the steps of a rebuild share (rebuild.Job).
+    # What the steps of a rebuild share (rebuild_job.Job).
     job: object | None = None
     is_sandbox: bool = False
     machine: Machine = field(init=False)

@@ -10,7 +10,7 @@ from tests.proof.kill.cases import KillCase, check_planted, plant, write_dotenv
 from tests.small.world import World
 from workspace.core.files import sha256
 from workspace.install import stamp
-from workspace.install.rebuild import COMPILED_HERE
+from workspace.install.rebuild_job import COMPILED_HERE
 
 REBUILD = ("rebuild", "--jobs", "2")
 NATIVE = ("rebuild", "--kernels", "native", "--jobs", "2")

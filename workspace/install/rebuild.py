@@ -1,0 +1,88 @@
+"""inv rebuild: bring the compiled libraries up to date with the tree.
+
+With nothing to do it imports none of the build, which takes longer to import than to ask.
+"""
+
+import shutil
+
+from workspace.core import hints, lock
+from workspace.core.console import Console
+from workspace.core.errors import BuildError, CheckoutError, SettingsError
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings
+from workspace.install import plan
+from workspace.install.plan import RebuildOptions
+from workspace.install.precompiled import text_of
+from workspace.machine import check
+from workspace.machine.machine import Machine
+from workspace.repo import pins
+from workspace.repo.patches import State
+
+
+def run(
+    layout: Layout,
+    settings: Settings,
+    options: RebuildOptions,
+    *,
+    console: Console,
+    wait: bool = False,
+    is_sandbox: bool = False,
+) -> plan.Observation:
+    """Bring the compiled libraries up to date with the tree, and return its state at the end: what
+    was edited meanwhile is due next. Raises the error of a failed step.
+    """
+    pins.require_settled(layout)
+    if options.as_json and not options.plan_only:
+        raise SettingsError("--json works only with --plan", hint=hints.text("install.plan_json"))
+    machine = Machine(layout, settings)
+    if options.jobs is not None or options.memory is not None:
+        from workspace.install import rebuild_job
+
+        # A flag that is no number is refused before anything else.
+        rebuild_job.bounds_of(machine, options)
+    observed = plan.observe_on(machine)
+    check.require(machine, console=console, device=observed.device)
+    _require_context(observed, is_sandbox=is_sandbox)
+    if options.clean and not options.plan_only:
+        _clean(layout, console, wait=wait)
+    if not options.targets and observed.kernels.state == observed.install.state == "ok":
+        recorded = observed.kernels.recorded
+        console.info(
+            f"nothing to do: the kernels of vllm {observed.version} are up to date"
+            f" ({text_of(recorded.kernels if recorded else None)}); Python files are live"
+        )
+        return observed
+    from workspace.install import rebuild_job
+
+    return rebuild_job.rebuild(observed, options, console=console, wait=wait, is_sandbox=is_sandbox)
+
+
+def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
+    """Remove all build directories of this clone; libraries that are installed in the tree stay."""
+    with (
+        lock.hold(layout.lock, verb="inv rebuild --clean", wait=wait, on_wait=console.info),
+        console.step("clean") as view,
+    ):
+        if not layout.builds.exists():
+            view.skip("there is no build directory")
+            return
+        shutil.rmtree(layout.builds)
+        view.reason = f"{layout.relative(layout.builds)} is removed"
+
+
+def _require_context(observed: plan.Observation, *, is_sandbox: bool) -> None:
+    """Raise where there is nothing to compile, or nothing to compile for: other verbs fix that."""
+    if observed.stack is None or observed.environment.state == "missing":
+        raise BuildError("there is no vLLM to rebuild yet", hint=hints.text("inv.bootstrap"))
+    if observed.environment.state != "ok":
+        raise BuildError(
+            f"the environment is stale: {observed.environment.why}",
+            hint=hints.text("install.bootstrap_rebuild"),
+        )
+    if observed.stack.state is State.IN_PROGRESS or (
+        observed.stack.state is State.FOREIGN and not is_sandbox
+    ):
+        raise CheckoutError(
+            "cannot rebuild: vendor/vllm has a git operation under way, or is not on the pin",
+            hint=hints.text("inv.patch"),
+        )
