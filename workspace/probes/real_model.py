@@ -1,6 +1,6 @@
 """Check that a trained model answers as in the document of `reference.py --chats`, gives a long
-answer without repetition, and answers that end as requested; or generate one token with a model of
-noise.
+answer without repetition, and answers that end as requested; or generate one token and sample
+another with a model of noise.
 
 The caller sets the environment that vLLM reads. One JSON document on stdout; `--first-token` prints
 `@ STAGE` before each stage to stderr.
@@ -149,7 +149,7 @@ def _end(llm: "LLM", tokens: list[int]) -> int:
 
 
 def first_token(folder: Path, device: str) -> dict[str, object]:
-    """Write the configuration of a model of noise into a folder and generate one token with it."""
+    """Write the configuration of a model of noise into a folder; generate and sample a token."""
     (folder / "config.json").write_text(json.dumps(NOISE), encoding="utf-8")
     print("@ importing vllm", file=sys.stderr, flush=True)
     import vllm
@@ -169,10 +169,21 @@ def first_token(folder: Path, device: str) -> dict[str, object]:
         kv_cache_memory_bytes=1 << 26,
         disable_log_stats=True,
     )
-    print("@ generating a token", file=sys.stderr, flush=True)
-    wanted = vllm.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
-    (output,) = llm.generate([{"prompt_token_ids": [2, 3, 4]}], wanted, use_tqdm=False)
-    return {"token": output.outputs[0].token_ids[0]}
+    prompt: Any = {"prompt_token_ids": [2, 3, 4]}
+
+    def generate(stage: str, **changes: object) -> int:
+        print(f"@ {stage}", file=sys.stderr, flush=True)
+        wanted = vllm.SamplingParams(
+            **({"max_tokens": 1, "ignore_eos": True, "detokenize": False} | changes)
+        )
+        (output,) = llm.generate([prompt], wanted, use_tqdm=False)
+        return int(output.outputs[0].token_ids[0])
+
+    # On a GPU the first sampled token waits for FlashInfer's sampler, which most chats use.
+    return {
+        "token": generate("generating a token", temperature=0),
+        "sampled": generate("sampling a token", temperature=1, top_k=8, top_p=0.9, seed=0),
+    }
 
 
 def main() -> None:
@@ -183,7 +194,7 @@ def main() -> None:
     parser.add_argument(
         "--first-token",
         action="store_true",
-        help="instead, write a model of noise into the folder and generate one token",
+        help="instead, write a model of noise into the folder; generate and sample a token",
     )
     arguments = parser.parse_args()
     if not (arguments.first_token or arguments.against):
