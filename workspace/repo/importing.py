@@ -192,15 +192,11 @@ def _commits_in_checkout(session: Session, work: _Import, head: str) -> tuple[Co
     git, layout, project = work.git, session.layout, session.project
     touched = (path for part in work.parts for path in git.patch_paths(part))
     moves.remember_times(git, touched, memory=layout.times(project))
-    tried = series.Attempt("git am", work.merging)
-    with moves.attempt(layout, project, git, tried, run_log=session.run_log):
-        done = am.start(git, work.parts, run_log=session.run_log)
-        if done.tip is None:
-            subject = mail.read_mail(work.parts[done.position - 1]).subject
-            count, place = len(work.parts), layout.relative(git.path)
-            raise series.sentence(
-                git, done, count=count, patch=repr(subject), shown=place, base=head
-            )
+    done = am.start(git, work.parts, run_log=session.run_log)
+    if done.tip is None:
+        subject = mail.read_mail(work.parts[done.position - 1]).subject
+        count, place = len(work.parts), layout.relative(git.path)
+        raise series.sentence(git, done, count=count, patch=repr(subject), shown=place, base=head)
     return mails.commits(git, head, done.tip)
 
 

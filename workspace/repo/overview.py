@@ -1,6 +1,5 @@
 """The stack patch by patch (`inv patch`), moves by other programs, and `inv patch.continue`."""
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from workspace.repo.git import Git, am, command, repository, worktree
 from workspace.repo.git import am as mails
 from workspace.repo.git.command import first_line
 from workspace.repo.pins import Pin
-from workspace.repo.series import BASE_REF, LEFT_REF, TIP_REF, Attempt, Stack, State
+from workspace.repo.series import BASE_REF, LEFT_REF, TIP_REF, Stack, State
 
 _SHOWN_FILES = 3
 
@@ -243,21 +242,17 @@ def _commits(
     return named
 
 
-def _waiting(layout: Layout, pin: Pin, stack: Stack) -> str:
-    if stack.interrupted:
-        return f"{stack.interrupted.operation} was interrupted"
-    return f"it waits in the middle of git {Git(checkouts.folder_of(layout, pin)).under_way()}"
-
-
 def _stack_row(
     layout: Layout, pin: Pin, checkout: Checkout, stack: Stack, move: Row | None
 ) -> Entry:
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
     place = f"{layout.relative(checkouts.folder_of(layout, pin))}, {checkout.detail}"
+    is_waiting = stack.state is State.IN_PROGRESS
+    operation = Git(checkouts.folder_of(layout, pin)).under_way() if is_waiting else ""
     details = {
         State.APPLIED: f"tree {(stack.tree or '')[:12]}",
         State.UNEXPORTED: "its commits and the series differ",
-        State.IN_PROGRESS: _waiting(layout, pin, stack) if stack.state is State.IN_PROGRESS else "",
+        State.IN_PROGRESS: f"it waits in the middle of git {operation}",
         State.FOREIGN: f"at {stack.head[:12]}, which is not on the pin" if stack.head else "",
     }
     parts = [
@@ -290,18 +285,14 @@ def resume(
         )
     git, known = Git(path), moves.read_times(layout.times(project), path)
     names = _patch_names(layout, project, pin, run_log)
-    with contextlib.ExitStack() as held:
-        if operation := git.under_way():
-            tried = Attempt(f"git {operation} --{how}", _retry(project, how))
-            held.enter_context(moves.attempt(layout, project, git, tried, run_log=run_log))
-        resume_in(
-            git,
-            base=checkout.base or checkout.head,
-            how=how,
-            run_log=run_log,
-            names=names,
-            shown=layout.relative(path),
-        )
+    resume_in(
+        git,
+        base=checkout.base or checkout.head,
+        how=how,
+        run_log=run_log,
+        names=names,
+        shown=layout.relative(path),
+    )
     moves.restore_times(git, known)
     stack = patches.observe(layout, project, pin, checkouts.observe(layout, pin))
     # After another resolution than the series has, the next export sets these references. Set now,
@@ -323,14 +314,6 @@ def _patch_names(layout: Layout, project: str, pin: Pin, run_log: RunLog) -> tup
     return tuple(f"patches/{project}/{name}" for name in found.names)
 
 
-def _retry(project: str, how: How) -> str:
-    return (
-        "./scripts/inv patch.continue"
-        + ("" if how == "continue" else f" --{how}")
-        + ("" if project == "vllm" else f" --project {project}")
-    )
-
-
 def resume_in(
     git: Git,
     *,
@@ -349,12 +332,15 @@ def resume_in(
     """
     shown = shown or str(git.path)
     operation = _operation(git, how, shown)
-    if how == "continue":
-        _require_resolved(git, operation, base, names, shown)
-    else:
-        _keep_content(git, operation, how, shown, run_log)
     before = am.position(git)
-    answer = _run(git, operation, how, run_log)
+    step = how
+    if how != "continue":
+        _keep_content(git, operation, how, shown, run_log)
+    elif operation == "am" and am.begins_by_skip(git):
+        step = "skip"
+    else:
+        _require_resolved(git, operation, base, names, shown)
+    answer = _run(git, operation, step, run_log)
     # git syncs the commits that it makes, but not the files.
     os.sync()
     waiting = git.under_way()
@@ -423,11 +409,6 @@ def _require_resolved(
     if operation != "am" or am.staged(git) or (stopped := am.position(git)) is None:
         return
     patch, place = _patch(stopped, names), f"patch {stopped.number} of {stopped.last}"
-    if not stopped.is_begun:
-        raise PatchConflict(
-            f"the am in {shown} was interrupted before {place}",
-            hint=hints.text("repo.begin_again"),
-        )
     if edits := git.edits():
         raise PatchConflict(
             f"{shown} has edits ({', '.join(edits[:3])}) for {place}, {patch}, that are not staged",

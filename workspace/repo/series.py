@@ -207,19 +207,10 @@ class State(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """A git operation, and the command line that undoes it after a kill and begins it again."""
-
-    operation: str
-    retry: str
-
-
-@dataclass(frozen=True)
 class Stack:
     """The stack in a checkout.
 
     `dirty` are tracked paths with edits, in any state; DIRTY means that they block the application.
-    `interrupted`: the git operation that an ended run left; the state is then IN_PROGRESS.
     `untracked` are files that git does not track, so that no patch has them.
     """
 
@@ -230,7 +221,6 @@ class Stack:
     expected_tree: str | None
     names: tuple[str, ...]
     dirty: tuple[str, ...]
-    interrupted: Attempt | None = None
     untracked: tuple[str, ...] = ()
 
 
@@ -244,11 +234,6 @@ def refusal(shown: str, git: Git, stack: Stack, *, verb: str) -> WorkspaceError:
     """Return the error for a command line `verb` that cannot move the checkout `shown`."""
     if stack.state is State.MISSING:
         return CheckoutError(f"{shown} does not exist", hint=hints.text("inv.bootstrap"))
-    if stack.interrupted:
-        return CheckoutError(
-            f"{stack.interrupted.operation} in {shown} was interrupted",
-            hint=hints.text("repo.undo_and_begin", command=stack.interrupted.retry),
-        )
     if stack.state is State.IN_PROGRESS:
         return CheckoutError(
             f"{shown} is in the middle of a git {git.under_way()}",

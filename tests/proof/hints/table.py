@@ -136,8 +136,7 @@ _REASONS = {
         bump.doctor_or bump.edit_then_continue bump.export_then_again
         bump.fix_then_continue bump.git_continue bump.give_rollback_up bump.other_states
         bump.read_state bump.rollback_or bump.sandbox_commit bump.sandbox_operation
-        bump.sandbox_reflog bump.stash_then_again inv.patch_continue inv.pin inv.pin_rollback
-        repo.begin_again repo.undo_and_begin""",
+        bump.sandbox_reflog bump.stash_then_again inv.patch_continue inv.pin inv.pin_rollback""",
     "it needs another index, hub, proxy or host": """
         core.network_resumes core.wrong_hash machine.doctor machine.ls_remote_plain
         machine.set_index machine.set_torch_index repo.address_or_file repo.github_patch

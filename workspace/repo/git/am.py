@@ -240,6 +240,24 @@ def user(git: Git) -> dict[str, str]:
     )
 
 
+def begins_by_skip(git: Git) -> bool:
+    """Return whether `git am --skip` resumes an `am` that was killed between two patches.
+
+    Either the patch was not begun (its number is then set back by one, as `git am --retry` of git
+    2.46 does), or its commit was made and not noted. Otherwise the `am` waits for the user.
+    """
+    stopped = position(git)
+    if stopped is None or unmerged(git) or staged(git):
+        return False
+    state = git.path_of("rebase-apply")
+    if not stopped.is_begun:
+        files.write_atomic(state / "next", f"{stopped.number - 1}\n".encode())
+        return True
+    before = git.resolve("HEAD~1")
+    is_noted = before is None or (state / "abort-safety").read_text().strip() != before
+    return not (is_noted or git.has_own_commits(before or "", "HEAD"))
+
+
 def drop_begun(git: Git) -> None:
     """Reset the files of an `am`'s current patch to the index.
 
