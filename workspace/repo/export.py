@@ -139,9 +139,13 @@ def prepare(
     with ThreadPoolExecutor(2) as pool:
         # git reads the state of 7,400 files while it makes mails of the commits.
         others = pool.submit(repository.untracked, git)
-        edits, differences = pool.submit(git.edits), pool.submit(mails.differences, git, base, head)
+        edits = pool.submit(git.edits)
         patches = mail.patches_of(git, base, stack, shown=shown)
         plan = _plan(folder, pin.commit, patches)
+        if proven and (plan.changed or plan.gone):
+            contents = tuple((name, plan.files[name]) for name, _ in patches)
+            patches = mail.read_back(git, base, stack, contents, shown=shown)
+            plan = _plan(folder, pin.commit, patches)
     is_rewritten = any(plan.present.get(name) is not None for name in plan.changed)
     prepared = Prepared(
         git=git,
@@ -157,10 +161,6 @@ def prepare(
     )
     _refuse_unapplied(layout, prepared)
     _refuse_edited(layout, prepared)
-    if proven and (plan.changed or plan.gone):
-        contents = [plan.files[name] for name, _ in patches]
-        failing = mails.first_failing(git, base, contents, differences.result())
-        _refuse_unproven(failing, patches)
     return prepared
 
 
@@ -228,14 +228,9 @@ def series_of(git: Git, base: str, tip: str) -> Patches:
 
     Raises PatchDrift for commits that cannot be patches.
     """
-    patches = mail.patches_of(git, base, mails.commits(git, base, tip), shown=str(git.path))
-    _refuse_unproven(
-        mails.first_failing(
-            git, base, [content for _, content in patches], mails.differences(git, base, tip)
-        ),
-        patches,
-    )
-    return patches
+    stack, shown = mails.commits(git, base, tip), str(git.path)
+    patches = mail.patches_of(git, base, stack, shown=shown)
+    return mail.read_back(git, base, stack, patches, shown=shown)
 
 
 def write(folder: Path, *, base: str, patches: Patches) -> Written:
@@ -375,12 +370,10 @@ def _refuse_edited(layout: Layout, prepared: Prepared) -> None:
     plan, place = prepared.plan, layout.relative(prepared.folder)
     patches = dict(prepared.patches)
     for name in plan.changed:
-        text = plan.present.get(name)
-        if (
-            not text
-            or prepared.former.get(name) != patches.get(name, b"")
-            or mail.same_change(text, patches[name], anywhere=True)
-        ):
+        text, former, now = plan.present.get(name), prepared.former.get(name), patches.get(name)
+        if not (text and former and now and mail.same_change(former, now)):
+            continue
+        if mail.same_change(text, now, anywhere=True):
             continue
         if not prepared.git.patch_paths(prepared.folder / name):
             raise PatchDrift(
@@ -420,20 +413,6 @@ def _check(layout: Layout, folder: Path, plan: _Plan, console: Console) -> None:
         raise PatchDrift(
             f"{place} differs from the commits: {', '.join(sorted(differing))}",
             hint=hints.text("inv.patch_export"),
-        )
-
-
-def _refuse_unproven(failing: int, patches: Patches) -> None:
-    """Raise PatchDrift unless all patches applied (`failing` is 0) to the tree of the commits."""
-    if failing:
-        reason = (
-            f"{patches[failing - 1][0]} does not apply"
-            if failing > 0
-            else "the patches give another tree than the commits"
-        )
-        raise PatchDrift(
-            f"{reason} when it is applied to the base again; nothing was written",
-            hint=hints.text("repo.attributes"),
         )
 
 

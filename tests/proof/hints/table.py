@@ -155,7 +155,7 @@ _REASONS = {
         checks.bootstrap_then_hook checks.clone_first inv.env machine.drop_from_recipe
         machine.drop_library_path machine.existing_torch machine.export_library_path
         machine.pinned_torch machine.requirements_diff machine.restore_torch
-        machine.unset_library_path machine.uv_setting repo.archive_layout repo.attributes
+        machine.unset_library_path machine.uv_setting repo.archive_layout
         repo.by_hand_reword repo.check_diff repo.other_patches repo.pins_changed""",
 }
 NOT_RUN = {name: reason for reason, names in _REASONS.items() for name in names.split()}
