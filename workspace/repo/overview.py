@@ -333,14 +333,12 @@ def resume_in(
     shown = shown or str(git.path)
     operation = _operation(git, how, shown)
     before = am.position(git)
-    step = how
+    is_killed = how == "continue" and operation == "am" and am.begins_by_skip(git)
     if how != "continue":
         _keep_content(git, operation, how, shown, run_log)
-    elif operation == "am" and am.begins_by_skip(git):
-        step = "skip"
-    else:
+    elif not is_killed:
         _require_resolved(git, operation, base, names, shown)
-    answer = _run(git, operation, step, run_log)
+    answer = _run(git, operation, "skip" if is_killed else how, run_log)
     # git syncs the commits that it makes, but not the files.
     os.sync()
     waiting = git.under_way()

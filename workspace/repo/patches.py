@@ -344,7 +344,7 @@ def _expected_tree(
     known = records.read(memory, _ExpectedTree)
     if known and (known.base, known.series) == (base, digest.hexdigest()):
         return known.tree
-    tree = git.tree_after(base, files)
+    tree = worktree.tree_after(git, base, files)
     if tree is not None:
         # Only a cache: if it cannot be written, the tree is computed again.
         with contextlib.suppress(OSError):

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from workspace.core.console import RunLog
 from workspace.core.settings import Settings
-from workspace.repo.git import command
-from workspace.repo.git.command import executable, first_line, split
+from workspace.repo.git.command import split
 from workspace.repo.git.repository import Git
 
 # The diff that format-patch writes, so that a commit and its export have the same patch-id
@@ -130,8 +129,10 @@ def ancestors(git: Git, names: Iterable[str], commit: str) -> dict[str, str]:
     if not requested:
         return {}
     answers = (
-        _piped(
-            git, "".join(f"{name}^{{commit}}\n" for name in requested), "cat-file", "--batch-check"
+        git.pipe(
+            "".join(f"{name}^{{commit}}\n" for name in requested).encode(),
+            "cat-file",
+            "--batch-check",
         )
         .decode(errors="replace")
         .splitlines()
@@ -234,7 +235,7 @@ def blobs(git: Git, oids: Iterable[str]) -> dict[str, bytes]:
     """Return the content of blobs, by OID, in one call; a missing blob is left out."""
     requested = list(dict.fromkeys(oids))
     answer = (
-        _piped(git, "".join(f"{oid}\n" for oid in requested), "cat-file", "--batch")
+        git.pipe("".join(f"{oid}\n" for oid in requested).encode(), "cat-file", "--batch")
         if requested
         else b""
     )
@@ -281,39 +282,9 @@ def _patch_ids(git: Git, text: bytes) -> dict[str, str]:
     """Return patch-ids by the OID in the `commit` line above each diff."""
     return {
         line.split(" ")[1]: line.split(" ")[0]
-        for line in _piped(git, text, "patch-id", "--stable").decode().splitlines()
+        for line in git.pipe(text, "patch-id", "--stable").decode().splitlines()
         if re.fullmatch(r"\w+ \w+", line)
     }
-
-
-def _piped(git: Git, text: str | bytes, *args: str) -> bytes:
-    """Return git's answer to a text on its standard input."""
-    program = executable()
-    argv = [
-        program.GIT_PYTHON_GIT_EXECUTABLE or "git",
-        "-C",
-        str(git.path),
-        *command.LOOKING_FLAGS,
-        *args,
-    ]
-    with tempfile.TemporaryFile() as file:
-        file.write(text.encode() if isinstance(text, str) else text)
-        file.seek(0)
-        status, out, err = program().execute(
-            argv,
-            istream=file,
-            env=command.LOOKING,
-            with_extended_output=True,
-            with_exceptions=False,
-            stdout_as_string=False,
-            strip_newline_in_stdout=False,
-        )
-    if status != 0:
-        raise git._failure(
-            f"git {args[0]} in {git.path}: {first_line(err) or f'exited with {status}'}"
-        )
-    answer: bytes = out
-    return answer
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def advertised(
     git has no connect time-out: after `timeout_s` seconds without an answer it is ended with all
     its children. Raises SourceError where the remote cannot be reached.
     """
-    argv = [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", "ls-remote", "--", url, *names]
+    argv = [executable(), "ls-remote", "--", url, *names]
     environment = settings.child_environment("git", command.git_environment(offline=False))
     hint = hints.text("repo.network_or_mirror")
     try:
