@@ -6,17 +6,15 @@ cannot be a patch, is refused with nothing changed.
 
 import contextlib
 import functools
-import ipaddress
 import re
 import shlex
-import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from email.utils import format_datetime, localtime
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from workspace.core import hints
 from workspace.core.errors import (
@@ -42,8 +40,6 @@ from workspace.repo.series import TIP_REF, Stack, State
 
 if TYPE_CHECKING:
     import requests
-    from requests.adapters import HTTPAdapter
-    from urllib3.connection import HTTPConnection
 
 # A patch of 5 MB is large; a larger file is a release, or a mistake.
 LARGEST_BYTES = 64 << 20
@@ -334,7 +330,7 @@ def _fetched(url: str, settings: Settings) -> bytes:
     timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or 5)
     try:
         with requests.Session() as session:
-            check = functools.partial(_follow, session, url)
+            check = functools.partial(_check_redirect, url)
             # Without this, requests would send the credentials that ~/.netrc has for the host.
             session.auth = _no_credentials
             with opened(url, timeout_s=timeout_s, session=session, check_redirect=check) as reply:
@@ -347,79 +343,23 @@ def _fetched(url: str, settings: Settings) -> bytes:
         raise SourceError(f"{shown} could not be fetched: {reason}", hint=hint) from exc
 
 
-def _follow(session: "requests.Session", typed: str, target: str) -> None:
-    """Check a redirect, and let its host be reached at a public address only. Raises ValueError."""
-    _check_redirect(typed, target)
-    if not _is_same(typed, target):
-        session.mount(urljoin(target, "/"), _public_adapter())
-
-
-def _public_adapter() -> "HTTPAdapter":
-    """Return an adapter that sends no request to an address that is not public.
-
-    A connection resolves its host once more, and the second answer may be another one: the address
-    of the connected socket decides. A proxy resolves names itself, and is the user's choice.
-    """
-    from requests.adapters import HTTPAdapter
-    from urllib3.connection import HTTPConnection, HTTPSConnection
-    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-
-    class Plain(HTTPConnection):
-        def connect(self) -> None:
-            super().connect()
-            _require_public(self)
-
-    class Encrypted(HTTPSConnection):
-        def connect(self) -> None:
-            super().connect()
-            _require_public(self)
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class EncryptedPool(HTTPSConnectionPool):
-        ConnectionCls = Encrypted
-
-    adapter = HTTPAdapter()
-    pools = {"http": PlainPool, "https": EncryptedPool}
-    adapter.poolmanager.pool_classes_by_scheme = pools
-    return adapter
-
-
-def _require_public(connection: "HTTPConnection") -> None:
-    address = connection.sock.getpeername()[0]
-    if is_near(address):
-        connection.close()
-        raise ValueError(f"it redirects to {connection.host} ({address}), which is not public")
-
-
 def _check_redirect(typed: str, target: str) -> None:
-    """Raise ValueError for a redirect to what only this machine or its network reaches.
+    """Raise ValueError for a redirect to another host than the typed one, GitHub's content aside.
 
-    A public page must not choose an address at which a service of this machine, or the metadata of
-    a cloud (169.254.169.254), answers. The host that the user typed may be such a host.
+    A page must not choose an address at which a service of this machine, or the metadata of a cloud
+    (169.254.169.254), answers. GitHub serves mails from a host of its own.
     """
     old, new = urlsplit(typed), urlsplit(target)
     if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
         raise ValueError(f"it redirects to {new.scheme}, which is refused")
-    if not _is_same(typed, target) and is_near(new.hostname or ""):
-        raise ValueError(f"it redirects to {new.netloc}, which is not public")
-
-
-def _is_same(typed: str, target: str) -> bool:
-    old, new = urlsplit(typed), urlsplit(target)
-    return new.hostname == old.hostname and (new.port or 443) in (old.port or 443, 443)
-
-
-def is_near(host: str) -> bool:
-    """Return whether a host is not on the public internet; an unknown name is nowhere."""
-    try:
-        found = socket.getaddrinfo(host.rstrip("."), None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return False
-    addresses = [ipaddress.ip_address(str(place[0])) for *_, place in found]
-    plain = [getattr(each, "ipv4_mapped", None) or each for each in addresses]
-    return any(not each.is_global or each.is_multicast for each in plain)
+    is_same = new.hostname == old.hostname and (new.port or 443) in (old.port or 443, 443)
+    is_github = (
+        old.hostname in ("github.com", "gist.github.com")
+        and (new.scheme, new.port or 443) == ("https", 443)
+        and (new.hostname or "").endswith(".githubusercontent.com")
+    )
+    if not (is_same or is_github):
+        raise ValueError(f"it redirects to another host, {new.netloc.rpartition('@')[2]}")
 
 
 def _no_credentials(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
