@@ -396,8 +396,8 @@ def reread(
     """Apply the mails of a stack with `git am` and return its commits, their mails, and a reason.
 
     The reason is git's where it stopped before the last mail, or that the tree is another one; it
-    is empty otherwise. The scratch repository has only the files that the stack changes. No merge is
-    tried: a right mail applies directly.
+    is empty otherwise. The scratch repository has only the files that the stack changes. No merge
+    is tried: a right mail applies directly.
     """
     before, after = differences(git, base, stack[-1].oid)
     # Paths that a mail changes and a later mail changes back.

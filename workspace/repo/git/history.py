@@ -1,7 +1,6 @@
 """Changes between two commits: changed and renamed files, commits by path, patches in upstream.
 
 Everything here reads only what the repository holds, except `complete_range` and `carried`.
-`missing` names what a partial clone lacks.
 """
 
 import datetime
@@ -32,8 +31,6 @@ _AS_EXPORTED = (
     *("--no-ext-diff", "--no-textconv", "--no-color", "--no-show-signature"),
 )
 _ABSENT = "0" * 40
-# Arguments on one command line; the kernel takes 2 MiB (execve(2)).
-_AT_ONCE = 5000
 # git's own default for renames (git-diff(1), -M).
 _SIMILARITY = "-M50%"
 
@@ -250,27 +247,6 @@ def blobs(git: Git, oids: Iterable[str]) -> dict[str, bytes]:
     return contents
 
 
-def missing(git: Git, tree: str, paths: Sequence[str]) -> tuple[str, ...]:
-    """Return the blobs of a commit's tree, below the paths, that a partial clone lacks."""
-    listed = git.look(
-        "rev-list", "--objects", "--missing=print", "--no-walk", f"{tree}^{{tree}}", "--", *paths
-    ).out
-    return tuple(line[1:] for line in listed.splitlines() if line.startswith("?"))
-
-
-def absent(git: Git, oids: Iterable[str]) -> tuple[str, ...]:
-    """Return those of the given blobs that the repository lacks."""
-    requested = list(dict.fromkeys(oids))
-    held: set[str] = set()
-    for start in range(0, len(requested), _AT_ONCE):
-        args = ("rev-list", "--objects", "--missing=print", "--no-walk", "--ignore-missing")
-        held |= {
-            line.split(" ")[0]
-            for line in git.look(*args, *requested[start : start + _AT_ONCE], "--").out.splitlines()
-        }
-    return tuple(oid for oid in requested if oid not in held)
-
-
 def _raw(entries: Sequence[str]) -> Iterator[tuple[str, tuple[str | None, str | None]]]:
     """Yield pairs from `:mode mode oid oid status`, path (git-diff-tree(1), RAW OUTPUT FORMAT)."""
     for meta, path in zip(entries[::2], entries[1::2], strict=True):
@@ -368,7 +344,7 @@ def complete_range(
     """
     if git.setting("remote.origin.promisor") == "true":
         git.talk(
-            ("diff", "--shortstat", "--no-renames", present, commit),
+            ("diff", "--shortstat", "--no-renames", "-O/dev/null", present, commit),
             settings,
             run_log,
             lambda line: None,

@@ -13,7 +13,7 @@ from workspace.core.console import RunLog
 from workspace.core.errors import SourceError
 from workspace.core.files import write_atomic
 from workspace.core.settings import Settings, without_user
-from workspace.repo.git import command, history
+from workspace.repo.git import command
 from workspace.repo.git.command import OnLine, executable, first_line
 from workspace.repo.git.repository import Git
 
@@ -202,18 +202,8 @@ def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
-_STORE_FLAGS = ("--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
-# git's own request for what a partial clone lacks (promisor-remote.c). A file lists the objects,
-# because the command line would be too long.
-_MISSING = (
-    "-c",
-    "fetch.negotiationAlgorithm=noop",
-    "fetch",
-    *_STORE_FLAGS,
-    "--filter=blob:none",
-    "wanted",
-)
-_WHOLE = ("fetch", "--progress", "--refetch", "--no-filter", *_STORE_FLAGS, "origin")
+_NO_BLOBS = ("partialclonefilter", "blob:none")
+_WHOLE = ("fetch", *_FETCH_FLAGS, "--refetch", "--no-filter", "origin")
 
 
 def open_store(path: Path, checkout: Path) -> Git:
@@ -259,25 +249,21 @@ def fetch_into_store(store: Git, remote: Remote, refspecs: Sequence[str]) -> Non
 
 
 def complete_store(
-    store: Git, wanted: Sequence[str], remote: Remote, refspecs: Sequence[str]
+    store: Git, ends: tuple[str, str], commits: Sequence[str], remote: Remote, refspec: str
 ) -> None:
-    """Fetch these blobs of a partial store in one call. Raises SourceError.
+    """Fetch what a partial store lacks to compare two commits, and `commits` with their parents.
 
-    Fetch all of `refspecs` where the remote serves no single objects.
+    Fetch all of `refspec` where the remote serves no single objects. Raises SourceError.
     """
-    for name in ("origin", "wanted"):
-        store.set_setting(f"remote.{name}.url", remote.url)
-    store.set_setting("include.path", "wanted")
-    listed = store.path / "wanted"
-    write_atomic(
-        listed, ('[remote "wanted"]\n' + "".join(f"\tfetch = {oid}\n" for oid in wanted)).encode()
-    )
+    for key, value in (("url", remote.url), ("promisor", "true"), _NO_BLOBS):
+        store.set_setting(f"remote.origin.{key}", value)
+    # git fetches in one call what a diff lacks.
+    lists = [("diff", *ends), *([("log", "--no-walk=unsorted", *commits)] if commits else [])]
     try:
-        store.talk(_MISSING, remote.settings, remote.run_log, remote.on_line)
-        if not history.absent(store, wanted):
-            return
+        for command, *revisions in lists:
+            args = (command, "--shortstat", "--no-renames", "-O/dev/null", *revisions, "--")
+            store.talk(args, remote.settings, remote.run_log, remote.on_line)
     except SourceError:
         remote.run_log.write("the remote serves no single objects; fetching all of them")
-    finally:
-        write_atomic(listed, b"")
-    store.talk((*_WHOLE, *refspecs), remote.settings, remote.run_log, remote.on_line)
+        whole = (*_WHOLE, refspec)
+        store.talk(whole, remote.settings, remote.run_log, remote.on_line)
