@@ -17,14 +17,13 @@ from typing import NamedTuple
 
 from workspace.core import files, hints
 from workspace.core.console import Console, RunLog
-from workspace.core.errors import CheckoutError, PatchDrift
+from workspace.core.errors import CheckoutError, PatchDrift, counted
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, series
 from workspace.repo.checkout import Checkout, Kind
-from workspace.repo.git import Git, repository
-from workspace.repo.git import am as mails
+from workspace.repo.git import Git, am, repository
 from workspace.repo.git.am import Commit
 from workspace.repo.mail import Patches
 from workspace.repo.pins import Pin
@@ -134,7 +133,7 @@ def prepare(
     shown, folder = layout.relative(git.path), layout.patches(project)
     base, head = _ready(git, checkout, shown)
     series.validate_text(folder, pin.commit)
-    stack = mails.commits(git, base, head)
+    stack = am.commits(git, base, head)
     _refuse_foreign(git, base, head, stack, shown)
     with ThreadPoolExecutor(2) as pool:
         # git reads the state of 7,400 files while it makes mails of the commits.
@@ -198,10 +197,8 @@ def _done(layout: Layout, prepared: Prepared, kept_copies: tuple[Path, ...]) -> 
 
 def show(done: Export, *, console: Console) -> None:
     """Print what an export did."""
-    count = (
-        f"{len(done.names)} {'patch' if len(done.names) == 1 else 'patches'} in {done.folder}, tree"
-        f" {done.tree[:12]}"
-    )
+    count = counted(len(done.names), "patch", "patches")
+    count = f"{count} in {done.folder}, tree {done.tree[:12]}"
     for verb, names in (("wrote", done.written), ("removed", done.removed)):
         for name in names:
             console.info(f"{verb} {done.folder}/{name}")
@@ -216,8 +213,7 @@ def show(done: Export, *, console: Console) -> None:
 def show_unpatched(done: Export, *, console: Console) -> None:
     """Print what the checkout has and no patch: edits and files that git does not track."""
     if done.edits:
-        more = f" and {len(done.edits) - 3} more" if len(done.edits) > 3 else ""
-        console.warn(f"uncommitted edits are in no patch: {', '.join(done.edits[:3])}{more}")
+        console.warn(f"uncommitted edits are in no patch: {series.few(done.edits)}")
     if done.untracked:
         console.warn(series.named_untracked(done.untracked))
         console.hint(series.taking_hint(done.checkout, done.untracked))
@@ -228,7 +224,7 @@ def series_of(git: Git, base: str, tip: str) -> Patches:
 
     Raises PatchDrift for commits that cannot be patches.
     """
-    stack, shown = mails.commits(git, base, tip), str(git.path)
+    stack, shown = am.commits(git, base, tip), str(git.path)
     patches = mail.patches_of(git, base, stack, shown=shown)
     return mail.read_back(git, base, stack, patches, shown=shown)
 
@@ -330,7 +326,7 @@ def _former(git: Git) -> Mapping[str, bytes]:
     if not base or not tip or base == tip:
         return {}
     with contextlib.suppress(PatchDrift, CheckoutError):
-        return dict(mail.patches_of(git, base, mails.commits(git, base, tip), shown=str(git.path)))
+        return dict(mail.patches_of(git, base, am.commits(git, base, tip), shown=str(git.path)))
     return {}
 
 

@@ -32,7 +32,6 @@ from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
 from workspace.repo import export, mail, moves, patches, series
 from workspace.repo.git import AM_BY_HAND, Git, am
-from workspace.repo.git import am as mails
 from workspace.repo.git.am import Commit
 from workspace.repo.git.command import file_stems
 from workspace.repo.patches import Session
@@ -118,7 +117,7 @@ def run(session: Session, source: str, *, stops: bool = False) -> export.Export:
     by_hand = f"git -C {shown} {AM_BY_HAND} {shlex.quote(file)}"
     check = hints.text("repo.check_diff", shown=shown, path=file)
     with tempfile.TemporaryDirectory(prefix="workspace-import-") as folder:
-        parts = _readable(mails.split_mails(git, kept, Path(folder)), origin, git, notes)
+        parts = _readable(am.split_mails(git, kept, Path(folder)), origin, git, notes)
         if (readable := b"".join(part.read_bytes() for part in parts)) != raw:
             write_atomic(kept, readable)
         place = layout.state / f"{project}-stack"
@@ -193,7 +192,7 @@ def _commits_in_checkout(session: Session, work: _Import, head: str) -> tuple[Co
         subject = mail.read_mail(work.parts[done.position - 1]).subject
         count, place = len(work.parts), layout.relative(git.path)
         raise series.sentence(git, done, count=count, patch=repr(subject), shown=place, base=head)
-    return mails.commits(git, head, done.tip)
+    return am.commits(git, head, done.tip)
 
 
 def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
@@ -210,7 +209,7 @@ def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
     subjects = [mail.read_mail(part).subject for part in work.parts]
     if done.tip is None:
         raise _not_applied(work, done, subjects)
-    made = mails.commits(work.git, head, done.tip)
+    made = am.commits(work.git, head, done.tip)
     if len(made) != len(subjects):
         found = [" ".join(commit.message.split("\n\n")[0].split()) for commit in made]
         lost = [subject for subject in subjects if subject not in found] or subjects
@@ -264,7 +263,7 @@ def _with_status(git: Git, head: str, made: Sequence[Commit], origin: Origin) ->
         tip = (
             commit.oid
             if (message, (tip,)) == (commit.message, commit.parents)
-            else mails.recommitted(git, commit, tip, message)
+            else am.recommitted(git, commit, tip, message)
         )
     return tip
 
@@ -309,7 +308,7 @@ def _pull_request(session: Session, number: int) -> Origin:
     public = f"https://github.com/{found[1]}/{found[2]}/pull/{number}" if found else None
     mirror = Path(checkouts.url_of(session.layout, pin, settings).removeprefix("file://"))
     if mirror.is_dir():
-        raw = mails.pull_request(Git(mirror, failure=SourceError), number)
+        raw = am.pull_request(Git(mirror, failure=SourceError), number)
         if raw:
             return Origin(raw, f"pull-{number}", public)
     if public is None:

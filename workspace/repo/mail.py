@@ -12,8 +12,7 @@ from pathlib import Path
 from workspace.core import hints
 from workspace.core.errors import PatchDrift, SettingsError
 from workspace.core.files import read_regular
-from workspace.repo.git import Git
-from workspace.repo.git import am as mails
+from workspace.repo.git import Git, am
 from workspace.repo.git.am import SEPARATOR, Commit
 from workspace.repo.git.command import file_stems
 from workspace.repo.series import BASE_REF
@@ -330,7 +329,7 @@ def patches_of(git: Git, base: str, stack: Sequence[Commit], *, shown: str) -> P
     refuse(git, base, shown, faults)
     if not stack:
         return ()
-    raw = mails.mails(git, base, stack)
+    raw = am.mails(git, base, stack)
     if len(raw) != len(stack):
         trees = [git.tree(base), *(commit.tree for commit in stack)]
         empty = [
@@ -352,7 +351,7 @@ def read_back(
     """
     if not stack:
         return ()
-    made, written, reason = mails.reread(git, base, stack, [content for _, content in patches])
+    made, written, reason = am.reread(git, base, stack, [content for _, content in patches])
     faults = [
         (commit, fault)
         for commit, again in zip(stack, made, strict=False)
@@ -403,10 +402,6 @@ def _fault(commit: Commit) -> str | None:
     return None if is_status(status) else f"its line `{TRAILER}: {status}` is none of: {VOCABULARY}"
 
 
-def _lacks_status_only(commit: Commit) -> bool:
-    return status_of(commit.message) is None
-
-
 def refuse(git: Git, base: str, shown: str, faults: Sequence[tuple[Commit, str]]) -> None:
     """Raise Unfit for commits that cannot be patches, each with its reason; return if none."""
     if not faults:
@@ -421,7 +416,7 @@ def refuse(git: Git, base: str, shown: str, faults: Sequence[tuple[Commit, str]]
     hint = hints.text("repo.rebase_interactive", shown=shown, start=start)
     if any(len(commit.parents) > 1 for commit, _ in faults):
         hint = hints.text("repo.rebase", shown=shown, start=start)
-    elif [commit.oid for commit, _ in faults] == [git.head()] and _lacks_status_only(faults[0][0]):
+    elif [(commit.oid, status_of(commit.message)) for commit, _ in faults] == [(git.head(), None)]:
         hint = hints.text("repo.add_trailer", shown=shown)
     raise Unfit(
         f"{sentences[0]}{more}; nothing was written",

@@ -28,18 +28,6 @@ _KEPT = 4
 _AT_ONCE = 5000
 
 
-def move_with_times(git: Git, commit: str, *, memory: Path, run_log: RunLog) -> None:
-    """Move the checkout as Git.move_to does; restore the modification times of known contents."""
-    known = read_times(memory, git.path)
-    remember_times(
-        git,
-        split(git.look("diff-tree", "-r", "-z", "--name-only", "--no-renames", "HEAD", commit).out),
-        memory=memory,
-    )
-    git.move_to(commit, run_log=run_log)
-    restore_times(git, known)
-
-
 def remember_times(git: Git, paths: Iterable[str], *, memory: Path) -> None:
     """Record content and time of the files that will be rewritten.
 
@@ -136,14 +124,18 @@ class _Note(records.Record):
 
 def move(layout: Layout, project: str, git: Git, target: str, *, run_log: RunLog) -> None:
     """Move the checkout to a commit, as Git.move_to does, and restore modification times."""
-    note = layout.moving(project)
+    note, memory = layout.moving(project), layout.times(project)
     records.write(note, {"from": git.head(), "to": target})
+    known = read_times(memory, git.path)
+    touched = ("diff-tree", "-r", "-z", "--name-only", "--no-renames", "HEAD", target)
+    remember_times(git, split(git.look(*touched).out), memory=memory)
     try:
-        move_with_times(git, target, memory=layout.times(project), run_log=run_log)
+        git.move_to(target, run_log=run_log)
     except CheckoutError:
         # Refused before any file was touched: the next run must not finish it.
         note.unlink(missing_ok=True)
         raise
+    restore_times(git, known)
     note.unlink(missing_ok=True)
 
 

@@ -241,7 +241,7 @@ def refusal(shown: str, git: Git, stack: Stack, *, verb: str) -> WorkspaceError:
         )
     if stack.state is State.DIRTY or (stack.state is State.APPLIED and stack.dirty):
         action = "applied" if stack.state is State.DIRTY else "unapplied"
-        count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
+        count = counted(len(stack.names), "patch", "patches")
         return edited_files(shown, stack.dirty, f"{count} must be {action}", verb=verb)
     return _unrelated_commits(shown, git, stack, verb)
 
@@ -271,7 +271,7 @@ def edited_files(shown: str, paths: Sequence[str], purpose: str, *, verb: str) -
     """Return the error for edits in the checkout `shown` that block a purpose."""
     hint = hints.text("repo.stash_around", shown=shown, command=verb)
     return CheckoutError(
-        f"{shown} has edits ({_few(paths)}), but {purpose} there; the edits were not changed",
+        f"{shown} has edits ({few(paths)}), but {purpose} there; the edits were not changed",
         hint=hint,
     )
 
@@ -285,7 +285,7 @@ def kept(shown: str, git: Git, commit: str | None, command: str) -> str:
 
 def named_untracked(paths: Sequence[str]) -> str:
     """Return a sentence on files that git does not track."""
-    return f"files that git does not track are in no patch: {_few(paths)}"
+    return f"files that git does not track are in no patch: {few(paths)}"
 
 
 def taking_hint(shown: str, paths: Sequence[str]) -> str:
@@ -336,7 +336,7 @@ def sentence(
     paths = list(applied.paths)
     where = "the conflict" if applied.conflicted else f"this patch (git: {applied.reason})"
     if applied.conflicted:
-        hint = hints.text("repo.resolve", shown=shown, paths=paths, files=_few(paths))
+        hint = hints.text("repo.resolve", shown=shown, paths=paths, files=few(paths))
     else:
         # git lacks the contents that the patch was made from, so it merged and changed no file
         # (git-am(1), --3way).
@@ -369,7 +369,8 @@ def _newest(lines: Sequence[str]) -> tuple[str, ...]:
     return (*(f"  since changed by {line}" for line in lines[:_SHOWN_COMMITS]), *more)
 
 
-def _few(paths: Sequence[str]) -> str:
+def few(paths: Sequence[str]) -> str:
+    """Return the first paths of a list, and the number of the others."""
     return ", ".join(paths[:_SHOWN_FILES]) + (
         f" and {len(paths) - _SHOWN_FILES} more" if len(paths) > _SHOWN_FILES else ""
     )

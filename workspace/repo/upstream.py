@@ -197,7 +197,8 @@ class _Search:
         lacking: list[str] = []
         named = self._named(into, lacking)
         if named.commit not in into.present((named.commit,)):
-            remotes.fetch_into_store(into, self._remote, (named.refspec,))
+            into.set_setting("remote.origin.url", self.url)
+            remotes.fetch(into, self._remote, (named.refspec,))
         if named.commit not in into.present((named.commit,)):
             raise SourceError(
                 f"{without_user(self.url)} did not serve {self.name}, commit {named.commit}",

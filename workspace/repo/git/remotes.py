@@ -69,12 +69,11 @@ def is_branch_name(git: Git, name: str) -> bool:
     )
 
 
-def fetch_main(git: Git, remote: Remote) -> None:
-    """Fetch upstream's main as UPSTREAM. Raises SourceError."""
-    _fetch(git, remote, (f"+refs/heads/main:{UPSTREAM}",))
+def fetch(git: Git, remote: Remote, refspecs: Sequence[str]) -> None:
+    """Fetch history without file contents, or all where the remote refuses filters.
 
-
-def _fetch(git: Git, remote: Remote, refspecs: Sequence[str]) -> None:
+    Raises SourceError.
+    """
     git.fetch(
         remote.url,
         refspecs,
@@ -237,15 +236,6 @@ def take_in(store: Git, repository: Path, ref: str) -> None:
     # All protocols are switched off by default, also that of a local path.
     env = {"GIT_ALLOW_PROTOCOL": "file"}
     store.write("fetch", *flags, str(repository), f"+HEAD:{ref}", env=env)
-
-
-def fetch_into_store(store: Git, remote: Remote, refspecs: Sequence[str]) -> None:
-    """Fetch history without file contents, or everything where the remote refuses filters.
-
-    Raises SourceError.
-    """
-    store.set_setting("remote.origin.url", remote.url)
-    _fetch(store, remote, refspecs)
 
 
 def complete_store(
