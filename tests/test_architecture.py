@@ -39,7 +39,7 @@ SINGLE_ENTRANCES = {
     "multiprocessing": None,
     "pty": None,
     "dotenv": "workspace/core/settings.py",
-    "git": "workspace/repo/git/",
+    "git": "workspace/repo/git/command.py",
     "invoke": "workspace/cli/",
     "nox": "noxfile.py",
     "tomllib": "workspace/core/records.py",

@@ -15,7 +15,6 @@ from workspace.core import records
 from workspace.core.paths import Layout
 from workspace.install import stamp
 from workspace.repo import moves
-from workspace.repo.series import Attempt
 from workspace.server import observation
 from workspace.server.observation import Address, Ended
 from workspace.server.process_tree import ProcessTree
@@ -94,9 +93,6 @@ def test_times_and_notes_of_a_move(tmp_path: Path) -> None:
     }
     placed("moving.json", layout.moving("vllm"))
     assert moves.is_begun(layout, "vllm")
-    assert moves.attempted(layout, "vllm") is None
-    placed("attempt.json", layout.moving("vllm"))
-    assert moves.attempted(layout, "vllm") == Attempt("git am", "./scripts/inv patch.apply")
 
 
 def test_bisect_with_the_former_name_of_its_options(tmp_path: Path) -> None:

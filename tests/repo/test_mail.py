@@ -1,15 +1,12 @@
 """Mails parsed as git parses them, and the comparison of two patches."""
 
-import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.repo.conftest import Upstream, commit, sh_git, write
+from tests.repo.conftest import Upstream, sh_git
 from workspace.core.errors import SettingsError
 from workspace.repo import mail
-from workspace.repo.git import Git
-from workspace.repo.git import am as mails
 
 
 def test_exported_mail_is_parsed_into_its_parts(tmp_path: Path, upstream: Upstream) -> None:
@@ -185,55 +182,6 @@ def test_lines_that_look_like_headers_are_content_within_a_hunk() -> None:
     assert not mail.same_change(binary, binary.replace(b"index 1..2", b"index 7..2")), (
         "git applies it to no other blob"
     )
-
-
-AUTHORS = (
-    "Ada Lovelace <ada@example.invalid>",
-    "J. Doe-O'Neill <1+jd@users.example.invalid>",
-    "Ünal 12 <u@x>",
-)
-MESSAGES = (
-    "subject",
-    "[Bugfix][CPU] Größer: x (#12)\n\n- a\n\tb\n\nSigned-off-by: x <y@z>",
-    "x" * 300,
-    "x\n\n" + "y" * 3000,
-    "x\n\n> quote\n#comment\n* * *\n--boundary\nContent-Type: text/html",
-    "x\n\nFromage\n\nhere From me",
-)
-
-
-def test_plain_messages_are_read_back_by_git_unchanged(tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    sh_git(work, "init", "--quiet")
-    base = commit(work, "base", {"x": "0"})
-    for number, (message, author) in enumerate(
-        (message, author) for message in MESSAGES for author in AUTHORS
-    ):
-        write(work, {"x": f"{number + 1}"})
-        name, _, email = author.partition(" <")
-        sh_git(
-            work,
-            "commit",
-            "--quiet",
-            "--all",
-            "--message",
-            message,
-            env={"GIT_AUTHOR_NAME": name, "GIT_AUTHOR_EMAIL": email.rstrip(">")},
-        )
-    git = Git(work)
-    stack = mails.commits(git, base, "HEAD")
-    assert all(mail.is_plain(commit.message, commit.author, commit.date) for commit in stack)
-    raw = mails.mails(git, base, stack)
-    heads = [content.partition(b"\ndiff --git ")[0] + b"\n" for content in raw]
-    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
-        read, written = mails.reread(heads, folder=Path(folder))
-    assert [(one.message, one.author, one.date) for one in read] == [
-        (one.message, one.author, one.date) for one in stack
-    ]
-    assert [text + b"\n" for text in written] == heads
-    whole = mails.mails(git, base, stack[:3]) + mails.mails(git, stack[2].oid, stack[3:])
-    assert whole == raw, "in one go or in two halves"
 
 
 def test_trailer_joins_the_trailers() -> None:

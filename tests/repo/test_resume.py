@@ -19,7 +19,7 @@ from tests.repo.conftest import (
     write,
 )
 from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
-from workspace.repo import overview
+from workspace.repo import moves, overview
 from workspace.repo.export import run as export_run
 from workspace.repo.git import Git
 from workspace.repo.patches import State
@@ -211,17 +211,35 @@ def test_am_from_elsewhere_is_continued_just_the_same(
     assert sh_git(mergeable.vllm, "log", "-1", "--format=%f") == "of-my-own"
 
 
-def test_am_that_was_killed_before_a_patch_leaves_no_way_to_lose_it(stopped: Workspace) -> None:
+def test_am_that_was_killed_before_a_patch_begins_it(stopped: Workspace) -> None:
     state = stopped.vllm / ".git" / "rebase-apply"
     sh_git(stopped.vllm, "read-tree", "--reset", "-u", "HEAD")
+    write(stopped.vllm, {"README": "an edit beside it\n"})
     (state / "final-commit").unlink()
     (state / "author-script").unlink()
-    with pytest.raises(PatchConflict, match="was interrupted before patch 2 of 3") as failure:
+    with pytest.raises(PatchConflict, match="patch 2 of 3"):
         stopped.resume("continue")
-    assert (failure.value.hint or "").startswith(
-        "./scripts/inv patch.continue --abort && ./scripts/inv patch.apply"
-    )
-    assert stopped.resume("abort").state is State.UNAPPLIED
+    assert (stopped.vllm / "README").read_text() == "an edit beside it\n"
+    resolve(stopped)
+    assert stopped.resume("continue").state is State.UNEXPORTED
+
+
+def test_am_that_was_killed_after_its_commit_makes_it_once(stopped: Workspace) -> None:
+    resolve(stopped)
+    state = stopped.vllm / ".git" / "rebase-apply"
+    Git(stopped.vllm).write("commit", "--quiet", "--file", str(state / "final-commit"))
+    stack = stopped.resume("continue")
+    assert sh_git(stopped.vllm, "log", "--reverse", "--format=%f", f"{stack.base}..HEAD").split()[
+        1:
+    ] == ["XX-to-YY", "Last"]
+
+
+def test_note_of_the_first_edition_on_an_am_is_dropped(stopped: Workspace) -> None:
+    former = Path(__file__).parents[1] / "core" / "first_edition" / "attempt.json"
+    write(stopped.layout.root, {".workspace/moving/vllm.json": former.read_text()})
+    assert not moves.finish(stopped.layout, "vllm", Git(stopped.vllm), run_log=stopped.run_log)
+    assert not moves.is_begun(stopped.layout, "vllm")
+    assert stopped.stack().state is State.IN_PROGRESS
 
 
 def test_abort_after_a_kill_returns_to_the_base_with_its_files(stopped: Workspace) -> None:

@@ -26,10 +26,10 @@ from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, sandbox
-from workspace.repo import checkout, moves, pins
+from workspace.repo import checkout, pins
 from workspace.repo.checkout import Kind
 from workspace.repo.git import Git, worktree
-from workspace.repo.series import Attempt, Stack, State
+from workspace.repo.series import Stack, State
 from workspace.repo.upstream import Candidate
 
 How = Literal["continue", "skip", "abort"]
@@ -283,17 +283,15 @@ def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: Ru
             bump_sandbox.layout.root / staging.SKIPPED,
             "".join(f"{name}\n" for name in skipped).encode(),
         )
-    tried = Attempt(f"git am --{how}", hints.text("inv.patch_continue"))
     try:
-        with moves.attempt(bump_sandbox.layout, "vllm", tree, tried, run_log=run_log):
-            overview.resume_in(
-                tree,
-                base=bump_sandbox.start.new_base,
-                how=how,
-                run_log=run_log,
-                names=[f"patches/vllm/{name}" for name in names],
-                shown=bump_sandbox.shown,
-            )
+        overview.resume_in(
+            tree,
+            base=bump_sandbox.start.new_base,
+            how=how,
+            run_log=run_log,
+            names=[f"patches/vllm/{name}" for name in names],
+            shown=bump_sandbox.shown,
+        )
     except PatchConflict as exc:
         if am.position(tree) == position:
             raise

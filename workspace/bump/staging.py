@@ -382,7 +382,7 @@ def recover_am(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
     stays.
     """
     if moves.is_begun(bump_sandbox.layout, "vllm"):
-        moves.finish(bump_sandbox.layout, "vllm", tree, run_log=run_log, shown=bump_sandbox.shown)
+        moves.finish(bump_sandbox.layout, "vllm", tree, run_log=run_log)
     if applying := find_redo_log(bump_sandbox.applying):
         start, names = applying.facts["from"], applying.facts["names"].split("\n")
         worktree.start_over(

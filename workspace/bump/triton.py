@@ -187,8 +187,8 @@ def _require_clean(tree: Git, shown: str, pin: Pin, new: Pin, layout: Layout) ->
     head = tree.head() or ""
     known = {pin.commit, new.commit, tree.resolve("refs/patches/tip")}
     expected = (
-        tree.tree_after(
-            pin.commit, [layout.patches("triton") / name for name in series_names(layout)]
+        worktree.tree_after(
+            tree, pin.commit, [layout.patches("triton") / name for name in series_names(layout)]
         )
         if head not in known
         else None

@@ -17,14 +17,13 @@ from typing import NamedTuple
 
 from workspace.core import files, hints
 from workspace.core.console import Console, RunLog
-from workspace.core.errors import CheckoutError, PatchDrift
+from workspace.core.errors import CheckoutError, PatchDrift, counted
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, series
 from workspace.repo.checkout import Checkout, Kind
-from workspace.repo.git import Git, repository
-from workspace.repo.git import am as mails
+from workspace.repo.git import Git, am, repository
 from workspace.repo.git.am import Commit
 from workspace.repo.mail import Patches
 from workspace.repo.pins import Pin
@@ -134,14 +133,18 @@ def prepare(
     shown, folder = layout.relative(git.path), layout.patches(project)
     base, head = _ready(git, checkout, shown)
     series.validate_text(folder, pin.commit)
-    stack = mails.commits(git, base, head)
+    stack = am.commits(git, base, head)
     _refuse_foreign(git, base, head, stack, shown)
     with ThreadPoolExecutor(2) as pool:
         # git reads the state of 7,400 files while it makes mails of the commits.
         others = pool.submit(repository.untracked, git)
-        edits, differences = pool.submit(git.edits), pool.submit(mails.differences, git, base, head)
+        edits = pool.submit(git.edits)
         patches = mail.patches_of(git, base, stack, shown=shown)
         plan = _plan(folder, pin.commit, patches)
+        if proven and (plan.changed or plan.gone):
+            contents = tuple((name, plan.files[name]) for name, _ in patches)
+            patches = mail.read_back(git, base, stack, contents, shown=shown)
+            plan = _plan(folder, pin.commit, patches)
     is_rewritten = any(plan.present.get(name) is not None for name in plan.changed)
     prepared = Prepared(
         git=git,
@@ -157,10 +160,6 @@ def prepare(
     )
     _refuse_unapplied(layout, prepared)
     _refuse_edited(layout, prepared)
-    if proven and (plan.changed or plan.gone):
-        contents = [plan.files[name] for name, _ in patches]
-        failing = mails.first_failing(git, base, contents, differences.result())
-        _refuse_unproven(failing, patches)
     return prepared
 
 
@@ -198,10 +197,8 @@ def _done(layout: Layout, prepared: Prepared, kept_copies: tuple[Path, ...]) -> 
 
 def show(done: Export, *, console: Console) -> None:
     """Print what an export did."""
-    count = (
-        f"{len(done.names)} {'patch' if len(done.names) == 1 else 'patches'} in {done.folder}, tree"
-        f" {done.tree[:12]}"
-    )
+    count = counted(len(done.names), "patch", "patches")
+    count = f"{count} in {done.folder}, tree {done.tree[:12]}"
     for verb, names in (("wrote", done.written), ("removed", done.removed)):
         for name in names:
             console.info(f"{verb} {done.folder}/{name}")
@@ -216,8 +213,7 @@ def show(done: Export, *, console: Console) -> None:
 def show_unpatched(done: Export, *, console: Console) -> None:
     """Print what the checkout has and no patch: edits and files that git does not track."""
     if done.edits:
-        more = f" and {len(done.edits) - 3} more" if len(done.edits) > 3 else ""
-        console.warn(f"uncommitted edits are in no patch: {', '.join(done.edits[:3])}{more}")
+        console.warn(f"uncommitted edits are in no patch: {series.few(done.edits)}")
     if done.untracked:
         console.warn(series.named_untracked(done.untracked))
         console.hint(series.taking_hint(done.checkout, done.untracked))
@@ -228,14 +224,9 @@ def series_of(git: Git, base: str, tip: str) -> Patches:
 
     Raises PatchDrift for commits that cannot be patches.
     """
-    patches = mail.patches_of(git, base, mails.commits(git, base, tip), shown=str(git.path))
-    _refuse_unproven(
-        mails.first_failing(
-            git, base, [content for _, content in patches], mails.differences(git, base, tip)
-        ),
-        patches,
-    )
-    return patches
+    stack, shown = am.commits(git, base, tip), str(git.path)
+    patches = mail.patches_of(git, base, stack, shown=shown)
+    return mail.read_back(git, base, stack, patches, shown=shown)
 
 
 def write(folder: Path, *, base: str, patches: Patches) -> Written:
@@ -335,7 +326,7 @@ def _former(git: Git) -> Mapping[str, bytes]:
     if not base or not tip or base == tip:
         return {}
     with contextlib.suppress(PatchDrift, CheckoutError):
-        return dict(mail.patches_of(git, base, mails.commits(git, base, tip), shown=str(git.path)))
+        return dict(mail.patches_of(git, base, am.commits(git, base, tip), shown=str(git.path)))
     return {}
 
 
@@ -375,12 +366,10 @@ def _refuse_edited(layout: Layout, prepared: Prepared) -> None:
     plan, place = prepared.plan, layout.relative(prepared.folder)
     patches = dict(prepared.patches)
     for name in plan.changed:
-        text = plan.present.get(name)
-        if (
-            not text
-            or prepared.former.get(name) != patches.get(name, b"")
-            or mail.same_change(text, patches[name], anywhere=True)
-        ):
+        text, former, now = plan.present.get(name), prepared.former.get(name), patches.get(name)
+        if not (text and former and now and mail.same_change(former, now)):
+            continue
+        if mail.same_change(text, now, anywhere=True):
             continue
         if not prepared.git.patch_paths(prepared.folder / name):
             raise PatchDrift(
@@ -420,20 +409,6 @@ def _check(layout: Layout, folder: Path, plan: _Plan, console: Console) -> None:
         raise PatchDrift(
             f"{place} differs from the commits: {', '.join(sorted(differing))}",
             hint=hints.text("inv.patch_export"),
-        )
-
-
-def _refuse_unproven(failing: int, patches: Patches) -> None:
-    """Raise PatchDrift unless all patches applied (`failing` is 0) to the tree of the commits."""
-    if failing:
-        reason = (
-            f"{patches[failing - 1][0]} does not apply"
-            if failing > 0
-            else "the patches give another tree than the commits"
-        )
-        raise PatchDrift(
-            f"{reason} when it is applied to the base again; nothing was written",
-            hint=hints.text("repo.attributes"),
         )
 
 

@@ -6,17 +6,15 @@ cannot be a patch, is refused with nothing changed.
 
 import contextlib
 import functools
-import ipaddress
 import re
 import shlex
-import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from email.utils import format_datetime, localtime
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from workspace.core import hints
 from workspace.core.errors import (
@@ -34,7 +32,6 @@ from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
 from workspace.repo import export, mail, moves, patches, series
 from workspace.repo.git import AM_BY_HAND, Git, am
-from workspace.repo.git import am as mails
 from workspace.repo.git.am import Commit
 from workspace.repo.git.command import file_stems
 from workspace.repo.patches import Session
@@ -42,8 +39,6 @@ from workspace.repo.series import TIP_REF, Stack, State
 
 if TYPE_CHECKING:
     import requests
-    from requests.adapters import HTTPAdapter
-    from urllib3.connection import HTTPConnection
 
 # A patch of 5 MB is large; a larger file is a release, or a mistake.
 LARGEST_BYTES = 64 << 20
@@ -122,7 +117,7 @@ def run(session: Session, source: str, *, stops: bool = False) -> export.Export:
     by_hand = f"git -C {shown} {AM_BY_HAND} {shlex.quote(file)}"
     check = hints.text("repo.check_diff", shown=shown, path=file)
     with tempfile.TemporaryDirectory(prefix="workspace-import-") as folder:
-        parts = _readable(mails.split_mails(git, kept, Path(folder)), origin, git, notes)
+        parts = _readable(am.split_mails(git, kept, Path(folder)), origin, git, notes)
         if (readable := b"".join(part.read_bytes() for part in parts)) != raw:
             write_atomic(kept, readable)
         place = layout.state / f"{project}-stack"
@@ -192,16 +187,12 @@ def _commits_in_checkout(session: Session, work: _Import, head: str) -> tuple[Co
     git, layout, project = work.git, session.layout, session.project
     touched = (path for part in work.parts for path in git.patch_paths(part))
     moves.remember_times(git, touched, memory=layout.times(project))
-    tried = series.Attempt("git am", work.merging)
-    with moves.attempt(layout, project, git, tried, run_log=session.run_log):
-        done = am.start(git, work.parts, run_log=session.run_log)
-        if done.tip is None:
-            subject = mail.read_mail(work.parts[done.position - 1]).subject
-            count, place = len(work.parts), layout.relative(git.path)
-            raise series.sentence(
-                git, done, count=count, patch=repr(subject), shown=place, base=head
-            )
-    return mails.commits(git, head, done.tip)
+    done = am.start(git, work.parts, run_log=session.run_log)
+    if done.tip is None:
+        subject = mail.read_mail(work.parts[done.position - 1]).subject
+        count, place = len(work.parts), layout.relative(git.path)
+        raise series.sentence(git, done, count=count, patch=repr(subject), shown=place, base=head)
+    return am.commits(git, head, done.tip)
 
 
 def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
@@ -218,7 +209,7 @@ def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
     subjects = [mail.read_mail(part).subject for part in work.parts]
     if done.tip is None:
         raise _not_applied(work, done, subjects)
-    made = mails.commits(work.git, head, done.tip)
+    made = am.commits(work.git, head, done.tip)
     if len(made) != len(subjects):
         found = [" ".join(commit.message.split("\n\n")[0].split()) for commit in made]
         lost = [subject for subject in subjects if subject not in found] or subjects
@@ -272,7 +263,7 @@ def _with_status(git: Git, head: str, made: Sequence[Commit], origin: Origin) ->
         tip = (
             commit.oid
             if (message, (tip,)) == (commit.message, commit.parents)
-            else mails.recommitted(git, commit, tip, message)
+            else am.recommitted(git, commit, tip, message)
         )
     return tip
 
@@ -317,7 +308,7 @@ def _pull_request(session: Session, number: int) -> Origin:
     public = f"https://github.com/{found[1]}/{found[2]}/pull/{number}" if found else None
     mirror = Path(checkouts.url_of(session.layout, pin, settings).removeprefix("file://"))
     if mirror.is_dir():
-        raw = mails.pull_request(Git(mirror, failure=SourceError), number)
+        raw = am.pull_request(Git(mirror, failure=SourceError), number)
         if raw:
             return Origin(raw, f"pull-{number}", public)
     if public is None:
@@ -338,7 +329,7 @@ def _fetched(url: str, settings: Settings) -> bytes:
     timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or 5)
     try:
         with requests.Session() as session:
-            check = functools.partial(_follow, session, url)
+            check = functools.partial(_check_redirect, url)
             # Without this, requests would send the credentials that ~/.netrc has for the host.
             session.auth = _no_credentials
             with opened(url, timeout_s=timeout_s, session=session, check_redirect=check) as reply:
@@ -351,79 +342,23 @@ def _fetched(url: str, settings: Settings) -> bytes:
         raise SourceError(f"{shown} could not be fetched: {reason}", hint=hint) from exc
 
 
-def _follow(session: "requests.Session", typed: str, target: str) -> None:
-    """Check a redirect, and let its host be reached at a public address only. Raises ValueError."""
-    _check_redirect(typed, target)
-    if not _is_same(typed, target):
-        session.mount(urljoin(target, "/"), _public_adapter())
-
-
-def _public_adapter() -> "HTTPAdapter":
-    """Return an adapter that sends no request to an address that is not public.
-
-    A connection resolves its host once more, and the second answer may be another one: the address
-    of the connected socket decides. A proxy resolves names itself, and is the user's choice.
-    """
-    from requests.adapters import HTTPAdapter
-    from urllib3.connection import HTTPConnection, HTTPSConnection
-    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-
-    class Plain(HTTPConnection):
-        def connect(self) -> None:
-            super().connect()
-            _require_public(self)
-
-    class Encrypted(HTTPSConnection):
-        def connect(self) -> None:
-            super().connect()
-            _require_public(self)
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class EncryptedPool(HTTPSConnectionPool):
-        ConnectionCls = Encrypted
-
-    adapter = HTTPAdapter()
-    pools = {"http": PlainPool, "https": EncryptedPool}
-    adapter.poolmanager.pool_classes_by_scheme = pools
-    return adapter
-
-
-def _require_public(connection: "HTTPConnection") -> None:
-    address = connection.sock.getpeername()[0]
-    if is_near(address):
-        connection.close()
-        raise ValueError(f"it redirects to {connection.host} ({address}), which is not public")
-
-
 def _check_redirect(typed: str, target: str) -> None:
-    """Raise ValueError for a redirect to what only this machine or its network reaches.
+    """Raise ValueError for a redirect to another host than the typed one, GitHub's content aside.
 
-    A public page must not choose an address at which a service of this machine, or the metadata of
-    a cloud (169.254.169.254), answers. The host that the user typed may be such a host.
+    A page must not choose an address at which a service of this machine, or the metadata of a cloud
+    (169.254.169.254), answers. GitHub serves mails from a host of its own.
     """
     old, new = urlsplit(typed), urlsplit(target)
     if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
         raise ValueError(f"it redirects to {new.scheme}, which is refused")
-    if not _is_same(typed, target) and is_near(new.hostname or ""):
-        raise ValueError(f"it redirects to {new.netloc}, which is not public")
-
-
-def _is_same(typed: str, target: str) -> bool:
-    old, new = urlsplit(typed), urlsplit(target)
-    return new.hostname == old.hostname and (new.port or 443) in (old.port or 443, 443)
-
-
-def is_near(host: str) -> bool:
-    """Return whether a host is not on the public internet; an unknown name is nowhere."""
-    try:
-        found = socket.getaddrinfo(host.rstrip("."), None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return False
-    addresses = [ipaddress.ip_address(str(place[0])) for *_, place in found]
-    plain = [getattr(each, "ipv4_mapped", None) or each for each in addresses]
-    return any(not each.is_global or each.is_multicast for each in plain)
+    is_same = new.hostname == old.hostname and (new.port or 443) in (old.port or 443, 443)
+    is_github = (
+        old.hostname in ("github.com", "gist.github.com")
+        and (new.scheme, new.port or 443) == ("https", 443)
+        and (new.hostname or "").endswith(".githubusercontent.com")
+    )
+    if not (is_same or is_github):
+        raise ValueError(f"it redirects to another host, {new.netloc.rpartition('@')[2]}")
 
 
 def _no_credentials(request: "requests.PreparedRequest") -> "requests.PreparedRequest":

@@ -1,7 +1,6 @@
 """Patches as mails: parsing, Upstream-Status, comparison, and commits that no mail can carry."""
 
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,8 +12,7 @@ from pathlib import Path
 from workspace.core import hints
 from workspace.core.errors import PatchDrift, SettingsError
 from workspace.core.files import read_regular
-from workspace.repo.git import Git
-from workspace.repo.git import am as mails
+from workspace.repo.git import Git, am
 from workspace.repo.git.am import SEPARATOR, Commit
 from workspace.repo.git.command import file_stems
 from workspace.repo.series import BASE_REF
@@ -34,8 +32,6 @@ _STATUS = re.compile(
 _TRAILER_LINE = re.compile(rf"^{TRAILER}:[ \t]*(.*?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
 # Where git mailinfo lets a message end (git-am(1), DISCUSSION).
 _END = re.compile(rb"^(?:diff -|Index: |---[ \t\r\f\v]*$|--- \S)", re.MULTILINE)
-# Compare is_from_line in git's mailsplit: the time of day and a year.
-_NEXT = re.compile(r"From .*\d.\d\d:\d\d\s*(?:9[1-9]|[1-9]\d\d+)[^:]*")
 _DIFF = re.compile(rb"^diff --git ", re.MULTILINE)
 _HAS_DIFF = re.compile(rb"^(?:diff --git |--- \S.*\n\+\+\+ \S)", re.MULTILINE)
 _BLOBS = re.compile(
@@ -44,18 +40,6 @@ _BLOBS = re.compile(
 )
 _HUNK = re.compile(rb"(@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@).*", re.DOTALL)
 _INDEX = re.compile(rb"index [0-9a-f]+\.\.[0-9a-f]+")
-# Messages that git surely reads back from a mail unchanged: no blanks that git removes, no text
-# that git takes for a header or a diff.
-_PLAIN_SUBJECT = re.compile(
-    r"(?!.*=\?)(?:\[(?![^]]*PATCH)[A-Za-z0-9 /_+-]+\] ?)*(?![Rr][Ee]:|\[|:)[^\s\x00-\x1f\x7f]+(?:"
-    r" [^\s\x00-\x1f\x7f]+)*"
-)
-_PLAIN_LINE = re.compile(r"(?!From |>From |---|diff -|Index: )[^\x00-\x08\x0a-\x1f\x7f]*(?<!\s)")
-_PLAIN_FIRST = re.compile(r"(?!(?:From|Date|Subject)\b|\[|\s)", re.IGNORECASE)
-_PLAIN_AUTHOR = re.compile(
-    r"(?=.{3,60} <)\w+(?:[ .'-]{1,2}(?<!  )\w+)*\.? <[A-Za-z0-9.+_-]+@[A-Za-z0-9.-]+>"
-)
-_PLAIN_DATE = re.compile(r"[1-3]?[0-9]{9} [+-](?:0[0-9]|1[0-3])[0-5][0-9]")
 
 
 @dataclass(frozen=True)
@@ -171,44 +155,6 @@ def tidy(message: str) -> str:
     """
     lines = "\n".join(line.rstrip(" \t\r\f\v") for line in message.split("\n"))
     return re.sub(r"\n{3,}", "\n\n", lines).strip("\n")
-
-
-def is_plain(message: str, author: str, date: str) -> bool:
-    """Return whether git surely reads these values back from a mail: message, author, date.
-
-    The author is `name <email>`, the date `seconds zone`. False only means that a trial is needed.
-    """
-    message = message.removesuffix("\n")
-    subject, *lines = message.split("\n")
-    if tidy(message) != message or not (
-        _PLAIN_SUBJECT.fullmatch(subject)
-        and _PLAIN_AUTHOR.fullmatch(author)
-        and _PLAIN_DATE.fullmatch(date)
-    ):
-        return False
-    if any("\ud800" <= letter <= "\udfff" for letter in message + author):
-        return False
-    return not lines or (
-        lines[0] == ""
-        and bool(_PLAIN_FIRST.match(lines[1]))
-        and all(_PLAIN_LINE.fullmatch(line) for line in lines)
-    )
-
-
-def unfit(message: str) -> str | None:
-    """Return why git cannot read this message back from a mail, or None where it may."""
-    subject, *lines = message.removesuffix("\n").split("\n")
-    for line in lines:
-        if _END.match(line.encode(errors="surrogateescape")):
-            return f"its message has the line {line[:60]!r}, where git ends a message"
-        if _NEXT.fullmatch(line):
-            return f"its message has the line {line[:60]!r}, where git begins the next mail"
-    first = next((line for line in lines if line.strip()), "")
-    if re.match(r"(From|Date|Subject):|\[PATCH\]\s", first, re.IGNORECASE):
-        return f"its message begins with {first[:60]!r}, which git takes for a header"
-    if found := re.match(r"(?:\[[^]]*\]|[\s:])*?([Rr][Ee]:|:|\[[^]]*PATCH[^]]*\])", subject):
-        return f"its subject has {found[1]!r}, which git removes when it reads a mail"
-    return None
 
 
 def has_diff(raw: bytes) -> bool:
@@ -383,7 +329,7 @@ def patches_of(git: Git, base: str, stack: Sequence[Commit], *, shown: str) -> P
     refuse(git, base, shown, faults)
     if not stack:
         return ()
-    raw = mails.mails(git, base, stack)
+    raw = am.mails(git, base, stack)
     if len(raw) != len(stack):
         trees = [git.tree(base), *(commit.tree for commit in stack)]
         empty = [
@@ -392,41 +338,35 @@ def patches_of(git: Git, base: str, stack: Sequence[Commit], *, shown: str) -> P
             if before == after
         ]
         refuse(git, base, shown, empty or [(stack[-1], "git does not make one mail of it")])
-    slugs, carried = _carried(git, base, shown, stack, raw)
-    names = [f"{stem}.patch" for stem in file_stems(slugs)]
-    return tuple(zip(names, carried, strict=True))
+    names = [f"{stem}.patch" for stem in file_stems(commit.slug for commit in stack)]
+    return tuple(zip(names, raw, strict=True))
 
 
-def _carried(
-    git: Git, base: str, shown: str, stack: Sequence[Commit], raw: Sequence[bytes]
-) -> tuple[list[str], list[bytes]]:
-    """Return slugs and mails; git itself reads back the mails that are not plain.
+def read_back(
+    git: Git, base: str, stack: Sequence[Commit], patches: Patches, *, shown: str
+) -> Patches:
+    """Return the patches of a stack after `git am` has made its commits and tree of them again.
 
-    Where it reads the same except for blanks, the mail is written as git would write that.
+    A message that git reads with other blanks is written as git reads it. Raises Unfit.
     """
-    slugs, carried = [commit.slug for commit in stack], list(raw)
-    odd = [
-        index
-        for index, commit in enumerate(stack)
-        if not is_plain(commit.message, commit.author, commit.date)
-    ]
-    if not odd:
-        return slugs, carried
-    heads = [raw[index].partition(b"\ndiff --git ")[0] + b"\n" for index in odd]
-    with tempfile.TemporaryDirectory(prefix="workspace-mail-") as folder:
-        read, written = mails.reread(heads, folder=Path(folder))
+    if not stack:
+        return ()
+    made, written, reason = am.reread(git, base, stack, [content for _, content in patches])
     faults = [
-        (stack[index], reason)
-        for index, again in zip(odd, read, strict=False)
-        if (reason := _misread(stack[index], again))
+        (commit, fault)
+        for commit, again in zip(stack, made, strict=False)
+        if (fault := _misread(commit, again))
     ]
-    if len(read) != len(odd) and not faults:
-        unread = stack[odd[min(len(read), len(odd) - 1)]]
-        faults = [(unread, "git cannot read its message back from a mail")]
+    if reason and not faults:
+        faults = [(stack[min(len(made), len(stack) - 1)], f"git am of its mail: {reason}")]
     refuse(git, base, shown, faults)
-    for index, head, again, text in zip(odd, heads, read, written, strict=True):
-        slugs[index], carried[index] = again.slug, text + raw[index][len(head) - 1 :]
-    return slugs, carried
+    stems = file_stems(again.slug for again in made)
+    return tuple(
+        (f"{stem}.patch", content if commit.message == again.message else text)
+        for stem, commit, again, (_, content), text in zip(
+            stems, stack, made, patches, written, strict=True
+        )
+    )
 
 
 def _misread(commit: Commit, again: Commit) -> str | None:
@@ -456,16 +396,10 @@ def _fault(commit: Commit) -> str | None:
     """Return why a commit cannot be a patch, judged by its parents and message, or None."""
     if len(commit.parents) > 1:
         return "it is a merge; git rebase turns it into a line of commits"
-    if reason := unfit(commit.message):
-        return reason
     status = status_of(commit.message)
     if status is None:
         return f"its message lacks the line `{TRAILER}: Pending`, or another of: {VOCABULARY}"
     return None if is_status(status) else f"its line `{TRAILER}: {status}` is none of: {VOCABULARY}"
-
-
-def _lacks_status_only(commit: Commit) -> bool:
-    return not unfit(commit.message) and status_of(commit.message) is None
 
 
 def refuse(git: Git, base: str, shown: str, faults: Sequence[tuple[Commit, str]]) -> None:
@@ -482,7 +416,7 @@ def refuse(git: Git, base: str, shown: str, faults: Sequence[tuple[Commit, str]]
     hint = hints.text("repo.rebase_interactive", shown=shown, start=start)
     if any(len(commit.parents) > 1 for commit, _ in faults):
         hint = hints.text("repo.rebase", shown=shown, start=start)
-    elif [commit.oid for commit, _ in faults] == [git.head()] and _lacks_status_only(faults[0][0]):
+    elif [(commit.oid, status_of(commit.message)) for commit, _ in faults] == [(git.head(), None)]:
         hint = hints.text("repo.add_trailer", shown=shown)
     raise Unfit(
         f"{sentences[0]}{more}; nothing was written",

@@ -1,27 +1,24 @@
-"""Moves of a checkout between commits, git operations in it, and the recovery after a kill.
+"""Moves of a checkout between commits, with modification times, and the end of a killed move.
 
-Both are recorded before the first file is touched. The next run finishes a move, and undoes a git
-operation. Only with such a record may a missing or truncated file come from a killed move, and only
-if it differs between the two commits: every other file is the user's.
+A move is recorded before its first file is touched, and the next run finishes it. Only with such a
+record may a missing or truncated file come from a killed move, and only if it differs between the
+two commits: every other file is the user's.
 """
 
 import contextlib
 import os
-import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import files, hints, records
+from workspace.core import hints, records
 from workspace.core.console import RunLog
-from workspace.core.errors import CheckoutError, ToolchainError, WorkspaceError
-from workspace.core.files import write_atomic
+from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.records import Document
-from workspace.repo.git import Git, checkpoint, command
+from workspace.repo.git import Git, command
 from workspace.repo.git.command import Entries, split
-from workspace.repo.series import LEFT_REF, Attempt
 
 # Path to `blob oid, mtime in ns`, the newest last. A switch between two stacks needs two entries;
 # older ones are rarely used again.
@@ -29,18 +26,6 @@ Memory = Mapping[str, Sequence[tuple[str, int]]]
 _KEPT = 4
 # Paths on one command line; the kernel takes 2 MiB (execve(2)).
 _AT_ONCE = 5000
-
-
-def move_with_times(git: Git, commit: str, *, memory: Path, run_log: RunLog) -> None:
-    """Move the checkout as Git.move_to does; restore the modification times of known contents."""
-    known = read_times(memory, git.path)
-    remember_times(
-        git,
-        split(git.look("diff-tree", "-r", "-z", "--name-only", "--no-renames", "HEAD", commit).out),
-        memory=memory,
-    )
-    git.move_to(commit, run_log=run_log)
-    restore_times(git, known)
 
 
 def remember_times(git: Git, paths: Iterable[str], *, memory: Path) -> None:
@@ -127,12 +112,10 @@ def _mtime(file: Path) -> int | None:
 
 @dataclass(frozen=True)
 class _Note(records.Record):
-    """A move to `to`, or the git operation `what`, that is not finished; neither is forgotten."""
+    """A move that is not finished. A git operation of the first edition names no commits."""
 
     source: str = ""
     to: str = ""
-    what: str = ""
-    again: str = ""
 
     @classmethod
     def upgrade(cls, document: Document) -> Document:
@@ -141,68 +124,34 @@ class _Note(records.Record):
 
 def move(layout: Layout, project: str, git: Git, target: str, *, run_log: RunLog) -> None:
     """Move the checkout to a commit, as Git.move_to does, and restore modification times."""
-    note = layout.moving(project)
+    note, memory = layout.moving(project), layout.times(project)
     records.write(note, {"from": git.head(), "to": target})
+    known = read_times(memory, git.path)
+    touched = ("diff-tree", "-r", "-z", "--name-only", "--no-renames", "HEAD", target)
+    remember_times(git, split(git.look(*touched).out), memory=memory)
     try:
-        move_with_times(git, target, memory=layout.times(project), run_log=run_log)
+        git.move_to(target, run_log=run_log)
     except CheckoutError:
         # Refused before any file was touched: the next run must not finish it.
         note.unlink(missing_ok=True)
         raise
+    restore_times(git, known)
     note.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def attempt(
-    layout: Layout, project: str, git: Git, tried: Attempt, *, run_log: RunLog
-) -> Iterator[None]:
-    """Run a git operation in the block and sync; `finish` undoes it after a kill or on a full disk.
-
-    Raises ToolchainError where the record cannot be written; git has not begun then.
-    """
-    note, point = layout.moving(project), _point(layout, project)
-    shutil.rmtree(point, ignore_errors=True)
-    with files.folder_beside(point) as folder:
-        (folder / "point").mkdir()
-        checkpoint.keep(git, folder / "point")
-        files.put_in_place(folder / "point", point)
-        records.write(note, {"what": tried.operation, "again": tried.retry})
-    run_log.write(f"{tried.operation} in {git.path} begins")
-    try:
-        yield
-    except WorkspaceError as exc:
-        # On a full disk git may end at any point.
-        if not isinstance(exc, ToolchainError):
-            _forget(note, point)
-        raise
-    _forget(note, point)
-
-
-def attempted(layout: Layout, project: str) -> Attempt | None:
-    """Return the git operation that `finish` will undo, or None."""
-    note = records.read(layout.moving(project), _Note)
-    return Attempt(note.what, note.again) if note and note.what and note.again else None
-
-
 def is_begun(layout: Layout, project: str) -> bool:
-    """Return whether a move or a git operation was begun and not finished."""
+    """Return whether a move was begun and not finished."""
     return layout.moving(project).exists()
 
 
-def finish(
-    layout: Layout, project: str, git: Git, *, run_log: RunLog, shown: str | None = None
-) -> bool:
-    """Finish a move that a killed run began, or undo a git operation.
+def finish(layout: Layout, project: str, git: Git, *, run_log: RunLog) -> bool:
+    """Finish a move that a killed run began.
 
-    Return False, with no file touched, where there is neither, or where the changes may be the
-    user's. A killed move leaves HEAD unmoved, each differing file as one of the two commits has it,
-    or begun, and perhaps an index.lock.
+    Return False, with no file touched, where there is none, or where the changes may be the user's.
+    A killed move leaves HEAD unmoved, each differing file as one of the two commits has it, or
+    begun, and perhaps an index.lock.
     """
     note = layout.moving(project)
-    if tried := attempted(layout, project):
-        is_done = _undo(layout, project, git, tried, shown or layout.relative(git.path), run_log)
-        _forget(note, _point(layout, project))
-        return is_done
     record = records.read(note, _Note)
     source, target = (record.source, record.to) if record else ("", "")
     is_done = (
@@ -212,48 +161,8 @@ def finish(
     )
     is_done = is_done and _finish(layout, project, git, source, target, run_log)
     # The files are finished, or the user's from now on.
-    _forget(note, _point(layout, project))
-    return is_done
-
-
-def _point(layout: Layout, project: str) -> Path:
-    return layout.moving(project).with_suffix("")
-
-
-def _forget(note: Path, point: Path) -> None:
-    """Remove a record and its checkpoint; the order leaves no valid record after a power cut."""
-    if point.exists():
-        write_atomic(note, b"{}")
-        shutil.rmtree(point, ignore_errors=True)
     note.unlink(missing_ok=True)
-
-
-def _undo(
-    layout: Layout, project: str, git: Git, tried: Attempt, shown: str, run_log: RunLog
-) -> bool:
-    """Restore the checkpoint of a git operation; keep later content as LEFT_REF and report it."""
-    known = read_times(layout.times(project), git.path)
-    before = git.resolve(LEFT_REF)
-    done = checkpoint.restore(
-        git,
-        _point(layout, project),
-        ref=LEFT_REF,
-        message=f"Content of {shown} when {tried.operation} was interrupted",
-    )
-    kept = (
-        f"; the content is kept: git -C {shown} show {LEFT_REF}"
-        if git.resolve(LEFT_REF) != before
-        else ""
-    )
-    if not done:
-        run_log.console.warn(
-            f"{tried.operation} in {shown} was interrupted, and another program has changed the"
-            f" checkout since{kept}"
-        )
-        return False
-    restore_times(git, known)
-    run_log.console.info(f"{tried.operation} in {shown} was interrupted and is undone{kept}")
-    return True
+    return is_done
 
 
 def _finish(

@@ -1,6 +1,5 @@
 """The stack patch by patch (`inv patch`), moves by other programs, and `inv patch.continue`."""
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -10,19 +9,16 @@ from typing import Literal
 from workspace.core import hints
 from workspace.core.console import Console, Row, RunLog
 from workspace.core.console import State as RowState
-from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
+from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError, counted
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, moves, patches, pins, series
 from workspace.repo.checkout import Checkout
 from workspace.repo.git import Git, am, command, repository, worktree
-from workspace.repo.git import am as mails
 from workspace.repo.git.command import first_line
 from workspace.repo.pins import Pin
-from workspace.repo.series import BASE_REF, LEFT_REF, TIP_REF, Attempt, Stack, State
-
-_SHOWN_FILES = 3
+from workspace.repo.series import BASE_REF, LEFT_REF, TIP_REF, Stack, State
 
 
 @dataclass(frozen=True)
@@ -72,9 +68,7 @@ def show(
 
 
 def _columns(row: Entry) -> list[str]:
-    files = ", ".join(row.files[:_SHOWN_FILES]) + (
-        f" and {len(row.files) - _SHOWN_FILES} more" if len(row.files) > _SHOWN_FILES else ""
-    )
+    files = series.few(row.files)
     if row.name == "stack":
         return [row.subject, *([f"edits: {files}"] if files else [])]
     return [row.subject, row.status or "no Upstream-Status", *([files] if files else [])]
@@ -208,9 +202,7 @@ def _entries(
 
 def _row(state: str, name: str, content: bytes) -> Entry:
     read = mail.parse(content)
-    return Entry(
-        state, name, read.subject, read.status, tuple(dict.fromkeys(mails.paths(read.diff)))
-    )
+    return Entry(state, name, read.subject, read.status, tuple(dict.fromkeys(am.paths(read.diff))))
 
 
 def _commits(
@@ -230,10 +222,10 @@ def _commits(
     git = Git(checkouts.folder_of(layout, pin))
     if not git.is_ancestor(checkout.base, checkout.head):
         return {}
-    found = mails.commits(git, checkout.base, checkout.head)
+    found = am.commits(git, checkout.base, checkout.head)
     written: Sequence[bytes | None] = ()
     if found and not any(len(commit.parents) > 1 for commit in found):
-        written = mails.mails(git, checkout.base, found)
+        written = am.mails(git, checkout.base, found)
     if len(written) != len(found):
         written = [None] * len(found)
     named: dict[str, tuple[str, bytes | None]] = {}
@@ -243,21 +235,17 @@ def _commits(
     return named
 
 
-def _waiting(layout: Layout, pin: Pin, stack: Stack) -> str:
-    if stack.interrupted:
-        return f"{stack.interrupted.operation} was interrupted"
-    return f"it waits in the middle of git {Git(checkouts.folder_of(layout, pin)).under_way()}"
-
-
 def _stack_row(
     layout: Layout, pin: Pin, checkout: Checkout, stack: Stack, move: Row | None
 ) -> Entry:
-    count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
+    count = counted(len(stack.names), "patch", "patches")
     place = f"{layout.relative(checkouts.folder_of(layout, pin))}, {checkout.detail}"
+    is_waiting = stack.state is State.IN_PROGRESS
+    operation = Git(checkouts.folder_of(layout, pin)).under_way() if is_waiting else ""
     details = {
         State.APPLIED: f"tree {(stack.tree or '')[:12]}",
         State.UNEXPORTED: "its commits and the series differ",
-        State.IN_PROGRESS: _waiting(layout, pin, stack) if stack.state is State.IN_PROGRESS else "",
+        State.IN_PROGRESS: f"it waits in the middle of git {operation}",
         State.FOREIGN: f"at {stack.head[:12]}, which is not on the pin" if stack.head else "",
     }
     parts = [
@@ -290,18 +278,14 @@ def resume(
         )
     git, known = Git(path), moves.read_times(layout.times(project), path)
     names = _patch_names(layout, project, pin, run_log)
-    with contextlib.ExitStack() as held:
-        if operation := git.under_way():
-            tried = Attempt(f"git {operation} --{how}", _retry(project, how))
-            held.enter_context(moves.attempt(layout, project, git, tried, run_log=run_log))
-        resume_in(
-            git,
-            base=checkout.base or checkout.head,
-            how=how,
-            run_log=run_log,
-            names=names,
-            shown=layout.relative(path),
-        )
+    resume_in(
+        git,
+        base=checkout.base or checkout.head,
+        how=how,
+        run_log=run_log,
+        names=names,
+        shown=layout.relative(path),
+    )
     moves.restore_times(git, known)
     stack = patches.observe(layout, project, pin, checkouts.observe(layout, pin))
     # After another resolution than the series has, the next export sets these references. Set now,
@@ -323,14 +307,6 @@ def _patch_names(layout: Layout, project: str, pin: Pin, run_log: RunLog) -> tup
     return tuple(f"patches/{project}/{name}" for name in found.names)
 
 
-def _retry(project: str, how: How) -> str:
-    return (
-        "./scripts/inv patch.continue"
-        + ("" if how == "continue" else f" --{how}")
-        + ("" if project == "vllm" else f" --project {project}")
-    )
-
-
 def resume_in(
     git: Git,
     *,
@@ -349,24 +325,25 @@ def resume_in(
     """
     shown = shown or str(git.path)
     operation = _operation(git, how, shown)
-    if how == "continue":
-        _require_resolved(git, operation, base, names, shown)
-    else:
-        _keep_content(git, operation, how, shown, run_log)
     before = am.position(git)
-    answer = _run(git, operation, how, run_log)
+    is_killed = how == "continue" and operation == "am" and am.begins_by_skip(git)
+    if how != "continue":
+        _keep_content(git, operation, how, shown, run_log)
+    elif not is_killed:
+        _require_resolved(git, operation, base, names, shown)
+    answer = _run(git, operation, "skip" if is_killed else how, run_log)
     # git syncs the commits that it makes, but not the files.
     os.sync()
     waiting = git.under_way()
     if waiting is None and answer.status == 0:
-        if how != "abort":
-            return git.head()
-        if before:
+        if how == "abort" and before:
             am.rewind(git, run_log=run_log)
-        return None
+        return None if how == "abort" else git.head()
     unmerged = am.unmerged(git)
     if waiting == "am" and (stopped := am.position(git)) and (stopped != before or unmerged):
-        raise _stopped(git, stopped, answer, base, names, shown)
+        applied, patch = am.stopped_at(git, stopped.number, answer), _patch(stopped, names)
+        count = stopped.last
+        raise series.sentence(git, applied, count=count, patch=patch, shown=shown, base=base)
     if unmerged:
         raise _unresolved(unmerged, waiting or operation, shown)
     if answer.status != 0:
@@ -423,37 +400,14 @@ def _require_resolved(
     if operation != "am" or am.staged(git) or (stopped := am.position(git)) is None:
         return
     patch, place = _patch(stopped, names), f"patch {stopped.number} of {stopped.last}"
-    if not stopped.is_begun:
-        raise PatchConflict(
-            f"the am in {shown} was interrupted before {place}",
-            hint=hints.text("repo.begin_again"),
-        )
     if edits := git.edits():
         raise PatchConflict(
-            f"{shown} has edits ({', '.join(edits[:3])}) for {place}, {patch}, that are not staged",
+            f"{shown} has edits ({series.few(edits)}) for {place}, {patch}, that are not staged",
             hint=hints.text("repo.add_or_abort", shown=shown),
         )
     raise PatchConflict(
         f"{place}, {patch}, changes nothing on {base[:12]} with the present content of {shown}",
         hint=hints.text("repo.skip_or_edit", shown=shown),
-    )
-
-
-def _stopped(
-    git: Git,
-    stopped: am.Position,
-    answer: command.Answer,
-    base: str,
-    names: Sequence[str],
-    shown: str,
-) -> PatchConflict:
-    return series.sentence(
-        git,
-        am.stopped_at(git, stopped.number, answer),
-        count=stopped.last,
-        patch=_patch(stopped, names),
-        shown=shown,
-        base=base,
     )
 
 
@@ -467,8 +421,8 @@ def _patch(stopped: am.Position, names: Sequence[str]) -> str:
 
 def _unresolved(paths: Sequence[str], operation: str, shown: str) -> PatchConflict:
     return PatchConflict(
-        f"the {operation} in {shown} waits: {len(paths)}"
-        f" {'path has a conflict' if len(paths) == 1 else 'paths have conflicts'}",
+        f"the {operation} in {shown} waits: "
+        + counted(len(paths), "path has a conflict", "paths have conflicts"),
         hint=hints.text(
             "repo.resolve_or", shown=shown, paths=list(paths), command=_ways(operation)
         ),

@@ -20,7 +20,7 @@ from workspace.repo.checkout import Checkout, Kind
 from workspace.repo.git import Git, am, repository, worktree
 from workspace.repo.pins import Pin
 from workspace.repo.series import BASE_REF as BASE_REF
-from workspace.repo.series import KEPT_REFS, Attempt
+from workspace.repo.series import KEPT_REFS
 from workspace.repo.series import TIP_REF as TIP_REF
 from workspace.repo.series import Stack as Stack
 from workspace.repo.series import State as State
@@ -97,12 +97,11 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
         state = State.MISSING if checkout.kind is Kind.MISSING else State.FOREIGN
         return Stack(state, checkout.base, checkout.head, None, None, wanted.names, ())
     git = Git(checkouts.folder_of(layout, pin))
-    interrupted = moves.attempted(layout, project)
     operation, tree = git.operation_and_tree(checkout.head)
     expected = _expected_tree(layout, project, git, checkout.base, wanted.names)
     dirty = git.edits()
     is_at_base = checkout.head == checkout.base
-    if operation or interrupted:
+    if operation:
         state = State.IN_PROGRESS
     elif is_at_base:
         # Patches that undo each other give the tree of the base: they count as applied only if
@@ -126,7 +125,6 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
         expected,
         wanted.names,
         dirty,
-        interrupted,
         repository.untracked(git),
     )
 
@@ -250,20 +248,17 @@ def _apply_in_checkout(work: _Work, stack: Stack, base: str, run_log: RunLog) ->
     moves.remember_times(
         git, (path for file in work.files for path in git.patch_paths(file)), memory=memory
     )
-    retry = APPLY if project == "vllm" else f"{APPLY} --project {project}"
-    with moves.attempt(work.layout, project, git, Attempt("git am", retry), run_log=run_log):
-        applied = am.start(git, work.files, run_log=run_log)
-        if applied.tip is None:
-            patch = f"patches/{project}/{stack.names[applied.position - 1]}"
-            raise series.sentence(
-                git,
-                applied,
-                count=len(work.files),
-                patch=patch,
-                shown=work.layout.relative(git.path),
-                base=base,
-            )
-        _keep(git, base, applied.tip)
+    applied = am.start(git, work.files, run_log=run_log)
+    if applied.tip is None:
+        raise series.sentence(
+            git,
+            applied,
+            count=len(work.files),
+            patch=f"patches/{project}/{stack.names[applied.position - 1]}",
+            shown=work.layout.relative(git.path),
+            base=base,
+        )
+    _keep(git, base, applied.tip)
     moves.restore_times(git, known)
     _check(project, git, stack, base, applied.tip)
 
@@ -349,7 +344,7 @@ def _expected_tree(
     known = records.read(memory, _ExpectedTree)
     if known and (known.base, known.series) == (base, digest.hexdigest()):
         return known.tree
-    tree = git.tree_after(base, files)
+    tree = worktree.tree_after(git, base, files)
     if tree is not None:
         # Only a cache: if it cannot be written, the tree is computed again.
         with contextlib.suppress(OSError):

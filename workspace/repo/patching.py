@@ -18,6 +18,7 @@ from workspace.core.errors import (
     PatchDrift,
     SettingsError,
     SourceError,
+    counted,
 )
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -25,7 +26,6 @@ from workspace.repo import checkout as checkouts
 from workspace.repo import mail, moves, patches, pins
 from workspace.repo.checkout import Kind
 from workspace.repo.git import AM_BY_HAND, Git, am, remotes, worktree
-from workspace.repo.git import am as mails
 from workspace.repo.git.am import Commit
 from workspace.repo.patches import Session, Stack, State
 
@@ -57,7 +57,7 @@ def put_on_upstream(session: Session, name: str, patch: str) -> Path:
         with run_log.console.step("working tree") as view:
             remotes.add_worktree(git, path, main, _remote(session, view))
         commit = _on_main(layout, session.project, git, main, file)
-        signed = mails.recommitted(git, commit, main, _signed(commit, user), committer=user)
+        signed = am.recommitted(git, commit, main, _signed(commit, user), committer=user)
         remotes.create_branch(Git(path), name, signed, run_log=run_log)
     except BaseException:
         worktree.forget(git, path)
@@ -126,7 +126,7 @@ def _main(session: Session, git: Git) -> str:
     known = git.resolve(remotes.UPSTREAM)
     try:
         with session.run_log.console.step("main") as view:
-            remotes.fetch_main(git, _remote(session, view))
+            remotes.fetch(git, _remote(session, view), (f"+refs/heads/main:{remotes.UPSTREAM}",))
     except SourceError as exc:
         if known is None:
             raise
@@ -153,7 +153,7 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
             ),
             details=done.details,
         )
-    made = mails.commits(git, main, done.tip)
+    made = am.commits(git, main, done.tip)
     if len(made) != 1:
         raise PatchDrift(
             f"{file.name} is in upstream already: it changes nothing on upstream's main,"
@@ -321,7 +321,7 @@ def _opened(
 
 
 def _report(console: Console, stack: Stack, prefix: str) -> None:
-    count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
+    count = counted(len(stack.names), "patch", "patches")
     messages = {
         State.APPLIED: (f"{count} applied, tree {(stack.tree or '')[:12]}", None),
         State.UNAPPLIED: (f"at the pin, {count} not applied", hints.text("inv.patch_apply")),

@@ -207,19 +207,10 @@ class State(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """A git operation, and the command line that undoes it after a kill and begins it again."""
-
-    operation: str
-    retry: str
-
-
-@dataclass(frozen=True)
 class Stack:
     """The stack in a checkout.
 
     `dirty` are tracked paths with edits, in any state; DIRTY means that they block the application.
-    `interrupted`: the git operation that an ended run left; the state is then IN_PROGRESS.
     `untracked` are files that git does not track, so that no patch has them.
     """
 
@@ -230,7 +221,6 @@ class Stack:
     expected_tree: str | None
     names: tuple[str, ...]
     dirty: tuple[str, ...]
-    interrupted: Attempt | None = None
     untracked: tuple[str, ...] = ()
 
 
@@ -244,11 +234,6 @@ def refusal(shown: str, git: Git, stack: Stack, *, verb: str) -> WorkspaceError:
     """Return the error for a command line `verb` that cannot move the checkout `shown`."""
     if stack.state is State.MISSING:
         return CheckoutError(f"{shown} does not exist", hint=hints.text("inv.bootstrap"))
-    if stack.interrupted:
-        return CheckoutError(
-            f"{stack.interrupted.operation} in {shown} was interrupted",
-            hint=hints.text("repo.undo_and_begin", command=stack.interrupted.retry),
-        )
     if stack.state is State.IN_PROGRESS:
         return CheckoutError(
             f"{shown} is in the middle of a git {git.under_way()}",
@@ -256,7 +241,7 @@ def refusal(shown: str, git: Git, stack: Stack, *, verb: str) -> WorkspaceError:
         )
     if stack.state is State.DIRTY or (stack.state is State.APPLIED and stack.dirty):
         action = "applied" if stack.state is State.DIRTY else "unapplied"
-        count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
+        count = counted(len(stack.names), "patch", "patches")
         return edited_files(shown, stack.dirty, f"{count} must be {action}", verb=verb)
     return _unrelated_commits(shown, git, stack, verb)
 
@@ -286,7 +271,7 @@ def edited_files(shown: str, paths: Sequence[str], purpose: str, *, verb: str) -
     """Return the error for edits in the checkout `shown` that block a purpose."""
     hint = hints.text("repo.stash_around", shown=shown, command=verb)
     return CheckoutError(
-        f"{shown} has edits ({_few(paths)}), but {purpose} there; the edits were not changed",
+        f"{shown} has edits ({few(paths)}), but {purpose} there; the edits were not changed",
         hint=hint,
     )
 
@@ -300,7 +285,7 @@ def kept(shown: str, git: Git, commit: str | None, command: str) -> str:
 
 def named_untracked(paths: Sequence[str]) -> str:
     """Return a sentence on files that git does not track."""
-    return f"files that git does not track are in no patch: {_few(paths)}"
+    return f"files that git does not track are in no patch: {few(paths)}"
 
 
 def taking_hint(shown: str, paths: Sequence[str]) -> str:
@@ -351,7 +336,7 @@ def sentence(
     paths = list(applied.paths)
     where = "the conflict" if applied.conflicted else f"this patch (git: {applied.reason})"
     if applied.conflicted:
-        hint = hints.text("repo.resolve", shown=shown, paths=paths, files=_few(paths))
+        hint = hints.text("repo.resolve", shown=shown, paths=paths, files=few(paths))
     else:
         # git lacks the contents that the patch was made from, so it merged and changed no file
         # (git-am(1), --3way).
@@ -384,7 +369,8 @@ def _newest(lines: Sequence[str]) -> tuple[str, ...]:
     return (*(f"  since changed by {line}" for line in lines[:_SHOWN_COMMITS]), *more)
 
 
-def _few(paths: Sequence[str]) -> str:
+def few(paths: Sequence[str]) -> str:
+    """Return the first paths of a list, and the number of the others."""
     return ", ".join(paths[:_SHOWN_FILES]) + (
         f" and {len(paths) - _SHOWN_FILES} more" if len(paths) > _SHOWN_FILES else ""
     )

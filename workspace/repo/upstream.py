@@ -9,7 +9,7 @@ import datetime
 import re
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -197,7 +197,8 @@ class _Search:
         lacking: list[str] = []
         named = self._named(into, lacking)
         if named.commit not in into.present((named.commit,)):
-            remotes.fetch_into_store(into, self._remote, (named.refspec,))
+            into.set_setting("remote.origin.url", self.url)
+            remotes.fetch(into, self._remote, (named.refspec,))
         if named.commit not in into.present((named.commit,)):
             raise SourceError(
                 f"{without_user(self.url)} did not serve {self.name}, commit {named.commit}",
@@ -393,35 +394,19 @@ class _Search:
         return ".".join([*head, str(int(re.sub(r"\D.*", "", last) or 0) + 1), f"dev{found[1]}"])
 
     def _complete(self, into: Git, named: _Named) -> None:
-        """Fetch, in one call, what a partial clone lacks of the files that a forecast reads."""
+        """Fetch what a partial clone lacks of the files that a forecast compares."""
         here = Git(checkout.folder_of(self.layout, self.pin))
         if "true" not in (
             into.setting("remote.origin.promisor"),
             here.setting("remote.origin.promisor"),
         ):
             return
-        wanted = history.absent(into, self._read_blobs(into, named.commit))
-        if wanted:
-            remotes.complete_store(into, wanted, self._remote, (named.refspec,))
-
-    def _read_blobs(self, into: Git, commit: str) -> Sequence[str]:
-        """Return the OIDs of the blobs that a forecast reads."""
-        patches = _patches(self.layout, self.pin)
-        touched = worktree.paths_of(into, patches)
-        every = frozenset().union(*touched)
-        differing = history.changed(into, self.base, commit)
-        # A merge compares each removed file with each new file: both may be renamed files of
-        # patches.
-        read = {
-            path
-            for path, pair in differing.items()
-            if is_looked_at(path) or path in every or None in pair
-        }
-        pairs = [differing[path] for path in read]
-        log = history.log(into, self.base, commit, sorted(every))
-        for candidate in history.candidates_of(log, touched):
-            pairs += candidate.paths.values()
-        return [oid for pair in pairs for oid in pair if oid]
+        # A patch that upstream has taken is found by the diffs of single commits.
+        touched = worktree.paths_of(into, _patches(self.layout, self.pin))
+        log = history.log(into, self.base, named.commit, sorted(frozenset().union(*touched)))
+        commits = [candidate.oid for candidate in history.candidates_of(log, touched)]
+        ends = (self.base, named.commit)
+        remotes.complete_store(into, ends, commits, self._remote, named.refspec)
 
 
 class _Unequal(SourceError):

@@ -136,8 +136,7 @@ _REASONS = {
         bump.doctor_or bump.edit_then_continue bump.export_then_again
         bump.fix_then_continue bump.git_continue bump.give_rollback_up bump.other_states
         bump.read_state bump.rollback_or bump.sandbox_commit bump.sandbox_operation
-        bump.sandbox_reflog bump.stash_then_again inv.patch_continue inv.pin inv.pin_rollback
-        repo.begin_again repo.undo_and_begin""",
+        bump.sandbox_reflog bump.stash_then_again inv.patch_continue inv.pin inv.pin_rollback""",
     "it needs another index, hub, proxy or host": """
         core.network_resumes core.wrong_hash machine.doctor machine.ls_remote_plain
         machine.set_index machine.set_torch_index repo.address_or_file repo.github_patch
@@ -156,7 +155,7 @@ _REASONS = {
         checks.bootstrap_then_hook checks.clone_first inv.env machine.drop_from_recipe
         machine.drop_library_path machine.existing_torch machine.export_library_path
         machine.pinned_torch machine.requirements_diff machine.restore_torch
-        machine.unset_library_path machine.uv_setting repo.archive_layout repo.attributes
+        machine.unset_library_path machine.uv_setting repo.archive_layout
         repo.by_hand_reword repo.check_diff repo.other_patches repo.pins_changed""",
 }
 NOT_RUN = {name: reason for reason, names in _REASONS.items() for name in names.split()}

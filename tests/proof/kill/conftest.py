@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from tests.proof.kill import preload
 from tests.proof.kill.cases import KillCase
 from tests.proof.kill.harness import Place, compile_below, make_places, workers
 from tests.proof.kill.ledger import Ledger, Result
@@ -34,7 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the seed of everything drawn at random; drawn itself and printed where not given",
     )
     group.addoption(
-        "--times", type=int, default=20, help="kills on the real tree, and signals on the small one"
+        "--times",
+        type=int,
+        default=20,
+        help="kills at random moments of each verb, on the small tree or the real one",
     )
     group.addoption(
         "--every",
@@ -113,14 +115,6 @@ def ledger(request: pytest.FixtureRequest) -> Ledger:
 @pytest.fixture(scope="session")
 def times(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--times", default=20))
-
-
-@pytest.fixture(scope="session")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = preload.build(tmp_path_factory.mktemp("shim"))
-    if built is None:
-        pytest.skip("no C compiler, so children cannot be counted")
-    return built
 
 
 @pytest.fixture(scope="session")

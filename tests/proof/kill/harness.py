@@ -7,9 +7,7 @@ completed rightly before is not run again.
 
 import hashlib
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.proof.kill import judge, launcher, power, preload
+from tests.proof.kill import judge, launcher
 from tests.proof.kill.cases import KillCase
 from tests.proof.kill.ledger import Ledger, Result, failed
 from tests.small.materials import Materials
@@ -27,7 +25,6 @@ from tests.small.world import Ended, World, make_world
 from workspace.core.errors import ERRORS
 
 CODES = tuple(error.exit_code for error in ERRORS)
-CUT, CUT_WITH_CACHE = "power cut", "power cut, uv's cache damaged"
 PARTS = ("clone", "cache", "uv-cache", "tmp")
 # One failure often comes again at each of the neighbouring calls.
 ENOUGH_FAILURES = 12
@@ -180,27 +177,9 @@ def by_launcher(place: Place, limit: int, delay: str) -> Kill:
     return Kill(f"call {limit} of the verb: {lines[-1]}{after}", child.returncode, quiet_s)
 
 
-def by_preload(place: Place, shim: preload.Preload, limit: int, mode: int) -> Kill:
-    """End everything, one child, or the verb at the `limit`-th changing call of all processes
-    together.
-    """
-    child = place.world.start(*place.case.argv, env=shim.environment(limit=limit, mode=mode))
-    out, err = child.communicate(timeout=120)
-    quiet_s, living = judge.await_no_stray(place.mark)
-    _refuse_strays(living)
-    if mode == preload.ONE_CHILD and child.returncode != -signal.SIGKILL:
-        # A verb that lost a child may continue without it (uv retries what failed); otherwise its
-        # own message reports it.
-        wrong = failed_rightly(Ended(child.returncode, out, err), (0, *CODES))
-        assert not wrong, f"{shim.call(limit)}: {wrong}"
-    return Kill(f"call {limit} of all: {shim.call(limit)}", child.returncode, quiet_s)
-
-
-def judged(
-    place: Place, kind: str, kill: Callable[[], Kill], *, damage: Callable[[], None] | None = None
-) -> Result:
-    """Put the world back, kill, perhaps damage, run the verb again, and hold what came of it
-    against what should have.
+def judged(place: Place, kind: str, kill: Callable[[], Kill]) -> Result:
+    """Put the world back, kill, run the verb again, and hold what came of it against what should
+    have.
     """
     started = time.monotonic()
     place.restore()
@@ -210,8 +189,6 @@ def judged(
     try:
         done = kill()
         where = done.place
-        if damage:
-            damage()
         state = _state(place.world)
         was_seen = state in place.seen
         if not was_seen:
@@ -232,30 +209,6 @@ def judged(
         was_seen,
         leftovers,
     )
-
-
-def power_cut(
-    place: Place, shim: preload.Preload, limit: int, *, seed: int, with_uv_cache: bool
-) -> Result:
-    """The machine stops at a call; what was not synced by then is damaged; the verb runs again."""
-    began: list[int] = []
-    stood: dict[int, int] = {}
-
-    def kill() -> Kill:
-        stood.update(power.standing(PARTS, place.world.folder))
-        time.sleep(2 * power.TICK_NS / 1e9)
-        began.append(time.time_ns())
-        return by_preload(place, shim, limit, preload.EVERYTHING)
-
-    def damage() -> None:
-        parts = ("clone", "cache", "uv-cache") if with_uv_cache else ("clone", "cache")
-        draw = random.Random(f"{seed} {limit}")
-        damaged = power.cut(
-            parts, place.world.folder, place.kept, shim, stood=stood, began_ns=began[0], draw=draw
-        )
-        (place.world.folder / "damaged").write_text("\n".join(damaged))
-
-    return judged(place, CUT_WITH_CACHE if with_uv_cache else CUT, kill, damage=damage)
 
 
 def complete(place: Place) -> list[str]:

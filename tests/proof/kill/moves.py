@@ -287,14 +287,14 @@ def again_continue(world: World) -> None:
             assert "patch 2 of 3" in world.run("patch.apply").error(4)
             resolve(world)
         ended = world.run("patch.continue")
-        if ended.code == 0 or "nothing is under way" in ended.err:
+        if ended.code == 0 or "no am, rebase" in ended.err:
             break
         assert ended.code in (3, 4), ended.output
         # One whose commit was made already has nothing more to change.
         typed(
             world,
             "patch.continue",
-            "--skip" if "--skip    where that is right" in ended.err else "--abort",
+            "--skip" if "--skip    if that is right" in ended.err else "--abort",
         )
     typed(world, "patch.export")
     state, subjects = stack(world)

@@ -189,12 +189,12 @@ def _go_on(stand: Stand) -> None:
             _resolve(stand)
         if (
             stand.inv("patch.continue", codes=(0, 3, 4)) == 0
-            or "nothing is under way" in stand.clone.output
+            or "no am, rebase" in stand.clone.output
         ):
             return
         stand.inv(
             "patch.continue",
-            "--skip" if "--skip    where that is right" in stand.clone.output else "--abort",
+            "--skip" if "--skip    if that is right" in stand.clone.output else "--abort",
         )
     raise AssertionError(f"{MOST_COMMANDS} commands did not lead to the end: {stand.clone.output}")
 

@@ -18,14 +18,7 @@ from workspace.core import files
 from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.repo.git import command
-from workspace.repo.git.command import (
-    Answer,
-    Entries,
-    first_line,
-    index_entries,
-    split,
-    tree_entries,
-)
+from workspace.repo.git.command import Answer, Entries, first_line, split, tree_entries
 from workspace.repo.git.repository import Git, take_in
 
 # The result must not depend on the user, the place and the time.
@@ -132,12 +125,7 @@ def _applied_in(
 ) -> Applied:
     """Run `am` in a scratch folder, with files for a merge unless `flags` is None."""
     with files.folder_beside(place) as folder:
-        scratch, objects = Git(folder / "tree", git_dir=folder / "git"), git.path_of("objects")
-        scratch.path.mkdir()
-        scratch.init()
-        made = folder / "git" / "objects"
-        (made / "info").mkdir(exist_ok=True)
-        (made / "info" / "alternates").write_bytes(os.fsencode(objects) + b"\n")
+        scratch = _scratch(folder, git)
         scratch.set_ref("HEAD", base)
         # git writes the index again for each patch: the smaller the better.
         scratch.write(*_SMALL_INDEX, "read-tree", base)
@@ -149,10 +137,21 @@ def _applied_in(
         if answer.status == 0:
             if not is_wanted():
                 return Applied(None)
-            take_in(made, objects)
+            take_in(folder / "git" / "objects", git.path_of("objects"))
             return Applied(scratch.head())
         stopped = position(scratch)
         return stopped_at(scratch, stopped.number if stopped else 1, answer)
+
+
+def _scratch(folder: Path, git: Git) -> Git:
+    """Make a repository with its working tree in a folder, over the objects of another one."""
+    scratch = Git(folder / "tree", git_dir=folder / "git")
+    scratch.path.mkdir()
+    scratch.init()
+    info = folder / "git" / "objects" / "info"
+    info.mkdir(exist_ok=True)
+    (info / "alternates").write_bytes(os.fsencode(git.path_of("objects")) + b"\n")
+    return scratch
 
 
 def start(git: Git, patches: Sequence[Path], *, run_log: RunLog) -> Applied:
@@ -240,6 +239,24 @@ def user(git: Git) -> dict[str, str]:
     )
 
 
+def begins_by_skip(git: Git) -> bool:
+    """Return whether `git am --skip` resumes an `am` that was killed between two patches.
+
+    Either the patch was not begun (its number is then set back by one, as `git am --retry` of git
+    2.46 does), or its commit was made and not noted. Otherwise the `am` waits for the user.
+    """
+    stopped = position(git)
+    if stopped is None or unmerged(git) or staged(git):
+        return False
+    state = git.path_of("rebase-apply")
+    if not stopped.is_begun:
+        files.write_atomic(state / "next", f"{stopped.number - 1}\n".encode())
+        return True
+    before = git.resolve("HEAD~1")
+    is_noted = before is None or (state / "abort-safety").read_text().strip() != before
+    return not (is_noted or git.has_own_commits(before or "", "HEAD"))
+
+
 def drop_begun(git: Git) -> None:
     """Reset the files of an `am`'s current patch to the index.
 
@@ -283,10 +300,6 @@ _FORMAT = (
     *("--no-signoff", "--no-from", "--no-to", "--no-cc", "--no-add-header", "--no-cover-letter"),
     *("--no-color", "--no-ext-diff", "--no-textconv", "--no-relative", "-O/dev/null"),
     *("--submodule=short", "--ignore-submodules=none"),
-)
-_READ = (
-    *("--keep-non-patch", "--keep-cr", "--no-scissors", "--no-signoff", "--no-gpg-sign"),
-    *("--no-message-id", "--patch-format=mbox"),
 )
 # Scratch content need not reach the disk.
 _UNSYNCED = ("-c", "core.fsync=none")
@@ -336,8 +349,7 @@ def commits(git: Git, base: str, tip: str) -> tuple[Commit, ...]:
 def mails(git: Git, base: str, stack: Sequence[Commit]) -> list[bytes]:
     """Return the mails of a stack of commits on `base`, without merges, oldest first.
 
-    An empty commit has no mail. A message with a line like SEPARATOR gives two mails: the caller
-    must check the messages before.
+    An empty commit has no mail. A message with a line like SEPARATOR gives two mails.
     """
     # Most of the time goes into diffs, which git computes on one core.
     middle = len(stack) // 2
@@ -372,81 +384,53 @@ def differences(git: Git, base: str, tip: str) -> Differences:
     return before, after
 
 
-def first_failing(git: Git, base: str, patches: Sequence[bytes], expected: Differences) -> int:
-    """Apply mails to `base` in a scratch index; return the first that fails, from 1, or 0.
-
-    Return -1 where all apply and the result is not `expected`. No merge is tried: a right mail
-    applies directly. Only the paths that differ or that a mail names are checked: no other path can
-    change.
-    """
-    before, after = expected
-    # Paths that a mail changes and a later mail changes back.
-    same = sorted(
-        {path for patch in patches for path in paths(patch)} - before.keys() - after.keys()
-    )
-    unchanged = (
-        tree_entries(git.look("ls-tree", "-z", "--full-tree", base, "--", *same).out)
-        if same
-        else {}
-    )
-    # A hundred small files come and go three times as fast in memory (tmpfs(5)).
-    memory = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="workspace-index-", dir=memory) as folder:
-        mails = [Path(folder, str(index)) for index in range(len(patches))]
-        for file, patch in zip(mails, patches, strict=True):
-            file.write_bytes(patch)
-        failed, found = _applied_to_entries(git, {**before, **unchanged}, mails, Path(folder))
-    return failed or (0 if found == {**after, **unchanged} else -1)
-
-
-def _applied_to_entries(
-    git: Git, entries: Entries, mails: Sequence[Path], folder: Path
-) -> tuple[int, Entries]:
-    """Apply mails to an index of entries; return the first failing mail, from 1, and the result."""
-    (folder / "objects").mkdir()
-    scratch = {
-        "GIT_INDEX_FILE": f"{folder}/index",
-        "GIT_OBJECT_DIRECTORY": f"{folder}/objects",
-        "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(git.path_of("objects")),
-    }
-    start = [
-        flag
-        for path, entry in entries.items()
-        for flag in ("--cacheinfo", f"{entry.replace(' ', ',')},{path}")
-    ]
-    git.write(*_UNSYNCED, "update-index", "--add", *start, env=scratch)
-    if not git.applies(*map(str, mails), env=scratch, flags=_UNSYNCED):
-        # Some mails apply only one by one, such as those that turn a file into a link and back.
-        (folder / "index").unlink()
-        git.write(*_UNSYNCED, "update-index", "--add", *start, env=scratch)
-        for number, mail in enumerate(mails, 1):
-            if not git.applies(str(mail), env=scratch, flags=_UNSYNCED):
-                return number, {}
-    return 0, index_entries(git.write("ls-files", "-s", "-z", env=scratch).out)
-
-
 def paths(mail: bytes) -> tuple[str, ...]:
     """Return the paths that a mail from `mails` changes, and lines of its message that look so."""
     found = ((plain or codecs.escape_decode(quoted)[0]) for plain, quoted in _DIFF.findall(mail))
     return tuple(path.decode(errors="surrogateescape") for path in found)
 
 
-def reread(messages: Sequence[bytes], *, folder: Path) -> tuple[tuple[Commit, ...], list[bytes]]:
-    """Return the commits that `git am` makes of mails without diffs, and the mails of these.
+def reread(
+    git: Git, base: str, stack: Sequence[Commit], patches: Sequence[bytes]
+) -> tuple[tuple[Commit, ...], list[bytes], str]:
+    """Apply the mails of a stack with `git am` and return its commits, their mails, and a reason.
 
-    They are made in a new repository in the empty folder `folder`. There are fewer than messages
-    where git cannot read one of them.
+    The reason is git's where it stopped before the last mail, or that the tree is another one; it
+    is empty otherwise. The scratch repository has only the files that the stack changes. No merge
+    is tried: a right mail applies directly.
     """
-    git = Git(folder)
-    git.init()
-    empty = git.write("hash-object", "-t", "tree", "-w", "/dev/null").out.strip()
-    root = git.write("commit-tree", "-m", "root", empty).out.strip()
-    git.set_ref("HEAD", root)
-    mails = [(folder / f"{index}").absolute() for index in range(len(messages))]
-    for file, message in zip(mails, messages, strict=True):
-        file.write_bytes(message)
-    git.write(*_UNSYNCED, "am", "--quiet", "--empty=keep", *_READ, *map(str, mails), check=False)
-    return commits(git, root, "HEAD"), _formatted(git, root, "HEAD", "--always")
+    before, after = differences(git, base, stack[-1].oid)
+    # Paths that a mail changes and a later mail changes back.
+    same = sorted(
+        {path for patch in patches for path in paths(patch)} - before.keys() - after.keys()
+    )
+    listed = git.look("ls-tree", "-z", "--full-tree", base, "--", *same).out if same else ""
+    # A hundred small files come and go three times as fast in memory (tmpfs(5)).
+    memory = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="workspace-mail-", dir=memory) as folder:
+        scratch = _scratch(Path(folder), git)
+        entries = {**before, **tree_entries(listed)}
+        start = [
+            flag
+            for path, entry in entries.items()
+            for flag in ("--cacheinfo", f"{entry.replace(' ', ',')},{path}")
+        ]
+        scratch.write(*_UNSYNCED, "update-index", "--add", *start)
+        tree = scratch.write(*_UNSYNCED, "write-tree", "--missing-ok").out.strip()
+        root = scratch.write("commit-tree", "-m", "root", tree).out.strip()
+        scratch.set_ref("HEAD", root)
+        mails = [Path(folder, str(index)) for index in range(len(patches))]
+        for file, patch in zip(mails, patches, strict=True):
+            file.write_bytes(patch)
+        am = (*_SMALL_INDEX, *_UNSYNCED, *_AM, "--no-3way", *map(str, mails))
+        answer = scratch.write(*am, check=False)
+        made = commits(scratch, root, "HEAD")
+        is_same = len(made) == len(stack) and differences(scratch, root, "HEAD") == (before, after)
+        reason = "" if is_same else "the patches give another tree than the commits"
+        if answer.status != 0:
+            reason = first_line(answer.err) or f"git am exited with {answer.status}"
+        has_other = [one.message for one in made] != [one.message for one in stack]
+        return made, _formatted(scratch, root, "HEAD") if has_other else list(patches), reason
 
 
 def split_mails(git: Git, mbox: Path, folder: Path) -> tuple[Path, ...]:

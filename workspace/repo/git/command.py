@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from workspace.core import hints, process
 from workspace.core.console import RunLog
@@ -51,29 +51,6 @@ def index_entries(listing: str) -> dict[str, str]:
         meta, path = entry.split("\t", 1)
         entries[path] = meta.rsplit(" ", 1)[0]
     return entries
-
-
-def link_entries(root: Path, paths: Iterable[str]) -> dict[str, str]:
-    """Return the entries of paths that are symbolic links; git's own hashing would follow them."""
-    entries = {}
-    for path in paths:
-        file = root / path
-        if file.is_symlink():
-            target = os.readlink(os.fsencode(file))
-            entries[path] = (
-                "120000 " + hashlib.sha1(b"blob %d\0" % len(target) + target).hexdigest()
-            )
-    return entries
-
-
-def file_modes(root: Path, paths: Iterable[str]) -> dict[str, str]:
-    """Return the modes of those paths that are regular files, not missing files or repositories."""
-    files = {path: root / path for path in paths}
-    return {
-        path: "100755" if file.stat().st_mode & 0o100 else "100644"
-        for path, file in files.items()
-        if file.is_file() and not file.is_symlink()
-    }
 
 
 def digest(entries: Entries) -> str:
@@ -364,24 +341,9 @@ class Command:
             return self.write("-C", tree, *apply, env=place, check=False).status == 0
 
     def _git(self, args: Sequence[str], env: Mapping[str, str], *, check: bool) -> Answer:
-        program = executable()
-        # GitPython would run in the caller's folder where the path is missing: -C fails instead.
-        argv = [program.GIT_PYTHON_GIT_EXECUTABLE or "git", "-C", str(self.path), *args]
-        from git.exc import GitCommandNotFound
-
         # A lock that a killed git left is removed, and the command that met it is run again.
         for _ in range(3):
-            try:
-                status, out, err = program().execute(
-                    argv,
-                    env={**self._extra, **env},
-                    with_extended_output=True,
-                    with_exceptions=False,
-                    stdout_as_string=False,
-                    strip_newline_in_stdout=False,
-                )
-            except GitCommandNotFound as exc:
-                raise _missing() from exc
+            status, out, err = self._execute(args, env)
             if status == 0 or not remove_named_lock(err, self.path):
                 break
         answer = Answer(status, out.decode(errors="surrogateescape"), err)
@@ -391,6 +353,38 @@ class Command:
             if check:
                 self._raise_git_failure(answer, verb)
         return answer
+
+    def pipe(self, text: bytes, *args: str) -> bytes:
+        """Return the answer of a git command that only reads to a text on its standard input."""
+        with tempfile.TemporaryFile() as file:
+            file.write(text)
+            file.seek(0)
+            status, out, err = self._execute((*LOOKING_FLAGS, *args), LOOKING, file)
+        if status != 0:
+            self._raise_git_failure(Answer(status, "", err), args[0])
+        return out
+
+    def _execute(
+        self, args: Sequence[str], env: Mapping[str, str], file: BinaryIO | None = None
+    ) -> tuple[int, bytes, str]:
+        """Run git without a guard: it ends by itself, and what it writes appears whole."""
+        program = _gitpython()
+        from git.exc import GitCommandNotFound
+
+        try:
+            # GitPython would run in the caller's folder where the path is missing: -C fails.
+            status, out, err = program().execute(
+                [executable(), "-C", str(self.path), *args],
+                istream=file,
+                env={**self._extra, **env},
+                with_extended_output=True,
+                with_exceptions=False,
+                stdout_as_string=False,
+                strip_newline_in_stdout=False,
+            )
+        except GitCommandNotFound as exc:
+            raise _missing() from exc
+        return status, out, err
 
     def _raise_environment_failure(self, answer: Answer, verb: str) -> None:
         """Raise for a failure that is no answer of git: disk, owner of the folder, or a kill."""
@@ -443,7 +437,7 @@ class Command:
         hint = hints.text("repo.network_or_copy")
         try:
             process.run(
-                [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *args],
+                [executable(), *places, *args],
                 env=settings.child_environment("git", git_environment(offline=False) | PATIENCE),
                 run_log=run_log,
                 on_line=on_line,
@@ -483,7 +477,12 @@ def _verb(args: Sequence[str]) -> str:
     return next(arg for arg in args if not arg.startswith("-") and "=" not in arg)
 
 
-def executable() -> "type[gitpython.Git]":
+def executable() -> str:
+    """Return the git program. Raises ToolchainError where git is missing."""
+    return _gitpython().GIT_PYTHON_GIT_EXECUTABLE or "git"
+
+
+def _gitpython() -> "type[gitpython.Git]":
     """Return GitPython's command interface, imported late because the import takes 0.1 s.
 
     Raises ToolchainError where git is missing.

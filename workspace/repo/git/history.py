@@ -1,7 +1,6 @@
 """Changes between two commits: changed and renamed files, commits by path, patches in upstream.
 
 Everything here reads only what the repository holds, except `complete_range` and `carried`.
-`missing` names what a partial clone lacks.
 """
 
 import datetime
@@ -13,8 +12,7 @@ from pathlib import Path
 
 from workspace.core.console import RunLog
 from workspace.core.settings import Settings
-from workspace.repo.git import command
-from workspace.repo.git.command import executable, first_line, split
+from workspace.repo.git.command import split
 from workspace.repo.git.repository import Git
 
 # The diff that format-patch writes, so that a commit and its export have the same patch-id
@@ -33,8 +31,6 @@ _AS_EXPORTED = (
     *("--no-ext-diff", "--no-textconv", "--no-color", "--no-show-signature"),
 )
 _ABSENT = "0" * 40
-# Arguments on one command line; the kernel takes 2 MiB (execve(2)).
-_AT_ONCE = 5000
 # git's own default for renames (git-diff(1), -M).
 _SIMILARITY = "-M50%"
 
@@ -130,8 +126,10 @@ def ancestors(git: Git, names: Iterable[str], commit: str) -> dict[str, str]:
     if not requested:
         return {}
     answers = (
-        _piped(
-            git, "".join(f"{name}^{{commit}}\n" for name in requested), "cat-file", "--batch-check"
+        git.pipe(
+            "".join(f"{name}^{{commit}}\n" for name in requested).encode(),
+            "cat-file",
+            "--batch-check",
         )
         .decode(errors="replace")
         .splitlines()
@@ -234,7 +232,7 @@ def blobs(git: Git, oids: Iterable[str]) -> dict[str, bytes]:
     """Return the content of blobs, by OID, in one call; a missing blob is left out."""
     requested = list(dict.fromkeys(oids))
     answer = (
-        _piped(git, "".join(f"{oid}\n" for oid in requested), "cat-file", "--batch")
+        git.pipe("".join(f"{oid}\n" for oid in requested).encode(), "cat-file", "--batch")
         if requested
         else b""
     )
@@ -249,27 +247,6 @@ def blobs(git: Git, oids: Iterable[str]) -> dict[str, bytes]:
     return contents
 
 
-def missing(git: Git, tree: str, paths: Sequence[str]) -> tuple[str, ...]:
-    """Return the blobs of a commit's tree, below the paths, that a partial clone lacks."""
-    listed = git.look(
-        "rev-list", "--objects", "--missing=print", "--no-walk", f"{tree}^{{tree}}", "--", *paths
-    ).out
-    return tuple(line[1:] for line in listed.splitlines() if line.startswith("?"))
-
-
-def absent(git: Git, oids: Iterable[str]) -> tuple[str, ...]:
-    """Return those of the given blobs that the repository lacks."""
-    requested = list(dict.fromkeys(oids))
-    held: set[str] = set()
-    for start in range(0, len(requested), _AT_ONCE):
-        args = ("rev-list", "--objects", "--missing=print", "--no-walk", "--ignore-missing")
-        held |= {
-            line.split(" ")[0]
-            for line in git.look(*args, *requested[start : start + _AT_ONCE], "--").out.splitlines()
-        }
-    return tuple(oid for oid in requested if oid not in held)
-
-
 def _raw(entries: Sequence[str]) -> Iterator[tuple[str, tuple[str | None, str | None]]]:
     """Yield pairs from `:mode mode oid oid status`, path (git-diff-tree(1), RAW OUTPUT FORMAT)."""
     for meta, path in zip(entries[::2], entries[1::2], strict=True):
@@ -281,39 +258,9 @@ def _patch_ids(git: Git, text: bytes) -> dict[str, str]:
     """Return patch-ids by the OID in the `commit` line above each diff."""
     return {
         line.split(" ")[1]: line.split(" ")[0]
-        for line in _piped(git, text, "patch-id", "--stable").decode().splitlines()
+        for line in git.pipe(text, "patch-id", "--stable").decode().splitlines()
         if re.fullmatch(r"\w+ \w+", line)
     }
-
-
-def _piped(git: Git, text: str | bytes, *args: str) -> bytes:
-    """Return git's answer to a text on its standard input."""
-    program = executable()
-    argv = [
-        program.GIT_PYTHON_GIT_EXECUTABLE or "git",
-        "-C",
-        str(git.path),
-        *command.LOOKING_FLAGS,
-        *args,
-    ]
-    with tempfile.TemporaryFile() as file:
-        file.write(text.encode() if isinstance(text, str) else text)
-        file.seek(0)
-        status, out, err = program().execute(
-            argv,
-            istream=file,
-            env=command.LOOKING,
-            with_extended_output=True,
-            with_exceptions=False,
-            stdout_as_string=False,
-            strip_newline_in_stdout=False,
-        )
-    if status != 0:
-        raise git._failure(
-            f"git {args[0]} in {git.path}: {first_line(err) or f'exited with {status}'}"
-        )
-    answer: bytes = out
-    return answer
 
 
 @dataclass(frozen=True)
@@ -397,7 +344,7 @@ def complete_range(
     """
     if git.setting("remote.origin.promisor") == "true":
         git.talk(
-            ("diff", "--shortstat", "--no-renames", present, commit),
+            ("diff", "--shortstat", "--no-renames", "-O/dev/null", present, commit),
             settings,
             run_log,
             lambda line: None,

@@ -13,7 +13,7 @@ from workspace.core.console import RunLog
 from workspace.core.errors import SourceError
 from workspace.core.files import write_atomic
 from workspace.core.settings import Settings, without_user
-from workspace.repo.git import command, history
+from workspace.repo.git import command
 from workspace.repo.git.command import OnLine, executable, first_line
 from workspace.repo.git.repository import Git
 
@@ -27,7 +27,7 @@ def advertised(
     git has no connect time-out: after `timeout_s` seconds without an answer it is ended with all
     its children. Raises SourceError where the remote cannot be reached.
     """
-    argv = [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", "ls-remote", "--", url, *names]
+    argv = [executable(), "ls-remote", "--", url, *names]
     environment = settings.child_environment("git", command.git_environment(offline=False))
     hint = hints.text("repo.network_or_mirror")
     try:
@@ -69,12 +69,11 @@ def is_branch_name(git: Git, name: str) -> bool:
     )
 
 
-def fetch_main(git: Git, remote: Remote) -> None:
-    """Fetch upstream's main as UPSTREAM. Raises SourceError."""
-    _fetch(git, remote, (f"+refs/heads/main:{UPSTREAM}",))
+def fetch(git: Git, remote: Remote, refspecs: Sequence[str]) -> None:
+    """Fetch history without file contents, or all where the remote refuses filters.
 
-
-def _fetch(git: Git, remote: Remote, refspecs: Sequence[str]) -> None:
+    Raises SourceError.
+    """
     git.fetch(
         remote.url,
         refspecs,
@@ -202,18 +201,8 @@ def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
-_STORE_FLAGS = ("--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
-# git's own request for what a partial clone lacks (promisor-remote.c). A file lists the objects,
-# because the command line would be too long.
-_MISSING = (
-    "-c",
-    "fetch.negotiationAlgorithm=noop",
-    "fetch",
-    *_STORE_FLAGS,
-    "--filter=blob:none",
-    "wanted",
-)
-_WHOLE = ("fetch", "--progress", "--refetch", "--no-filter", *_STORE_FLAGS, "origin")
+_NO_BLOBS = ("partialclonefilter", "blob:none")
+_WHOLE = ("fetch", *_FETCH_FLAGS, "--refetch", "--no-filter", "origin")
 
 
 def open_store(path: Path, checkout: Path) -> Git:
@@ -249,35 +238,22 @@ def take_in(store: Git, repository: Path, ref: str) -> None:
     store.write("fetch", *flags, str(repository), f"+HEAD:{ref}", env=env)
 
 
-def fetch_into_store(store: Git, remote: Remote, refspecs: Sequence[str]) -> None:
-    """Fetch history without file contents, or everything where the remote refuses filters.
-
-    Raises SourceError.
-    """
-    store.set_setting("remote.origin.url", remote.url)
-    _fetch(store, remote, refspecs)
-
-
 def complete_store(
-    store: Git, wanted: Sequence[str], remote: Remote, refspecs: Sequence[str]
+    store: Git, ends: tuple[str, str], commits: Sequence[str], remote: Remote, refspec: str
 ) -> None:
-    """Fetch these blobs of a partial store in one call. Raises SourceError.
+    """Fetch what a partial store lacks to compare two commits, and `commits` with their parents.
 
-    Fetch all of `refspecs` where the remote serves no single objects.
+    Fetch all of `refspec` where the remote serves no single objects. Raises SourceError.
     """
-    for name in ("origin", "wanted"):
-        store.set_setting(f"remote.{name}.url", remote.url)
-    store.set_setting("include.path", "wanted")
-    listed = store.path / "wanted"
-    write_atomic(
-        listed, ('[remote "wanted"]\n' + "".join(f"\tfetch = {oid}\n" for oid in wanted)).encode()
-    )
+    for key, value in (("url", remote.url), ("promisor", "true"), _NO_BLOBS):
+        store.set_setting(f"remote.origin.{key}", value)
+    # git fetches in one call what a diff lacks.
+    lists = [("diff", *ends), *([("log", "--no-walk=unsorted", *commits)] if commits else [])]
     try:
-        store.talk(_MISSING, remote.settings, remote.run_log, remote.on_line)
-        if not history.absent(store, wanted):
-            return
+        for command, *revisions in lists:
+            args = (command, "--shortstat", "--no-renames", "-O/dev/null", *revisions, "--")
+            store.talk(args, remote.settings, remote.run_log, remote.on_line)
     except SourceError:
         remote.run_log.write("the remote serves no single objects; fetching all of them")
-    finally:
-        write_atomic(listed, b"")
-    store.talk((*_WHOLE, *refspecs), remote.settings, remote.run_log, remote.on_line)
+        whole = (*_WHOLE, refspec)
+        store.talk(whole, remote.settings, remote.run_log, remote.on_line)

@@ -1,9 +1,9 @@
 """One repository: its content, its state, and the few ways in which the workspace changes it."""
 
+import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -184,32 +184,6 @@ class Git(Command):
                 return Gitlink(oid, tag == "S")
         return None
 
-    def tree_after(self, base: str, patches: Sequence[Path]) -> str | None:
-        """Return the tree of `base` with all patches applied, or None on a conflict.
-
-        Neither files nor the repository change. As in `am`, a patch that does not apply directly is
-        merged three-way.
-        """
-        with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
-            os.mkdir(f"{folder}/objects")
-            scratch = {
-                "GIT_INDEX_FILE": f"{folder}/index",
-                "GIT_OBJECT_DIRECTORY": f"{folder}/objects",
-                "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self.path_of("objects")),
-            }
-            self.write("read-tree", base, env=scratch)
-            if (
-                patches
-                and not self.applies(*map(str, patches), env=scratch)
-                and not all(
-                    self.applies(str(patch), env=scratch)
-                    or self.applies("--3way", str(patch), env=scratch)
-                    for patch in patches
-                )
-            ):
-                return None
-            return self.write("write-tree", "--missing-ok", env=scratch).out.strip()
-
     def init(self) -> None:
         """Make an empty repository without the user's template."""
         self._trusted = True
@@ -353,7 +327,7 @@ class Git(Command):
             )
         entries = command.index_entries(self.look("ls-files", "-s", "-z", "--", *paths).out)
         changed = [path for code, path in self._status("all", paths) if code[1] != " "]
-        modes = command.file_modes(self.path, changed)
+        modes = _file_modes(self.path, changed)
         hashed: list[str] = []
         for start in range(0, len(modes), _HASHED_AT_ONCE):
             hashed += self.look(
@@ -363,7 +337,7 @@ class Git(Command):
             entries.pop(path, None)
         return (
             entries
-            | command.link_entries(self.path, changed)
+            | _link_entries(self.path, changed)
             | {
                 path: f"{mode} {oid}"
                 for (path, mode), oid in zip(modes.items(), hashed, strict=True)
@@ -385,6 +359,29 @@ class Git(Command):
             ).out
         ):
             yield entry[:2], entry[3:]
+
+
+def _link_entries(root: Path, paths: Iterable[str]) -> dict[str, str]:
+    """Return the entries of paths that are symbolic links; git's own hashing would follow them."""
+    entries = {}
+    for path in paths:
+        file = root / path
+        if file.is_symlink():
+            target = os.readlink(os.fsencode(file))
+            entries[path] = (
+                "120000 " + hashlib.sha1(b"blob %d\0" % len(target) + target).hexdigest()
+            )
+    return entries
+
+
+def _file_modes(root: Path, paths: Iterable[str]) -> dict[str, str]:
+    """Return the modes of those paths that are regular files, not missing files or repositories."""
+    files = {path: root / path for path in paths}
+    return {
+        path: "100755" if file.stat().st_mode & 0o100 else "100644"
+        for path, file in files.items()
+        if file.is_file() and not file.is_symlink()
+    }
 
 
 def changed_paths(before: command.Entries, now: command.Entries) -> tuple[str, ...]:

@@ -305,7 +305,7 @@ class Trial:
         A merge that fails leaves its conflicts in the index.
         """
         how = ("--3way",) if three_way else ()
-        if not self._applies(*how, *map(str, patches)):
+        if patches and not self._applies(*how, *map(str, patches)):
             return False
         self._tree = None
         return True
@@ -382,3 +382,16 @@ def try_on(git: Git, tree: str) -> Iterator[Trial]:
     with tempfile.TemporaryDirectory(prefix="workspace-trial-") as folder:
         os.mkdir(f"{folder}/objects")
         yield Trial(git, Path(folder), tree)
+
+
+def tree_after(git: Git, base: str, patches: Sequence[Path]) -> str | None:
+    """Return the tree of `base` with all patches applied, or None on a conflict.
+
+    Neither files nor the repository change. As in `am`, a patch that does not apply directly is
+    merged three-way.
+    """
+    with try_on(git, base) as trial:
+        is_applied = trial.apply(patches) or all(
+            trial.apply([patch]) or trial.apply([patch], three_way=True) for patch in patches
+        )
+        return trial.tree() if is_applied else None
