@@ -264,6 +264,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("TRITON_BUILD_DIR TRITON_HOME TRITON_PARALLEL_LINK_JOBS TRITON_APPEND_CMAKE_ARGS"
              " DIST_EXTRA_CONFIG", GIVEN, "verb", ("triton",),
              "build directory, downloads, bound for links, compiler launchers"),
+    Variable("PYTHONPATH TRITON_DOWNLOADS_MIRROR", GIVEN, "verb", ("triton",),
+             "its script downloads from the mirror"),
     Variable("TRITON_BUILD_WITH_CCACHE", "OFF", "constant", ("triton",),
              "it would replace the launcher, and compile without a job token"),
     Variable("PYTHONDONTWRITEBYTECODE", "1", "constant", ("triton",),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from workspace.compile import jobs as bounds
-from workspace.compile import triton_build, triton_sources
+from workspace.compile import triton_build
 from workspace.compile.jobs import Jobs, Memory
 from workspace.core import hints, lock
 from workspace.core.console import Console, Row, RunLog, Step
@@ -121,7 +121,7 @@ def _limits(machine: Machine, options: FixOptions) -> tuple[Jobs, Memory]:
             machine.settings,
             cores=host.cores,
             flag=options.jobs,
-            command=triton_sources.FROM_SOURCE,
+            command=triton_build.FROM_SOURCE,
         ),
         bounds.memory(host),
     )
@@ -238,23 +238,12 @@ def _from_source(
 
 def _build(
     machine: Machine, limits: tuple[Jobs, Memory], run_log: RunLog
-) -> tuple[triton_sources.Source, triton_build.Wheel]:
+) -> tuple[triton_build.Source, triton_build.Wheel]:
     """Fetch the sources and downloads, install the requirements, and compile the wheel."""
     layout, settings = machine.layout, machine.settings
     with _step(run_log, "source") as view:
-        tree = triton_sources.prepare_source(layout, settings, run_log=run_log, step=view)
-    with _step(run_log, "downloads") as view:
-        environment = triton_build.environment(
-            layout, settings, limits[0], triton_build.folder(machine)
-        )
-        view.reason = triton_sources.provide_downloads(
-            tree,
-            triton_sources.home_of(settings),
-            settings,
-            environment,
-            run_log=run_log,
-            step=view,
-        )
+        tree = triton_build.prepare_source(layout, settings, run_log=run_log, step=view)
+    triton_build.require_local_folders(settings.child_environment("build"))
     with (
         _step(run_log, "requirements") as view,
         torch.held(layout, step="requirements"),
@@ -284,7 +273,7 @@ def _require_context(layout: Layout, settings: Settings) -> None:
         )
     for place, need in (
         (layout.state, NEEDED_GIB),
-        (triton_sources.home_of(settings), NEEDED_CACHE_GIB),
+        (triton_build.home_of(settings), NEEDED_CACHE_GIB),
     ):
         free = hardware.free_gib(place)
         if free < need:
@@ -295,7 +284,7 @@ def _require_context(layout: Layout, settings: Settings) -> None:
 
 
 def _install(
-    context: Context, tree: triton_sources.Source, wheel: triton_build.Wheel, *, jobs: int
+    context: Context, tree: triton_build.Source, wheel: triton_build.Wheel, *, jobs: int
 ) -> Diagnosis:
     """Install the wheel and verify it; on failure restore the former Triton."""
     layout, settings, run_log = context.layout, context.settings, context.run_log
@@ -334,7 +323,7 @@ def _install(
 
 def _stamp(
     context: Context,
-    tree: triton_sources.Source,
+    tree: triton_build.Source,
     wheel: triton_build.Wheel,
     found: Diagnosis,
     *,

@@ -116,12 +116,12 @@ _REASONS = {
     "it needs a build of the real tree, or of Triton": """
         bump.commit_triton bump.triton_again bump.triton_continue bump.triton_keep
         bump.triton_patch bump.triton_ref bump.triton_stash compile.check_place compile.defect
-        compile.delete_archive compile.delete_external compile.disk_then_resume
-        compile.doctor_cmake compile.doctor_compilers compile.fetch_again compile.llvm_folder
-        compile.mirror_folder compile.network_or_mirror compile.one_job compile.other_archive
+        compile.delete_external compile.disk_then_resume
+        compile.doctor_cmake compile.doctor_compilers
+        compile.network_or_mirror compile.one_job
         compile.override_external compile.rebuild_clean compile.rebuild_target compile.resume
         compile.set_folder compile.then_resume compile.triton_edits compile.triton_log
-        compile.triton_mirror compile.triton_offline compile.triton_origin
+        compile.triton_mirror compile.triton_origin
         compile.unset_external compile.unset_override install.after_change
         install.again_or_native install.bootstrap_rebuild install.build_triton
         install.check_triton install.copy_or_pack install.delete_sandbox install.fix_triton
