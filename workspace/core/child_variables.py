@@ -188,6 +188,8 @@ VARIABLES: tuple[Variable, ...] = (
              "the workspace shows its own progress"),
     Variable("TRITON_CACHE_DIR", GIVEN, "verb", ("run",),
              "the test kernel of fix-triton is compiled, never read from a cache"),
+    Variable("PYTHONPATH", GIVEN, "verb", ("run",),
+             "the test kernel is compiled with a built Triton before that is installed"),
     Variable("HF_HUB_OFFLINE", GIVEN, "verb", ("run",), "a small model is made without the hub"),
     Variable("VLLM_NO_USAGE_STATS", "1", "constant", ("serve",),
              "nothing is sent to vLLM's statistics", is_default=True),
