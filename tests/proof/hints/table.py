@@ -81,8 +81,7 @@ _REASONS = {
         machine.close_folder_as_root machine.cuda_home_after machine.cuda_home_dotenv
         machine.earlyoom machine.earlyoom_on_host machine.install_python
         machine.own_files_of_root machine.own_folder machine.own_token machine.sudoers
-        machine.upgrade_driver machine.uv_python machine.uv_python_anew repo.trust_or_own
-        support.apt_ninja""",
+        machine.upgrade_driver machine.uv_python machine.uv_python_anew repo.trust_or_own""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
         bench.ab_again bench.allow_busy bench.base bench.bisect_abort bench.bisect_more
         bench.bisect_smoke bench.bring_back bench.commit_then_export bench.count_as_bad
