@@ -143,7 +143,6 @@ def make_python(machine: Machine, *, device: str, run_log: RunLog) -> str:
         machine,
         device=device,
         python_version=there.version if there else settings.text("PYTHON_VERSION"),
-        run_log=None,
     )
     if there and there.version in needs.python and interpreter.is_finished(layout):
         return f"Python {there.version} is installed"
@@ -166,7 +165,7 @@ def install_torch(machine: Machine, *, device: str, run_log: RunLog) -> str:
     there = torch.observe(layout, interpreter.installed(layout))
     if settings.switch("USE_EXISTING_TORCH"):
         return _keep_torch(layout, settings, there)
-    needs = _needs(machine, device=device, run_log=None)
+    needs = _needs(machine, device=device)
     wanted = torch.plan(needs.torch, device=device, settings=settings)
     # A CPU build satisfies `torch==2.13.0` for uv, and would stay when the device becomes cuda.
     is_replaced = there is not None and device == "cuda" and there.cuda is None
@@ -225,7 +224,7 @@ def _install_from_sources(
 def install_requirements(machine: Machine, *, device: str, run_log: RunLog) -> str:
     """Install the requirements of build and run, with torch held, then torch's companions."""
     layout, settings = machine.layout, machine.settings
-    needs = _needs(machine, device=device, run_log=run_log)
+    needs = _needs(machine, device=device)
     listed = tuple(dict.fromkeys((*needs.build, *needs.runtime)))
     # A file keeps the command short. It remains, so that a person can copy the command into a
     # shell.
@@ -271,7 +270,7 @@ def install_accelerators(machine: Machine, *, device: str, run_log: RunLog) -> P
 
 def _install_accelerators(machine: Machine, *, device: str, run_log: RunLog) -> None:
     layout, settings = machine.layout, machine.settings
-    needs = _needs(machine, device=device, run_log=None)
+    needs = _needs(machine, device=device)
     if needs.accelerators:
         arguments = ["--prerelease", "allow"] if settings.switch("ALLOW_PRERELEASE") else []
         interpreter.install(
@@ -313,11 +312,7 @@ def _bar(run_log: RunLog) -> Callable[[str], None]:
 
 
 def _needs(
-    machine: Machine,
-    *,
-    device: str,
-    run_log: RunLog | None,
-    python_version: str | None = None,
+    machine: Machine, *, device: str, python_version: str | None = None
 ) -> requirements.Requirements:
     if python_version is None:
         there = machine.python()
@@ -331,7 +326,6 @@ def _needs(
         python_version=python_version,
         use_existing_torch=machine.settings.switch("USE_EXISTING_TORCH"),
         settings=machine.settings,
-        run_log=run_log,
     )
 
 
