@@ -1,5 +1,5 @@
-"""The machine: cores, memory and free disk, its page cache, and the private names that a
-shared report must not contain.
+"""The machine: cores, memory and free disk, its page cache, and the private names that a shared
+report must not contain.
 
 A container's limits count where they are tighter than the machine's.
 """
@@ -43,7 +43,6 @@ SUDOERS = "/etc/sudoers.d/vllm-workspace"
 _ASSIGNMENT = re.compile(
     r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=[ \t]*(.*?)\s*$", re.MULTILINE
 )
-_LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/\"'@:]*):?([^\s/\"']*)@")
 _URL_HOST = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/\"']*@)?([A-Za-z0-9_.-]+)|\b[\w.+-]+@([A-Za-z0-9.-]+):"
 )
@@ -338,14 +337,12 @@ def private(layout: Layout, settings: Settings) -> "Private":
     files = (*configs, layout.dotenv, layout.pins)
     contents = (read_small(path).decode("utf-8", "replace") for path in files)
     configured = "\n".join([*shell.values(), *contents])
-    logins = _LOGIN.findall(configured)
     users, homes = _account()
     users |= {home.name, *(shell.get(name, "") for name in ("USER", "LOGNAME", "SUDO_USER"))}
-    users |= {user for user, password in logins if password}
     homes |= {str(home), str(home.resolve())}
     versions = interpreter.installed(layout).values()
     return Private(
-        secrets=_sorted({*_secrets(layout, settings), *(text or user for user, text in logins)}),
+        secrets=_sorted({*_secrets(layout, settings), *secrets_of([("", configured)])}),
         users=_sorted(users),
         hosts=_sorted(_hosts(shell) | _url_hosts(configured)),
         places=_places(layout, settings, homes),
