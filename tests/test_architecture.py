@@ -99,7 +99,6 @@ MORE_PARAMETERS = {
     "workspace/core/process.py:run",
     "workspace/install/sandbox.py:make",
     "workspace/machine/interpreter.py:install",
-    "workspace/machine/requirements.py:read",
     "workspace/repo/git/remotes.py:clone_shallow",
     "workspace/repo/patching.py:make_branch",
     "workspace/repo/series.py:sentence",

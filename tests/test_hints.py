@@ -99,7 +99,6 @@ PACKAGES = {
     "g++": "/usr/bin/g++",
     "g++-VALUE": "/usr/bin/g++-VALUE",
     "git": "/usr/bin/git",
-    "ninja-build": "/usr/bin/ninja",
     "patch": "/usr/bin/patch",
     "procps": "/sbin/sysctl",
     "python3.12": "/usr/bin/python3.12",

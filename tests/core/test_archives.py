@@ -15,7 +15,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz.strategies import fuzz
-from workspace.core import files
 from workspace.core.errors import WorkspaceError
 from workspace.install import editable
 from workspace.repo import pins
@@ -70,20 +69,6 @@ def as_zip(path: Path, found: list[Member]) -> Path:
     return path
 
 
-def unpacked_tar(folder: Path, found: list[Member]) -> Path:
-    made = folder / "tree"
-    made.mkdir()
-    files.unpack(as_tar(folder / "a.tar.gz", found), made)
-    return made
-
-
-def unpacked_zip(folder: Path, found: list[Member]) -> Path:
-    made = folder / "tree"
-    made.mkdir()
-    files.unpack(as_zip(folder / "a.zip", found), made)
-    return made
-
-
 def release(folder: Path, found: list[Member]) -> Path:
     pin = pins.Pin("vllm", "v1", "1", "0" * 40, "https://invalid/x.git", None, {})
     in_folder = [(f"vllm-1/{name}", kind, target, mode) for name, kind, target, mode in found]
@@ -112,8 +97,6 @@ def _made(folder: Path) -> Path:
 
 
 WAYS: dict[str, Callable[[Path, list[Member]], Path]] = {
-    "tar": unpacked_tar,
-    "zip": unpacked_zip,
     "release archive": release,
     "wheel": wheel,
 }

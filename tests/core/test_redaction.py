@@ -1,13 +1,7 @@
-"""What is masked, in whatever spelling, and what must survive: a report without versions and error
-lines helps nobody.
-"""
+"""What is masked, and what must survive: a report without versions and error lines helps nobody."""
 
-import base64
 import json
-import re
-import shlex
 import string
-from urllib.parse import quote, quote_plus
 
 import pytest
 from hypothesis import assume, given, settings
@@ -18,9 +12,8 @@ from workspace.core.redaction import MASK, Private, Redactor
 SECRET = "s3cr/t+Val=ue-9"
 PRIVATE = Private(
     secrets=(SECRET, "first line\nsecond line"),
-    users=("quentinx", "jürgen", "root", "vllm"),
+    users=("quentinx", "root", "vllm"),
     hosts=("spark-zq7", "git.planted.example.org"),
-    people=("Zoe Plantagenet",),
     places=(
         ("/srv/planted/quentinx", "~"),
         ("/srv/planted/quentinx/clone", "<clone>"),
@@ -63,7 +56,6 @@ REDACTOR = Redactor(PRIVATE)
         ),
         (r"up\n10.0.0.5\n02:42:ac:11:00:02", r"up\n<ip>\n<mac>"),
         ("GPU-8f9e1234-1234-1234-1234-123456789abc", "GPU-<uuid>"),
-        (f"X-Login: {base64.b64encode(b'bob@corp.example.org:word').decode()}", "X-Login: ****"),
         (
             (
                 "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz\naC1rZXk=\n-----END OPENSSH PRIVATE"
@@ -83,24 +75,13 @@ REDACTOR = Redactor(PRIVATE)
             "torchinductor_<user> <user>, <user>'s\\n<user>",
         ),
         ("spark-zq7 spark-zq7.corp.example.org SPARK-ZQ7: x", "<host> <host> <host>: x"),
-        ("zoe.plantagenet, Zoe  Plantagenet", "<person>, <person>"),
         ("\x1b[32mquentinx\x1b[0m", "<user>"),
-        (
-            json.dumps(
-                "a\n"
-                + base64.b64encode(b"quentinx").decode()
-                + "\n"
-                + base64.b64encode(b"xyz:Zoe Plantagenet").decode()
-            ),
-            r'"a\n****\n****"',
-        ),
-        (json.dumps("jürgen war da\njürgen"), '"**** war da\\n<user>"'),
+        (json.dumps(f"a\n{SECRET}\nquentinx"), r'"a\n****\n<user>"'),
     ],
 )
 def test_private_things_are_masked_and_their_context_stays(text: str, masked: str) -> None:
     found = REDACTOR.text(text)
-    assert "jürgen" in text or "\\u00fc" in text or found == masked
-    assert "rgen" not in found
+    assert found == masked
     assert REDACTOR.text(found) == found
 
 
@@ -143,24 +124,7 @@ def test_what_a_bug_report_is_about_survives(line: str) -> None:
 
 
 def spellings(text: str) -> list[str]:
-    raw = text.encode()
-    return [
-        text,
-        quote(text, safe=""),
-        re.sub("%..", lambda match: match[0].lower(), quote(text)),
-        quote_plus(text),
-        quote(quote(text, safe=""), safe=""),
-        json.dumps(text)[1:-1],
-        json.dumps(json.dumps(text))[3:-3],
-        shlex.quote(text),
-        repr(raw)[2:-1],
-        *(
-            base64.b64encode(before + raw + after).decode()
-            for before in (b"", b"u:", b"user:", b"ab")
-            for after in (b"", b"\n", b"zz")
-        ),
-        base64.urlsafe_b64encode(b"user:" + raw).decode(),
-    ]
+    return [text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]]
 
 
 args = st.text(st.characters(blacklist_categories=("Cs",)), min_size=0, max_size=60)
@@ -211,7 +175,7 @@ def test_any_bytes_are_masked_or_refused(content: bytes) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(secrets, args, args, st.integers(0, 20))
-def test_secret_at_any_place_and_in_any_spelling_is_gone(
+def test_secret_at_any_place_is_gone_also_as_json_writes_it(
     secret: str, before: str, after: str, number: int
 ) -> None:
     forms = spellings(secret)
@@ -241,7 +205,6 @@ def test_any_private_names_can_be_masked(
             secrets=(secret,),
             users=(user,),
             hosts=(host,),
-            people=(user,),
             places=((place, "<place>"), (f"/{place}", "~")),
         )
     )

@@ -1,7 +1,4 @@
-"""The decision and the act of each fix on real files: .env, checkout, environment.
-
-A former Triton is restored file by file.
-"""
+"""The decision and the act of each fix on real files: .env, checkout, environment."""
 
 import os
 import zipfile
@@ -19,7 +16,7 @@ from workspace.install import stamp, triton_diagnosis, triton_fixes
 from workspace.install.precompiled import KernelSource
 from workspace.install.triton_diagnosis import Diagnosis, Stale
 from workspace.install.triton_fixes import FIXES, Context
-from workspace.machine import dotenv, interpreter, venv
+from workspace.machine import dotenv, interpreter
 from workspace.machine.dotenv import Assembler, Trial, Verdict
 
 __all__ = ["built", "house"]
@@ -176,77 +173,6 @@ def test_folder_that_cannot_be_moved_is_a_sentence(house):
             Context(house.machine(), run_log),
             replace(NOTHING, stale=(Stale(house.layout.root / "gone", ""),)),
         )
-
-
-def test_former_triton_comes_back_with_every_file_though_an_installer_has_removed_it(house, built):
-    settings = built()
-    house.wheel(
-        "triton", "3.7.1", files={"triton/__init__.py": b"old = 1\n", "triton/_C/lib.so": b"\0"}
-    )
-    house.wheel("triton", "3.8.0", files={"triton/__init__.py": b"", "triton/new.py": b""})
-    with house.run_log(settings) as run_log:
-        interpreter.install(house.layout, settings, ["triton==3.7.1"], run_log=run_log)
-        packages = interpreter.site_packages(house.layout)[0]
-        before = {
-            path.relative_to(packages): path.read_bytes()
-            for path in packages.rglob("triton*/**/*")
-            if path.is_file()
-        }
-        kept = venv.keep_former(house.layout)
-        interpreter.install(
-            house.layout,
-            settings,
-            ["--reinstall-package", "triton", "triton==3.8.0"],
-            run_log=run_log,
-        )
-        assert venv.keep_former(house.layout).version == "3.7.1", (
-            "a run that resumes after a kill keeps the first"
-        )
-        venv.restore_former(house.layout, settings, kept, run_log=run_log)
-    assert {
-        path.relative_to(packages): path.read_bytes()
-        for path in packages.rglob("triton*/**/*")
-        if path.is_file()
-    } == before
-    assert (house.machine().triton().version, venv.is_former_kept(house.layout)) == (
-        "3.7.1",
-        False,
-    )
-
-
-def test_where_there_was_no_triton_there_is_none_again(house, built):
-    settings = built()
-    house.wheel("triton", "3.8.0")
-    with house.run_log(settings) as run_log:
-        kept = venv.keep_former(house.layout)
-        interpreter.install(house.layout, settings, ["triton"], run_log=run_log)
-        venv.restore_former(house.layout, settings, kept, run_log=run_log)
-    assert house.machine().triton() is None
-
-
-@pytest.mark.parametrize(
-    ("vouched", "after"), [("3.7.1", "3.7.1"), ("3.8.0", "3.8.0"), (None, "3.7.1")]
-)
-def test_former_of_a_killed_run_comes_back_unless_bootstrap_has_vouched_for_another(
-    house, built, vouched, after
-):
-    settings = built()
-    for version in ("3.7.1", "3.8.0"):
-        house.wheel("triton", version)
-    with house.run_log(settings) as run_log:
-        interpreter.install(house.layout, settings, ["triton==3.7.1"], run_log=run_log)
-        venv.keep_former(house.layout)
-        interpreter.install(house.layout, settings, ["triton==3.8.0"], run_log=run_log)
-        if vouched:
-            stamp.write(
-                house.layout.stamp("environment"),
-                stamp.Stamp(inputs={}, packages={"triton": vouched}),
-            )
-        triton_fixes.restore_former(Context(house.machine(), run_log))
-    assert (house.machine().triton().version, venv.is_former_kept(house.layout)) == (
-        after,
-        False,
-    )
 
 
 def test_stamp_of_the_environment_records_the_installed_triton(house, built):

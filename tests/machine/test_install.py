@@ -91,9 +91,7 @@ def test_contradiction_is_a_build_error_and_not_blamed_on_the_index(house, built
     house.wheel("leaf", "2.0")
     house.wheel("root", "1.0", requires=("leaf==2.0",))
     with pytest.raises(BuildError):
-        install(
-            house, settings, "root==1.0", constraints=("leaf==1.0",), hint="the hint of the caller"
-        )
+        install(house, settings, "root==1.0", constraints=("leaf==1.0",))
 
 
 @pytest.mark.parametrize(

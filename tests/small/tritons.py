@@ -2,7 +2,6 @@
 downloads.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -17,7 +16,7 @@ from tests.small.materials import git
 from tests.small.world import World
 
 HERE = Path(__file__).parent
-SYSTEMS = ("ubuntu-arm64", "ubuntu-x64", "almalinux-arm64", "almalinux-x64")
+SYSTEMS = ("ubuntu-arm64", "ubuntu-x64")
 # The pin of a small world before there is a Triton in it.
 UNPINNED = "1" * 40
 
@@ -43,10 +42,9 @@ def make(world: World, folder: Path, *, layout: str = "root") -> Upstream:
     if layout == "python":
         for name in ("setup.py", "pyproject.toml"):
             (tree / name).rename(tree / "python" / name)
-    info = tree / "cmake" / "llvm-info.json"
-    output = json.loads(info.read_text())
-    output["sha256sum"] = {system: _pack_llvm(network, output, system) for system in SYSTEMS}
-    info.write_text(json.dumps(output))
+    output = json.loads((tree / "cmake" / "llvm-info.json").read_text())
+    for system in SYSTEMS:
+        _pack_llvm(network, output, system)
     _pack_others(network)
     git(tree, "init", "--quiet")
     for key in ("uploadpack.allowFilter", "uploadpack.allowAnySHA1InWant"):
@@ -77,16 +75,14 @@ def make(world: World, folder: Path, *, layout: str = "root") -> Upstream:
     return Upstream(tree, pinned, network)
 
 
-def _pack_llvm(network: Path, output: dict[str, object], system: str) -> str:
+def _pack_llvm(network: Path, output: dict[str, object], system: str) -> None:
     name = f"llvm-{str(output['llvm_hash'])[:8]}-{system}-{output['build_number']}"
     path = network / "oaitriton.blob.core.windows.net" / "public" / "llvm-builds" / f"{name}.tar.gz"
-    return _pack(path, {f"{name}/include/llvm/small.h": b"#define SMALL_LLVM 40\n"})
+    _pack(path, {f"{name}/include/llvm/small.h": b"#define SMALL_LLVM 40\n"})
 
 
 def _pack_others(network: Path) -> None:
-    """NVIDIA's tools, one of them with its hash in the list of its release, and the JSON
-    library.
-    """
+    """NVIDIA's tools and the JSON library."""
     base, machine = (
         network / "developer.download.nvidia.com" / "compute" / "cuda" / "redist",
         platform.machine(),
@@ -98,18 +94,8 @@ def _pack_others(network: Path) -> None:
         ("cuda_crt", "13.1.80", "include/crt/host.h"),
     ):
         name = f"{component}-{system}-{version}-archive"
-        digest = _pack(
-            base / component / system / f"{name}.tar.xz", {f"{name}/{member}": b"#!/bin/sh\n"}
-        )
-        entry = {
-            component: {
-                "name": component,
-                system: {"relative_path": f"{component}/{system}/{name}.tar.xz", "sha256": digest},
-            }
-        }
-        short = ".".join(version.split(".")[:2])
-        patch = 1 if version.startswith("12") else 0
-        (base / f"redistrib_{short}.{patch}.json").write_text(json.dumps(entry))
+        place = base / component / system / f"{name}.tar.xz"
+        _pack(place, {f"{name}/{member}": b"#!/bin/sh\n"})
     archive = (
         network
         / "github.com"
@@ -125,8 +111,8 @@ def _pack_others(network: Path) -> None:
         made.writestr("include/nlohmann/json.hpp", "// small\n")
 
 
-def _pack(path: Path, members: dict[str, bytes]) -> str:
-    """Write an archive whose bytes are the same each time, and return its hash."""
+def _pack(path: Path, members: dict[str, bytes]) -> None:
+    """Write an archive."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(
         path, "w:xz" if path.suffix == ".xz" else "w", format=tarfile.PAX_FORMAT
@@ -135,7 +121,6 @@ def _pack(path: Path, members: dict[str, bytes]) -> str:
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(content), 0o755
             archive.addfile(entry, io.BytesIO(content))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def builds(world: World) -> list[Path]:

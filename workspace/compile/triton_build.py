@@ -1,8 +1,9 @@
-"""Wheel of Triton, built from its tree: setup.py runs CMake and ninja under the same job server and
-limits as a rebuild of vLLM.
+"""Triton from its tree: sources with patches, requirements, and the wheel.
 
-The build directory stays, so a second build compiles only what changed. In the tree the build
-writes only files that git ignores.
+setup.py runs CMake and ninja under the same job server and limits as a rebuild of vLLM. Triton's
+own script (python/build_helpers.py) fetches LLVM, NVIDIA's tools and a JSON library while CMake
+configures, and keeps them in TRITON_HOME. The build directory stays, so a second build compiles
+only what changed. In the tree the build writes only files that git ignores.
 """
 
 import hashlib
@@ -12,23 +13,32 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from workspace.compile import job_server, ninja, triton_sources
+from workspace.compile import job_server, ninja
 from workspace.compile.costs import unit_at
 from workspace.compile.jobs import Jobs, Memory
 from workspace.compile.progress import Cells, Meter
-from workspace.compile.triton_sources import FROM_SOURCE, Source, requirements
 from workspace.core import hints, process, records
 from workspace.core.console import RunLog, Step
-from workspace.core.errors import BuildError, SourceError
+from workspace.core.errors import BuildError, CheckoutError, SettingsError, SourceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, torch
 from workspace.machine.machine import Machine
+from workspace.repo import checkout, patches, pins
+from workspace.repo.git import Git
 
+FROM_SOURCE = "./scripts/inv fix-triton --from-source"
+# One CMake serves vLLM and Triton (vLLM's requirements/build, Triton's pyproject.toml).
+CMAKE = "cmake>=3.26.1,<4"
+# setup.py needs these by import or on PATH; a build without isolation must have them.
+_ALWAYS = ("setuptools", "wheel", "ninja")
+MIRROR = "TRITON_DOWNLOADS_MIRROR"
 # A link of all of LLVM takes several GiB, while the job tokens count compilers: limit the links.
 LINKS_AT_ONCE = 2
 # Variables of the run time. Triton's CMake takes them for an external assembler, and then builds a
@@ -36,6 +46,123 @@ LINKS_AT_ONCE = 2
 _NOT_FOR_A_BUILD = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 _NO_NETWORK = re.compile(r"urllib\.error\.\w+|^\s*curl: \(\d+\)")
 _STATUS = re.compile(r"^\[(\d+)/(\d+)\]")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tree to build. `project` is the folder with its setup.py, the root or python/; `content` is
+    its tree OID, `patches` the number of applied patches.
+    """
+
+    tree: Path
+    project: Path
+    ref: str
+    commit: str
+    content: str
+    patches: int
+
+
+def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step: Step) -> Source:
+    """Put vendor/triton at the pin with its patches, and clone it if it is missing.
+
+    Raises CheckoutError if it has edits, commits that are no patches, or an unfinished operation;
+    SourceError if it cannot be fetched.
+    """
+    pin = pins.load(layout.pins).triton
+    there = checkout.ensure(layout, pin, settings, choice="git", run_log=run_log, step=step)
+    stack = patches.apply(layout, "triton", pin, there, run_log=run_log)
+    shown = layout.relative(layout.triton)
+    if stack.dirty:
+        raise CheckoutError(
+            f"{shown} has local edits ({', '.join(stack.dirty[:3])}) that are in no patch; they are"
+            " kept, and nothing is built",
+            hint=hints.text("compile.triton_edits", shown=shown),
+        )
+    project = next(
+        (
+            folder
+            for folder in (layout.triton, layout.triton / "python")
+            if (folder / "setup.py").is_file()
+        ),
+        None,
+    )
+    if project is None:
+        raise BuildError(
+            f"{shown} has no setup.py, neither in its root nor in python/",
+            hint=hints.text("compile.triton_origin", shown=shown),
+        )
+    content = Git(layout.triton).tree("HEAD")
+    step.reason = f"{pin.tag} {pin.commit[:12]}" + (
+        f", {len(stack.names)} patches" if stack.names else ""
+    )
+    return Source(layout.triton, project, pin.tag, pin.commit, content, len(stack.names))
+
+
+def requirements(source: Source) -> tuple[str, ...]:
+    """Return what the build needs in `.vllm`: the tree's pyproject.toml and
+    python/requirements.txt, except for CMake, which vLLM needs too.
+    """
+    lines: list[str] = []
+    try:
+        project = records.parse_toml((source.project / "pyproject.toml").read_bytes())
+        system = records.convert(project.get("build-system", {}), dict[str, Any])
+        lines += records.convert(system.get("requires", []), list[str])
+    except FileNotFoundError:
+        pass
+    except records.DecodeError as exc:
+        raise BuildError(
+            f"pyproject.toml of Triton cannot be read: {exc}",
+            hint=hints.text("core.git_status", folder=source.tree),
+        ) from exc
+    listed = source.tree / "python" / "requirements.txt"
+    if listed.is_file():
+        lines += [
+            line.strip()
+            for line in listed.read_text(encoding="utf-8").splitlines()
+            if re.match(r"\s*[A-Za-z]", line)
+        ]
+    named = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower(): line for line in (*_ALWAYS, *lines)}
+    named["cmake"] = CMAKE
+    return tuple(named[name] for name in sorted(named))
+
+
+def is_offline(environment: Mapping[str, str]) -> bool:
+    """Return whether a build of Triton downloads nothing, as its setup.py reads the switch."""
+    return environment.get("TRITON_OFFLINE_BUILD", "").lower() in ("1", "on", "yes", "true", "y")
+
+
+def require_local_folders(environment: Mapping[str, str]) -> None:
+    """Raise SettingsError where an offline build lacks a folder, before any compilation."""
+    missing = [name for name in ("LLVM_SYSPATH", "JSON_SYSPATH") if not environment.get(name)]
+    if is_offline(environment) and missing:
+        raise SettingsError(
+            f"TRITON_OFFLINE_BUILD is on, but no local folder is set in {' and '.join(missing)}",
+            hint=hints.text("compile.set_folder", variable=missing[0]),
+        )
+
+
+def mirror(layout: Layout, settings: Settings, folder: Path) -> dict[str, str]:
+    """Return the variables that let Triton's script download from TRITON_DOWNLOADS_MIRROR.
+
+    `folder` gets the module of the mirror under the name that Python imports at its start.
+    """
+    place = settings.text(MIRROR)
+    if not place:
+        return {}
+    program = (layout.probes / "triton_mirror.py").read_bytes()
+    write_atomic(folder / "sitecustomize.py", program)
+    address = place if "://" in place else Path(place).expanduser().absolute().as_uri()
+    return {"PYTHONPATH": str(folder), MIRROR: address}
+
+
+def home_of(settings: Settings) -> Path:
+    """Return TRITON_HOME of a build: the folder of the downloads of all clones."""
+    named = settings.passed.get("TRITON_HOME")
+    return Path(
+        settings.shell.get("TRITON_HOME")
+        or (named.text if named else "")
+        or settings.cache / "triton"
+    ).expanduser()
 
 
 @dataclass(frozen=True)
@@ -84,7 +211,6 @@ def environment(layout: Layout, settings: Settings, jobs: Jobs, build: Path) -> 
     """Return the environment of setup.py and its children."""
     launcher = job_server.install(build / job_server.FOLDER)
     present = settings.child_environment("build")
-    is_offline = triton_sources.is_offline(present)
     launchers = [
         f"-D{name}={command}"
         for name, command in ninja.launchers(settings, launcher).items()
@@ -93,9 +219,10 @@ def environment(layout: Layout, settings: Settings, jobs: Jobs, build: Path) -> 
     arguments = [*map(shlex.quote, launchers), present.get("TRITON_APPEND_CMAKE_ARGS", "")]
     given: dict[str, str | None] = {
         **ninja.environment(layout, settings, jobs, launcher),
-        **({} if is_offline else dict.fromkeys(_NOT_FOR_A_BUILD)),
+        **({} if is_offline(present) else dict.fromkeys(_NOT_FOR_A_BUILD)),
         "TRITON_BUILD_DIR": str(build / "cmake"),
-        "TRITON_HOME": str(triton_sources.home_of(settings)),
+        "TRITON_HOME": str(home_of(settings)),
+        **mirror(layout, settings, build / "mirror"),
         "TRITON_PARALLEL_LINK_JOBS": str(min(jobs.count, LINKS_AT_ONCE)),
         "TRITON_APPEND_CMAKE_ARGS": " ".join(arguments).strip(),
         # setuptools reads it beside setup.cfg: it puts the assembled files into the build directory
@@ -170,10 +297,10 @@ def _explained(exc: BuildError, output: "BuildOutput") -> BuildError | SourceErr
     """Return the error for a failed build: a download, CMake's first error, or `exc` itself."""
     if output.network_error:
         return SourceError(
-            "Triton's build cannot download a file that it fetches by itself:"
-            f" {output.network_error}",
-            hint=hints.text("compile.triton_offline"),
-            details=exc.details,
+            f"Triton's build cannot download a file: {output.network_error}",
+            hint=hints.text("compile.triton_mirror"),
+            # The log only: the last lines are tracebacks of setup.py.
+            details=exc.details[-1:],
         )
     if output.cmake_error:
         return BuildError(
@@ -185,8 +312,8 @@ def _explained(exc: BuildError, output: "BuildOutput") -> BuildError | SourceErr
 
 
 class BuildOutput:
-    """Reader of a build's output: CMake's first error, a failed download of Triton's own script,
-    and ninja's number of steps, with which the units become known.
+    """Reader of a build's output: CMake's first error, a failed download of Triton's script, and
+    ninja's number of steps, with which the units become known.
     """
 
     def __init__(self, build: Path) -> None:

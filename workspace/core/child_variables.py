@@ -188,6 +188,8 @@ VARIABLES: tuple[Variable, ...] = (
              "the workspace shows its own progress"),
     Variable("TRITON_CACHE_DIR", GIVEN, "verb", ("run",),
              "the test kernel of fix-triton is compiled, never read from a cache"),
+    Variable("PYTHONPATH", GIVEN, "verb", ("run",),
+             "the test kernel is compiled with a built Triton before that is installed"),
     Variable("HF_HUB_OFFLINE", GIVEN, "verb", ("run",), "a small model is made without the hub"),
     Variable("VLLM_NO_USAGE_STATS", "1", "constant", ("serve",),
              "nothing is sent to vLLM's statistics", is_default=True),
@@ -264,6 +266,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("TRITON_BUILD_DIR TRITON_HOME TRITON_PARALLEL_LINK_JOBS TRITON_APPEND_CMAKE_ARGS"
              " DIST_EXTRA_CONFIG", GIVEN, "verb", ("triton",),
              "build directory, downloads, bound for links, compiler launchers"),
+    Variable("PYTHONPATH TRITON_DOWNLOADS_MIRROR", GIVEN, "verb", ("triton",),
+             "its script downloads from the mirror"),
     Variable("TRITON_BUILD_WITH_CCACHE", "OFF", "constant", ("triton",),
              "it would replace the launcher, and compile without a job token"),
     Variable("PYTHONDONTWRITEBYTECODE", "1", "constant", ("triton",),

@@ -337,38 +337,6 @@ def check_zip(archive: "zipfile.ZipFile") -> None:
             raise ValueError(f"{item.filename!r} is neither file nor folder")
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar file of others into a folder; no member leaves it, or has more rights.
-
-    Raises SourceError for an archive that is damaged or has another member.
-    """
-    import tarfile
-    import zipfile
-    import zlib
-
-    def checked(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-        inner_path(member.name)
-        return tarfile.data_filter(member, path)
-
-    try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as zipped:
-                check_zip(zipped)
-                zipped.extractall(folder)
-        else:
-            with tarfile.open(archive) as packed:
-                packed.extractall(folder, filter=checked)
-    except (
-        *(tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError),
-        # A member below another one that is a file.
-        *(FileExistsError, NotADirectoryError, IsADirectoryError),
-    ) as exc:
-        raise SourceError(
-            f"{archive.name} cannot be unpacked: {exc}",
-            hint=hints.text("core.what_it_is", path=archive),
-        ) from exc
-
-
 def differences(
     recorded: Mapping[str, str],
     current: Mapping[str, str],

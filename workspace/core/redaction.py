@@ -1,35 +1,27 @@
-"""Masking of private data: secrets, people, paths and addresses.
+"""Masking of private data: secrets, users, hosts, paths and addresses.
 
 Pure: text in, text out. The caller names what is known to be private (`Private`); other private
-data is known by its form. Masking is idempotent and never raises; a line that does not settle is
-masked whole.
+data is known by its form. A secret is known as it is written and as JSON writes it; what else goes
+into a report is the caller's choice. Masking is idempotent and never raises; a line that does not
+settle is masked whole.
 """
 
-import base64
-import html
 import ipaddress
 import json
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import quote, quote_plus
 
 from workspace.core.known_settings import SECRET_NOUNS, SECRET_PARTS, SECRET_TERM
 
 MASK = "****"
 ROUNDS = 8
-# A URL in a URL in a URL.
-LAYERS = 3
 SHORTEST_SECRET = 4
 SHORTEST_NAME = 2
-# Of what is decoded to be looked at, and of what a known secret is known by.
-SHORTEST_BASE64 = 12
-SHORTEST_CORE = 8
 # Names that say nothing about anybody; as words they are what a report is about, and some are
 # labels of ours.
 PUBLIC_NAME = re.compile(
-    r"root|users?|hosts?|vm|clone|email|home|tmp|cache|masked|ip|mac|uuid|person|private|key|admin"
+    r"root|users?|hosts?|vm|clone|email|home|tmp|cache|masked|ip|mac|uuid|private|key|admin"
     r"|nobody|daemon|guest|runner|git|oauth2|x-access-token|__token__"
     r"|localhost|localdomain|local|ubuntu|debian|linux|container|docker|vscode|python3?|torch|vllm"
     r"|triton|cuda|nvidia|gpu|cpu|build|test|dev|workspace|ip6-\w+",
@@ -130,17 +122,7 @@ _BEFORE_VERSION = re.compile(
     re.IGNORECASE,
 )
 _UUID = re.compile(rf"(?:\b|{_ESCAPE})" r"(GPU|MIG)-[0-9a-f]{8}-[0-9a-f-]{27}\b", re.IGNORECASE)
-_BASE64 = re.compile(
-    rf"(?:{_ESCAPE}|(?<![A-Za-z0-9+/_\\-]))"
-    r"[A-Za-z0-9+/_-]{" + str(SHORTEST_BASE64) + r",}={0,2}"
-)
-_BASE64_LEFT = re.compile(r"[A-Za-z0-9+/_-]*\Z")
-_BASE64_RIGHT = re.compile(r"[A-Za-z0-9+/_-]*={0,2}")
-_ESCAPED = re.compile(
-    rb"%([0-9A-Fa-f]{2})|\\+x([0-9A-Fa-f]{2})|\\+([0-3][0-7]{2})|\\+u([0-9A-Fa-f]{4})"
-)
 _HOLE = re.compile(rb"\0{16,}")
-_TOKENS = re.compile(r"[^\s\"'<>]+")
 
 
 @dataclass(frozen=True)
@@ -153,7 +135,6 @@ class Private:
     secrets: tuple[str, ...] = ()
     users: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
-    people: tuple[str, ...] = ()
     places: tuple[tuple[str, str], ...] = ()
     versions: frozenset[str] = frozenset()
 
@@ -163,39 +144,24 @@ class Redactor:
 
     def __init__(self, private: Private) -> None:
         secrets = {
-            line
+            form
             for secret in private.secrets
             for line in (secret, *secret.splitlines())
-            if _is_secret(line)
+            for form in (line, json.dumps(line)[1:-1], json.dumps(line, ensure_ascii=False)[1:-1])
+            if _is_secret(form)
         }
-        self._secrets = sorted(
-            {form for secret in secrets for form in _spellings(secret) if _is_secret(form)},
-            key=lambda form: (-len(form), form),
-        )
-        names = [
-            name
-            for name in (*private.users, *private.hosts, *private.people)
-            if not PUBLIC_NAME.fullmatch(name) and not _is_public(name)
+        self._secrets = sorted(secrets, key=lambda form: (-len(form), form))
+        places = {(path.rstrip("/"), label) for path, label in private.places}
+        self._places = [
+            (path, label, _place(path))
+            for path, label in sorted(places, key=lambda place: (-len(place[0]), place))
+            if len(path) > 1
         ]
-        self._cores = sorted(
-            {core for known in (*secrets, *names) for core in _base64_cores(known)},
-            key=lambda core: (-len(core), core),
-        )
-        places = sorted(
-            {
-                (path.rstrip("/"), label)
-                for path, label in private.places
-                if len(path.rstrip("/")) > 1
-            },
-            key=lambda place: (-len(place[0]), place),
-        )
-        self._places = [(path, label, _place(path)) for path, label in places]
         self._hosts = _names(
             (host for host in private.hosts if not _is_public(host)),
             extended_by=r"(?:(?:\.[A-Za-z0-9-]+){2,6})?",
         )
         self._users = _names(private.users)
-        self._people = _people(private.people)
         self._versions = private.versions
 
     def text(self, text: str) -> str:
@@ -247,34 +213,9 @@ class Redactor:
         return masked
 
     def _line(self, line: str) -> str:
-        if "%" in line or "\\" in line:
-            line = _TOKENS.sub(lambda match: MASK if self._is_veiled(match[0]) else match[0], line)
-        line = _BASE64.sub(
-            lambda match: (
-                MASK if any(self._plain(text) != text for text in _decoded(match[0])) else match[0]
-            ),
-            line,
-        )
-        return self._plain(line)
-
-    def _is_veiled(self, token: str) -> bool:
-        """Return whether escapes hide private data in this token."""
-        shown = self._plain(token)
-        for _ in range(LAYERS):
-            if (meant := _unescaped(token)) == token:
-                return False
-            token, shown = meant, _unescaped(shown)
-            if self._plain(token) != shown:
-                return True
-        return False
-
-    def _plain(self, line: str) -> str:
         for secret in self._secrets:
             if secret in line:
                 line = line.replace(secret, MASK)
-        for core in self._cores:
-            while core in line:
-                line = _without_run(line, core)
         for path, label, pattern in self._places:
             if path in line:
                 line = pattern.sub(label, line)
@@ -288,11 +229,7 @@ class Redactor:
                 lambda match: match[0] if _is_reserved(match[1]) else "<email>",
                 _REMOTE.sub(_remote, line),
             )
-        for names, label in (
-            (self._hosts, "<host>"),
-            (self._people, "<person>"),
-            (self._users, "<user>"),
-        ):
+        for names, label in ((self._hosts, "<host>"), (self._users, "<user>")):
             if names is not None:
                 line = names.sub(label, line)
         return self._addresses(_OTHER_HOME.sub(r"\1<user>", line))
@@ -336,91 +273,15 @@ def _is_secret(text: str) -> bool:
     )
 
 
-def _spellings(text: str) -> Iterator[str]:
-    """Yield a text as JSON (also twice), URL, shell, HTML, Python and other encodings write it."""
-    for form in dict.fromkeys(
-        (text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text))
-    ):
-        yield form
-        for ascii_only in (True, False):
-            escaped = json.dumps(form, ensure_ascii=ascii_only)[1:-1]
-            twice = json.dumps(escaped, ensure_ascii=ascii_only)[1:-1]
-            yield from (escaped, twice, escaped.replace("/", "\\/"))
-        for quoted in (
-            quote(form, safe="", errors="surrogatepass"),
-            quote(form, errors="surrogatepass"),
-            quote_plus(form, errors="surrogatepass"),
-        ):
-            yield from (quoted, re.sub(r"%..", lambda match: match[0].lower(), quoted))
-        raw = form.encode("utf-8", "surrogatepass")
-        yield from (
-            form.replace("'", "'\"'\"'"),
-            html.escape(form),
-            repr(form)[1:-1],
-            repr(raw)[2:-1],
-            raw.decode("utf-8", "replace"),
-        )
-        yield form.encode("latin-1", "replace").decode("utf-8", "replace")
-
-
-def _base64_cores(secret: str) -> Iterator[str]:
-    """Yield the letters that base64 gives a secret at any offset, such as in `user:secret`."""
-    raw = secret.encode("utf-8", "surrogatepass")
-    for before in range(3):
-        coded = base64.b64encode(b"\0" * before + raw).decode().rstrip("=")
-        # The first and last letters also hold bits of the neighbours.
-        whole = coded[(0, 2, 3)[before] : (before + len(raw)) * 8 // 6]
-        if len(whole) >= SHORTEST_CORE:
-            yield from (whole, whole.translate(str.maketrans("+/", "-_")))
-
-
-def _without_run(line: str, core: str) -> str:
-    """Mask the whole base64 token that contains `core`: its rest may be the user's name."""
-    start = line.index(core)
-    left, right = _BASE64_LEFT.search(line, 0, start), _BASE64_RIGHT.match(line, start + len(core))
-    begin, end = left.start() if left else start, right.end() if right else start + len(core)
-    is_escape = begin < start and line[begin - 1 : begin] == "\\"
-    return line[: begin + is_escape] + MASK + line[end:]
-
-
 def _names(names: Iterable[str], *, extended_by: str = "") -> re.Pattern[str] | None:
+    """Match names as whole words, in any case."""
     private = {
-        form
-        for name in names
-        if len(name) >= SHORTEST_NAME and not PUBLIC_NAME.fullmatch(name)
-        for form in _spellings(name)
+        name for name in names if len(name) >= SHORTEST_NAME and not PUBLIC_NAME.fullmatch(name)
     }
-    parts = sorted(
-        (form for form in private if len(form) >= SHORTEST_NAME),
-        key=lambda form: (-len(form), form),
-    )
-    return (
-        re.compile(
-            _BEGIN + "(?:" + "|".join(re.escape(part) for part in parts) + ")" + extended_by + _END,
-            re.IGNORECASE,
-        )
-        if parts
-        else None
-    )
-
-
-def _people(people: Iterable[str]) -> re.Pattern[str] | None:
-    """Match names of several parts, however joined; single parts count as user names do."""
-    phrases = {
-        tuple(parts)
-        for person in people
-        if (parts := re.split(r"[\s._-]+", person.strip())) and len("".join(parts)) >= SHORTEST_NAME
-    }
-    patterns = sorted(
-        r"[\s._-]+".join(re.escape(part) for part in parts)
-        for parts in phrases
-        if not (len(parts) == 1 and PUBLIC_NAME.fullmatch(parts[0]))
-    )
-    return (
-        re.compile(_BEGIN + "(?:" + "|".join(reversed(patterns)) + ")" + _END, re.IGNORECASE)
-        if patterns
-        else None
-    )
+    if not private:
+        return None
+    parts = sorted(map(re.escape, private), key=lambda part: (-len(part), part))
+    return re.compile(_BEGIN + f"(?:{'|'.join(parts)})" + extended_by + _END, re.IGNORECASE)
 
 
 def _place(path: str) -> re.Pattern[str]:
@@ -474,25 +335,3 @@ def _ipv6(match: re.Match[str]) -> str:
     # `a::b` is C++ as well.
     is_code = not re.search(r"\d", match[0])
     return match[0] if is_code or address.is_loopback or address.is_unspecified else "<ip>"
-
-
-def _unescaped(token: str) -> str:
-    """Return the meaning of %2F, \\x2f, \\057 or \\u002f in a token, one layer deep."""
-    return _ESCAPED.sub(_byte, token.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
-
-
-def _byte(match: re.Match[bytes]) -> bytes:
-    if match[4]:
-        return chr(int(match[4], 16)).encode("utf-8", "surrogatepass")
-    return bytes([int(match[1] or match[2], 16) if match[1] or match[2] else int(match[3], 8)])
-
-
-def _decoded(run: str) -> Iterator[str]:
-    """Yield each text that a base64 token may encode; for a path, also of its parts."""
-    for token in dict.fromkeys((run, *run.split("/"))):
-        letters = token.rstrip("=").translate(str.maketrans("-_", "+/"))
-        if len(letters) >= SHORTEST_BASE64 and len(letters) % 4 != 1:
-            # What does not decode to text is a hash, a path or a token.
-            text = base64.b64decode(letters + "=" * (-len(letters) % 4)).decode("utf-8", "replace")
-            if "\ufffd" not in text and text.isprintable():
-                yield text

@@ -19,7 +19,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp
 from workspace.install.status import is_met, origin, pairing
-from workspace.machine import arch, dotenv, interpreter, jit_caches, torch, venv
+from workspace.machine import arch, dotenv, interpreter, jit_caches, torch
 from workspace.machine.dotenv import Verdict
 from workspace.machine.machine import Case, Machine
 from workspace.repo.git import Git, repository
@@ -105,7 +105,6 @@ def diagnose(machine: Machine) -> Diagnosis:
     foreign = jit_caches.foreign(machine, stack)
     findings = (
         _installed(layout, installed, build, paired),
-        *_unfinished(layout),
         *(_assembler(case, verdict, capability) for verdict in verdicts),
         *((_kernel(kernel, is_gpu_torch=is_gpu_torch),) if kernel else ()),
         _shadow(layout, shadow),
@@ -122,13 +121,6 @@ def _fault(name: str, text: str, cause: str, fix: str, *, state: State = State.F
     return Row(state, name, text, f"{cause}; fix: {fix}")
 
 
-def _unfinished(layout: Layout) -> tuple[Row, ...]:
-    if not venv.is_former_kept(layout):
-        return ()
-    seen, cause = "a build's installation", "it was interrupted between two Tritons"
-    return (_fault("unfinished", seen, cause, "restore the former Triton"),)
-
-
 def _tree(layout: Layout) -> str:
     """Return the tree OID that caches are keyed by; other screens report a broken repository."""
     try:
@@ -137,14 +129,18 @@ def _tree(layout: Layout) -> str:
         return jit_caches.NONE
 
 
-def try_kernel(layout: Layout, settings: Settings, capability: str) -> Kernel:
-    """Compile a kernel for this capability with the installed Triton, without any cache.
+def try_kernel(
+    layout: Layout, settings: Settings, capability: str, *, packages: Path | None = None
+) -> Kernel:
+    """Compile a kernel for this capability with the installed Triton, without any cache, or with
+    the one in the folder `packages`.
 
     On a GPU, also run it and compare the result with torch's. Raises NoAnswer where it takes longer
     than PROBE_S or is killed.
     """
     with tempfile.TemporaryDirectory(prefix="triton-probe-") as folder:
-        environment = settings.child_environment("run", {"TRITON_CACHE_DIR": folder})
+        given = {"PYTHONPATH": str(packages)} if packages else {}
+        environment = settings.child_environment("run", {"TRITON_CACHE_DIR": folder, **given})
         argv: list[process.Argument] = [
             layout.environment_python,
             layout.probes / "triton_kernel.py",
@@ -163,6 +159,11 @@ def try_kernel(layout: Layout, settings: Settings, capability: str) -> Kernel:
             last = (done.stderr.strip().splitlines() or [""])[-1]
             status = process.describe_status(done.returncode)
             return Kernel(f"the compiler {status}: {last}", "", "", None)
+    return _judged(report)
+
+
+def _judged(report: dict[str, Any]) -> Kernel:
+    """Return the result that the report of the probe means."""
     shadow = Path(report["triton_kernels"]) if report["triton_kernels"] else None
     if report["error"]:
         found = _CAUSE.search(report["error"])

@@ -6,11 +6,13 @@ fix helps, or on request. The caller passes `provide`, which moves vendor/triton
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from workspace.compile import jobs as bounds
-from workspace.compile import triton_build, triton_sources
+from workspace.compile import triton_build
 from workspace.compile.jobs import Jobs, Memory
 from workspace.core import hints, lock
 from workspace.core.console import Console, Row, RunLog, Step
@@ -19,10 +21,10 @@ from workspace.core.files import sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp, triton_fixes
-from workspace.install.triton_diagnosis import Diagnosis, diagnose, try_kernel
+from workspace.install.triton_diagnosis import Diagnosis, Kernel, diagnose, try_kernel
 from workspace.install.triton_fixes import Context, Fix
-from workspace.machine import hardware, interpreter, torch, venv
-from workspace.machine.machine import Machine
+from workspace.machine import dotenv, hardware, interpreter, torch
+from workspace.machine.machine import Case, Machine
 from workspace.repo import pins
 
 # GiB that a build adds: objects and libraries, and LLVM with NVIDIA's tools among the downloads
@@ -85,7 +87,7 @@ def run(
 def _fix(
     machine: Machine, *, console: Console, wait: bool, is_from_source: bool
 ) -> tuple[Context, Diagnosis]:
-    """Under the lock, undo an interrupted installation and apply the fixes."""
+    """Apply the fixes under the lock."""
     layout, settings = machine.layout, machine.settings
     with (
         lock.hold(layout.lock, verb="inv fix-triton", wait=wait, on_wait=console.info) as held,
@@ -94,7 +96,6 @@ def _fix(
         ) as run_log,
     ):
         context = Context(machine, run_log)
-        triton_fixes.restore_former(context)
         found = _apply_fixes(context, diagnose(context.reread()), is_from_source=is_from_source)
         if run_log.path:
             console.info(f"log: {layout.relative(run_log.path)}")
@@ -121,7 +122,7 @@ def _limits(machine: Machine, options: FixOptions) -> tuple[Jobs, Memory]:
             machine.settings,
             cores=host.cores,
             flag=options.jobs,
-            command=triton_sources.FROM_SOURCE,
+            command=triton_build.FROM_SOURCE,
         ),
         bounds.memory(host),
     )
@@ -238,23 +239,12 @@ def _from_source(
 
 def _build(
     machine: Machine, limits: tuple[Jobs, Memory], run_log: RunLog
-) -> tuple[triton_sources.Source, triton_build.Wheel]:
+) -> tuple[triton_build.Source, triton_build.Wheel]:
     """Fetch the sources and downloads, install the requirements, and compile the wheel."""
     layout, settings = machine.layout, machine.settings
     with _step(run_log, "source") as view:
-        tree = triton_sources.prepare_source(layout, settings, run_log=run_log, step=view)
-    with _step(run_log, "downloads") as view:
-        environment = triton_build.environment(
-            layout, settings, limits[0], triton_build.folder(machine)
-        )
-        view.reason = triton_sources.provide_downloads(
-            tree,
-            triton_sources.home_of(settings),
-            settings,
-            environment,
-            run_log=run_log,
-            step=view,
-        )
+        tree = triton_build.prepare_source(layout, settings, run_log=run_log, step=view)
+    triton_build.require_local_folders(settings.child_environment("build"))
     with (
         _step(run_log, "requirements") as view,
         torch.held(layout, step="requirements"),
@@ -284,7 +274,7 @@ def _require_context(layout: Layout, settings: Settings) -> None:
         )
     for place, need in (
         (layout.state, NEEDED_GIB),
-        (triton_sources.home_of(settings), NEEDED_CACHE_GIB),
+        (triton_build.home_of(settings), NEEDED_CACHE_GIB),
     ):
         free = hardware.free_gib(place)
         if free < need:
@@ -295,53 +285,62 @@ def _require_context(layout: Layout, settings: Settings) -> None:
 
 
 def _install(
-    context: Context, tree: triton_sources.Source, wheel: triton_build.Wheel, *, jobs: int
+    context: Context, tree: triton_build.Source, wheel: triton_build.Wheel, *, jobs: int
 ) -> Diagnosis:
-    """Install the wheel and verify it; on failure restore the former Triton."""
+    """Verify the wheel, then install it: a wheel whose test kernel fails replaces no Triton."""
     layout, settings, run_log = context.layout, context.settings, context.run_log
-    former, recorded = venv.keep_former(layout), stamp.read(layout.stamp("triton"))
+    with _step(run_log, "verify") as view:
+        view.reason = _prove(context, wheel.path)
     stamp.withdraw(layout.stamp("triton"))
     try:
         with _step(run_log, "install") as view, torch.held(layout, step="install"):
             arguments = ["--no-deps", "--reinstall-package", "triton", str(wheel.path)]
             interpreter.install(layout, settings, arguments, run_log=run_log, failure=BuildError)
             view.reason = f"triton {interpreter.installed(layout).get('triton')}, torch unchanged"
-        with _step(run_log, "verify") as view:
-            found = _verified(context)
-            view.reason = found.kernel.summary if found.kernel else ""
-    except BaseException as exc:
-        venv.restore_former(layout, settings, former, run_log=run_log)
+    finally:
         triton_fixes.record_installed(layout)
-        if recorded:
-            stamp.write(layout.stamp("triton"), recorded)
-        if isinstance(exc, BuildError):
-            result = (
-                f"triton {former.version} is in .vllm again"
-                if former.version
-                else "no Triton is installed, as before"
-            )
-            raise BuildError(
-                f"the built Triton failed and was removed: {exc.message}; {result}",
-                hint=exc.hint,
-                details=exc.details,
-            ) from exc
-        raise
-    venv.drop_former(former)
-    stamp.write(layout.stamp("triton"), _stamp(context, tree, wheel, found, jobs=jobs))
-    triton_fixes.record_installed(layout)
-    return diagnose(context.reread())
+    found = diagnose(context.reread())
+    kernel = found.kernel or try_kernel(layout, settings, found.capability)
+    _require_right(kernel)
+    stamp.write(layout.stamp("triton"), _stamp(context, tree, wheel, kernel, jobs=jobs))
+    return found
+
+
+def _prove(context: Context, wheel: Path) -> str:
+    """Compile the test kernel with a Triton beside the installed one, and return a summary.
+
+    Raises BuildError where the kernel fails.
+    """
+    layout, settings = context.layout, context.settings
+    with tempfile.TemporaryDirectory(dir=layout.state, prefix="triton-") as folder:
+        arguments = ["--no-deps", "--target", folder, str(wheel)]
+        interpreter.install(
+            layout, settings, arguments, run_log=context.run_log, failure=BuildError
+        )
+        capability = dotenv.capability_of(Case(context.machine))
+        kernel = try_kernel(layout, settings, capability, packages=Path(folder))
+    _require_right(kernel)
+    return kernel.summary
+
+
+def _require_right(kernel: Kernel) -> None:
+    if kernel.error:
+        raise BuildError(
+            f"the built Triton is not used: the test kernel fails: {kernel.error}",
+            hint=hints.text("install.triton_ref"),
+        )
 
 
 def _stamp(
     context: Context,
-    tree: triton_sources.Source,
+    tree: triton_build.Source,
     wheel: triton_build.Wheel,
-    found: Diagnosis,
+    kernel: Kernel,
     *,
     jobs: int,
 ) -> stamp.Stamp:
     """Return the stamp of a verified Triton that was built here."""
-    installed, build = found.installed, context.machine.torch()
+    installed, build = context.machine.triton(), context.machine.torch()
     patched = (
         f"{tree.patches} {'patch' if tree.patches == 1 else 'patches'}" if tree.patches else ""
     )
@@ -359,19 +358,7 @@ def _stamp(
             "sha256": sha256(wheel.path),
             "seconds": f"{wheel.seconds:.0f}",
             "jobs": str(jobs),
-            "kernel": found.kernel.summary if found.kernel else "",
-            "run": found.kernel.run if found.kernel else "",
+            "kernel": kernel.summary,
+            "run": kernel.run,
         },
     )
-
-
-def _verified(context: Context) -> Diagnosis:
-    """Diagnose the installed Triton. Raises BuildError where its test kernel fails."""
-    found = diagnose(context.reread())
-    kernel = found.kernel or try_kernel(context.layout, context.settings, found.capability)
-    if kernel.error:
-        raise BuildError(
-            f"the test kernel fails: {kernel.error}",
-            hint=hints.text("install.triton_ref"),
-        )
-    return found

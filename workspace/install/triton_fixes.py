@@ -18,7 +18,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp
 from workspace.install.triton_diagnosis import Diagnosis, brought
-from workspace.machine import dotenv, interpreter, jit_caches, venv
+from workspace.machine import dotenv, interpreter, jit_caches
 from workspace.machine.arch import key
 from workspace.machine.dotenv import Verdict
 from workspace.machine.machine import Case, Machine
@@ -271,29 +271,6 @@ def record_installed(layout: Layout) -> None:
             {"triton": version} if version else {}
         )
         stamp.write(layout.stamp("environment"), replace(recorded, packages=packages))
-
-
-def restore_former(context: Context) -> None:
-    """Restore the former Triton after a run that was killed while it installed another.
-
-    A Triton that bootstrap has recorded since then stays.
-    """
-    layout = context.layout
-    if not venv.is_former_kept(layout):
-        return
-    former, version = venv.keep_former(layout), interpreter.installed(layout).get("triton")
-    recorded = stamp.read(layout.stamp("environment"))
-    if version is not None and version in (
-        former.version,
-        recorded.packages.get("triton") if recorded else None,
-    ):
-        venv.drop_former(former)
-        return
-    venv.restore_former(layout, context.settings, former, run_log=context.run_log)
-    record_installed(layout)
-    context.run_log.console.info(
-        f"an interrupted run is undone: triton {former.version or 'none'} is in .vllm again"
-    )
 
 
 FIXES = (

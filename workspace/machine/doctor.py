@@ -1,5 +1,5 @@
 """The faults of this machine, each with the command that fixes it: `inv doctor`, and the preflight
-of verbs that build or serve.
+of verbs that build.
 
 A preflight selects from the one table of checks. Checks only read, and run in parallel.
 """
@@ -28,9 +28,9 @@ from workspace.machine.machine import Case, Machine, unanswered
 
 __all__ = ["CHECKS", "examine", "preflight", "required_compiler", "show"]
 
-# The purpose of a check: a bootstrap for a device, compiling kernels, serving. `inv doctor` runs
-# all checks, `network` only without --offline.
-Purpose = Literal["cpu", "cuda", "native", "serve", "network"]
+# The purpose of a check: a bootstrap for a device, compiling kernels. `inv doctor` runs all checks,
+# `network` only without --offline.
+Purpose = Literal["cpu", "cuda", "native", "network"]
 SCHEMA = 1
 # Compressed objects of two builds: an estimate, not a measurement.
 CACHE_GIB = {"cpu": 1.0, "cuda": 10.0}
@@ -202,27 +202,27 @@ CHECKS: tuple[Check, ...] = (
     _check(doctor_host.owner),
     _check(doctor_host.rights),
     _check(doctor_host.architecture),
-    _check(doctor_host.cores, "native", "serve"),
-    _check(doctor_host.memory, "native", "serve"),
-    _check(doctor_host.swap, "native", "serve"),
-    _check(doctor_host.oom_daemon, "native", "serve"),
+    _check(doctor_host.cores, "native"),
+    _check(doctor_host.memory, "native"),
+    _check(doctor_host.swap, "native"),
+    _check(doctor_host.oom_daemon, "native"),
     _check(doctor_toolchain.python, "cpu", "cuda", "native"),
     _check(doctor_toolchain.git, "cpu", "cuda", "native"),
     _check(doctor_toolchain.git_identity),
     _check(doctor_toolchain.uv, "cpu", "cuda", "native"),
-    _check(doctor_toolchain.headers, "cpu", "cuda", "native", "serve"),
+    _check(doctor_toolchain.headers, "cpu", "cuda", "native"),
     _check(doctor_toolchain.compiler, "cuda", "native"),
     _check(doctor_toolchain.cmake, "native"),
     _check(doctor_toolchain.ninja, "native"),
     _check(doctor_toolchain.patch, "native"),
     _check(ccache, "native"),
-    _check(doctor_toolchain.driver, "cuda", "serve"),
+    _check(doctor_toolchain.driver, "cuda"),
     _check(doctor_toolchain.toolkit, "cuda", "native"),
-    _check(doctor_toolchain.agreement, "cuda", "native", "serve"),
+    _check(doctor_toolchain.agreement, "cuda", "native"),
     _check(doctor_toolchain.archs, "native"),
-    _check(dotenv.ptxas, "serve"),
-    _check(run_environment.library_path, "native", "serve"),
-    _check(doctor_toolchain.running_programs, "native", "serve"),
+    _check(dotenv.ptxas),
+    _check(run_environment.library_path, "native"),
+    _check(doctor_toolchain.running_programs, "native"),
     _check(doctor_host.token),
     _check(doctor_host.settings),
     _check(doctor_host.proxy, "network"),
@@ -239,17 +239,15 @@ def preflight(
     device: str,
     is_native: bool,
     need_gib: Mapping[Path, float],
-    for_serving: bool = False,
     is_environment_due: bool = False,
 ) -> tuple[Row, ...]:
-    """Check what a verb needs, disk first: for a bootstrap or, with `for_serving`, for a server.
+    """Check what a bootstrap or a rebuild needs, disk first.
 
     With `is_native` the verb compiles; with `is_environment_due` it installs what `.vllm` lacks.
     `need_gib` maps folders to GiB.
     """
-    wanted: set[Purpose] = {"serve"} if for_serving else {"cuda" if device == "cuda" else "cpu"}
-    if is_native and not for_serving:
-        wanted.add("native")
+    wanted: set[Purpose] = {"cuda" if device == "cuda" else "cpu"}
+    wanted |= {"native"} if is_native else set()
     case = Case(
         machine,
         device=device,

@@ -1,5 +1,5 @@
-"""The machine: cores, memory and free disk, its page cache, and the private names that a
-shared report must not contain.
+"""The machine: cores, memory and free disk, its page cache, and the private names that a shared
+report must not contain.
 
 A container's limits count where they are tighter than the machine's.
 """
@@ -23,7 +23,7 @@ from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.known_settings import secrets_of
-from workspace.core.paths import PROJECTS, Layout, is_changed_only_by
+from workspace.core.paths import Layout, is_changed_only_by
 from workspace.core.process import Broken
 from workspace.core.settings import Settings
 
@@ -43,12 +43,9 @@ SUDOERS = "/etc/sudoers.d/vllm-workspace"
 _ASSIGNMENT = re.compile(
     r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=[ \t]*(.*?)\s*$", re.MULTILINE
 )
-_LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/\"'@:]*):?([^\s/\"']*)@")
 _URL_HOST = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/\"']*@)?([A-Za-z0-9_.-]+)|\b[\w.+-]+@([A-Za-z0-9.-]+):"
 )
-_MAIL_LINE = re.compile(rb"^(?:From|Author|Commit|Cc|[A-Za-z-]+-by): .*$", re.MULTILINE)
-_IDENTITY = re.compile(r"^\s*(?:name|email|user)\s*=\s*(.+?)\s*$", re.MULTILINE)
 TAIL_BYTES = 2 << 20
 _ADDRESS_LIKE = re.compile(r"\d+(\.\d+){3}")
 # Folders whose paths are not private.
@@ -335,23 +332,19 @@ def private(layout: Layout, settings: Settings) -> "Private":
 
     shell = settings.shell
     home = Path(shell.get("HOME") or "/")
-    gitconfigs = (home / ".gitconfig", layout.root / ".git" / "config")
-    modules = (layout.root / ".gitmodules", layout.vllm / ".git" / "config")
-    files = (*gitconfigs, *modules, layout.dotenv, layout.pins)
+    gits = (layout.root / ".git", layout.vllm / ".git")
+    configs = (home / ".gitconfig", layout.root / ".gitmodules", *(git / "config" for git in gits))
+    files = (*configs, layout.dotenv, layout.pins)
     contents = (read_small(path).decode("utf-8", "replace") for path in files)
     configured = "\n".join([*shell.values(), *contents])
-    logins = _LOGIN.findall(configured)
-    users, people, homes = _account()
+    users, homes = _account()
     users |= {home.name, *(shell.get(name, "") for name in ("USER", "LOGNAME", "SUDO_USER"))}
-    users |= {user for user, password in logins if password}
-    people |= _identities(layout, b"\n".join(read_small(path) for path in gitconfigs))
     homes |= {str(home), str(home.resolve())}
     versions = interpreter.installed(layout).values()
     return Private(
-        secrets=_sorted({*_secrets(layout, settings), *(text or user for user, text in logins)}),
+        secrets=_sorted({*_secrets(layout, settings), *secrets_of([("", configured)])}),
         users=_sorted(users),
         hosts=_sorted(_hosts(shell) | _url_hosts(configured)),
-        people=tuple(sorted(people)),
         places=_places(layout, settings, homes),
         versions=frozenset(text for text in versions if _ADDRESS_LIKE.fullmatch(text)),
     )
@@ -397,44 +390,16 @@ def _url_hosts(configured: str) -> set[str]:
     }
 
 
-def _account() -> tuple[set[str], set[str], set[str]]:
-    """Return the login names, full names and homes that the system has for this user."""
-    users, people, homes = set[str](), set[str](), set[str]()
+def _account() -> tuple[set[str], set[str]]:
+    """Return the login names and homes that the system has for this user."""
+    users, homes = set[str](), set[str]()
     with contextlib.suppress(OSError, KeyError):
         users.add(getpass.getuser())
     with contextlib.suppress(KeyError):
         entry = pwd.getpwuid(os.getuid())
         users.add(entry.pw_name)
-        people.add(entry.pw_gecos.split(",")[0])
         homes |= {entry.pw_dir, str(Path(entry.pw_dir).resolve())}
-    return users, {name for name in people if name.strip()}, homes
-
-
-def _identities(layout: Layout, config: bytes) -> set[str]:
-    """Return names and addresses of git's user and of everybody in the patches' headers.
-
-    Reserved addresses (.invalid) are left out.
-    """
-    from email import message_from_bytes
-    from email.policy import default as mail
-    from email.utils import getaddresses
-
-    found = set(_IDENTITY.findall(config.decode("utf-8", "replace")))
-    for project in PROJECTS:
-        for patch in layout.patches(project).glob("*.patch"):
-            headers = [
-                line.decode("utf-8", "replace").partition(": ")[2]
-                for line in _MAIL_LINE.findall(read_small(patch))
-            ]
-            # The parser fails on some malformed headers.
-            with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
-                headers.append(
-                    str(message_from_bytes(read_small(patch), policy=mail).get("From", ""))
-                )
-            for name, address in getaddresses(headers):
-                if not address.endswith((".invalid", "@invalid")):
-                    found |= {name, address}
-    return {name for name in found if name.strip()}
+    return users, homes
 
 
 def _hosts(shell: Mapping[str, str]) -> set[str]:

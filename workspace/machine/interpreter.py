@@ -115,7 +115,6 @@ def choose(
     *,
     supported: "SpecifierSet",
     wheel_pythons: frozenset[str] | None = None,
-    run_log: RunLog | None = None,
 ) -> Choice:
     """Choose the Python for `.vllm`: PYTHON_VERSION where it is installed or can be fetched, else
     the newest supported one.
@@ -133,7 +132,7 @@ def choose(
     )
     is_fetch_useful = (choice is None or choice.reason) and not is_bound and preferred in supported
     if is_fetch_useful and toolchain.fetch_python(
-        uv(layout), settings, preferred, state=layout.state, run_log=run_log
+        uv(layout), settings, preferred, state=layout.state
     ):
         choice = foresee(layout, settings, supported=supported, wheel_pythons=wheel_pythons)
     if choice is None:
@@ -286,13 +285,12 @@ def install(
     phase_env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
     failure: type[WorkspaceError] = BuildError,
-    hint: str | None = None,
 ) -> None:
     """Install into `.vllm` through uv.
 
     With `phase_env` it runs setup.py of vLLM, with these variables. Raises SourceError where the
     index cannot be reached or lacks a version, ToolchainError where the disk is full or not
-    writable, and `failure` with `hint` for everything else.
+    writable, and `failure` for everything else.
     """
     phase: Phase = "plain" if phase_env is None else "install"
     shown, secret = _without_credentials(arguments)
@@ -310,7 +308,6 @@ def install(
                 run_log=run_log,
                 on_line=_keeping(output, watch.line, on_line),
                 failure=failure,
-                hint=hint,
             )
     except failure as exc:
         if watch.stalled:

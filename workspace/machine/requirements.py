@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workspace.core import hints, process, records
-from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.settings import Settings
 
@@ -70,7 +69,6 @@ def read(
     python_version: str,
     use_existing_torch: bool,
     settings: Settings,
-    run_log: RunLog | None = None,
 ) -> Requirements:
     """Read the requirements of `tree` for a device (cpu or cuda), a machine (x86_64, aarch64) and a
     Python version.
@@ -79,9 +77,7 @@ def read(
     where the tree's own script that removes torch is missing or leaves it in.
     """
     with (
-        _editable_copy(tree, settings, run_log)
-        if use_existing_torch
-        else contextlib.nullcontext(tree)
+        _editable_copy(tree, settings) if use_existing_torch else contextlib.nullcontext(tree)
     ) as root:
         project, text = _project(root)
         files: dict[str, str] = {"pyproject.toml": text}
@@ -172,7 +168,7 @@ def _overrides(
 
 
 @contextlib.contextmanager
-def _editable_copy(tree: Path, settings: Settings, run_log: RunLog | None) -> Iterator[Path]:
+def _editable_copy(tree: Path, settings: Settings) -> Iterator[Path]:
     """Yield a copy of the tree's requirements from which its own script has removed torch."""
     script = next((tree / name for name in _SCRIPTS if (tree / name).is_file()), None)
     if script is None:
@@ -188,25 +184,17 @@ def _editable_copy(tree: Path, settings: Settings, run_log: RunLog | None) -> It
             if file.is_file():
                 shutil.copy(file, copy)
         # Its patterns are relative: outside the copy it would find no file, and report no error.
-        if run_log:
-            process.run(
-                [sys.executable, script],
-                env=settings.child_environment("plain"),
-                run_log=run_log,
-                cwd=copy,
+        done = process.capture(
+            [sys.executable, script],
+            env=settings.child_environment("plain"),
+            cwd=copy,
+            timeout_s=SCRIPT_S,
+        )
+        if done.returncode != 0:
+            raise BuildError(
+                f"{script} {process.describe_status(done.returncode)}",
+                details=tuple(done.stderr.splitlines()[-10:]),
             )
-        else:
-            done = process.capture(
-                [sys.executable, script],
-                env=settings.child_environment("plain"),
-                cwd=copy,
-                timeout_s=SCRIPT_S,
-            )
-            if done.returncode != 0:
-                raise BuildError(
-                    f"{script} {process.describe_status(done.returncode)}",
-                    details=tuple(done.stderr.splitlines()[-10:]),
-                )
         yield copy
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workspace.core import hints, process, records
-from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
@@ -200,9 +199,7 @@ def _list_pythons(uv: Path, environment: tuple[tuple[str, str], ...]) -> process
     )
 
 
-def fetch_python(
-    uv: Path, settings: Settings, version: str, *, state: Path, run_log: RunLog | None
-) -> bool:
+def fetch_python(uv: Path, settings: Settings, version: str, *, state: Path) -> bool:
     """Fetch a Python through uv and return whether that succeeds.
 
     After a failure the next attempt is a day later; a file in the folder `state` has the time.
@@ -218,8 +215,6 @@ def fetch_python(
     }
     environment = settings.child_environment("plain", haste)
     argv = [str(uv), "python", "install", "--no-bin", version]
-    if run_log:
-        run_log.command(" ".join(argv))
     with contextlib.suppress(ToolchainError):
         if process.capture(argv, env=environment, timeout_s=FETCH_S).returncode == 0:
             _list_pythons.cache_clear()

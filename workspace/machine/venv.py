@@ -1,15 +1,14 @@
 """The steps that fill `.vllm`, in order: the interpreter, torch, the tree's requirements, and the
-accelerators' compilers; the repair of partial packages, and a copy of Triton to return to.
+accelerators' compilers; and the repair of partial packages.
 
 Each step acts and returns a sentence on the result. Whether a step is due is decided elsewhere.
 """
 
 import csv
-import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +27,6 @@ IMPORT_S = 600.0
 _NEEDED = ("METADATA", "RECORD", "INSTALLER")
 # uv's names for files that it has not renamed yet.
 _UNFINISHED = ".tmp??????"
-# The list of the kept files of a former Triton.
-_LIST = "files.json"
 CUDA_MAJOR = "13"
 # uv's lines on a large download, off a terminal: `Downloading torch (502.3MiB)`, later
 # ` Downloaded torch`.
@@ -146,7 +143,6 @@ def make_python(machine: Machine, *, device: str, run_log: RunLog) -> str:
         machine,
         device=device,
         python_version=there.version if there else settings.text("PYTHON_VERSION"),
-        run_log=None,
     )
     if there and there.version in needs.python and interpreter.is_finished(layout):
         return f"Python {there.version} is installed"
@@ -169,7 +165,7 @@ def install_torch(machine: Machine, *, device: str, run_log: RunLog) -> str:
     there = torch.observe(layout, interpreter.installed(layout))
     if settings.switch("USE_EXISTING_TORCH"):
         return _keep_torch(layout, settings, there)
-    needs = _needs(machine, device=device, run_log=None)
+    needs = _needs(machine, device=device)
     wanted = torch.plan(needs.torch, device=device, settings=settings)
     # A CPU build satisfies `torch==2.13.0` for uv, and would stay when the device becomes cuda.
     is_replaced = there is not None and device == "cuda" and there.cuda is None
@@ -228,7 +224,7 @@ def _install_from_sources(
 def install_requirements(machine: Machine, *, device: str, run_log: RunLog) -> str:
     """Install the requirements of build and run, with torch held, then torch's companions."""
     layout, settings = machine.layout, machine.settings
-    needs = _needs(machine, device=device, run_log=run_log)
+    needs = _needs(machine, device=device)
     listed = tuple(dict.fromkeys((*needs.build, *needs.runtime)))
     # A file keeps the command short. It remains, so that a person can copy the command into a
     # shell.
@@ -274,7 +270,7 @@ def install_accelerators(machine: Machine, *, device: str, run_log: RunLog) -> P
 
 def _install_accelerators(machine: Machine, *, device: str, run_log: RunLog) -> None:
     layout, settings = machine.layout, machine.settings
-    needs = _needs(machine, device=device, run_log=None)
+    needs = _needs(machine, device=device)
     if needs.accelerators:
         arguments = ["--prerelease", "allow"] if settings.switch("ALLOW_PRERELEASE") else []
         interpreter.install(
@@ -316,11 +312,7 @@ def _bar(run_log: RunLog) -> Callable[[str], None]:
 
 
 def _needs(
-    machine: Machine,
-    *,
-    device: str,
-    run_log: RunLog | None,
-    python_version: str | None = None,
+    machine: Machine, *, device: str, python_version: str | None = None
 ) -> requirements.Requirements:
     if python_version is None:
         there = machine.python()
@@ -334,7 +326,6 @@ def _needs(
         python_version=python_version,
         use_existing_torch=machine.settings.switch("USE_EXISTING_TORCH"),
         settings=machine.settings,
-        run_log=run_log,
     )
 
 
@@ -402,86 +393,3 @@ def _broken_companions(layout: Layout, settings: Settings, here: list[str]) -> l
         return here
     errors = records.decode(done.stdout, dict[str, str | None])
     return [name for name, error in errors.items() if error and name in here]
-
-
-@dataclass(frozen=True)
-class Former:
-    """A kept Triton; `version` is None where there was none."""
-
-    folder: Path
-    version: str | None
-    files: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _FormerList:
-    """The version and the files of a kept Triton; file N of the folder is `files[N]`."""
-
-    version: str | None
-    files: tuple[str, ...]
-
-
-def keep_former(layout: Layout) -> Former:
-    """Keep the files of the installed Triton.
-
-    The files that a killed run kept already are the ones to return to.
-    """
-    folder = layout.environment / ".workspace" / "former-triton"
-    if kept := records.read(folder / _LIST, _FormerList):
-        return Former(folder, kept.version, kept.files)
-    shutil.rmtree(folder, ignore_errors=True)
-    version = interpreter.installed(layout).get("triton")
-    names = tuple(_listed(layout, version)) if version else ()
-    (folder / "files").mkdir(parents=True)
-    for index, path in enumerate(names):
-        os.link(layout.environment / path, folder / "files" / str(index), follow_symlinks=False)
-    # Written last: without the list nothing has changed yet.
-    records.write(folder / _LIST, _FormerList(version, names))
-    return Former(folder, version, names)
-
-
-def is_former_kept(layout: Layout) -> bool:
-    """Return whether a killed run left a Triton to return to."""
-    return (layout.environment / ".workspace" / "former-triton" / _LIST).is_file()
-
-
-def restore_former(layout: Layout, settings: Settings, former: Former, *, run_log: RunLog) -> None:
-    """Uninstall the present Triton and restore every file of the former Triton."""
-    if "triton" in interpreter.installed(layout):
-        process.run(
-            [
-                interpreter.uv(layout),
-                *("pip", "uninstall", "--python"),
-                layout.environment_python,
-                "triton",
-            ],
-            env=settings.child_environment("plain"),
-            cwd=layout.root,
-            run_log=run_log,
-        )
-    for index, path in enumerate(former.files):
-        place = layout.environment / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.unlink(missing_ok=True)
-        os.link(former.folder / "files" / str(index), place, follow_symlinks=False)
-    drop_former(former)
-
-
-def drop_former(former: Former) -> None:
-    """Remove the kept files: another Triton is proven, or the former Triton is restored."""
-    (former.folder / _LIST).unlink(missing_ok=True)
-    shutil.rmtree(former.folder, ignore_errors=True)
-
-
-def _listed(layout: Layout, version: str) -> Iterator[str]:
-    """Yield the installer's files below `.vllm` that still exist."""
-    for packages in interpreter.site_packages(layout):
-        record = packages / f"triton-{version}.dist-info" / "RECORD"
-        if record.is_file():
-            with record.open(encoding="utf-8", newline="") as file:
-                for row in csv.reader(file):
-                    place = Path(os.path.normpath(packages / row[0])) if row else packages
-                    if place.is_relative_to(layout.environment) and (
-                        place.is_file() or place.is_symlink()
-                    ):
-                        yield str(place.relative_to(layout.environment))

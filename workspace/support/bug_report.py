@@ -60,7 +60,7 @@ _OOM = re.compile(
 )
 _NAMES_OF_INTEREST = re.compile(
     r"(VLLM|TORCH|PYTORCH|TRITON|CUDA|NCCL|NVIDIA|HF|UV|PIP|LD|OMP|MKL|CMAKE|CC|CXX|CFLAGS|CXXFLAGS"
-    r"|CCACHE|PYTHON|XDG|TMPDIR)(_|$)"
+    r"|CCACHE|PYTHON|XDG|TMPDIR|PATH|HOME|LANG|LC)(_|$)"
 )
 
 Files = Mapping[str, str]
@@ -291,14 +291,16 @@ def _pins(machine: Machine) -> Files:
     for project in PROJECTS:
         folder = layout.patches(project)
         if (folder / "series").exists():
-            patches = [_described(path) for path in sorted(folder.glob("*.patch"))]
+            patches = [
+                _described(path, machine.settings) for path in sorted(folder.glob("*.patch"))
+            ]
             text = "\n".join((hardware.tail_of(folder / "series"), *patches))
             files[f"patches/{project}.txt"] = text
     return files
 
 
-def _described(path: Path) -> str:
-    """Return a patch's headers, decoded from their mail encoding, and its changes in lines."""
+def _described(path: Path, settings: Settings) -> str:
+    """Return a patch's subject and status, and each file with its added and removed lines."""
     raw = hardware.read_small(path)
     subject = str(message_from_bytes(raw, policy=mail).get("Subject", "no subject"))
     status = re.search(rb"^Upstream-Status: .*$", raw, re.MULTILINE)
@@ -307,13 +309,8 @@ def _described(path: Path) -> str:
         f"  Subject: {' '.join(subject.split())}",
         f"  {status[0].decode('utf-8', 'replace') if status else 'no Upstream-Status'}",
     ]
-    for change in re.split(rb"^diff --git ", raw, flags=re.MULTILINE)[1:]:
-        head, _, body = change.partition(b"\n")
-        added, removed = (
-            len(re.findall(rb"^" + sign + rb"(?!" + sign + sign + rb" )", body, re.MULTILINE))
-            for sign in (rb"\+", b"-")
-        )
-        lines.append(f"  +{added} -{removed} {head.decode('utf-8', 'replace').split(' b/')[-1]}")
+    sizes = _output(["git", "apply", "--numstat", str(path)], settings)
+    lines += [f"  {line}" for line in sizes.splitlines()]
     return "\n".join(lines) + "\n"
 
 
@@ -420,7 +417,7 @@ def _memory_limits() -> Iterator[str]:
 
 
 def _collect_env(machine: Machine) -> Files:
-    """Run vLLM's collect_env, which its maintainers ask for, without secrets in its environment."""
+    """Run vLLM's collect_env, which its maintainers ask for, with variables that may be shown."""
     layout, settings = machine.layout, machine.settings
     if not os.access(layout.environment_python, os.X_OK):
         raise ToolchainError("there is no .vllm for collect_env", hint=hints.text("inv.bootstrap"))
@@ -429,7 +426,11 @@ def _collect_env(machine: Machine) -> Files:
     # collect_env runs `uv pip list` and does not check its result.
     path = os.pathsep.join([str(layout.tools / "bin"), str(layout.environment / "bin"), inherited])
     variables = settings.child_environment("report", {"PATH": path}, layout=layout)
-    shown = {name: text for name, text in variables.items() if not is_secret(name)}
+    shown = {
+        name: text
+        for name, text in variables.items()
+        if _NAMES_OF_INTEREST.match(name) and not is_secret(name)
+    }
     argv = (str(layout.environment_python), "-m", "vllm.collect_env")
     output = _output(argv, settings, timeout_s=COLLECT_ENV_S, env=shown, cwd=layout.environment)
     return {"collect-env.txt": output}

@@ -20,40 +20,27 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.support import perf_measure, perf_pairs
 from workspace.support.perf_measure import (
-    Command,
     Comparison,
     Context,
-    Sample,
-    SelfTimed,
+    Sides,
     Spread,
-    Timed,
     compare,
 )
-
-Sides = tuple[Timed, Timed]
 
 
 @dataclass(frozen=True)
 class Aim:
-    """An upper limit: a ratio, extra seconds, or seconds in all (wall)."""
+    """An upper limit: a ratio, or seconds in all (wall)."""
 
-    kind: Literal["ratio", "extra", "wall"]
+    kind: Literal["ratio", "wall"]
     limit: float
 
     def is_met(self, comparison: Comparison) -> bool:
-        found = {
-            "ratio": comparison.ratio,
-            "extra": comparison.extra_s,
-            "wall": comparison.measured_s,
-        }[self.kind]
+        found = comparison.ratio if self.kind == "ratio" else comparison.measured_s
         return found.median <= self.limit
 
     def __str__(self) -> str:
-        return {
-            "ratio": f"{self.limit:g}x",
-            "extra": f"+{self.limit * 1000:g} ms",
-            "wall": f"{self.limit:g} s",
-        }[self.kind]
+        return f"{self.limit:g}{'x' if self.kind == 'ratio' else ' s'}"
 
 
 @dataclass(frozen=True)
@@ -75,24 +62,6 @@ def _list(context: Context) -> Iterator[Sides]:
 
 
 @contextlib.contextmanager
-def _inv_wrapper(context: Context) -> Iterator[Sides]:
-    direct = context.inv("--list")
-    yield (
-        Command((context.layout.root / "scripts" / "inv", "--list"), direct.cwd, direct.env),
-        direct,
-    )
-
-
-@contextlib.contextmanager
-def _nox_wrapper(context: Context) -> Iterator[Sides]:
-    direct = context.tool("-I", "-m", "nox", "-f", context.layout.root / "noxfile.py", "--list")
-    yield (
-        Command((context.layout.root / "scripts" / "nox", "--list"), direct.cwd, direct.env),
-        direct,
-    )
-
-
-@contextlib.contextmanager
 def _status(context: Context) -> Iterator[Sides]:
     # Only a built tree counts: the status of an unbuilt tree takes less time.
     _ = context.built
@@ -111,50 +80,14 @@ def _doctor(context: Context) -> Iterator[Sides]:
     yield context.inv("doctor", "--offline", statuses=(0, 6)), context.bare()
 
 
-def _self_timed(
-    prepare: Callable[[Context], AbstractContextManager[perf_measure.Sides]],
-) -> Callable[[Context], AbstractContextManager[Sides]]:
-    @contextlib.contextmanager
-    def sides(context: Context) -> Iterator[Sides]:
-        with prepare(context) as (measured, against):
-            yield SelfTimed(measured), SelfTimed(against)
-
-    return sides
-
-
 def _replays() -> Iterator[PerfPair]:
-    bound = "the lower bound of any order"
     for gib in (24.0, 48.0, 96.0):
-        here = f"the recorded build on {perf_measure.CORES} cores in {gib:g} GiB"
         yield PerfPair(
             f"replay-{gib:g}",
-            f"{here}, by admission",
-            bound,
+            f"the recorded build on {perf_measure.CORES} cores in {gib:g} GiB, by admission",
+            "the lower bound of any order",
             Aim("ratio", 1.1),
-            _self_timed(perf_measure.simulated(gib)),
-            pairs=1,
-            warm_ups=0,
-        )
-        yield PerfPair(
-            f"static-{gib:g}",
-            f"{here}, safe static jobs",
-            bound,
-            None,
-            _self_timed(perf_measure.simulated(gib, way=perf_measure.static)),
-            pairs=1,
-            warm_ups=0,
-        )
-    for gib in (24.0, 48.0):
-        here = (
-            f"the recorded build in {gib:g} GiB, {perf_measure.SCALE:g} times as fast, through"
-            " ninja and launchers"
-        )
-        yield PerfPair(
-            f"ninja-{gib:g}",
-            here,
-            bound,
-            Aim("ratio", 1.2),
-            _self_timed(perf_measure.time_scaled(gib)),
+            perf_measure.simulated(gib),
             pairs=1,
             warm_ups=0,
         )
@@ -163,20 +96,6 @@ def _replays() -> Iterator[PerfPair]:
 _BARE = "a bare invoke with one empty task"
 ROWS: tuple[PerfPair, ...] = (
     PerfPair("list", "inv --list", _BARE, Aim("ratio", 1.2), _list),
-    PerfPair(
-        "wrapper-inv",
-        "scripts/inv --list",
-        "the same, the tool called directly",
-        Aim("extra", 0.03),
-        _inv_wrapper,
-    ),
-    PerfPair(
-        "wrapper-nox",
-        "scripts/nox --list",
-        "the same, the tool called directly",
-        Aim("extra", 0.03),
-        _nox_wrapper,
-    ),
     PerfPair("status", "inv status", _BARE, None, _status),
     PerfPair("rebuild", "inv rebuild with nothing to do", _BARE, Aim("wall", 0.5), _rebuild),
     PerfPair("doctor", "inv doctor --offline", _BARE, Aim("wall", 3.0), _doctor),
@@ -221,25 +140,11 @@ ROWS: tuple[PerfPair, ...] = (
         perf_pairs.forecast,
         pairs=5,
     ),
-    PerfPair(
-        "re-apply",
-        "inv patch.apply with nothing to do, in this process",
-        "git status --porcelain",
-        Aim("ratio", 2.0),
-        perf_pairs.applied_again,
-    ),
-    PerfPair(
-        "patches",
-        "inv patch, in this process",
-        "git status --porcelain",
-        Aim("ratio", 2.0),
-        perf_pairs.looked_at,
-    ),
     *_replays(),
 )
 
-SCHEMA = 1
-_HEAD = ("", "row", "ratio", "from..to", "cpu", "measured", "against", "more", "aim", "")
+SCHEMA = 2
+_HEAD = ("", "row", "ratio", "from..to", "measured", "against", "more", "aim", "")
 
 
 @dataclass(frozen=True)
@@ -281,7 +186,6 @@ def _cells(result: Result) -> tuple[str, ...]:
         result.row.name,
         f"{ratio.median:.2f}x",
         f"{ratio.low:.2f}..{ratio.high:.2f}",
-        f"{runs.cpu_ratio.median:.2f}x",
         *(
             f"{seconds * 1000:.0f} ms"
             for seconds in (runs.measured_s.median, runs.against_s.median, runs.extra_s.median)
@@ -306,12 +210,11 @@ def _row(result: Result) -> dict[str, object]:
     return head | {
         "pairs": len(runs.measured),
         "ratio": _spread(runs.ratio),
-        "cpu_ratio": _spread(runs.cpu_ratio),
         "extra_ms": _spread(runs.extra_s, scale=1000),
-        "seam": _sample(runs.seam),
-        "samples": {
-            "measured": [_sample(sample) for sample in runs.measured],
-            "against": [_sample(sample) for sample in runs.against],
+        "seam_ms": _ms(runs.seam_s),
+        "samples_ms": {
+            "measured": [_ms(seconds) for seconds in runs.measured],
+            "against": [_ms(seconds) for seconds in runs.against],
         },
     }
 
@@ -320,8 +223,8 @@ def _spread(spread: Spread, *, scale: float = 1) -> dict[str, float]:
     return {name: round(value * scale, 4) for name, value in asdict(spread).items()}
 
 
-def _sample(sample: Sample) -> dict[str, float]:
-    return {"wall_ms": round(sample.wall_s * 1000, 2), "cpu_ms": round(sample.cpu_s * 1000, 2)}
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 2)
 
 
 RECORD = "perf.json"
@@ -347,7 +250,7 @@ def run(
     with files.folder_beside(layout.state / "perf") as folder:
         context = Context(layout, settings, folder)
         results = [_measure(row, context, pairs or row.pairs, console) for row in rows]
-    console.table([_HEAD, *(_cells(result) for result in results)], right=range(2, 9))
+    console.table([_HEAD, *(_cells(result) for result in results)], right=range(2, 8))
     text = encode(results, Machine(layout, settings).record())
     write_atomic(layout.state / RECORD, f"{text}\n".encode())
     console.record(text, json_file)

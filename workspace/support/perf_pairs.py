@@ -20,7 +20,7 @@ from workspace.core.paths import Layout
 from workspace.install import precompiled
 from workspace.install.plan import Observation
 from workspace.machine import interpreter, requirements, torch
-from workspace.repo import checkout, export, index, overview, patches, pins, series
+from workspace.repo import checkout, export, index, patches, pins, series
 from workspace.repo.checkout import Kind
 from workspace.repo.git import Git
 from workspace.repo.pins import Archive, Pin
@@ -397,20 +397,3 @@ def forecast(context: Context) -> Iterator[Sides]:
         return work.work_out(world.layout, context.settings, found, observed, stack)
 
     yield Call(forecast_once), world.command("forecast")
-
-
-@contextlib.contextmanager
-def applied_again(context: Context) -> Iterator[Sides]:
-    world = _PatchStack(context)
-    world.ensure_applied()
-    yield Call(world.apply), world.command("status")
-
-
-@contextlib.contextmanager
-def looked_at(context: Context) -> Iterator[Sides]:
-    world = _PatchStack(context)
-    world.ensure_applied()
-    yield (
-        Call(lambda: overview.entries(world.layout, world.pin.name, world.pin, world.observe())),
-        world.command("status"),
-    )

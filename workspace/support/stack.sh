@@ -29,7 +29,4 @@ case $1 in
         git read-tree "$NEXT"
         series | while read -r patch; do git apply --cached "$patch"; done
         ;;
-    status)
-        git status --porcelain
-        ;;
 esac

@@ -81,8 +81,7 @@ _REASONS = {
         machine.close_folder_as_root machine.cuda_home_after machine.cuda_home_dotenv
         machine.earlyoom machine.earlyoom_on_host machine.install_python
         machine.own_files_of_root machine.own_folder machine.own_token machine.sudoers
-        machine.upgrade_driver machine.uv_python machine.uv_python_anew repo.trust_or_own
-        support.apt_ninja""",
+        machine.upgrade_driver machine.uv_python machine.uv_python_anew repo.trust_or_own""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
         bench.ab_again bench.allow_busy bench.base bench.bisect_abort bench.bisect_more
         bench.bisect_smoke bench.bring_back bench.commit_then_export bench.count_as_bad
@@ -116,12 +115,12 @@ _REASONS = {
     "it needs a build of the real tree, or of Triton": """
         bump.commit_triton bump.triton_again bump.triton_continue bump.triton_keep
         bump.triton_patch bump.triton_ref bump.triton_stash compile.check_place compile.defect
-        compile.delete_archive compile.delete_external compile.disk_then_resume
-        compile.doctor_cmake compile.doctor_compilers compile.fetch_again compile.llvm_folder
-        compile.mirror_folder compile.network_or_mirror compile.one_job compile.other_archive
+        compile.delete_external compile.disk_then_resume
+        compile.doctor_cmake compile.doctor_compilers
+        compile.network_or_mirror compile.one_job
         compile.override_external compile.rebuild_clean compile.rebuild_target compile.resume
         compile.set_folder compile.then_resume compile.triton_edits compile.triton_log
-        compile.triton_mirror compile.triton_offline compile.triton_origin
+        compile.triton_mirror compile.triton_origin
         compile.unset_external compile.unset_override install.after_change
         install.again_or_native install.bootstrap_rebuild install.build_triton
         install.check_triton install.copy_or_pack install.delete_sandbox install.fix_triton

@@ -162,7 +162,7 @@ def test_path_in_the_shell_is_for_the_person_to_change(context: World, tmp_path:
     install(context, NEW)
     context.env["TRITON_PTXAS_BLACKWELL_PATH"] = str(tmp_path / "nowhere")
     ended = context.run("fix-triton")
-    assert "is set in the shell, where do it yourself change it" in ended.error(6)
+    assert "is set in the shell, where only you can change it" in ended.error(6)
     assert "unset TRITON_PTXAS_BLACKWELL_PATH" in ended.err
 
 

@@ -5,6 +5,7 @@ CMake, and where a former layout had it.
 import os
 import shlex
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class CMakeBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         args = [
             *("-G", "Ninja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"),
+            f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={Path(self.build_lib).resolve() / 'triton' / '_C'}",
             f"-DTRITON_CACHE_PATH={Path(os.environ.get('TRITON_HOME') or Path.home()) / '.triton'}",
             *(f"-D{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ),
