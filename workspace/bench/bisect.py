@@ -145,8 +145,7 @@ def is_contradicted(layout: Layout, context: Context, former: BisectLog) -> bool
         searched = bisect_log.open_range(
             layout, context, former.good, former.bad, is_patches=former.options.is_patches
         )
-        state = bisect_log.search_state(searched.suspects, former.verdicts)
-        return state.contradiction is not None
+        return searched.state(former.verdicts).contradiction is not None
     return False
 
 
@@ -163,7 +162,7 @@ def search(
     Raises WorkspaceError where an end cannot be tried, and after 12 skips in a row.
     """
     skips = 0
-    while (state := bisect_log.search_state(searched.suspects, log.verdicts)).following:
+    while (state := searched.state(log.verdicts)).following:
         commit, role = state.following, state.role
         console.info(_progress(searched, log, state))
         started = time.monotonic()
@@ -194,7 +193,7 @@ def _untried_end(
 
 
 def _too_many_skips(searched: Range, log: BisectLog, outcome: Outcome) -> WorkspaceError:
-    left = bisect_log.search_state(searched.suspects, log.verdicts).left
+    left = searched.state(log.verdicts).left
     shown = left if len(left) <= SHOWN else (*left[: SHOWN - 1], left[-1])
     return WorkspaceError(
         f"inconclusive so far: {MOST_SKIPS} commits in a row cannot be tried; the last:"
