@@ -268,7 +268,7 @@ def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: Ru
     from workspace.repo.git import am
 
     tree = staging.open_tree(bump_sandbox, settings, run_log=run_log)
-    staging.recover_am(bump_sandbox, tree, run_log)
+    staging.recover(bump_sandbox, tree, run_log)
     position = am.position(tree)
     if position is None:
         if how == "skip":
@@ -276,7 +276,7 @@ def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: Ru
                 "the bump has no conflicting patch to skip", hint=hints.text("inv.patch_continue")
             )
         return
-    names = staging.series_names(bump_sandbox)[-position.last :]
+    names = staging.series_names(bump_sandbox)
     if how == "skip":
         skipped = dict.fromkeys((*bump_sandbox.skipped, names[position.number - 1]))
         write_atomic(

@@ -4,12 +4,11 @@ It has its own pins, patches, tree and environment; it shares objects, library, 
 with the clone. The module also has the redo log with which promotion and rollback resume.
 """
 
-import contextlib
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from workspace.install import editable, sandbox, stamp
 from workspace.repo import checkout, moves, pins, series
 from workspace.repo.git import Applied, Git, worktree
 from workspace.repo.pins import Pin
+from workspace.repo.series import Attempt
 
 RECORD = "begun.json"
 SKIPPED = "skipped"
@@ -65,11 +65,6 @@ class BumpSandbox:
     @property
     def promoting(self) -> Path:
         return self.outer.promoting
-
-    @property
-    def applying(self) -> Path:
-        """Redo log of a running `am`; without it, an `am` waits for the user."""
-        return self.layout.root / "applying.json"
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -316,7 +311,7 @@ def apply_series(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
     """Put the series on the new base. Raises PatchConflict and leaves git's `am` in the sandbox."""
     from workspace.repo.git import am
 
-    recover_am(bump_sandbox, tree, run_log)
+    recover(bump_sandbox, tree, run_log)
     if am.position(tree):
         raise conflict(bump_sandbox, tree)
     if tree.resolve(APPLIED_REF):
@@ -325,17 +320,7 @@ def apply_series(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
     if tree.head() == base and names:
         with run_log.console.step("patches") as view:
             run_log.phase("patches", view)
-            done = am.applied(
-                tree,
-                base,
-                [bump_sandbox.outer.patches("vllm") / name for name in names],
-                place=bump_sandbox.layout.state / "am",
-            )
-            if done.tip is None:
-                _run_am(bump_sandbox, tree, names, base, run_log)
-            else:
-                with _logged(bump_sandbox, {"from": base, "names": "\n".join(names)}):
-                    tree.move_to(done.tip, run_log=run_log)
+            _run_am(bump_sandbox, tree, names, run_log)
             made = tree.slugs(base, "HEAD")
             gone = [name for name in names if name.removesuffix(".patch") not in made]
             view.reason = f"{len(made)} of {len(names)} on {bump_sandbox.pin.tag}" + (
@@ -345,56 +330,27 @@ def apply_series(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
     tree.set_ref(APPLIED_REF, tree.head() or base)
 
 
-def _run_am(
-    bump_sandbox: BumpSandbox, tree: Git, names: Sequence[str], start: str, run_log: RunLog
-) -> None:
-    """Run `git am` on the commit `start` in the sandbox. Raises PatchConflict at a conflict."""
+def _run_am(bump_sandbox: BumpSandbox, tree: Git, names: Sequence[str], run_log: RunLog) -> None:
+    """Make the commits aside and move to them; at a conflict run `am` in the sandbox's tree."""
     from workspace.repo.git import am
 
-    with _logged(bump_sandbox, {"from": start, "names": "\n".join(names)}):
-        done = am.start(
-            tree, [bump_sandbox.outer.patches("vllm") / name for name in names], run_log=run_log
-        )
+    own, base = bump_sandbox.layout, bump_sandbox.start.new_base
+    files = [bump_sandbox.outer.patches("vllm") / name for name in names]
+    done = am.applied(tree, base, files, place=own.state / "am")
+    if done.tip:
+        moves.move(own, "vllm", tree, done.tip, run_log=run_log)
+        return
+    tried = Attempt("git am", hints.text("inv.patch_continue"))
+    with moves.attempt(own, "vllm", tree, tried, run_log=run_log):
+        done = am.start(tree, files, run_log=run_log)
     if done.tip is None:
         raise conflict(bump_sandbox, tree, done)
 
 
-@contextlib.contextmanager
-def _logged(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> Iterator[None]:
-    """Write a redo log for the block; remove it when the block ends, also with an error.
-
-    It stays if the verb or its git is killed or interrupted, or if the disk is full.
-    """
-    redo_log = RedoLog(bump_sandbox.applying, facts).write()
-    try:
-        yield
-    except WorkspaceError as exc:
-        if not isinstance(exc, ToolchainError):
-            redo_log.path.unlink()
-        raise
-    redo_log.path.unlink()
-
-
-def recover_am(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
-    """Restart an `am` that was killed.
-
-    An `am` that continued after a conflict starts again at that conflict; what the user resolved
-    stays.
-    """
+def recover(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
+    """Finish a move or undo an `am` that was killed; what the user resolved stays."""
     if moves.is_begun(bump_sandbox.layout, "vllm"):
         moves.finish(bump_sandbox.layout, "vllm", tree, run_log=run_log, shown=bump_sandbox.shown)
-    if applying := find_redo_log(bump_sandbox.applying):
-        start, names = applying.facts["from"], applying.facts["names"].split("\n")
-        worktree.start_over(
-            tree,
-            start,
-            [
-                path
-                for name in names
-                for path in tree.patch_paths(bump_sandbox.outer.patches("vllm") / name)
-            ],
-        )
-        _run_am(bump_sandbox, tree, names, start, run_log)
 
 
 def conflict(bump_sandbox: BumpSandbox, tree: Git, done: Applied | None = None) -> PatchConflict:
@@ -403,13 +359,11 @@ def conflict(bump_sandbox: BumpSandbox, tree: Git, done: Applied | None = None) 
 
     names, position = series_names(bump_sandbox), am.position(tree)
     done = done or am.stopped_at(tree, position.number if position else 1)
-    # The `am` of a recovered run has only the rest of the series.
-    name = names[-position.last if position else 0 :][done.position - 1]
     return series.sentence(
         tree,
         done,
         count=position.last if position else len(names),
-        patch=f"patches/vllm/{name}",
+        patch=f"patches/vllm/{names[done.position - 1]}",
         shown=bump_sandbox.shown,
         base=bump_sandbox.start.new_base,
         old=bump_sandbox.start.base,
