@@ -9,7 +9,8 @@ import datetime
 from collections.abc import Iterator
 from typing import Literal
 
-from workspace.bump import forecast, known_good, promote, staging
+from workspace.bump import forecast, known_good, promote, rollback, staging
+from workspace.bump.known_good import KnownGood
 from workspace.bump.staging import BumpSandbox, BumpStart
 from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog
@@ -19,7 +20,6 @@ from workspace.core.errors import (
     PatchConflict,
     PatchDrift,
     SettingsError,
-    SmokeError,
     WorkspaceError,
 )
 from workspace.core.files import write_atomic
@@ -63,7 +63,7 @@ def run(
         bump_sandbox = staging.find(layout)
         if (
             bump_sandbox
-            and not promote.is_begun(bump_sandbox)
+            and not bump_sandbox.outer.promoting.exists()
             and not _is_target(bump_sandbox, ref)
         ):
             raise CheckoutError(
@@ -75,9 +75,9 @@ def run(
         bump_sandbox = bump_sandbox or _begin(
             layout, settings, ref, run_log, allow_recent=allow_recent
         )
-        is_promoted = bump_sandbox is not None and _advance(bump_sandbox, settings, run_log)
-    if is_promoted:
-        _verify_promotion(layout, settings, console)
+        promoted = _advance(bump_sandbox, settings, run_log) if bump_sandbox else None
+    if promoted:
+        rollback.settle(layout, settings, promoted, console=console, is_bump=True)
 
 
 def go_on(
@@ -91,12 +91,11 @@ def go_on(
         bump_sandbox = staging.find(layout)
         if bump_sandbox is None:
             raise CheckoutError("no bump is under way", hint=hints.text("inv.pin"))
-        if not promote.is_begun(bump_sandbox):
+        if not bump_sandbox.outer.promoting.exists():
             promote.require_unmoved(bump_sandbox)
             _resume(bump_sandbox, settings, how, run_log)
-        is_promoted = _advance(bump_sandbox, settings, run_log)
-    if is_promoted:
-        _verify_promotion(layout, settings, console)
+        promoted = _advance(bump_sandbox, settings, run_log)
+    rollback.settle(layout, settings, promoted, console=console, is_bump=True)
 
 
 @contextlib.contextmanager
@@ -303,7 +302,7 @@ def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: Ru
 
 def _abort(layout: Layout, console: Console) -> None:
     # A sandbox with a damaged record can be given up too, so the record is not read.
-    if promote.is_begun_in(layout):
+    if layout.promoting.exists():
         raise CheckoutError(
             "this bump is being promoted and can only be finished",
             hint=hints.text("bump.continue_then_rollback"),
@@ -315,9 +314,9 @@ def _abort(layout: Layout, console: Console) -> None:
     )
 
 
-def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> bool:
-    """Do all remaining steps, up to and including the promotion; return True."""
-    if not promote.is_begun(bump_sandbox):
+def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> KnownGood:
+    """Do all remaining steps, up to and including the promotion; return the new state."""
+    if not bump_sandbox.outer.promoting.exists():
         promote.require_unmoved(bump_sandbox)
         tree = staging.open_tree(bump_sandbox, settings, run_log=run_log)
         staging.apply_series(bump_sandbox, tree, run_log)
@@ -330,8 +329,7 @@ def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> 
             sandbox.build_in(bump_sandbox.layout, wanted, console=run_log.console)
         _smoke(bump_sandbox, tree, wanted, run_log.console)
         promote.begin(bump_sandbox, settings, tip=tip, run_log=run_log)
-    promote.finish(bump_sandbox, settings, run_log=run_log)
-    return True
+    return promote.finish(bump_sandbox, settings, run_log=run_log)
 
 
 def _export(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
@@ -387,24 +385,4 @@ def _smoke(bump_sandbox: BumpSandbox, tree: Git, settings: Settings, console: Co
         console.row(RowState.SKIPPED, "smoke", "has passed on this tree")
         return
     with _with_sandbox_hint(bump_sandbox):
-        run_smoke(bump_sandbox.layout, settings, console)
-
-
-def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
-    """Run the smoke on a layout. Raises SmokeError if a check fails or nothing is built."""
-    from workspace.checks import smoke
-    from workspace.checks.smoke_suite import SmokeOptions
-
-    smoke.smoke(layout, settings, SmokeOptions(), console=console)
-
-
-def _verify_promotion(layout: Layout, settings: Settings, console: Console) -> None:
-    """Run bootstrap, which finds nothing to do, and the smoke; record a known-good state."""
-    observed = plan.observe(layout, settings)
-    sandbox.build_in(layout, sandbox.as_built(settings, observed), console=console)
-    try:
-        run_smoke(layout, settings, console)
-    except SmokeError as exc:
-        exc.hint = hints.text("bump.rollback_or", then=exc.hint)
-        raise
-    known_good.record(observed.again(), console=console)
+        known_good.run_smoke(bump_sandbox.layout, settings, console)

@@ -18,6 +18,7 @@ from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError
 from workspace.core.files import copy_files, read_regular, write_atomic
 from workspace.core.paths import Layout
+from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, sandbox, stamp
 from workspace.install.precompiled import KernelSource
 from workspace.machine import interpreter
@@ -110,7 +111,7 @@ def record(observed: plan.Observation, *, console: Console) -> KnownGood | None:
         if why:
             console.info(f"not recorded as good: {why}")
             return None
-        made = keep(layout, observed, run_log=run_log)
+        made = keep(observed, run_log=run_log)
         console.info(f"recorded as good: {made.name}; ./scripts/inv pin.rollback returns to it")
         return made
 
@@ -131,16 +132,29 @@ def refusal(layout: Layout, observed: plan.Observation) -> str | None:
     return None if smoke_passed(layout, stack.tree) else "the smoke has not passed on this tree"
 
 
-def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> KnownGood:
-    """Store the present state, which the caller knows to be good; reuse what is stored already."""
-    stack, build = observed.stack, observed.kernels.recorded
+def keep(
+    observed: plan.Observation,
+    *,
+    run_log: RunLog,
+    outer: Layout | None = None,
+    gitlink: str | None = None,
+) -> KnownGood:
+    """Store a state that the caller knows to be good; reuse what is stored already.
+
+    It is the present state, or that of a bump's sandbox: then `outer` is the clone, and `gitlink`
+    the commit that its superproject is to name.
+    """
+    stack, build, own = observed.stack, observed.kernels.recorded, observed.machine.layout
+    layout = outer or own
     assert build is not None
     assert stack is not None
     assert stack.head
     assert stack.base
     assert stack.tree
     name = name_of(observed.pin.tag, stack.tree)
-    gitlink = _set_references(layout, name, stack.head)
+    Git(layout.vllm).set_ref(f"refs/good/{name}", stack.head)
+    if outer is None:
+        gitlink = _set_reference(layout, name)
     record_file = folder(layout, name) / "good.json"
     before = read(layout, name)
     stamp.withdraw(record_file)
@@ -151,9 +165,9 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
         or (before.inputs, before.kernels) != (inputs, build.kernels)
         or not kernels(layout, name).is_dir()
     ):
-        _copy_kernels(layout, name)
-    _copy_pinned_files(layout, name)
-    _write_package_list(layout, name)
+        _copy_kernels(own, kernels(layout, name))
+    _copy_pinned_files(own, pinned_files(layout, name))
+    write_atomic(folder(layout, name) / "freeze.txt", _package_list(own).encode())
     made = KnownGood(
         name=name,
         tag=observed.pin.tag,
@@ -162,7 +176,7 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
         tree=stack.tree,
         gitlink=gitlink,
         recorded=datetime.datetime.now(datetime.UTC).isoformat(),
-        smoke=str(smoke_record.last_record(layout).get("time")),
+        smoke=str(smoke_record.last_record(own).get("time")),
         inputs=inputs,
         kernels=build.kernels,
     )
@@ -172,11 +186,10 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
     return made
 
 
-def _set_references(layout: Layout, name: str, head: str) -> str | None:
-    """Set `refs/good/NAME` in both repositories; return the gitlink of vendor/vllm."""
-    git, outer = Git(layout.vllm), checkout.superproject(layout)
+def _set_reference(layout: Layout, name: str) -> str | None:
+    """Set `refs/good/NAME` in the superproject; return its gitlink of vendor/vllm."""
+    outer = checkout.superproject(layout)
     link = outer.gitlink(layout.relative(layout.vllm)) if outer else None
-    git.set_ref(f"refs/good/{name}", head)
     if outer and outer.head():
         gitlinks = {layout.relative(layout.vllm): link.commit} if link else {}
         commit = worktree.snapshot(
@@ -188,17 +201,16 @@ def _set_references(layout: Layout, name: str, head: str) -> str | None:
     return link.commit if link else None
 
 
-def _copy_kernels(layout: Layout, name: str) -> None:
-    shutil.rmtree(kernels(layout, name), ignore_errors=True)
-    with files.folder_beside(kernels(layout, name)) as scratch:
-        copy_files(layout.vllm, scratch / "kernels", editable.build_products(layout.vllm))
-        files.put_in_place(scratch / "kernels", kernels(layout, name))
+def _copy_kernels(own: Layout, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    with files.folder_beside(target) as scratch:
+        copy_files(own.vllm, scratch / "kernels", editable.build_products(own.vllm))
+        files.put_in_place(scratch / "kernels", target)
 
 
-def _write_package_list(layout: Layout, name: str) -> None:
-    installed = sorted(interpreter.installed(layout).items())
-    lines = [f"{package}=={version}\n" for package, version in installed if package != "vllm"]
-    write_atomic(folder(layout, name) / "freeze.txt", "".join(lines).encode())
+def _package_list(own: Layout) -> str:
+    installed = sorted(interpreter.installed(own).items())
+    return "".join(f"{package}=={version}\n" for package, version in installed if package != "vllm")
 
 
 def timestamp() -> str:
@@ -350,18 +362,24 @@ def leftovers(layout: Layout, name: str) -> Path:
     return layout.state / f"left-{name}"
 
 
-def _copy_pinned_files(layout: Layout, name: str) -> None:
-    place = pinned_files(layout, name).root
-    with files.folder_beside(place) as scratch:
-        _copy_pins(layout, Layout(scratch / "files"))
-        shutil.rmtree(place, ignore_errors=True)
-        files.put_in_place(scratch / "files", place)
+def _copy_pinned_files(own: Layout, target: Layout) -> None:
+    with files.folder_beside(target.root) as scratch:
+        _copy_pins(own, Layout(scratch / "files"))
+        shutil.rmtree(target.root, ignore_errors=True)
+        files.put_in_place(scratch / "files", target.root)
 
 
 def _copy_pins(layout: Layout, target: Layout) -> None:
     target.pins.parent.mkdir(parents=True)
     target.pins.write_bytes(read_regular(layout.pins))
     shutil.copytree(layout.patches("vllm"), target.patches("vllm"))
+
+
+def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
+    """Run the smoke on a layout. Raises SmokeError if a check fails or nothing is built."""
+    from workspace.checks.smoke_suite import SmokeOptions
+
+    smoke_record.smoke(layout, settings, SmokeOptions(), console=console)
 
 
 def smoke_passed(layout: Layout, tree: str | None) -> bool:

@@ -1,7 +1,8 @@
 """The sandbox of a bump, `.workspace/bump`: a small clone in which the pin moves first.
 
 It has its own pins, patches, tree and environment; it shares objects, library, downloads and logs
-with the clone. The module also has the redo log with which promotion and rollback resume.
+with the clone. The module also moves the working state to a known-good state: a rollback does, and
+so does a promotion, to the state of the sandbox.
 """
 
 import hashlib
@@ -9,21 +10,28 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.bump import known_good
+from workspace.bump.known_good import KnownGood
 from workspace.core import files, hints, records
-from workspace.core.console import Console, RunLog
-from workspace.core.errors import CheckoutError, PatchConflict, ToolchainError, WorkspaceError
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.console import Console, RunLog, State
+from workspace.core.errors import (
+    BuildError,
+    CheckoutError,
+    PatchConflict,
+    ToolchainError,
+    WorkspaceError,
+)
+from workspace.core.files import copy_files, files_below, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, sandbox, stamp
+from workspace.install import editable, plan, sandbox, stages, stamp, verify
 from workspace.repo import checkout, moves, pins, series
 from workspace.repo.git import Applied, Git, worktree
 from workspace.repo.pins import Pin
-from workspace.repo.series import Attempt
+from workspace.repo.series import BASE_REF, TIP_REF, Attempt
 
 RECORD = "begun.json"
 SKIPPED = "skipped"
@@ -61,10 +69,6 @@ class BumpSandbox:
     @property
     def shown(self) -> str:
         return self.outer.relative(self.layout.vllm)
-
-    @property
-    def promoting(self) -> Path:
-        return self.outer.promoting
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -159,7 +163,7 @@ def write_series_base(folder: Path, commit: str, *, only: str | None = None) -> 
         write_atomic(path, after)
 
 
-def move_tree(layout: Layout, *, old: str, new: str, run_log: RunLog) -> None:
+def move_tree(layout: Layout, old: str, new: str, run_log: RunLog) -> None:
     """Move vendor/vllm from one commit to another; finish an interrupted move first.
 
     Raises CheckoutError if HEAD is at neither commit, or if there are edits of the user.
@@ -194,7 +198,7 @@ def require_one_disk(layout: Layout) -> None:
         raise ToolchainError(sentence, hint=hints.text("bump.disk_of_all"))
 
 
-def keep_environment(environment: Path, scratch: Path) -> None:
+def _rename(environment: Path, scratch: Path) -> None:
     """Rename an environment to the path where it is kept; replace an older one there."""
     if os.path.lexists(environment):
         shutil.rmtree(scratch, ignore_errors=True)
@@ -207,56 +211,6 @@ def keep_environment(environment: Path, scratch: Path) -> None:
             raise ToolchainError(
                 f"{environment} cannot be renamed: {exc.strerror}", hint=hint
             ) from exc
-
-
-def products_of(layout: Layout) -> dict[str, str]:
-    """Return the redo-log facts about the build products in vendor/vllm, one path a line.
-
-    They are all products, and the compiled libraries that the stamp names.
-    """
-    build = stamp.read(layout.stamp("vllm"))
-    return {
-        "products": "\n".join(editable.build_products(layout.vllm)),
-        "libraries": "\n".join(library.path for library in build.libraries) if build else "",
-    }
-
-
-def remove_products(layout: Layout, facts: Mapping[str, str], *, good_state: str) -> None:
-    """Remove the old pin's products from vendor/vllm.
-
-    Those that the known-good state does not hold move to the leftovers folder.
-    """
-    listed, ours = (
-        tuple(filter(None, facts[name].split("\n"))) for name in ("products", "libraries")
-    )
-    kept = known_good.kernels(layout, good_state) if good_state else None
-    editable.take_products_away(
-        layout,
-        listed,
-        ours=ours,
-        kept=kept,
-        left=known_good.leftovers(layout, facts["left"]) / "products",
-    )
-
-
-def report_leftovers(layout: Layout, facts: Mapping[str, str], *, console: Console) -> None:
-    """Print where files are that a build left and that no known-good state holds."""
-    leftovers = known_good.leftovers(layout, facts["left"])
-    if leftovers.exists():
-        console.info(
-            "build products of vendor/vllm that no known-good state holds are in"
-            f" {layout.relative(leftovers)}"
-        )
-
-
-def set_gitlink(layout: Layout, commit: str | None, *, run_log: RunLog) -> None:
-    """Set the commit in the superproject's index unless it is None; protect the submodule."""
-    outer = checkout.superproject(layout)
-    path = layout.relative(layout.vllm)
-    link = outer.gitlink(path) if outer else None
-    if outer and link and commit and link.commit != commit:
-        worktree.set_gitlink(outer, path, commit, run_log=run_log)
-    checkout.protect(layout, run_log=run_log)
 
 
 @dataclass(frozen=True)
@@ -305,6 +259,175 @@ def finish_steps(redo_log: RedoLog, steps: Sequence[tuple[str, Step]]) -> None:
             # Sync first: after a power cut the log must not list a step whose files were lost.
             os.sync()
             redo_log = RedoLog(redo_log.path, redo_log.facts, (*redo_log.done, name)).write()
+
+
+def begin_move(
+    path: Path, layout: Layout, wanted: KnownGood, *, present: str, left: str, back: str = ""
+) -> RedoLog:
+    """Write the redo log of a move to a known-good state: what is true before it.
+
+    `present` names the known-good state that is in use, if there is one; `left` what is kept of the
+    present state, and `back` is the command that brings it back.
+    """
+    build = stamp.read(layout.stamp("vllm"))
+    facts = {
+        "good": wanted.name,
+        "present": present,
+        "tip": Git(layout.vllm).head() or "",
+        "left": left,
+        "back": back,
+        "names": sandbox.names_of(layout.patches("vllm")),
+        # All build products, and the compiled libraries that the stamp names, one path a line.
+        "products": "\n".join(editable.build_products(layout.vllm)),
+        "libraries": "\n".join(library.path for library in build.libraries) if build else "",
+    }
+    return RedoLog(path, facts).write()
+
+
+def finish_move(
+    layout: Layout, settings: Settings, redo_log: RedoLog, run_log: RunLog
+) -> KnownGood:
+    """Do the remaining steps of a move and return its state; the caller removes the redo log."""
+    title = "promote" if redo_log.path == layout.promoting else "back"
+    shown = layout.relative(redo_log.path)
+    # A promotion that the first edition began has other facts.
+    wanted = (
+        known_good.read(layout, redo_log.facts["good"]) if "present" in redo_log.facts else None
+    )
+    if wanted is None:
+        raise CheckoutError(
+            f"the move in {shown} cannot resume: its known-good state is missing",
+            hint=hints.text("bump.give_rollback_up", path=shown),
+        )
+    # To make room, delete only what this workspace made.
+    discarded = layout.state / ".back.gone"
+    with run_log.console.step(title) as view:
+        run_log.phase(title, view)
+        finish_steps(redo_log, _steps(layout, wanted, redo_log, discarded, run_log))
+        kept = redo_log.facts["present"] or f"refs/left/{redo_log.facts['left']}"
+        view.reason = f"{wanted.name}; the former state is kept as {kept}"
+    run_log.step = None
+    _install_here(layout, settings, run_log)
+    shutil.rmtree(discarded, ignore_errors=True)
+    return wanted
+
+
+def _steps(
+    layout: Layout, wanted: KnownGood, redo_log: RedoLog, discarded: Path, run_log: RunLog
+) -> tuple[tuple[str, Step], ...]:
+    """Return the steps of a move, in order; the redo log on disk has their names."""
+    git, files = Git(layout.vllm), known_good.pinned_files(layout, wanted.name)
+    made_in = Layout(layout.bump_sandbox) if redo_log.path == layout.promoting else None
+    environment = made_in.environment if made_in else known_good.environment(layout, wanted.name)
+
+    def keep_environment(facts: Mapping[str, str]) -> None:
+        # Without a known-good state it is discarded, if another environment takes its place.
+        if facts["present"]:
+            _rename(layout.environment, known_good.environment(layout, facts["present"]))
+        elif os.path.lexists(environment):
+            _rename(layout.environment, discarded)
+
+    def set_refs(_: Mapping[str, str]) -> None:
+        git.set_ref(TIP_REF, wanted.head)
+        git.set_ref(BASE_REF, wanted.base)
+
+    def return_environment(_: Mapping[str, str]) -> None:
+        if os.path.lexists(environment) and not os.path.lexists(layout.environment):
+            os.rename(environment, layout.environment)
+
+    def return_products(_: Mapping[str, str]) -> None:
+        # The known-good state keeps its own.
+        folder = known_good.kernels(layout, wanted.name)
+        copy_files(folder, layout.vllm, files_below(folder))
+
+    def write_patches(facts: Mapping[str, str]) -> None:
+        sandbox.write_patches(
+            files.patches("vllm"),
+            layout.patches("vllm"),
+            pin=pins.load(files.pins).vllm.commit,
+            former=facts["names"],
+        )
+
+    return (
+        ("environment aside", keep_environment),
+        ("source", lambda facts: move_tree(layout, facts["tip"], wanted.head, run_log)),
+        ("references", set_refs),
+        ("environment", return_environment),
+        ("products aside", lambda facts: _remove_products(layout, facts)),
+        ("products", return_products),
+        ("patches", write_patches),
+        ("pins", lambda _: pins.save(layout.pins, pins.load(files.pins).vllm)),
+        ("gitlink", lambda _: set_gitlink(layout, wanted.gitlink, run_log=run_log)),
+    )
+
+
+def _install_here(layout: Layout, settings: Settings, run_log: RunLog) -> None:
+    """Install vLLM from vendor/vllm if its environment was made in a sandbox, and stamp both.
+
+    The kernels are there. Bootstrap builds again what does not verify.
+    """
+    build, environment = (stamp.read(layout.stamp(name)) for name in ("vllm", "environment"))
+    place = str(layout.environment)
+    if (
+        build is None
+        or build.kernels is None
+        or environment is None
+        or environment.inputs.get("place") == place
+    ):
+        return
+    observed = plan.observe(layout, settings)
+    with run_log.console.step("install") as view:
+        run_log.phase("install", view)
+        try:
+            editable.install_built(observed, run_log=run_log)
+            verdict = verify.verify(observed)
+            stages.write_stamp(
+                stages.Run(run_log, observed, dict(build.outcome)), verdict, build.kernels
+            )
+            view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
+        except BuildError as exc:
+            stamp.withdraw(layout.stamp("vllm"))
+            view.state, view.reason = State.WARN, f"{exc.message}: bootstrap installs it again"
+        inputs = {**environment.inputs, "place": place}
+        stamp.write(layout.stamp("environment"), replace(environment, inputs=inputs))
+    run_log.step = None
+
+
+def _remove_products(layout: Layout, facts: Mapping[str, str]) -> None:
+    """Remove the former pin's products from vendor/vllm.
+
+    Those that the former known-good state does not hold move to the leftovers folder.
+    """
+    listed, ours = (
+        tuple(filter(None, facts[name].split("\n"))) for name in ("products", "libraries")
+    )
+    editable.take_products_away(
+        layout,
+        listed,
+        ours=ours,
+        kept=known_good.kernels(layout, facts["present"]) if facts["present"] else None,
+        left=known_good.leftovers(layout, facts["left"]) / "products",
+    )
+
+
+def report_leftovers(layout: Layout, facts: Mapping[str, str], *, console: Console) -> None:
+    """Print where files are that a build left and that no known-good state holds."""
+    leftovers = known_good.leftovers(layout, facts["left"])
+    if leftovers.exists():
+        console.info(
+            "build products of vendor/vllm that no known-good state holds are in"
+            f" {layout.relative(leftovers)}"
+        )
+
+
+def set_gitlink(layout: Layout, commit: str | None, *, run_log: RunLog) -> None:
+    """Set the commit in the superproject's index unless it is None; protect the submodule."""
+    outer = checkout.superproject(layout)
+    path = layout.relative(layout.vllm)
+    link = outer.gitlink(path) if outer else None
+    if outer and link and commit and link.commit != commit:
+        worktree.set_gitlink(outer, path, commit, run_log=run_log)
+    checkout.protect(layout, run_log=run_log)
 
 
 def apply_series(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
