@@ -71,7 +71,7 @@ def run(
                 hint=hints.text("bump.resume_or_give_up"),
             )
         if bump_sandbox is None and not staging.exists(layout):
-            staging.clear_leftovers(layout)
+            sandbox.clear_leftovers(layout, Layout(layout.bump_sandbox))
         bump_sandbox = bump_sandbox or _begin(
             layout, settings, ref, run_log, allow_recent=allow_recent
         )

@@ -106,7 +106,7 @@ def record(observed: plan.Observation, *, console: Console) -> KnownGood | None:
         lock.hold(layout.lock, verb="inv pin", wait=True, on_wait=console.info) as held,
         RunLog(console, layout.logs, verb="good", secrets=settings.secrets, held=held) as run_log,
     ):
-        finish_removal(layout)
+        sandbox.clear_leftovers(layout, Layout(layout.bump_sandbox))
         why = refusal(layout, observed)
         if why:
             console.info(f"not recorded as good: {why}")
@@ -335,26 +335,6 @@ def way_back(layout: Layout, ref: str) -> str:
     if outer.gitlink(shown):
         command = hints.text("bump.bring_back_gitlink", shown=shown, ref=ref, command=command)
     return hints.text("bump.bring_back", ref=ref, command=command)
-
-
-def discarded_sandbox(layout: Layout) -> Path:
-    """Return the path to which a finished bump sandbox is renamed before it is deleted."""
-    return layout.bump_sandbox.with_name(f".{layout.bump_sandbox.name}.gone")
-
-
-def finish_removal(layout: Layout) -> None:
-    """Finish an interrupted removal of the bump sandbox.
-
-    A sandbox that exists stays unchanged.
-    """
-    shutil.rmtree(discarded_sandbox(layout), ignore_errors=True)
-    git = Git(layout.vllm)
-    if (
-        not os.path.lexists(layout.bump_sandbox)
-        and git.place()
-        and git.path_of("worktrees").is_dir()
-    ):
-        worktree.forget(git, Layout(layout.bump_sandbox).vllm)
 
 
 def leftovers(layout: Layout, name: str) -> Path:

@@ -99,7 +99,6 @@ def find(layout: Layout) -> BumpSandbox | None:
 
 def make(layout: Layout, start: BumpStart, pin: Pin) -> BumpSandbox:
     """Make the sandbox without its tree, completely or not at all; this starts the bump."""
-    shutil.rmtree(known_good.discarded_sandbox(layout), ignore_errors=True)
     with files.folder_beside(layout.bump_sandbox) as folder:
         made = Layout(folder / "bump")
         sandbox.furnish(layout, made, pin)
@@ -126,18 +125,12 @@ def open_tree(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog)
     )
 
 
-def clear_leftovers(layout: Layout) -> None:
-    """Finish what a killed verb left of a sandbox that it made or removed; no bump is under way."""
-    files.sweep_beside(layout.bump_sandbox)
-    known_good.finish_removal(layout)
-
-
 def remove(layout: Layout) -> str | None:
     """Remove the sandbox; return the reference in vendor/vllm that keeps its commits and edits."""
     own = Layout(layout.bump_sandbox)
     why = "The state of a bump's sandbox when it was given up"
     kept = sandbox.keep_work(layout, own, why, prefix="refs/pins/left-") if exists(layout) else None
-    sandbox.remove_tree(layout, own, known_good.discarded_sandbox(layout))
+    sandbox.remove_tree(layout, own)
     return kept
 
 
