@@ -8,23 +8,18 @@ import hashlib
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from workspace.bench import ab_trees
 from workspace.core import hints, records
-from workspace.core.errors import (
-    CheckoutError,
-    PatchConflict,
-    PatchDrift,
-    SettingsError,
-    WorkspaceError,
-)
+from workspace.core.errors import CheckoutError, PatchDrift, SettingsError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.records import Document
 from workspace.core.settings import nearest, shortened
 from workspace.install import plan
-from workspace.repo.git import Git, am, history, worktree
+from workspace.repo.git import Git, history, worktree
 
 GOOD_REFS = "refs/good"
 
@@ -114,9 +109,10 @@ class BisectLog(records.Record, schema=1):
 
     @classmethod
     def upgrade(cls, document: Document) -> Document:
-        # The first edition wrote the options as `asked`, and both write the context as `ground`.
+        # The first edition wrote them as `asked` and `ground`.
         options = document.get("options", document.get("asked"))
-        return {**document, "options": options, "context": document.get("ground")}
+        context = document.get("context", document.get("ground"))
+        return {**document, "options": options, "context": context}
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
@@ -163,16 +159,7 @@ def log_path(layout: Layout) -> Path:
 
 
 def write_log(layout: Layout, log: BisectLog) -> None:
-    """Write the log; its keys on disk are those of the first edition, but for `options`."""
-    document = {
-        "schema": log.SCHEMA,
-        "options": asdict(log.options),
-        "good": log.good,
-        "bad": log.bad,
-        "ground": log.context,
-        "tries": [asdict(attempt) for attempt in log.tries],
-    }
-    records.write(log_path(layout), document)
+    records.write(log_path(layout), log)
 
 
 def read_log(layout: Layout) -> BisectLog | None:
@@ -379,19 +366,12 @@ def _tip(layout: Layout, git: Git, context: Context) -> str:
             "patches/vllm/series lists no patch, so there is nothing to search",
             hint=hints.text("bench.bisect_smoke"),
         )
-    made = am.applied(git, context.base, context.patches, place=layout.state / "am")
-    if made.tip is None:
-        name = context.patches[made.position - 1].name
-        raise PatchConflict(
-            f"patches/vllm/{name} does not apply: {', '.join(made.paths)}",
-            hint=hints.text("inv.patch_apply"),
-            details=made.details,
-        )
-    slugs = git.slugs(context.base, made.tip)
+    tip = ab_trees.apply_series(layout, context.base, context.patches, description="patches/vllm")
+    slugs = git.slugs(context.base, tip)
     if len(slugs) != len(context.patches):
         lost = [patch.name for patch in context.patches if patch.stem not in slugs]
         raise PatchDrift(
             f"{', '.join(lost) or 'a patch'} changes nothing on the pin",
             hint=hints.text("bench.drop_series_line"),
         )
-    return made.tip
+    return tip
