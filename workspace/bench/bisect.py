@@ -29,7 +29,7 @@ from workspace.core.errors import BuildError, SettingsError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import plan
+from workspace.install import plan, stages
 from workspace.install import sandbox as sandboxes
 from workspace.repo.git import Git, history
 from workspace.repo.pins import Pin
@@ -244,14 +244,12 @@ class _Runner:
         first = log.of(log.good)
         reference = first.values if first and role != "good" else ()
         trial = Trial(sandbox, self.settings, self.bounds, self.run_log)
-        with self.run_log.console.step(self.predicate.name) as view:
-            self.run_log.phase(self.predicate.name, view)
+        with stages.step(self.run_log, self.predicate.name) as view:
             outcome = bisect_predicate.evaluate(
                 self.predicate, trial, reference=reference, view=view
             )
             view.state = _STATES[outcome.verdict]
             view.reason = f"{outcome.verdict}: {outcome.evidence}"
-        self.run_log.step = None
         return outcome
 
     def _skip(self, evidence: str) -> Outcome:

@@ -12,7 +12,7 @@ from typing import Literal
 from workspace.bump import forecast, known_good, promote, rollback, staging
 from workspace.bump.known_good import KnownGood
 from workspace.bump.staging import BumpSandbox, BumpStart
-from workspace.core import hints, lock
+from workspace.core import hints
 from workspace.core.console import Console, RunLog
 from workspace.core.console import State as RowState
 from workspace.core.errors import (
@@ -25,7 +25,7 @@ from workspace.core.errors import (
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import plan, sandbox
+from workspace.install import plan, sandbox, stages
 from workspace.repo import checkout, moves, pins
 from workspace.repo.checkout import Kind
 from workspace.repo.git import Git, worktree
@@ -59,7 +59,7 @@ def run(
 
         triton.move(layout, settings, console=console, wait=wait)
         return
-    with _locked_run(layout, settings, "inv pin.bump", console, wait=wait) as run_log:
+    with stages.locked(layout, settings, "inv pin.bump", console=console, wait=wait) as run_log:
         bump_sandbox = staging.find(layout)
         if (
             bump_sandbox
@@ -84,7 +84,8 @@ def go_on(
     layout: Layout, settings: Settings, how: How, *, console: Console, wait: bool = False
 ) -> None:
     """Resume the bump, skip the patch that conflicts, or abort. Raises what `run` raises."""
-    with _locked_run(layout, settings, "inv patch.continue", console, wait=wait) as run_log:
+    verb = "inv patch.continue"
+    with stages.locked(layout, settings, verb, console=console, wait=wait) as run_log:
         if how == "abort":
             _abort(layout, console)
             return
@@ -96,19 +97,6 @@ def go_on(
             _resume(bump_sandbox, settings, how, run_log)
         promoted = _advance(bump_sandbox, settings, run_log)
     rollback.settle(layout, settings, promoted, console=console, is_bump=True)
-
-
-@contextlib.contextmanager
-def _locked_run(
-    layout: Layout, settings: Settings, verb: str, console: Console, *, wait: bool
-) -> Iterator[RunLog]:
-    with (
-        lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held,
-        RunLog(
-            console, layout.logs, verb=verb.split()[1], secrets=settings.secrets, held=held
-        ) as run_log,
-    ):
-        yield run_log
 
 
 def _is_target(bump_sandbox: BumpSandbox, ref: str) -> bool:
@@ -136,7 +124,6 @@ def _begin(
     candidate = forecast.find_candidate(
         layout, settings, pin, ref, observed.checkout, run_log=run_log
     )
-    run_log.step = None
     if candidate.base == base:
         _repin_same_source(layout, pin, candidate.pin, run_log)
         return None
@@ -217,8 +204,7 @@ def _fetch_base(layout: Layout, candidate: Candidate, settings: Settings, run_lo
     """Fetch the new base into vendor/vllm and keep it under a reference."""
     git, pin, base = Git(layout.vllm), candidate.pin, candidate.base
     ref = f"refs/pins/{pin.tag}"
-    with run_log.console.step("fetch") as view:
-        run_log.phase("fetch", view)
+    with stages.step(run_log, "fetch") as view:
         if candidate.kind is Kind.GIT and not worktree.is_kept(git, base):
             # The store is for reading only and lacks the content of some files.
             git.fetch(
@@ -233,7 +219,6 @@ def _fetch_base(layout: Layout, candidate: Candidate, settings: Settings, run_lo
         if git.resolve(f"refs/tags/{pin.tag}") is None:
             git.set_ref(f"refs/tags/{pin.tag}", base)
         view.reason = f"{base[:12]} as {ref}"
-    run_log.step = None
 
 
 def _repin_same_source(layout: Layout, pin: pins.Pin, new: pins.Pin, run_log: RunLog) -> None:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.checks import smoke as smoke_record
-from workspace.core import files, hints, lock, records
+from workspace.core import files, hints, records
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError
 from workspace.core.files import copy_files, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, precompiled, sandbox, stamp
+from workspace.install import editable, plan, precompiled, sandbox, stages, stamp
 from workspace.install.precompiled import KernelSource
 from workspace.machine import interpreter
 from workspace.repo import checkout, pins, series
@@ -102,10 +102,7 @@ def record(observed: plan.Observation, *, console: Console) -> KnownGood | None:
     Takes the workspace's lock.
     """
     layout, settings = observed.machine.layout, observed.machine.settings
-    with (
-        lock.hold(layout.lock, verb="inv pin", wait=True, on_wait=console.info) as held,
-        RunLog(console, layout.logs, verb="good", secrets=settings.secrets, held=held) as run_log,
-    ):
+    with stages.locked(layout, settings, "inv pin", console=console, wait=True) as run_log:
         sandbox.clear_leftovers(layout, Layout(layout.bump_sandbox))
         why = refusal(layout, observed)
         if why:
@@ -153,21 +150,14 @@ def keep(
     assert stack.tree
     name = name_of(observed.pin.tag, stack.tree)
     Git(layout.vllm).set_ref(f"refs/good/{name}", stack.head)
-    if outer is None:
-        gitlink = _set_reference(layout, name)
+    gitlink = gitlink if outer else _set_reference(layout, name)
     record_file = folder(layout, name) / "good.json"
     before = read(layout, name)
     stamp.withdraw(record_file)
     libraries = {f"library {library.path}": library.sha256 for library in build.libraries}
     inputs = {**(observed.environment.inputs or {}), **build.inputs, **libraries}
-    if (
-        before is None
-        or (before.inputs, before.kernels) != (inputs, build.kernels)
-        or not kernels(layout, name).is_dir()
-    ):
-        _copy_kernels(own, kernels(layout, name))
-    _copy_pinned_files(own, pinned_files(layout, name))
-    write_atomic(folder(layout, name) / "freeze.txt", _package_list(own).encode())
+    former = (before.inputs, before.kernels) if before else None
+    _copy_files(own, layout, name, is_stored=former == (inputs, build.kernels))
     made = KnownGood(
         name=name,
         tag=observed.pin.tag,
@@ -201,16 +191,21 @@ def _set_reference(layout: Layout, name: str) -> str | None:
     return link.commit if link else None
 
 
-def _copy_kernels(own: Layout, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    with files.folder_beside(target) as scratch:
-        copy_files(own.vllm, scratch / "kernels", editable.build_products(own.vllm))
-        files.put_in_place(scratch / "kernels", target)
-
-
-def _package_list(own: Layout) -> str:
+def _copy_files(own: Layout, layout: Layout, name: str, *, is_stored: bool) -> None:
+    """Copy pins, patches, list of packages, and kernels unless they `is_stored` already."""
+    target, place = kernels(layout, name), pinned_files(layout, name).root
+    if not (is_stored and target.is_dir()):
+        shutil.rmtree(target, ignore_errors=True)
+        with files.folder_beside(target) as scratch:
+            copy_files(own.vllm, scratch / "kernels", editable.build_products(own.vllm))
+            files.put_in_place(scratch / "kernels", target)
+    with files.folder_beside(place) as scratch:
+        _copy_pins(own, Layout(scratch / "files"))
+        shutil.rmtree(place, ignore_errors=True)
+        files.put_in_place(scratch / "files", place)
     installed = sorted(interpreter.installed(own).items())
-    return "".join(f"{package}=={version}\n" for package, version in installed if package != "vllm")
+    lines = (f"{package}=={version}\n" for package, version in installed if package != "vllm")
+    write_atomic(folder(layout, name) / "freeze.txt", "".join(lines).encode())
 
 
 def timestamp() -> str:
@@ -340,13 +335,6 @@ def way_back(layout: Layout, ref: str) -> str:
 def leftovers(layout: Layout, name: str) -> Path:
     """Return the folder for files that a move leaves behind and that no repository keeps."""
     return layout.state / f"left-{name}"
-
-
-def _copy_pinned_files(own: Layout, target: Layout) -> None:
-    with files.folder_beside(target.root) as scratch:
-        _copy_pins(own, Layout(scratch / "files"))
-        shutil.rmtree(target.root, ignore_errors=True)
-        files.put_in_place(scratch / "files", target.root)
 
 
 def _copy_pins(layout: Layout, target: Layout) -> None:

@@ -11,18 +11,19 @@ from workspace.bump import known_good, staging, triton
 from workspace.bump.known_good import KnownGood
 from workspace.bump.staging import RedoLog
 from workspace.checks import smoke as smoke_record
-from workspace.core import errors, hints, lock
+from workspace.core import errors, hints
 from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError, WorkspaceError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import plan, precompiled, sandbox, stamp, status
+from workspace.install import plan, precompiled, sandbox, stages, stamp, status
 from workspace.machine import interpreter
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git, worktree
 from workspace.repo.pins import Pin
 
+VERB = "inv pin.rollback"
 SHOWN_RELEASES = 3
 SHOWN_KEPT = 3
 
@@ -42,12 +43,7 @@ def run(
     SettingsError without such a state, CheckoutError if that work or an `am` prevents it, and
     SmokeError if the smoke fails.
     """
-    with (
-        lock.hold(layout.lock, verb="inv pin.rollback", wait=wait, on_wait=console.info) as held,
-        RunLog(
-            console, layout.logs, verb="pin.rollback", secrets=settings.secrets, held=held
-        ) as run_log,
-    ):
+    with stages.locked(layout, settings, VERB, console=console, wait=wait) as run_log:
         redo_log = staging.find_redo_log(layout.returning) or _begin(
             layout, name, run_log, force=force
         )
@@ -183,13 +179,9 @@ def _restore_versions(
     if not differing:
         return
     with (
-        lock.hold(layout.lock, verb="inv pin.rollback", wait=True, on_wait=console.info) as held,
-        RunLog(
-            console, layout.logs, verb="pin.rollback", secrets=settings.secrets, held=held
-        ) as run_log,
-        console.step("freeze") as view,
+        stages.locked(layout, settings, VERB, console=console, wait=True) as run_log,
+        stages.step(run_log, "freeze") as view,
     ):
-        run_log.phase("freeze", view)
         before = stamp.read(layout.stamp("environment"))
         stamp.withdraw(layout.stamp("environment"))
         interpreter.install(layout, settings, ["--no-deps", *differing], run_log=run_log)

@@ -294,12 +294,10 @@ def finish_move(
         )
     # To make room, delete only what this workspace made.
     discarded = layout.state / ".back.gone"
-    with run_log.console.step(title) as view:
-        run_log.phase(title, view)
+    with stages.step(run_log, title) as view:
         finish_steps(redo_log, _steps(layout, wanted, redo_log, discarded, run_log))
         kept = redo_log.facts["present"] or f"refs/left/{redo_log.facts['left']}"
         view.reason = f"{wanted.name}; the former state is kept as {kept}"
-    run_log.step = None
     _install_here(layout, settings, run_log)
     shutil.rmtree(discarded, ignore_errors=True)
     return wanted
@@ -312,13 +310,6 @@ def _steps(
     git, files = Git(layout.vllm), known_good.pinned_files(layout, wanted.name)
     made_in = Layout(layout.bump_sandbox) if redo_log.path == layout.promoting else None
     environment = made_in.environment if made_in else known_good.environment(layout, wanted.name)
-
-    def keep_environment(facts: Mapping[str, str]) -> None:
-        # Without a known-good state it is discarded, if another environment takes its place.
-        if facts["present"]:
-            _rename(layout.environment, known_good.environment(layout, facts["present"]))
-        elif os.path.lexists(environment):
-            _rename(layout.environment, discarded)
 
     def set_refs(_: Mapping[str, str]) -> None:
         git.set_ref(TIP_REF, wanted.head)
@@ -333,25 +324,38 @@ def _steps(
         folder = known_good.kernels(layout, wanted.name)
         copy_files(folder, layout.vllm, files_below(folder))
 
-    def write_patches(facts: Mapping[str, str]) -> None:
-        sandbox.write_patches(
-            files.patches("vllm"),
-            layout.patches("vllm"),
-            pin=pins.load(files.pins).vllm.commit,
-            former=facts["names"],
-        )
-
     return (
-        ("environment aside", keep_environment),
+        (
+            "environment aside",
+            lambda facts: _keep_environment(layout, facts, environment, discarded),
+        ),
         ("source", lambda facts: move_tree(layout, facts["tip"], wanted.head, run_log)),
         ("references", set_refs),
         ("environment", return_environment),
         ("products aside", lambda facts: _remove_products(layout, facts)),
         ("products", return_products),
-        ("patches", write_patches),
+        ("patches", lambda facts: _write_patches(layout, files, facts)),
         ("pins", lambda _: pins.save(layout.pins, pins.load(files.pins).vllm)),
         ("gitlink", lambda _: set_gitlink(layout, wanted.gitlink, run_log=run_log)),
     )
+
+
+def _keep_environment(
+    layout: Layout, facts: Mapping[str, str], following: Path, discarded: Path
+) -> None:
+    """Move the present environment to its known-good state.
+
+    Without such a state it is discarded, if the environment `following` takes its place.
+    """
+    if facts["present"]:
+        _rename(layout.environment, known_good.environment(layout, facts["present"]))
+    elif os.path.lexists(following):
+        _rename(layout.environment, discarded)
+
+
+def _write_patches(layout: Layout, source: Layout, facts: Mapping[str, str]) -> None:
+    target, pin = layout.patches("vllm"), pins.load(source.pins).vllm
+    sandbox.write_patches(source.patches("vllm"), target, pin=pin.commit, former=facts["names"])
 
 
 def _install_here(layout: Layout, settings: Settings, run_log: RunLog) -> None:
@@ -369,8 +373,7 @@ def _install_here(layout: Layout, settings: Settings, run_log: RunLog) -> None:
     ):
         return
     observed = plan.observe(layout, settings)
-    with run_log.console.step("install") as view:
-        run_log.phase("install", view)
+    with stages.step(run_log, "install") as view:
         try:
             editable.install_built(observed, run_log=run_log)
             verdict = verify.verify(observed)
@@ -383,7 +386,6 @@ def _install_here(layout: Layout, settings: Settings, run_log: RunLog) -> None:
             view.state, view.reason = State.WARN, f"{exc.message}: bootstrap installs it again"
         inputs = {**environment.inputs, "place": place}
         stamp.write(layout.stamp("environment"), replace(environment, inputs=inputs))
-    run_log.step = None
 
 
 def _remove_products(layout: Layout, facts: Mapping[str, str]) -> None:
@@ -434,15 +436,13 @@ def apply_series(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
         return
     base, names = bump_sandbox.start.new_base, series_names(bump_sandbox)
     if tree.head() == base and names:
-        with run_log.console.step("patches") as view:
-            run_log.phase("patches", view)
+        with stages.step(run_log, "patches") as view:
             _run_am(bump_sandbox, tree, names, run_log)
             made = tree.slugs(base, "HEAD")
             gone = [name for name in names if name.removesuffix(".patch") not in made]
             view.reason = f"{len(made)} of {len(names)} on {bump_sandbox.pin.tag}" + (
                 f"; upstream has {', '.join(gone)}" if gone else ""
             )
-        run_log.step = None
     tree.set_ref(APPLIED_REF, tree.head() or base)
 
 

@@ -18,7 +18,7 @@ from workspace.core.errors import BuildError, CheckoutError, ToolchainError
 from workspace.core.files import copy_files, files_below, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
-from workspace.install import bootstrap, editable, plan, precompiled, stamp
+from workspace.install import bootstrap, editable, plan, precompiled, stages, stamp
 from workspace.machine import jit_caches
 from workspace.repo import moves, pins, series
 from workspace.repo.git import Git, command, worktree
@@ -155,8 +155,7 @@ def borrow_environment(outer: Layout, own: Layout, *, run_log: RunLog) -> None:
     source, target = outer.environment, own.environment
     if os.path.lexists(target) or not source.is_dir():
         return
-    with run_log.console.step("environment") as view, files.folder_beside(target) as scratch:
-        run_log.phase("environment", view)
+    with stages.step(run_log, "environment") as view, files.folder_beside(target) as scratch:
         copy = Layout(scratch)
         copy_files(source, copy.environment, files_below(source))
         for name in ("environment", "vllm"):
@@ -166,7 +165,6 @@ def borrow_environment(outer: Layout, own: Layout, *, run_log: RunLog) -> None:
         view.reason = (
             f"a copy of {outer.relative(source)}, to keep its torch (USE_EXISTING_TORCH=1)"
         )
-    run_log.step = None
 
 
 def _make_relocatable(config: Path) -> None:
