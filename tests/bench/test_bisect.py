@@ -288,7 +288,7 @@ def test_log_of_the_first_edition_is_resumed(place: Place) -> None:
     bisect.begin(place.layout, place.context, options, console=Console(err=place.err))
     path = bisect_log.log_path(place.layout)
     document = json.loads(path.read_text())
-    document["asked"] = document.pop("options")
+    document["asked"], document["ground"] = document.pop("options"), document.pop("context")
     assert set(document) == {"schema", "asked", "good", "bad", "ground", "tries"}
     path.write_text(json.dumps(document))
     assert place.outcome(options) == made["c1"]

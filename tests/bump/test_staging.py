@@ -171,7 +171,7 @@ def test_leftovers_of_a_killed_sandbox_removal_are_cleared_and_a_users_tree_stay
     layout.bump_sandbox.rename(tmp_path / "gone")
     started = layout.state / ".bump.making-k7a3ox9q"
     started.mkdir()
-    staging.clear_leftovers(layout)
+    sandbox.clear_leftovers(layout, Layout(layout.bump_sandbox))
     listed = git(submodule, "worktree", "list")
     assert str(mine) in listed
     assert str(ours) not in listed
@@ -183,5 +183,6 @@ def test_empty_worktrees_folder_of_git_is_removed_with_the_leftovers(
 ) -> None:
     books = Git(submodule).path_of("worktrees")
     books.mkdir()
-    staging.clear_leftovers(Layout(submodule.parents[1]))
+    layout = Layout(submodule.parents[1])
+    sandbox.clear_leftovers(layout, Layout(layout.bump_sandbox))
     assert not books.exists()

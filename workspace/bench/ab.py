@@ -16,12 +16,12 @@ from workspace.bench.ab_trees import Hashes, Tree
 from workspace.bench.compare import FACTOR, MIN_STARTS, Judgement, MetricDifference
 from workspace.bench.results import Kind, Record
 from workspace.bench.subject import Benchmark, WorkloadOptions
-from workspace.core import hints, lock
+from workspace.core import hints
 from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import BuildError, PatchConflict, PatchDrift, Regression, SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import plan
+from workspace.install import plan, stages
 from workspace.install import sandbox as sandboxes
 from workspace.install.sandbox import Sandbox
 from workspace.machine import check, interpreter
@@ -91,10 +91,7 @@ def run(layout: Layout, settings: Settings, options: AbOptions, *, console: Cons
     or measured.
     """
     pins.require_settled(layout)
-    with (
-        lock.hold(layout.lock, verb="nox -s ab") as held,
-        RunLog(console, layout.logs, verb="ab", secrets=settings.secrets, held=held) as run_log,
-    ):
+    with stages.locked(layout, settings, "nox -s ab", console=console) as run_log:
         observed = plan.observe(layout, settings)
         settings = sandboxes.as_built(settings, observed)
         check.require(observed.machine, console=console, device=observed.device)
@@ -145,8 +142,7 @@ def run_interleaved(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record,
 def _build_arm(session: Session, name: str, tree: Tree) -> Arm:
     layout, options, run_log = session.layout, session.options, session.run_log
     run_log.console.info(f"arm {name.upper()}: {tree.description}, {tree.tip[:12]}")
-    with run_log.console.step(f"arm {name.upper()}") as view:
-        run_log.phase(f"arm {name}", view)
+    with stages.step(run_log, f"arm {name.upper()}") as view:
         sandbox = sandboxes.make(
             layout,
             f"ab-{name}",
@@ -157,7 +153,6 @@ def _build_arm(session: Session, name: str, tree: Tree) -> Arm:
             run_log=run_log,
         )
         view.reason = sandbox.shown
-    run_log.step = None
     observed = sandboxes.build_sandbox(sandbox, session.settings, console=run_log.console)
     run_log.phase("model")
     wanted = WorkloadOptions(options.kind, options.model, options.vllm_args)
@@ -300,8 +295,7 @@ def _start(
         allow_busy=session.options.allow_busy,
         console=session.console,
     )
-    with session.console.step(title) as view:
-        session.run_log.phase(title, view)
+    with stages.step(session.run_log, title) as view:
         watch = ab_trees.LibraryWatch(arm.sandbox)
         start, backends = measure.measure_once(
             arm.benchmark, has_gpu=has_gpu, run_log=session.run_log, watch=watch
@@ -309,7 +303,6 @@ def _start(
         libraries = watch.libraries(arm.stamped, session.hashes)
         single = replace(arm.fresh, starts=(start,), backends=backends)
         view.reason = measure.start_summary(single, left_s)
-    session.run_log.step = None
     return single, libraries
 
 

@@ -29,7 +29,7 @@ from workspace.core.errors import BuildError, SettingsError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import plan
+from workspace.install import plan, stages
 from workspace.install import sandbox as sandboxes
 from workspace.repo.git import Git, history
 from workspace.repo.pins import Pin
@@ -145,8 +145,7 @@ def is_contradicted(layout: Layout, context: Context, former: BisectLog) -> bool
         searched = bisect_log.open_range(
             layout, context, former.good, former.bad, is_patches=former.options.is_patches
         )
-        state = bisect_log.search_state(searched.suspects, former.verdicts)
-        return state.contradiction is not None
+        return searched.state(former.verdicts).contradiction is not None
     return False
 
 
@@ -163,7 +162,7 @@ def search(
     Raises WorkspaceError where an end cannot be tried, and after 12 skips in a row.
     """
     skips = 0
-    while (state := bisect_log.search_state(searched.suspects, log.verdicts)).following:
+    while (state := searched.state(log.verdicts)).following:
         commit, role = state.following, state.role
         console.info(_progress(searched, log, state))
         started = time.monotonic()
@@ -194,7 +193,7 @@ def _untried_end(
 
 
 def _too_many_skips(searched: Range, log: BisectLog, outcome: Outcome) -> WorkspaceError:
-    left = bisect_log.search_state(searched.suspects, log.verdicts).left
+    left = searched.state(log.verdicts).left
     shown = left if len(left) <= SHOWN else (*left[: SHOWN - 1], left[-1])
     return WorkspaceError(
         f"inconclusive so far: {MOST_SKIPS} commits in a row cannot be tried; the last:"
@@ -245,14 +244,12 @@ class _Runner:
         first = log.of(log.good)
         reference = first.values if first and role != "good" else ()
         trial = Trial(sandbox, self.settings, self.bounds, self.run_log)
-        with self.run_log.console.step(self.predicate.name) as view:
-            self.run_log.phase(self.predicate.name, view)
+        with stages.step(self.run_log, self.predicate.name) as view:
             outcome = bisect_predicate.evaluate(
                 self.predicate, trial, reference=reference, view=view
             )
             view.state = _STATES[outcome.verdict]
             view.reason = f"{outcome.verdict}: {outcome.evidence}"
-        self.run_log.step = None
         return outcome
 
     def _skip(self, evidence: str) -> Outcome:

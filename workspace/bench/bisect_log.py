@@ -7,46 +7,24 @@ so that the same command resumes a bisect that was killed at any point.
 import hashlib
 import math
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from workspace.bench import ab_trees
 from workspace.core import hints, records
-from workspace.core.errors import (
-    CheckoutError,
-    PatchConflict,
-    PatchDrift,
-    SettingsError,
-    WorkspaceError,
-)
+from workspace.core.errors import CheckoutError, PatchDrift, SettingsError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.records import Document
 from workspace.core.settings import nearest, shortened
 from workspace.install import plan
-from workspace.repo.git import Git, am, history, worktree
+from workspace.repo.git import Git, history, worktree
 
 GOOD_REFS = "refs/good"
 
 Verdict = Literal["good", "bad", "skip"]
 Role = Literal["good", "fork", "bad", "suspect"]
-
-
-@dataclass(frozen=True)
-class Suspects:
-    """The commits of `good..bad` with their parents, parents first; the last commit is `bad`.
-
-    `forks` are the merge bases of the two, none where good is an ancestor of bad.
-    """
-
-    good: str
-    parents: Mapping[str, tuple[str, ...]]
-    forks: tuple[str, ...] = ()
-
-    @property
-    def bad(self) -> str:
-        *_, last = self.parents
-        return last
 
 
 @dataclass(frozen=True)
@@ -74,79 +52,6 @@ class SearchState:
     def steps(self) -> int:
         """The approximate number of tries that are left."""
         return math.ceil(math.log2(len(self.left)))
-
-
-def search_state(suspects: Suspects, tries: Mapping[str, Verdict]) -> SearchState:
-    """Compute the state of the search from the tries, in their order.
-
-    The ends are tried first, and with them the merge bases, which must be good too.
-    """
-    every = tuple(suspects.parents)
-    ends: list[tuple[str, Role]] = [
-        (suspects.good, "good"),
-        *((fork, "fork") for fork in suspects.forks),
-        (suspects.bad, "bad"),
-    ]
-    for commit, role in ends:
-        verdict = tries.get(commit)
-        if verdict is None:
-            return SearchState(every, commit, role)
-        wrong = "good" if role == "bad" else "bad"
-        # As in git, a merge base that cannot be tried counts as good. Otherwise the search would
-        # continue between it and the good end, for a commit that fixes the fault.
-        if verdict == wrong or (verdict == "skip" and role != "fork"):
-            return SearchState(every, None, role, contradiction=commit)
-    reach = _reach(suspects.parents)
-    mask = _left(reach, {commit: found for commit, found in tries.items() if commit in reach})
-    left = tuple(commit for index, commit in enumerate(every) if mask >> index & 1)
-    return SearchState(left, _following(left, reach, mask, tries), "suspect")
-
-
-def _reach(parents: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
-    """Return the ancestors of each commit, itself included, as bits."""
-    reach: dict[str, int] = {}
-    for index, (commit, above) in enumerate(parents.items()):
-        bits = 1 << index
-        for parent in above:
-            bits |= reach.get(parent, 0)
-        reach[commit] = bits
-    return reach
-
-
-def _left(reach: Mapping[str, int], tries: Mapping[str, Verdict]) -> int:
-    """Return the ancestors of all bad commits and of no good commit, as bits.
-
-    They are never empty: only ancestors of the last bad commit are ever tried.
-    """
-    mask = (1 << len(reach)) - 1
-    for commit, verdict in tries.items():
-        if verdict == "bad":
-            mask &= reach[commit]
-        elif verdict == "good":
-            mask &= ~reach[commit]
-    return mask
-
-
-def _following(
-    left: Sequence[str], reach: Mapping[str, int], mask: int, tries: Mapping[str, Verdict]
-) -> str | None:
-    """Return the commit that divides the suspects best, and is far from skipped commits.
-
-    The neighbours of a commit that cannot be tried can rarely be tried either, so a commit is
-    worth at most twice its distance from each such commit.
-    """
-    untried = [index for index, commit in enumerate(left) if tries.get(commit) == "skip"]
-
-    def worth(index: int) -> int:
-        weight = (reach[left[index]] & mask).bit_count()
-        return min(weight, len(left) - weight, *(2 * abs(index - other) for other in untried))
-
-    best = max(
-        (index for index in range(len(left) - 1) if index not in untried),
-        key=worth,
-        default=None,
-    )
-    return None if best is None else left[best]
 
 
 @dataclass(frozen=True)
@@ -204,9 +109,10 @@ class BisectLog(records.Record, schema=1):
 
     @classmethod
     def upgrade(cls, document: Document) -> Document:
-        # The first edition wrote the options as `asked`, and both write the context as `ground`.
+        # The first edition wrote them as `asked` and `ground`.
         options = document.get("options", document.get("asked"))
-        return {**document, "options": options, "context": document.get("ground")}
+        context = document.get("context", document.get("ground"))
+        return {**document, "options": options, "context": context}
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
@@ -253,16 +159,7 @@ def log_path(layout: Layout) -> Path:
 
 
 def write_log(layout: Layout, log: BisectLog) -> None:
-    """Write the log; its keys on disk are those of the first edition, but for `options`."""
-    document = {
-        "schema": log.SCHEMA,
-        "options": asdict(log.options),
-        "good": log.good,
-        "bad": log.bad,
-        "ground": log.context,
-        "tries": [asdict(attempt) for attempt in log.tries],
-    }
-    records.write(log_path(layout), document)
+    records.write(log_path(layout), log)
 
 
 def read_log(layout: Layout) -> BisectLog | None:
@@ -290,15 +187,20 @@ class Context:
 
 @dataclass(frozen=True)
 class Range:
-    """The commits to search; `carried` are the patches to apply to each of them.
+    """The commits of `good..bad` to search, parents first; the last of `suspects` is `bad`.
 
-    `names` are the patches of which the commits of a series are made.
+    `forks` are the merge bases of the two, none where good is an ancestor of bad. `carried` are
+    the patches to apply to each commit, `names` the patches of which the commits of a series are
+    made.
     """
 
-    suspects: Suspects
+    git: Git
+    good: str
+    suspects: tuple[str, ...]
+    forks: tuple[str, ...]
     subjects: Mapping[str, str]
-    carried: tuple[Path, ...]
-    names: Mapping[str, str]
+    carried: tuple[Path, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def title(self, commit: str) -> str:
         """Return the patch of a commit, or its short OID and subject."""
@@ -306,9 +208,62 @@ class Range:
             return self.names[commit]
         return (
             "the pin without patches"
-            if self.names and commit == self.suspects.good
+            if self.names and commit == self.good
             else f"{commit[:12]} {self.subjects.get(commit, '')}".rstrip()
         )
+
+    def state(self, tries: Mapping[str, Verdict]) -> SearchState:
+        """Return the state of the search after these tries.
+
+        The ends are tried first, and with them the merge bases, which must be good too.
+        """
+        forks: list[tuple[str, Role]] = [(fork, "fork") for fork in self.forks]
+        ends: list[tuple[str, Role]] = [(self.good, "good"), *forks, (self.suspects[-1], "bad")]
+        for commit, role in ends:
+            verdict = tries.get(commit)
+            if verdict is None:
+                return SearchState(self.suspects, commit, role)
+            wrong = "good" if role == "bad" else "bad"
+            # As in git, a merge base that cannot be tried counts as good. Otherwise the search
+            # would continue between it and the good end, for a commit that fixes the fault.
+            if verdict == wrong or (verdict == "skip" and role != "fork"):
+                return SearchState(self.suspects, None, role, contradiction=commit)
+        bad = next(commit for commit in self.suspects if tries.get(commit) == "bad")
+        good = [commit for commit in self.suspects if tries.get(commit) == "good"]
+        distances = _distances(self.git, bad, (self.good, *good))
+        left = tuple(commit for commit in self.suspects if commit in distances)
+        return SearchState(left, _following(left, distances, tries), "suspect")
+
+
+def _distances(git: Git, bad: str, good: Iterable[str]) -> dict[str, int]:
+    """Return the ancestors of `bad` that no good commit has, with git's weights.
+
+    The weight is the number of commits that either verdict rules out (git-rev-list(1),
+    --bisect-all).
+    """
+    listing = git.look("rev-list", "--bisect-all", bad, *(f"^{commit}" for commit in good), "--")
+    return {
+        line.split(" ")[0]: int(line.rpartition("dist=")[2].rstrip(")"))
+        for line in listing.out.splitlines()
+    }
+
+
+def _following(
+    left: Sequence[str], distances: Mapping[str, int], tries: Mapping[str, Verdict]
+) -> str | None:
+    """Return the commit that divides the suspects best, and is far from skipped commits.
+
+    The neighbours of a commit that cannot be tried can rarely be tried either, so a commit is
+    worth at most twice its distance from each such commit.
+    """
+    skipped = [index for index, commit in enumerate(left) if tries.get(commit) == "skip"]
+
+    def worth(index: int) -> int:
+        return min([distances[left[index]], *(2 * abs(index - other) for other in skipped)])
+
+    untried = (index for index in range(len(left) - 1) if index not in skipped)
+    best = max(untried, key=worth, default=None)
+    return None if best is None else left[best]
 
 
 def bisect_context(layout: Layout, observed: plan.Observation) -> Context:
@@ -380,9 +335,11 @@ def open_range(layout: Layout, context: Context, good: str, bad: str, *, is_patc
         if is_patches
         else {}
     )
-    suspects = Suspects(good, {commit.oid: commit.parents for commit in commits}, forks)
     return Range(
-        suspects,
+        git,
+        good,
+        tuple(commit.oid for commit in commits),
+        forks,
         {**subjects_of_ends, **{commit.oid: commit.subject for commit in commits}},
         () if is_patches else context.patches,
         names,
@@ -409,19 +366,12 @@ def _tip(layout: Layout, git: Git, context: Context) -> str:
             "patches/vllm/series lists no patch, so there is nothing to search",
             hint=hints.text("bench.bisect_smoke"),
         )
-    made = am.applied(git, context.base, context.patches, place=layout.state / "am")
-    if made.tip is None:
-        name = context.patches[made.position - 1].name
-        raise PatchConflict(
-            f"patches/vllm/{name} does not apply: {', '.join(made.paths)}",
-            hint=hints.text("inv.patch_apply"),
-            details=made.details,
-        )
-    slugs = git.slugs(context.base, made.tip)
+    tip = ab_trees.apply_series(layout, context.base, context.patches, description="patches/vllm")
+    slugs = git.slugs(context.base, tip)
     if len(slugs) != len(context.patches):
         lost = [patch.name for patch in context.patches if patch.stem not in slugs]
         raise PatchDrift(
             f"{', '.join(lost) or 'a patch'} changes nothing on the pin",
             hint=hints.text("bench.drop_series_line"),
         )
-    return made.tip
+    return tip

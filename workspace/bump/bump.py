@@ -9,9 +9,10 @@ import datetime
 from collections.abc import Iterator
 from typing import Literal
 
-from workspace.bump import forecast, known_good, promote, staging
+from workspace.bump import forecast, known_good, promote, rollback, staging
+from workspace.bump.known_good import KnownGood
 from workspace.bump.staging import BumpSandbox, BumpStart
-from workspace.core import hints, lock
+from workspace.core import hints
 from workspace.core.console import Console, RunLog
 from workspace.core.console import State as RowState
 from workspace.core.errors import (
@@ -19,13 +20,12 @@ from workspace.core.errors import (
     PatchConflict,
     PatchDrift,
     SettingsError,
-    SmokeError,
     WorkspaceError,
 )
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import plan, sandbox
+from workspace.install import plan, sandbox, stages
 from workspace.repo import checkout, pins
 from workspace.repo.checkout import Kind
 from workspace.repo.git import Git, worktree
@@ -59,11 +59,11 @@ def run(
 
         triton.move(layout, settings, console=console, wait=wait)
         return
-    with _locked_run(layout, settings, "inv pin.bump", console, wait=wait) as run_log:
+    with stages.locked(layout, settings, "inv pin.bump", console=console, wait=wait) as run_log:
         bump_sandbox = staging.find(layout)
         if (
             bump_sandbox
-            and not promote.is_begun(bump_sandbox)
+            and not bump_sandbox.outer.promoting.exists()
             and not _is_target(bump_sandbox, ref)
         ):
             raise CheckoutError(
@@ -71,45 +71,32 @@ def run(
                 hint=hints.text("bump.resume_or_give_up"),
             )
         if bump_sandbox is None and not staging.exists(layout):
-            staging.clear_leftovers(layout)
+            sandbox.clear_leftovers(layout, Layout(layout.bump_sandbox))
         bump_sandbox = bump_sandbox or _begin(
             layout, settings, ref, run_log, allow_recent=allow_recent
         )
-        is_promoted = bump_sandbox is not None and _advance(bump_sandbox, settings, run_log)
-    if is_promoted:
-        _verify_promotion(layout, settings, console)
+        promoted = _advance(bump_sandbox, settings, run_log) if bump_sandbox else None
+    if promoted:
+        rollback.settle(layout, settings, promoted, console=console, is_bump=True)
 
 
 def go_on(
     layout: Layout, settings: Settings, how: How, *, console: Console, wait: bool = False
 ) -> None:
     """Resume the bump, skip the patch that conflicts, or abort. Raises what `run` raises."""
-    with _locked_run(layout, settings, "inv patch.continue", console, wait=wait) as run_log:
+    verb = "inv patch.continue"
+    with stages.locked(layout, settings, verb, console=console, wait=wait) as run_log:
         if how == "abort":
             _abort(layout, console)
             return
         bump_sandbox = staging.find(layout)
         if bump_sandbox is None:
             raise CheckoutError("no bump is under way", hint=hints.text("inv.pin"))
-        if not promote.is_begun(bump_sandbox):
+        if not bump_sandbox.outer.promoting.exists():
             promote.require_unmoved(bump_sandbox)
             _resume(bump_sandbox, settings, how, run_log)
-        is_promoted = _advance(bump_sandbox, settings, run_log)
-    if is_promoted:
-        _verify_promotion(layout, settings, console)
-
-
-@contextlib.contextmanager
-def _locked_run(
-    layout: Layout, settings: Settings, verb: str, console: Console, *, wait: bool
-) -> Iterator[RunLog]:
-    with (
-        lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held,
-        RunLog(
-            console, layout.logs, verb=verb.split()[1], secrets=settings.secrets, held=held
-        ) as run_log,
-    ):
-        yield run_log
+        promoted = _advance(bump_sandbox, settings, run_log)
+    rollback.settle(layout, settings, promoted, console=console, is_bump=True)
 
 
 def _is_target(bump_sandbox: BumpSandbox, ref: str) -> bool:
@@ -137,7 +124,6 @@ def _begin(
     candidate = forecast.find_candidate(
         layout, settings, pin, ref, observed.checkout, run_log=run_log
     )
-    run_log.step = None
     if candidate.base == base:
         _repin_same_source(layout, pin, candidate.pin, run_log)
         return None
@@ -218,8 +204,7 @@ def _fetch_base(layout: Layout, candidate: Candidate, settings: Settings, run_lo
     """Fetch the new base into vendor/vllm and keep it under a reference."""
     git, pin, base = Git(layout.vllm), candidate.pin, candidate.base
     ref = f"refs/pins/{pin.tag}"
-    with run_log.console.step("fetch") as view:
-        run_log.phase("fetch", view)
+    with stages.step(run_log, "fetch") as view:
         if candidate.kind is Kind.GIT and not worktree.is_kept(git, base):
             # The store is for reading only and lacks the content of some files.
             git.fetch(
@@ -234,7 +219,6 @@ def _fetch_base(layout: Layout, candidate: Candidate, settings: Settings, run_lo
         if git.resolve(f"refs/tags/{pin.tag}") is None:
             git.set_ref(f"refs/tags/{pin.tag}", base)
         view.reason = f"{base[:12]} as {ref}"
-    run_log.step = None
 
 
 def _repin_same_source(layout: Layout, pin: pins.Pin, new: pins.Pin, run_log: RunLog) -> None:
@@ -268,7 +252,7 @@ def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: Ru
     from workspace.repo.git import am
 
     tree = staging.open_tree(bump_sandbox, settings, run_log=run_log)
-    staging.recover_am(bump_sandbox, tree, run_log)
+    staging.recover(bump_sandbox, tree, run_log)
     position = am.position(tree)
     if position is None:
         if how == "skip":
@@ -276,7 +260,7 @@ def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: Ru
                 "the bump has no conflicting patch to skip", hint=hints.text("inv.patch_continue")
             )
         return
-    names = staging.series_names(bump_sandbox)[-position.last :]
+    names = staging.series_names(bump_sandbox)
     if how == "skip":
         skipped = dict.fromkeys((*bump_sandbox.skipped, names[position.number - 1]))
         write_atomic(
@@ -301,7 +285,7 @@ def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: Ru
 
 def _abort(layout: Layout, console: Console) -> None:
     # A sandbox with a damaged record can be given up too, so the record is not read.
-    if promote.is_begun_in(layout):
+    if layout.promoting.exists():
         raise CheckoutError(
             "this bump is being promoted and can only be finished",
             hint=hints.text("bump.continue_then_rollback"),
@@ -313,9 +297,9 @@ def _abort(layout: Layout, console: Console) -> None:
     )
 
 
-def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> bool:
-    """Do all remaining steps, up to and including the promotion; return True."""
-    if not promote.is_begun(bump_sandbox):
+def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> KnownGood:
+    """Do all remaining steps, up to and including the promotion; return the new state."""
+    if not bump_sandbox.outer.promoting.exists():
         promote.require_unmoved(bump_sandbox)
         tree = staging.open_tree(bump_sandbox, settings, run_log=run_log)
         staging.apply_series(bump_sandbox, tree, run_log)
@@ -328,8 +312,7 @@ def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> 
             sandbox.build_in(bump_sandbox.layout, wanted, console=run_log.console)
         _smoke(bump_sandbox, tree, wanted, run_log.console)
         promote.begin(bump_sandbox, settings, tip=tip, run_log=run_log)
-    promote.finish(bump_sandbox, settings, run_log=run_log)
-    return True
+    return promote.finish(bump_sandbox, settings, run_log=run_log)
 
 
 def _export(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
@@ -385,24 +368,4 @@ def _smoke(bump_sandbox: BumpSandbox, tree: Git, settings: Settings, console: Co
         console.row(RowState.SKIPPED, "smoke", "has passed on this tree")
         return
     with _with_sandbox_hint(bump_sandbox):
-        run_smoke(bump_sandbox.layout, settings, console)
-
-
-def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
-    """Run the smoke on a layout. Raises SmokeError if a check fails or nothing is built."""
-    from workspace.checks import smoke
-    from workspace.checks.smoke_suite import SmokeOptions
-
-    smoke.smoke(layout, settings, SmokeOptions(), console=console)
-
-
-def _verify_promotion(layout: Layout, settings: Settings, console: Console) -> None:
-    """Run bootstrap, which finds nothing to do, and the smoke; record a known-good state."""
-    observed = plan.observe(layout, settings)
-    sandbox.build_in(layout, sandbox.as_built(settings, observed), console=console)
-    try:
-        run_smoke(layout, settings, console)
-    except SmokeError as exc:
-        exc.hint = hints.text("bump.rollback_or", then=exc.hint)
-        raise
-    known_good.record(observed.again(), console=console)
+        known_good.run_smoke(bump_sandbox.layout, settings, console)

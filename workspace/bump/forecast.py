@@ -21,7 +21,7 @@ from workspace.core.errors import PatchConflict, counted
 from workspace.core.paths import Layout
 from workspace.core.process import Absent, There
 from workspace.core.settings import Settings
-from workspace.install import precompiled
+from workspace.install import precompiled, stages
 from workspace.machine import doctor
 from workspace.machine.arch import key
 from workspace.machine.doctor_toolchain import compiler_hint
@@ -198,8 +198,7 @@ def find_candidate(
     layout: Layout, settings: Settings, pin: Pin, ref: str, found: Checkout, *, run_log: RunLog
 ) -> Candidate:
     """Find the release `ref` in a console step. Raises what upstream.find raises."""
-    with run_log.console.step("upstream") as view:
-        run_log.phase("upstream", view)
+    with stages.step(run_log, "upstream") as view:
         candidate = upstream.find(layout, pin, ref, settings, found, run_log=run_log, step=view)
         place = "git" if candidate.kind is Kind.GIT else "the release archive"
         view.reason = f"{candidate.pin.tag} {candidate.pin.commit[:12]} from {place}"

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.checks import smoke as smoke_record
-from workspace.core import files, hints, lock, records
+from workspace.core import files, hints, records
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError
 from workspace.core.files import copy_files, read_regular, write_atomic
 from workspace.core.paths import Layout
-from workspace.install import editable, plan, precompiled, sandbox, stamp
+from workspace.core.settings import Settings
+from workspace.install import editable, plan, precompiled, sandbox, stages, stamp
 from workspace.install.precompiled import KernelSource
 from workspace.machine import interpreter
 from workspace.repo import checkout, pins, series
@@ -101,16 +102,13 @@ def record(observed: plan.Observation, *, console: Console) -> KnownGood | None:
     Takes the workspace's lock.
     """
     layout, settings = observed.machine.layout, observed.machine.settings
-    with (
-        lock.hold(layout.lock, verb="inv pin", wait=True, on_wait=console.info) as held,
-        RunLog(console, layout.logs, verb="good", secrets=settings.secrets, held=held) as run_log,
-    ):
-        finish_removal(layout)
+    with stages.locked(layout, settings, "inv pin", console=console, wait=True) as run_log:
+        sandbox.clear_leftovers(layout, Layout(layout.bump_sandbox))
         why = refusal(layout, observed)
         if why:
             console.info(f"not recorded as good: {why}")
             return None
-        made = keep(layout, observed, run_log=run_log)
+        made = keep(observed, run_log=run_log)
         console.info(f"recorded as good: {made.name}; ./scripts/inv pin.rollback returns to it")
         return made
 
@@ -131,29 +129,35 @@ def refusal(layout: Layout, observed: plan.Observation) -> str | None:
     return None if smoke_passed(layout, stack.tree) else "the smoke has not passed on this tree"
 
 
-def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> KnownGood:
-    """Store the present state, which the caller knows to be good; reuse what is stored already."""
-    stack, build = observed.stack, observed.kernels.recorded
+def keep(
+    observed: plan.Observation,
+    *,
+    run_log: RunLog,
+    outer: Layout | None = None,
+    gitlink: str | None = None,
+) -> KnownGood:
+    """Store a state that the caller knows to be good; reuse what is stored already.
+
+    It is the present state, or that of a bump's sandbox: then `outer` is the clone, and `gitlink`
+    the commit that its superproject is to name.
+    """
+    stack, build, own = observed.stack, observed.kernels.recorded, observed.machine.layout
+    layout = outer or own
     assert build is not None
     assert stack is not None
     assert stack.head
     assert stack.base
     assert stack.tree
     name = name_of(observed.pin.tag, stack.tree)
-    gitlink = _set_references(layout, name, stack.head)
+    Git(layout.vllm).set_ref(f"refs/good/{name}", stack.head)
+    gitlink = gitlink if outer else _set_reference(layout, name)
     record_file = folder(layout, name) / "good.json"
     before = read(layout, name)
     stamp.withdraw(record_file)
     libraries = {f"library {library.path}": library.sha256 for library in build.libraries}
     inputs = {**(observed.environment.inputs or {}), **build.inputs, **libraries}
-    if (
-        before is None
-        or (before.inputs, before.kernels) != (inputs, build.kernels)
-        or not kernels(layout, name).is_dir()
-    ):
-        _copy_kernels(layout, name)
-    _copy_pinned_files(layout, name)
-    _write_package_list(layout, name)
+    former = (before.inputs, before.kernels) if before else None
+    _copy_files(own, layout, name, is_stored=former == (inputs, build.kernels))
     made = KnownGood(
         name=name,
         tag=observed.pin.tag,
@@ -162,7 +166,7 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
         tree=stack.tree,
         gitlink=gitlink,
         recorded=datetime.datetime.now(datetime.UTC).isoformat(),
-        smoke=str(smoke_record.last_record(layout).get("time")),
+        smoke=str(smoke_record.last_record(own).get("time")),
         inputs=inputs,
         kernels=build.kernels,
     )
@@ -172,11 +176,10 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
     return made
 
 
-def _set_references(layout: Layout, name: str, head: str) -> str | None:
-    """Set `refs/good/NAME` in both repositories; return the gitlink of vendor/vllm."""
-    git, outer = Git(layout.vllm), checkout.superproject(layout)
+def _set_reference(layout: Layout, name: str) -> str | None:
+    """Set `refs/good/NAME` in the superproject; return its gitlink of vendor/vllm."""
+    outer = checkout.superproject(layout)
     link = outer.gitlink(layout.relative(layout.vllm)) if outer else None
-    git.set_ref(f"refs/good/{name}", head)
     if outer and outer.head():
         gitlinks = {layout.relative(layout.vllm): link.commit} if link else {}
         commit = worktree.snapshot(
@@ -188,16 +191,20 @@ def _set_references(layout: Layout, name: str, head: str) -> str | None:
     return link.commit if link else None
 
 
-def _copy_kernels(layout: Layout, name: str) -> None:
-    shutil.rmtree(kernels(layout, name), ignore_errors=True)
-    with files.folder_beside(kernels(layout, name)) as scratch:
-        copy_files(layout.vllm, scratch / "kernels", editable.build_products(layout.vllm))
-        files.put_in_place(scratch / "kernels", kernels(layout, name))
-
-
-def _write_package_list(layout: Layout, name: str) -> None:
-    installed = sorted(interpreter.installed(layout).items())
-    lines = [f"{package}=={version}\n" for package, version in installed if package != "vllm"]
+def _copy_files(own: Layout, layout: Layout, name: str, *, is_stored: bool) -> None:
+    """Copy pins, patches, list of packages, and kernels unless they `is_stored` already."""
+    target, place = kernels(layout, name), pinned_files(layout, name).root
+    if not (is_stored and target.is_dir()):
+        shutil.rmtree(target, ignore_errors=True)
+        with files.folder_beside(target) as scratch:
+            copy_files(own.vllm, scratch / "kernels", editable.build_products(own.vllm))
+            files.put_in_place(scratch / "kernels", target)
+    with files.folder_beside(place) as scratch:
+        _copy_pins(own, Layout(scratch / "files"))
+        shutil.rmtree(place, ignore_errors=True)
+        files.put_in_place(scratch / "files", place)
+    installed = sorted(interpreter.installed(own).items())
+    lines = (f"{package}=={version}\n" for package, version in installed if package != "vllm")
     write_atomic(folder(layout, name) / "freeze.txt", "".join(lines).encode())
 
 
@@ -325,43 +332,22 @@ def way_back(layout: Layout, ref: str) -> str:
     return hints.text("bump.bring_back", ref=ref, command=command)
 
 
-def discarded_sandbox(layout: Layout) -> Path:
-    """Return the path to which a finished bump sandbox is renamed before it is deleted."""
-    return layout.bump_sandbox.with_name(f".{layout.bump_sandbox.name}.gone")
-
-
-def finish_removal(layout: Layout) -> None:
-    """Finish an interrupted removal of the bump sandbox.
-
-    A sandbox that exists stays unchanged.
-    """
-    shutil.rmtree(discarded_sandbox(layout), ignore_errors=True)
-    git = Git(layout.vllm)
-    if (
-        not os.path.lexists(layout.bump_sandbox)
-        and git.place()
-        and git.path_of("worktrees").is_dir()
-    ):
-        worktree.forget(git, Layout(layout.bump_sandbox).vllm)
-
-
 def leftovers(layout: Layout, name: str) -> Path:
     """Return the folder for files that a move leaves behind and that no repository keeps."""
     return layout.state / f"left-{name}"
-
-
-def _copy_pinned_files(layout: Layout, name: str) -> None:
-    place = pinned_files(layout, name).root
-    with files.folder_beside(place) as scratch:
-        _copy_pins(layout, Layout(scratch / "files"))
-        shutil.rmtree(place, ignore_errors=True)
-        files.put_in_place(scratch / "files", place)
 
 
 def _copy_pins(layout: Layout, target: Layout) -> None:
     target.pins.parent.mkdir(parents=True)
     target.pins.write_bytes(read_regular(layout.pins))
     shutil.copytree(layout.patches("vllm"), target.patches("vllm"))
+
+
+def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
+    """Run the smoke on a layout. Raises SmokeError if a check fails or nothing is built."""
+    from workspace.checks.smoke_suite import SmokeOptions
+
+    smoke_record.smoke(layout, settings, SmokeOptions(), console=console)
 
 
 def smoke_passed(layout: Layout, tree: str | None) -> bool:

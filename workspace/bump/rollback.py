@@ -5,29 +5,25 @@ state under references first. The next `inv pin.rollback` finishes an interrupte
 """
 
 import datetime
-import os
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from workspace.bump import bump, known_good, promote, staging, triton
+from workspace.bump import known_good, staging, triton
 from workspace.bump.known_good import KnownGood
-from workspace.bump.staging import RedoLog, Step
+from workspace.bump.staging import RedoLog
 from workspace.checks import smoke as smoke_record
-from workspace.core import errors, hints, lock
+from workspace.core import errors, hints
 from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError, WorkspaceError
-from workspace.core.files import copy_files, files_below, read_regular
+from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import plan, precompiled, sandbox, stamp, status
+from workspace.install import plan, precompiled, sandbox, stages, stamp, status
 from workspace.machine import interpreter
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git, worktree
 from workspace.repo.pins import Pin
-from workspace.repo.series import BASE_REF, TIP_REF
 
+VERB = "inv pin.rollback"
 SHOWN_RELEASES = 3
 SHOWN_KEPT = 3
 
@@ -47,32 +43,32 @@ def run(
     SettingsError without such a state, CheckoutError if that work or an `am` prevents it, and
     SmokeError if the smoke fails.
     """
-    with (
-        lock.hold(layout.lock, verb="inv pin.rollback", wait=wait, on_wait=console.info) as held,
-        RunLog(
-            console, layout.logs, verb="pin.rollback", secrets=settings.secrets, held=held
-        ) as run_log,
-    ):
+    with stages.locked(layout, settings, VERB, console=console, wait=wait) as run_log:
         redo_log = staging.find_redo_log(layout.returning) or _begin(
             layout, name, run_log, force=force
         )
-        wanted = known_good.read(layout, redo_log.facts["good"])
-        if wanted is None:
-            raise CheckoutError(
-                f"the rollback to {redo_log.facts['good']} cannot resume: that state is missing",
-                hint=hints.text("bump.give_rollback_up", path=layout.relative(layout.returning)),
-            )
-        _finish(layout, redo_log, wanted, run_log)
+        wanted = staging.finish_move(layout, settings, redo_log, run_log)
+        redo_log.path.unlink()
     staging.report_leftovers(layout, redo_log.facts, console=console)
-    _build(layout, settings, wanted, console)
+    settle(layout, settings, wanted, console=console)
     # Last, where a person sees it. An older redo log has no note of it.
     if back := redo_log.facts.get("back"):
         console.info("what was left is kept; this brings it back:")
         console.hint(back)
 
 
-def _build(layout: Layout, settings: Settings, wanted: KnownGood, console: Console) -> None:
-    """Make the environment and the build of the state fit again, and record it once it passed."""
+def settle(
+    layout: Layout,
+    settings: Settings,
+    wanted: KnownGood,
+    *,
+    console: Console,
+    is_bump: bool = False,
+) -> None:
+    """Make environment and build of the state fit again, run the smoke, and record the state.
+
+    Raises SmokeError, after a bump with the way back.
+    """
     if not layout.environment.exists():
         console.info(
             "its environment was not kept: bootstrap builds it again with the recorded versions"
@@ -81,16 +77,15 @@ def _build(layout: Layout, settings: Settings, wanted: KnownGood, console: Conso
     sandbox.build_in(layout, settings, console=console)
     _restore_versions(layout, settings, wanted, console)
     try:
-        bump.run_smoke(layout, settings, console)
+        known_good.run_smoke(layout, settings, console)
     except SmokeError as exc:
-        exc.hint = hints.text("bump.doctor_or", then=exc.hint)
+        exc.hint = (
+            hints.text("bump.rollback_or", then=exc.hint)
+            if is_bump
+            else hints.text("bump.doctor_or", then=exc.hint)
+        )
         raise
     known_good.record(plan.observe(layout, settings), console=console)
-
-
-def is_under_way(layout: Layout) -> bool:
-    """Return whether a rollback is under way."""
-    return layout.returning.exists()
 
 
 def _begin(layout: Layout, name: str | None, run_log: RunLog, *, force: bool) -> RedoLog:
@@ -118,16 +113,7 @@ def _begin(layout: Layout, name: str | None, run_log: RunLog, *, force: bool) ->
         _stash(layout, left, run_log)
         stashed = hints.text("bump.pop_edits", shown=layout.relative(layout.vllm))
         back = stashed if len(lost) == len(edited) else f"{back} && {stashed}"
-    facts = {
-        "good": wanted.name,
-        "present": kept,
-        "tip": Git(layout.vllm).head() or "",
-        "left": left,
-        "back": back,
-        "names": sandbox.names_of(layout.patches("vllm")),
-        **staging.products_of(layout),
-    }
-    return RedoLog(layout.returning, facts).write()
+    return staging.begin_move(layout.returning, layout, wanted, present=kept, left=left, back=back)
 
 
 def _require_movable(layout: Layout, wanted: KnownGood) -> None:
@@ -178,90 +164,6 @@ def _choose(layout: Layout, name: str | None) -> KnownGood:
     )
 
 
-def _finish(layout: Layout, redo_log: RedoLog, wanted: KnownGood, run_log: RunLog) -> None:
-    # To make room, delete only what this workspace made.
-    discarded = layout.state / ".back.gone"
-    with run_log.console.step("back") as view:
-        run_log.phase("back", view)
-        staging.finish_steps(redo_log, _steps(layout, wanted, discarded, run_log))
-        kept = f"refs/left/{redo_log.facts['left']}"
-        view.reason = f"{wanted.name}; the former state is kept as {kept}"
-    run_log.step = None
-    redo_log.path.unlink()
-    shutil.rmtree(discarded, ignore_errors=True)
-
-
-def _steps(
-    layout: Layout, wanted: KnownGood, discarded: Path, run_log: RunLog
-) -> tuple[tuple[str, Step], ...]:
-    """Return the steps of a rollback, in order; the redo log on disk has their names."""
-
-    def move_source(facts: Mapping[str, str]) -> None:
-        staging.move_tree(layout, old=facts["tip"], new=wanted.head, run_log=run_log)
-
-    def write_pins(_: Mapping[str, str]) -> None:
-        pins.save(layout.pins, pins.load(known_good.pinned_files(layout, wanted.name).pins).vllm)
-
-    return (
-        ("environment aside", lambda facts: _keep_environment(layout, wanted, facts, discarded)),
-        ("source", move_source),
-        ("references", lambda facts: _set_refs(layout, wanted)),
-        ("environment", lambda facts: _return_environment(layout, wanted)),
-        (
-            "products aside",
-            lambda facts: staging.remove_products(layout, facts, good_state=facts["present"]),
-        ),
-        ("products", lambda facts: _return_products(layout, wanted)),
-        ("patches", lambda facts: _write_patches(layout, wanted, facts)),
-        ("pins", write_pins),
-        ("gitlink", lambda facts: staging.set_gitlink(layout, wanted.gitlink, run_log=run_log)),
-    )
-
-
-def _keep_environment(
-    layout: Layout, wanted: KnownGood, facts: Mapping[str, str], discarded: Path
-) -> None:
-    """Move the present environment to its known-good state.
-
-    Without such a state it is discarded, if the wanted state has an environment that takes its
-    place.
-    """
-    if facts["present"]:
-        staging.keep_environment(
-            layout.environment, known_good.environment(layout, facts["present"])
-        )
-    elif os.path.lexists(known_good.environment(layout, wanted.name)):
-        staging.keep_environment(layout.environment, discarded)
-
-
-def _set_refs(layout: Layout, wanted: KnownGood) -> None:
-    git = Git(layout.vllm)
-    git.set_ref(TIP_REF, wanted.head)
-    git.set_ref(BASE_REF, wanted.base)
-
-
-def _return_environment(layout: Layout, wanted: KnownGood) -> None:
-    kept = known_good.environment(layout, wanted.name)
-    if os.path.lexists(kept) and not os.path.lexists(layout.environment):
-        os.rename(kept, layout.environment)
-
-
-def _return_products(layout: Layout, wanted: KnownGood) -> None:
-    """Copy the compiled files back; the known-good state keeps its own."""
-    folder = known_good.kernels(layout, wanted.name)
-    copy_files(folder, layout.vllm, files_below(folder))
-
-
-def _write_patches(layout: Layout, wanted: KnownGood, facts: Mapping[str, str]) -> None:
-    files = known_good.pinned_files(layout, wanted.name)
-    sandbox.write_patches(
-        files.patches("vllm"),
-        layout.patches("vllm"),
-        pin=pins.load(files.pins).vllm.commit,
-        former=facts["names"],
-    )
-
-
 def _restore_versions(
     layout: Layout, settings: Settings, wanted: KnownGood, console: Console
 ) -> None:
@@ -277,13 +179,9 @@ def _restore_versions(
     if not differing:
         return
     with (
-        lock.hold(layout.lock, verb="inv pin.rollback", wait=True, on_wait=console.info) as held,
-        RunLog(
-            console, layout.logs, verb="pin.rollback", secrets=settings.secrets, held=held
-        ) as run_log,
-        console.step("freeze") as view,
+        stages.locked(layout, settings, VERB, console=console, wait=True) as run_log,
+        stages.step(run_log, "freeze") as view,
     ):
-        run_log.phase("freeze", view)
         before = stamp.read(layout.stamp("environment"))
         stamp.withdraw(layout.stamp("environment"))
         interpreter.install(layout, settings, ["--no-deps", *differing], run_log=run_log)
@@ -369,7 +267,7 @@ def _stack(layout: Layout, pin: Pin, found: checkout.Checkout) -> PinRow:
 
 def _under_way(layout: Layout) -> list[PinRow]:
     rows = []
-    if is_under_way(layout):
+    if layout.returning.exists():
         hint = hints.text("inv.pin_rollback")
         rows.append(PinRow(State.WARN, "back", "a rollback was interrupted", hint=hint))
     if not staging.exists(layout):
@@ -390,7 +288,7 @@ def _bump_stage(bump_sandbox: staging.BumpSandbox) -> tuple[str, str]:
     """Return what a bump waits for, and the command that resumes it."""
     from workspace.repo.git import am
 
-    if promote.is_begun(bump_sandbox):
+    if bump_sandbox.outer.promoting.exists():
         return "being promoted", hints.text("inv.patch_continue")
     tree = Git(bump_sandbox.layout.vllm)
     position = am.position(tree) if (bump_sandbox.layout.vllm / ".git").exists() else None

@@ -1,29 +1,37 @@
 """The sandbox of a bump, `.workspace/bump`: a small clone in which the pin moves first.
 
 It has its own pins, patches, tree and environment; it shares objects, library, downloads and logs
-with the clone. The module also has the redo log with which promotion and rollback resume.
+with the clone. The module also moves the working state to a known-good state: a rollback does, and
+so does a promotion, to the state of the sandbox.
 """
 
-import contextlib
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.bump import known_good
+from workspace.bump.known_good import KnownGood
 from workspace.core import files, hints, records
-from workspace.core.console import Console, RunLog
-from workspace.core.errors import CheckoutError, PatchConflict, ToolchainError, WorkspaceError
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.console import Console, RunLog, State
+from workspace.core.errors import (
+    BuildError,
+    CheckoutError,
+    PatchConflict,
+    ToolchainError,
+    WorkspaceError,
+)
+from workspace.core.files import copy_files, files_below, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, sandbox, stamp
+from workspace.install import editable, plan, sandbox, stages, stamp, verify
 from workspace.repo import checkout, moves, pins, series
 from workspace.repo.git import Applied, Git, worktree
 from workspace.repo.pins import Pin
+from workspace.repo.series import BASE_REF, TIP_REF
 
 RECORD = "begun.json"
 SKIPPED = "skipped"
@@ -63,15 +71,6 @@ class BumpSandbox:
         return self.outer.relative(self.layout.vllm)
 
     @property
-    def promoting(self) -> Path:
-        return self.outer.promoting
-
-    @property
-    def applying(self) -> Path:
-        """Redo log of a running `am`; without it, an `am` waits for the user."""
-        return self.layout.root / "applying.json"
-
-    @property
     def skipped(self) -> tuple[str, ...]:
         """The patches that `inv patch.continue --skip` left out."""
         path = self.layout.root / SKIPPED
@@ -100,7 +99,6 @@ def find(layout: Layout) -> BumpSandbox | None:
 
 def make(layout: Layout, start: BumpStart, pin: Pin) -> BumpSandbox:
     """Make the sandbox without its tree, completely or not at all; this starts the bump."""
-    shutil.rmtree(known_good.discarded_sandbox(layout), ignore_errors=True)
     with files.folder_beside(layout.bump_sandbox) as folder:
         made = Layout(folder / "bump")
         sandbox.furnish(layout, made, pin)
@@ -127,18 +125,12 @@ def open_tree(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog)
     )
 
 
-def clear_leftovers(layout: Layout) -> None:
-    """Finish what a killed verb left of a sandbox that it made or removed; no bump is under way."""
-    files.sweep_beside(layout.bump_sandbox)
-    known_good.finish_removal(layout)
-
-
 def remove(layout: Layout) -> str | None:
     """Remove the sandbox; return the reference in vendor/vllm that keeps its commits and edits."""
     own = Layout(layout.bump_sandbox)
     why = "The state of a bump's sandbox when it was given up"
     kept = sandbox.keep_work(layout, own, why, prefix="refs/pins/left-") if exists(layout) else None
-    sandbox.remove_tree(layout, own, known_good.discarded_sandbox(layout))
+    sandbox.remove_tree(layout, own)
     return kept
 
 
@@ -164,7 +156,7 @@ def write_series_base(folder: Path, commit: str, *, only: str | None = None) -> 
         write_atomic(path, after)
 
 
-def move_tree(layout: Layout, *, old: str, new: str, run_log: RunLog) -> None:
+def move_tree(layout: Layout, old: str, new: str, run_log: RunLog) -> None:
     """Move vendor/vllm from one commit to another; finish an interrupted move first.
 
     Raises CheckoutError if HEAD is at neither commit, or if there are edits of the user.
@@ -199,7 +191,7 @@ def require_one_disk(layout: Layout) -> None:
         raise ToolchainError(sentence, hint=hints.text("bump.disk_of_all"))
 
 
-def keep_environment(environment: Path, scratch: Path) -> None:
+def _rename(environment: Path, scratch: Path) -> None:
     """Rename an environment to the path where it is kept; replace an older one there."""
     if os.path.lexists(environment):
         shutil.rmtree(scratch, ignore_errors=True)
@@ -212,56 +204,6 @@ def keep_environment(environment: Path, scratch: Path) -> None:
             raise ToolchainError(
                 f"{environment} cannot be renamed: {exc.strerror}", hint=hint
             ) from exc
-
-
-def products_of(layout: Layout) -> dict[str, str]:
-    """Return the redo-log facts about the build products in vendor/vllm, one path a line.
-
-    They are all products, and the compiled libraries that the stamp names.
-    """
-    build = stamp.read(layout.stamp("vllm"))
-    return {
-        "products": "\n".join(editable.build_products(layout.vllm)),
-        "libraries": "\n".join(library.path for library in build.libraries) if build else "",
-    }
-
-
-def remove_products(layout: Layout, facts: Mapping[str, str], *, good_state: str) -> None:
-    """Remove the old pin's products from vendor/vllm.
-
-    Those that the known-good state does not hold move to the leftovers folder.
-    """
-    listed, ours = (
-        tuple(filter(None, facts[name].split("\n"))) for name in ("products", "libraries")
-    )
-    kept = known_good.kernels(layout, good_state) if good_state else None
-    editable.take_products_away(
-        layout,
-        listed,
-        ours=ours,
-        kept=kept,
-        left=known_good.leftovers(layout, facts["left"]) / "products",
-    )
-
-
-def report_leftovers(layout: Layout, facts: Mapping[str, str], *, console: Console) -> None:
-    """Print where files are that a build left and that no known-good state holds."""
-    leftovers = known_good.leftovers(layout, facts["left"])
-    if leftovers.exists():
-        console.info(
-            "build products of vendor/vllm that no known-good state holds are in"
-            f" {layout.relative(leftovers)}"
-        )
-
-
-def set_gitlink(layout: Layout, commit: str | None, *, run_log: RunLog) -> None:
-    """Set the commit in the superproject's index unless it is None; protect the submodule."""
-    outer = checkout.superproject(layout)
-    path = layout.relative(layout.vllm)
-    link = outer.gitlink(path) if outer else None
-    if outer and link and commit and link.commit != commit:
-        worktree.set_gitlink(outer, path, commit, run_log=run_log)
-    checkout.protect(layout, run_log=run_log)
 
 
 @dataclass(frozen=True)
@@ -312,89 +254,217 @@ def finish_steps(redo_log: RedoLog, steps: Sequence[tuple[str, Step]]) -> None:
             redo_log = RedoLog(redo_log.path, redo_log.facts, (*redo_log.done, name)).write()
 
 
+def begin_move(
+    path: Path, layout: Layout, wanted: KnownGood, *, present: str, left: str, back: str = ""
+) -> RedoLog:
+    """Write the redo log of a move to a known-good state: what is true before it.
+
+    `present` names the known-good state that is in use, if there is one; `left` what is kept of the
+    present state, and `back` is the command that brings it back.
+    """
+    build = stamp.read(layout.stamp("vllm"))
+    facts = {
+        "good": wanted.name,
+        "present": present,
+        "tip": Git(layout.vllm).head() or "",
+        "left": left,
+        "back": back,
+        "names": sandbox.names_of(layout.patches("vllm")),
+        # All build products, and the compiled libraries that the stamp names, one path a line.
+        "products": "\n".join(editable.build_products(layout.vllm)),
+        "libraries": "\n".join(library.path for library in build.libraries) if build else "",
+    }
+    return RedoLog(path, facts).write()
+
+
+def finish_move(
+    layout: Layout, settings: Settings, redo_log: RedoLog, run_log: RunLog
+) -> KnownGood:
+    """Do the remaining steps of a move and return its state; the caller removes the redo log."""
+    title = "promote" if redo_log.path == layout.promoting else "back"
+    shown = layout.relative(redo_log.path)
+    # A promotion that the first edition began has other facts.
+    wanted = (
+        known_good.read(layout, redo_log.facts["good"]) if "present" in redo_log.facts else None
+    )
+    if wanted is None:
+        raise CheckoutError(
+            f"the move in {shown} cannot resume: its known-good state is missing",
+            hint=hints.text("bump.give_rollback_up", path=shown),
+        )
+    # To make room, delete only what this workspace made.
+    discarded = layout.state / ".back.gone"
+    with stages.step(run_log, title) as view:
+        finish_steps(redo_log, _steps(layout, wanted, redo_log, discarded, run_log))
+        kept = redo_log.facts["present"] or f"refs/left/{redo_log.facts['left']}"
+        view.reason = f"{wanted.name}; the former state is kept as {kept}"
+    _install_here(layout, settings, run_log)
+    shutil.rmtree(discarded, ignore_errors=True)
+    return wanted
+
+
+def _steps(
+    layout: Layout, wanted: KnownGood, redo_log: RedoLog, discarded: Path, run_log: RunLog
+) -> tuple[tuple[str, Step], ...]:
+    """Return the steps of a move, in order; the redo log on disk has their names."""
+    git, files = Git(layout.vllm), known_good.pinned_files(layout, wanted.name)
+    made_in = Layout(layout.bump_sandbox) if redo_log.path == layout.promoting else None
+    environment = made_in.environment if made_in else known_good.environment(layout, wanted.name)
+
+    def set_refs(_: Mapping[str, str]) -> None:
+        git.set_ref(TIP_REF, wanted.head)
+        git.set_ref(BASE_REF, wanted.base)
+
+    def return_environment(_: Mapping[str, str]) -> None:
+        if os.path.lexists(environment) and not os.path.lexists(layout.environment):
+            os.rename(environment, layout.environment)
+
+    def return_products(_: Mapping[str, str]) -> None:
+        # The known-good state keeps its own.
+        folder = known_good.kernels(layout, wanted.name)
+        copy_files(folder, layout.vllm, files_below(folder))
+
+    return (
+        (
+            "environment aside",
+            lambda facts: _keep_environment(layout, facts, environment, discarded),
+        ),
+        ("source", lambda facts: move_tree(layout, facts["tip"], wanted.head, run_log)),
+        ("references", set_refs),
+        ("environment", return_environment),
+        ("products aside", lambda facts: _remove_products(layout, facts)),
+        ("products", return_products),
+        ("patches", lambda facts: _write_patches(layout, files, facts)),
+        ("pins", lambda _: pins.save(layout.pins, pins.load(files.pins).vllm)),
+        ("gitlink", lambda _: set_gitlink(layout, wanted.gitlink, run_log=run_log)),
+    )
+
+
+def _keep_environment(
+    layout: Layout, facts: Mapping[str, str], following: Path, discarded: Path
+) -> None:
+    """Move the present environment to its known-good state.
+
+    Without such a state it is discarded, if the environment `following` takes its place.
+    """
+    if facts["present"]:
+        _rename(layout.environment, known_good.environment(layout, facts["present"]))
+    elif os.path.lexists(following):
+        _rename(layout.environment, discarded)
+
+
+def _write_patches(layout: Layout, source: Layout, facts: Mapping[str, str]) -> None:
+    target, pin = layout.patches("vllm"), pins.load(source.pins).vllm
+    sandbox.write_patches(source.patches("vllm"), target, pin=pin.commit, former=facts["names"])
+
+
+def _install_here(layout: Layout, settings: Settings, run_log: RunLog) -> None:
+    """Install vLLM from vendor/vllm if its environment was made in a sandbox, and stamp both.
+
+    The kernels are there. Bootstrap builds again what does not verify.
+    """
+    build, environment = (stamp.read(layout.stamp(name)) for name in ("vllm", "environment"))
+    place = str(layout.environment)
+    if (
+        build is None
+        or build.kernels is None
+        or environment is None
+        or environment.inputs.get("place") == place
+    ):
+        return
+    observed = plan.observe(layout, settings)
+    with stages.step(run_log, "install") as view:
+        try:
+            editable.install_built(observed, run_log=run_log)
+            verdict = verify.verify(observed)
+            stages.write_stamp(
+                stages.Run(run_log, observed, dict(build.outcome)), verdict, build.kernels
+            )
+            view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
+        except BuildError as exc:
+            stamp.withdraw(layout.stamp("vllm"))
+            view.state, view.reason = State.WARN, f"{exc.message}: bootstrap installs it again"
+        inputs = {**environment.inputs, "place": place}
+        stamp.write(layout.stamp("environment"), replace(environment, inputs=inputs))
+
+
+def _remove_products(layout: Layout, facts: Mapping[str, str]) -> None:
+    """Remove the former pin's products from vendor/vllm.
+
+    Those that the former known-good state does not hold move to the leftovers folder.
+    """
+    listed, ours = (
+        tuple(filter(None, facts[name].split("\n"))) for name in ("products", "libraries")
+    )
+    editable.take_products_away(
+        layout,
+        listed,
+        ours=ours,
+        kept=known_good.kernels(layout, facts["present"]) if facts["present"] else None,
+        left=known_good.leftovers(layout, facts["left"]) / "products",
+    )
+
+
+def report_leftovers(layout: Layout, facts: Mapping[str, str], *, console: Console) -> None:
+    """Print where files are that a build left and that no known-good state holds."""
+    leftovers = known_good.leftovers(layout, facts["left"])
+    if leftovers.exists():
+        console.info(
+            "build products of vendor/vllm that no known-good state holds are in"
+            f" {layout.relative(leftovers)}"
+        )
+
+
+def set_gitlink(layout: Layout, commit: str | None, *, run_log: RunLog) -> None:
+    """Set the commit in the superproject's index unless it is None; protect the submodule."""
+    outer = checkout.superproject(layout)
+    path = layout.relative(layout.vllm)
+    link = outer.gitlink(path) if outer else None
+    if outer and link and commit and link.commit != commit:
+        worktree.set_gitlink(outer, path, commit, run_log=run_log)
+    checkout.protect(layout, run_log=run_log)
+
+
 def apply_series(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
     """Put the series on the new base. Raises PatchConflict and leaves git's `am` in the sandbox."""
     from workspace.repo.git import am
 
-    recover_am(bump_sandbox, tree, run_log)
+    recover(bump_sandbox, tree, run_log)
     if am.position(tree):
         raise conflict(bump_sandbox, tree)
     if tree.resolve(APPLIED_REF):
         return
     base, names = bump_sandbox.start.new_base, series_names(bump_sandbox)
     if tree.head() == base and names:
-        with run_log.console.step("patches") as view:
-            run_log.phase("patches", view)
-            done = am.applied(
-                tree,
-                base,
-                [bump_sandbox.outer.patches("vllm") / name for name in names],
-                place=bump_sandbox.layout.state / "am",
-            )
-            if done.tip is None:
-                _run_am(bump_sandbox, tree, names, base, run_log)
-            else:
-                with _logged(bump_sandbox, {"from": base, "names": "\n".join(names)}):
-                    tree.move_to(done.tip, run_log=run_log)
+        with stages.step(run_log, "patches") as view:
+            _run_am(bump_sandbox, tree, names, run_log)
             made = tree.slugs(base, "HEAD")
             gone = [name for name in names if name.removesuffix(".patch") not in made]
             view.reason = f"{len(made)} of {len(names)} on {bump_sandbox.pin.tag}" + (
                 f"; upstream has {', '.join(gone)}" if gone else ""
             )
-        run_log.step = None
     tree.set_ref(APPLIED_REF, tree.head() or base)
 
 
-def _run_am(
-    bump_sandbox: BumpSandbox, tree: Git, names: Sequence[str], start: str, run_log: RunLog
-) -> None:
-    """Run `git am` on the commit `start` in the sandbox. Raises PatchConflict at a conflict."""
+def _run_am(bump_sandbox: BumpSandbox, tree: Git, names: Sequence[str], run_log: RunLog) -> None:
+    """Make the commits aside and move to them; at a conflict run `am` in the sandbox's tree."""
     from workspace.repo.git import am
 
-    with _logged(bump_sandbox, {"from": start, "names": "\n".join(names)}):
-        done = am.start(
-            tree, [bump_sandbox.outer.patches("vllm") / name for name in names], run_log=run_log
-        )
+    own, base = bump_sandbox.layout, bump_sandbox.start.new_base
+    files = [bump_sandbox.outer.patches("vllm") / name for name in names]
+    done = am.applied(tree, base, files, place=own.state / "am")
+    if done.tip:
+        moves.move(own, "vllm", tree, done.tip, run_log=run_log)
+        return
+    done = am.start(tree, files, run_log=run_log)
     if done.tip is None:
         raise conflict(bump_sandbox, tree, done)
 
 
-@contextlib.contextmanager
-def _logged(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> Iterator[None]:
-    """Write a redo log for the block; remove it when the block ends, also with an error.
-
-    It stays if the verb or its git is killed or interrupted, or if the disk is full.
-    """
-    redo_log = RedoLog(bump_sandbox.applying, facts).write()
-    try:
-        yield
-    except WorkspaceError as exc:
-        if not isinstance(exc, ToolchainError):
-            redo_log.path.unlink()
-        raise
-    redo_log.path.unlink()
-
-
-def recover_am(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
-    """Restart an `am` that was killed.
-
-    An `am` that continued after a conflict starts again at that conflict; what the user resolved
-    stays.
-    """
+def recover(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
+    """Finish a move that was killed."""
     if moves.is_begun(bump_sandbox.layout, "vllm"):
         moves.finish(bump_sandbox.layout, "vllm", tree, run_log=run_log)
-    if applying := find_redo_log(bump_sandbox.applying):
-        start, names = applying.facts["from"], applying.facts["names"].split("\n")
-        worktree.start_over(
-            tree,
-            start,
-            [
-                path
-                for name in names
-                for path in tree.patch_paths(bump_sandbox.outer.patches("vllm") / name)
-            ],
-        )
-        _run_am(bump_sandbox, tree, names, start, run_log)
 
 
 def conflict(bump_sandbox: BumpSandbox, tree: Git, done: Applied | None = None) -> PatchConflict:
@@ -403,13 +473,11 @@ def conflict(bump_sandbox: BumpSandbox, tree: Git, done: Applied | None = None) 
 
     names, position = series_names(bump_sandbox), am.position(tree)
     done = done or am.stopped_at(tree, position.number if position else 1)
-    # The `am` of a recovered run has only the rest of the series.
-    name = names[-position.last if position else 0 :][done.position - 1]
     return series.sentence(
         tree,
         done,
         count=position.last if position else len(names),
-        patch=f"patches/vllm/{name}",
+        patch=f"patches/vllm/{names[done.position - 1]}",
         shown=bump_sandbox.shown,
         base=bump_sandbox.start.new_base,
         old=bump_sandbox.start.base,

@@ -6,12 +6,13 @@ The build of Triton belongs to `inv fix-triton`.
 from dataclasses import dataclass, replace
 
 from workspace.bump import staging
-from workspace.core import hints, lock
+from workspace.core import hints
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError, PatchConflict, SourceError, counted
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, without_user
+from workspace.install import sandbox, stages
 from workspace.repo import checkout, git, pins, series
 from workspace.repo.git import Git, am, worktree
 from workspace.repo.pins import COMMIT, Pin
@@ -74,12 +75,8 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
     way, PatchConflict if a patch does not apply to the new commit, and SourceError if the remote
     cannot be reached. Nothing changes then.
     """
-    with (
-        lock.hold(layout.lock, verb="inv pin.bump triton", wait=wait, on_wait=console.info) as held,
-        RunLog(
-            console, layout.logs, verb="pin.bump", secrets=settings.secrets, held=held
-        ) as run_log,
-    ):
+    verb = "inv pin.bump triton"
+    with stages.locked(layout, settings, verb, console=console, wait=wait) as run_log:
         pin = pins.load(layout.pins).triton
         found = ahead(layout, settings, pin)
         new = replace(
@@ -91,12 +88,10 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
         if (layout.triton / ".git").exists():
             _move_tree(layout, settings, pin, new, run_log)
         else:
-            with run_log.console.step("vendor/triton") as view:
-                run_log.phase("vendor/triton", view)
+            with stages.step(run_log, "vendor/triton") as view:
                 view.reason = checkout.ensure(
                     layout, new, settings, choice="git", run_log=run_log, step=view
                 ).detail
-            run_log.step = None
         # Also if the pin is right: an earlier run may have ended between the two files.
         staging.write_series_base(layout.patches("triton"), new.commit)
         if pin == new:
@@ -127,8 +122,6 @@ def _write_message(layout: Layout, pin: Pin, new: Pin, found: Ahead, *, console:
 
 def series_names(layout: Layout) -> tuple[str, ...]:
     """Return Triton's patches, whatever base the series names; empty without a series."""
-    from workspace.install import sandbox
-
     return tuple(name for name in sandbox.names_of(layout.patches("triton")).split("\n") if name)
 
 
@@ -136,8 +129,7 @@ def _move_tree(layout: Layout, settings: Settings, pin: Pin, new: Pin, run_log: 
     """Fetch the new commit, check that the patches apply to it, and move the clean checkout."""
     tree, shown = Git(layout.triton), layout.relative(layout.triton)
     _require_clean(tree, shown, pin, new, layout)
-    with run_log.console.step("fetch") as view:
-        run_log.phase("fetch", view)
+    with stages.step(run_log, "fetch") as view:
         if not worktree.is_kept(tree, new.commit):
             tree.fetch(
                 checkout.url_of(layout, new, settings),
@@ -153,7 +145,6 @@ def _move_tree(layout: Layout, settings: Settings, pin: Pin, new: Pin, run_log: 
     tree.set_ref("refs/patches/base", new.commit)
     if tree.head() != tip:
         tree.check_out(tip, settings=settings, run_log=run_log, on_line=lambda line: None)
-    run_log.step = None
 
 
 def _apply_series(layout: Layout, tree: Git, base: str) -> str:

@@ -63,6 +63,11 @@ def install_alone(observed: Observation, *, build: Mapping[str, str], run_log: R
         _install(observed, extra, run_log=run_log)
 
 
+def install_built(observed: Observation, *, run_log: RunLog) -> None:
+    """Install editable a tree that has its libraries. Raises BuildError with the first error."""
+    install_alone(observed, build={"CARGO": _NO_CARGO}, run_log=run_log)
+
+
 def _install(observed: Observation, extra: Mapping[str, str], *, run_log: RunLog) -> None:
     layout, settings = observed.machine.layout, observed.machine.settings
     environment = {
@@ -209,13 +214,6 @@ def take_products_away(
             (left / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, left / path)
         _clear(file.parent, top=layout.vllm)
-
-
-def move_products(source: Path, target: Path, paths: Collection[str]) -> None:
-    """Move products from one tree to another; existing targets are replaced."""
-    for path in paths:
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source / path, target / path)
 
 
 def _is_same(file: Path, other: Path) -> bool:

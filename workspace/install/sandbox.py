@@ -18,7 +18,7 @@ from workspace.core.errors import BuildError, CheckoutError, ToolchainError
 from workspace.core.files import copy_files, files_below, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
-from workspace.install import bootstrap, editable, plan, precompiled, stamp
+from workspace.install import bootstrap, editable, plan, precompiled, stages, stamp
 from workspace.machine import jit_caches
 from workspace.repo import moves, pins, series
 from workspace.repo.git import Git, command, worktree
@@ -155,8 +155,7 @@ def borrow_environment(outer: Layout, own: Layout, *, run_log: RunLog) -> None:
     source, target = outer.environment, own.environment
     if os.path.lexists(target) or not source.is_dir():
         return
-    with run_log.console.step("environment") as view, files.folder_beside(target) as scratch:
-        run_log.phase("environment", view)
+    with stages.step(run_log, "environment") as view, files.folder_beside(target) as scratch:
         copy = Layout(scratch)
         copy_files(source, copy.environment, files_below(source))
         for name in ("environment", "vllm"):
@@ -166,7 +165,6 @@ def borrow_environment(outer: Layout, own: Layout, *, run_log: RunLog) -> None:
         view.reason = (
             f"a copy of {outer.relative(source)}, to keep its torch (USE_EXISTING_TORCH=1)"
         )
-    run_log.step = None
 
 
 def _make_relocatable(config: Path) -> None:
@@ -219,11 +217,17 @@ def build_in(
     return observed
 
 
-def remove_tree(outer: Layout, own: Layout, gone: Path) -> None:
+def discarded(own: Layout) -> Path:
+    """Return the path to which a sandbox is renamed before it is deleted."""
+    return own.root.with_name(f".{own.root.name}.gone")
+
+
+def remove_tree(outer: Layout, own: Layout) -> None:
     """Remove a sandbox and git's record of its working tree.
 
-    `gone` is a path beside the sandbox. The next run finishes a removal that was killed.
+    The next run finishes a removal that was killed.
     """
+    gone = discarded(own)
     if os.path.lexists(own.root):
         shutil.rmtree(gone, ignore_errors=True)
         # The rename removes the sandbox at once; the slow deletion follows.
@@ -231,6 +235,12 @@ def remove_tree(outer: Layout, own: Layout, gone: Path) -> None:
     worktree.forget(Git(outer.vllm), own.vllm)
     shutil.rmtree(gone, ignore_errors=True)
     files.sweep_beside(own.root)
+
+
+def clear_leftovers(outer: Layout, own: Layout) -> None:
+    """Finish what a killed verb left of a sandbox; a sandbox that exists stays."""
+    if not os.path.lexists(own.root) and (outer.vllm / ".git").exists():
+        remove_tree(outer, own)
 
 
 RECORD = "sandbox.json"
@@ -364,7 +374,7 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
 def remove(sandbox: Sandbox) -> str | None:
     """Remove a sandbox. Returns the reference of vendor/vllm that keeps the user's work in it."""
     kept = _keep_work(sandbox)
-    remove_tree(sandbox.outer, sandbox.layout, _gone(sandbox.layout))
+    remove_tree(sandbox.outer, sandbox.layout)
     worktree.delete_ref(Git(sandbox.outer.vllm), f"{REFS}/{sandbox.name}")
     return kept
 
@@ -374,7 +384,7 @@ def _begin(layout: Layout, name: str, pin: Pin, patches: Path | None, tip: str) 
     sandbox = Sandbox(name, layout, Layout(layout.sandboxes / name), tip)
     # A folder without a valid record may be there.
     _keep_work(sandbox)
-    remove_tree(layout, sandbox.layout, _gone(sandbox.layout))
+    remove_tree(layout, sandbox.layout)
     with files.folder_beside(sandbox.layout.root) as folder:
         own = Layout(folder / "sandbox")
         furnish(layout, own, pin)
@@ -435,10 +445,6 @@ def _keep_work(sandbox: Sandbox, *, work: str | None = None) -> str | None:
 
 def _why(sandbox: Sandbox) -> str:
     return f"Work in the sandbox {sandbox.name} before it was moved or removed"
-
-
-def _gone(own: Layout) -> Path:
-    return own.root.with_name(f".{own.root.name}.gone")
 
 
 def _take_products_away(sandbox: Sandbox, tree: Git, head: str, tip: str) -> None:

@@ -4,12 +4,12 @@ Bootstrap decides when a step is due; the modules called here do the work.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from workspace.core import hints
+from workspace.core import hints, lock
 from workspace.core.console import Console, Row, RunLog, State, Step, failed
 from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.paths import Layout
@@ -60,6 +60,29 @@ class Run:
 
 # The key in the stamp's outcome: the digest of the Python package that was verified.
 PYTHON = "python package"
+
+
+@contextlib.contextmanager
+def locked(
+    layout: Layout, settings: Settings, verb: str, *, console: Console, wait: bool = False
+) -> Iterator[RunLog]:
+    """Hold the workspace's lock and keep a log while the block runs; `verb` as it is typed."""
+    name = verb.removeprefix("nox -s ").removeprefix("inv ").split()[0]
+    with (
+        lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held,
+        RunLog(console, layout.logs, verb=name, secrets=settings.secrets, held=held) as run_log,
+    ):
+        yield run_log
+
+
+@contextlib.contextmanager
+def step(run_log: RunLog, name: str) -> Iterator[Step]:
+    """Show a step and log it as a phase while the block runs."""
+    with run_log.console.step(name) as view:
+        run_log.phase(name, view)
+        yield view
+    run_log.step = None
+
 
 Act = Callable[[Run, Step], None]
 Steps = tuple[tuple[str, Act], ...]

@@ -229,7 +229,7 @@ def test_red_smoke_changes_nothing_and_a_fix_that_is_committed_there_goes_with_t
     ended = clone.run("pin.bump", RED)
     assert "checks failed: parity.llama" in ended.error(8)
     assert "the working tree is untouched" in ended.err
-    assert "commit a fix in .workspace/bump/vendor/vllm" in ended.err
+    assert "a fix is committed in .workspace/bump/vendor/vllm" in ended.err
     assert user_files(clone) == before
     package = (clone.layout.bump_sandbox / "vendor" / "vllm") / "vllm" / "__init__.py"
     package.write_text(package.read_text().replace("BROKEN = True\n", ""))

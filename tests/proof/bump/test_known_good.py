@@ -7,6 +7,8 @@ from tests.bump.test_known_good import names
 from tests.small.materials import git
 from tests.small.world import World
 from workspace.bump import known_good
+from workspace.core.paths import Layout
+from workspace.install import sandbox
 
 
 def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(
@@ -26,14 +28,15 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(
     git(clone.root, "add", "README.md")
     head = git(clone.root, "rev-parse", "HEAD")
     # The leftovers of a bump that was killed while it deleted its sandbox.
-    (known_good.discarded_sandbox(layout) / "vendor").mkdir(parents=True)
+    gone = sandbox.discarded(Layout(layout.bump_sandbox))
+    (gone / "vendor").mkdir(parents=True)
     clone.git(
         "worktree", "add", "--quiet", "--detach", str(layout.bump_sandbox / "vendor" / "vllm")
     )
     shutil.rmtree(layout.bump_sandbox)
     (layout.vllm / ".git" / "worktrees" / "vllm" / "HEAD").write_text(f"{'0' * 40}\n")
     assert smoke(clone).code == 0
-    assert not known_good.discarded_sandbox(layout).exists()
+    assert not gone.exists()
     assert not (layout.vllm / ".git" / "worktrees").exists()
     second = names(clone)[0]
     assert second != first
