@@ -220,8 +220,27 @@ def test_forms_that_steer_have_documents_of_the_schema() -> None:
         if document == {"": ""}:
             continue
         assert document.keys() == choices.keys()  # type: ignore[attr-defined]
+        assert re.search(r"\{.*\}", text).group() in http_requests.DOCUMENTS  # type: ignore[union-attr]
         for name, value in document.items():
             assert value in choices[name]["enum"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ('{"part":"pin","count":1,"is_built":true}', True),
+        ('{"part":"pin","count":true,"is_built":true}', False),
+        ('{"part":"pin","count":1,"is_built":1}', False),
+        ('{"part":"pin","count":1.0,"is_built":true}', False),
+        ('{"part":"pin","count":1}', False),
+        ('{"part":"pin","count":1,"is_built":true,"more":1}', False),
+        ('{"part":"pin","count":1,"is_built":true', False),
+        ("", False),
+        ("None", False),
+    ],
+)
+def test_schema_is_obeyed_to_the_letter(text: str, is_one: bool) -> None:
+    assert (text in http_requests.DOCUMENTS) == is_one
 
 
 def test_limits_name_the_parameter_that_they_refuse() -> None:

@@ -1,7 +1,7 @@
 """Verdicts on a server's HTTP replies: pure functions that return the problems of a reply.
 
-They compare a reply with the offline engine's answer. A reply may contain anything: a server that
-answers 200 with rubbish is as wrong as a server that does not answer.
+They compare a reply with the offline engine's answer, or with Hugging Face's. A reply may contain
+anything: a server that answers 200 with rubbish is as wrong as one that does not answer.
 """
 
 import math

@@ -5,6 +5,7 @@ number of tokens. The plainer verdicts are in http_checks.py.
 """
 
 import http.client
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,15 +34,21 @@ END, VOCABULARY = 1, 10240
 # Whitespace that a grammar of JSON allows anywhere.
 _BLANKS = (200, 201, 204, 223)
 # An object with few choices; an untrained model would never end a longer text on its own.
+CHOICES: Mapping[str, tuple[object, ...]] = {
+    "part": ("kernel", "patch", "pin"),
+    "count": (1, 2, 3),
+    "is_built": (True, False),
+}
 SCHEMA: Mapping[str, object] = {
     "type": "object",
-    "properties": {
-        "part": {"enum": ["kernel", "patch", "pin"]},
-        "count": {"enum": [1, 2, 3]},
-        "is_built": {"enum": [True, False]},
-    },
-    "required": ["part", "count", "is_built"],
+    "properties": {name: {"enum": list(values)} for name, values in CHOICES.items()},
+    "required": list(CHOICES),
     "additionalProperties": False,
+}
+# All texts of such an object, without blanks.
+DOCUMENTS = {
+    json.dumps(dict(zip(CHOICES, values, strict=True)), separators=(",", ":"))
+    for values in itertools.product(*CHOICES.values())
 }
 
 Verdict = tuple[list[str], str]
@@ -417,14 +424,6 @@ class Limit:
         return f"{self.name} {self.value!r:.60}"
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """The values of limits.toml for completions and for chats."""
-
-    completions: list[Limit]
-    chats: list[Limit]
-
-
 def limits(client: Client, known: Known) -> Verdict:
     """Ask for values below, at and above each limit."""
     found = [_bounded(*answer) for answer in _at_limits(client, known)]
@@ -436,11 +435,11 @@ def limits(client: Client, known: Known) -> Verdict:
 def _at_limits(client: Client, known: Known) -> Iterator[tuple[Limit, Reply, int]]:
     """Yield limits and replies with the number of tokens of their prompts."""
     prompt, chat = known.prompt[:SHORT], known.chats[0]
-    table = records.convert(records.parse_toml(LIMITS.read_bytes()), _Limits)
-    for limit in table.completions:
+    table = records.convert(records.parse_toml(LIMITS.read_bytes()), dict[str, list[Limit]])
+    for limit in table["completions"]:
         options = {"prompt": prompt} | {limit.name: limit.value}
         yield limit, client.complete(**options), SHORT
-    for limit in table.chats:
+    for limit in table["chats"]:
         options = {"messages": chat.messages, "logprobs": limit.name == "top_logprobs"}
         named = replace(limit, name=f"a chat with {limit.name}")
         yield named, client.talk(**(options | {limit.name: limit.value})), len(chat.tokens)

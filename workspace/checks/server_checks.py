@@ -1,7 +1,7 @@
 """HTTP checks of the built tree's server: one start on the tiny Llama, requests, and a stop.
 
 Each failure is a failed check that names the cause. After `limit_s` seconds the server is ended
-with a stack dump. The verdicts on replies are in http_checks.py.
+with a stack dump. The verdicts on replies are in http_checks.py, more requests in http_requests.py.
 """
 
 import contextlib
@@ -282,6 +282,17 @@ class _Client(Client):
         problems += http_checks.sampled(self.complete(**warm, n=3), seeds)
         count = len(self._tested.cases)
         return problems, f"{count} cases answered as by Hugging Face, in completions and in chats"
+
+    def structured(self) -> Verdict:
+        problems, fine = http_requests.structured(self, self._known)
+        # Here no bias decides, and blanks are allowed.
+        schema = {"name": "part", "schema": http_requests.SCHEMA}
+        free = {"type": "json_schema", "json_schema": schema}
+        reply = self.talk(max_tokens=LENGTH // 2, ignore_eos=False, response_format=free)
+        text = str(section(http_checks.first(reply), "message").get("content"))
+        if "".join(text.split()) not in http_requests.DOCUMENTS:
+            problems.append(f"a free choice: {reply.refused or http_checks.shown(text)}")
+        return problems, fine
 
     def bad_request(self) -> Verdict:
         cases: Mapping[str, tuple[str, object]] = {
