@@ -4,13 +4,13 @@ Run as `front.py PORT MANNER ROWS`; ROWS is the file with the offline engine's a
 as many tokens as letters, of which the first one counts as special and is shown as ^.
 """
 
+import functools
 import http.server
 import json
 import os
 import signal
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -67,11 +67,19 @@ def formed(request: Request) -> str | None:
     return document if "json" in form or "json_schema" in form else SPELLED
 
 
+@functools.cache
+def limits() -> dict[str, list[dict[str, Any]]]:
+    import tomllib
+
+    place = Path(__file__).parents[2] / "workspace" / "checks" / "limits.toml"
+    return tomllib.loads(place.read_text())
+
+
 def refusal(request: Request, path: str) -> str | None:
     """Return the sentence that refuses a value of limits.toml, None if it is allowed."""
     allowed = {"stream_options"} if "stream" in request else set()
     allowed |= {"max_tokens"} if "echo" in request else set()
-    for row in LIMITS["chats" if "chat" in path else "completions"]:
+    for row in limits()["chats" if "chat" in path else "completions"]:
         name, value = row["name"], row.get("value")
         given = request.get(name)
         if (
@@ -340,9 +348,6 @@ def sleep_for_ever() -> None:
 
 
 MANNER = sys.argv[2]
-LIMITS = tomllib.loads(
-    (Path(__file__).parents[2] / "workspace" / "checks" / "limits.toml").read_text()
-)
 ROWS: dict[str | tuple[int, ...], KnownRow] = {}
 for row in cast("list[KnownRow]", json.loads(Path(sys.argv[3]).read_text())):
     ROWS[row["text"]] = ROWS[tuple(row["prompt"])] = row
