@@ -42,7 +42,7 @@ def decode(tokens: list[int]) -> str:
 
 
 # The answer where letters are spelled, and those of a schema by its bias.
-SPELLED = "a[b]"
+SPELLED, SPELLING = "a[b]", [61, 63, 67, 68]
 PIN = '{"part":"pin","count":3,"is_built":false}'
 KERNEL = '{"part":"kernel","count":1,"is_built":true}'
 LONGEST, BLOCK = 512, 4
@@ -214,6 +214,8 @@ class Front(http.server.BaseHTTPRequestHandler):
         count = request["max_tokens"]
         tokens = (tokens * LONGEST)[:count]
         text, end = decode(tokens), "length"
+        if request.get("allowed_token_ids") == SPELLING:
+            tokens, text = [67, 61, 68, 63][:count], SPELLED[:count]
         for stop in request.get("stop", []):
             if stop in text:
                 text, end = text.partition(stop)[0], "stop"

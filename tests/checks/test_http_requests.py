@@ -9,13 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.checks.test_http_checks import BODIES
-from tests.checks.test_server_checks import KNOWN
+from tests.checks.test_server_checks import ANSWERS
 from workspace.checks import http_checks, http_requests
 from workspace.checks.http_checks import Position, Reply
 from workspace.checks.http_requests import Client, Limit
 from workspace.core import records
 from workspace.server.observation import Address
 
+KNOWN = ANSWERS.known
 IDS, CHANCES = [300, 301, 302, 303, 304, 305, 306, 307], [-0.5 - by for by in range(8)]
 LIKELY = Position(IDS, CHANCES, 300, -0.5, (1, 1))
 RARE = Position(IDS, CHANCES, 7, -20.0, (9, 12))

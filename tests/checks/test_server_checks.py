@@ -61,13 +61,13 @@ def position(token: int, **changes: object) -> dict[str, object]:
 
 
 def case(name: str, positions: list[dict[str, object]], **params: object) -> dict[str, object]:
-    made = {"tokens": PLAIN, "text": "", "raw": positions}
-    return {"case": name, "params": {"max_tokens": 16, **params}, **made}
+    made = {"tokens": PLAIN, "text": "".join(f"<{token}>" for token in PLAIN), "raw": positions}
+    return {"case": name, "params": {"max_tokens": 16, **params}, "finish": "length", **made}
 
 
 RAW = [position(token) for token in PLAIN]
 LISTED = [position(token, ids=[300, 301], logprobs=[-9.0, -9.0]) for token in PLAIN]
-SPELLED = case("allowed_token_ids", [], allowed_token_ids=[61, 63, 67, 68])
+SPELLED = case("allowed_token_ids", [], allowed_token_ids=[61, 63, 67, 68], max_tokens=4)
 REFERENCE = {
     "message": ROWS[1]["text"],
     "prompt": PROMPT,
@@ -88,19 +88,7 @@ TEXTS = [
     for row in ROWS
 ]
 SAMPLED = {"chats": CHATS, "texts": TEXTS, "block": 4}
-KNOWN = answers(ROWS, SAMPLED, {"sampling": REFERENCE}).known
-
-CASES = (
-    {
-        "case": "logprobs",
-        "message": ROWS[1]["text"],
-        "prompt": PROMPT,
-        "params": {"max_tokens": 16},
-        "tokens": PLAIN,
-        "text": "".join(f"<{token}>" for token in PLAIN),
-        "finish": "length",
-    },
-)
+ANSWERS = answers(ROWS, SAMPLED, {"sampling": REFERENCE})
 
 
 def args_of(pid: int) -> str:
@@ -130,8 +118,8 @@ class Place:
             Address("127.0.0.1", port),
             "1+cpu",
             offline(rows),
-            CASES,
-            KNOWN,
+            ANSWERS.cases,
+            ANSWERS.known,
             limit_s,
         )
         before = process_tree.living().keys()

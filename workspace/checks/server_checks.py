@@ -88,6 +88,7 @@ def under_test(
     address = Address("127.0.0.1", lifecycle.free_port())
     argv = [
         "--enforce-eager",
+        "--enable-prompt-tokens-details",
         "--dtype=float32",
         "--seed=0",
         f"--max-model-len={LENGTH}",
@@ -95,7 +96,6 @@ def under_test(
         f"--served-model-name={NAME}",
         f"--host={address.host}",
         f"--port={address.port}",
-        "--enable-prompt-tokens-details",
         *(_MEMORY if expected.device == "cuda" else ()),
     ]
     accepted = flags.judge(argv, flags.known(layout)).args
