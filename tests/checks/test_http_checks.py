@@ -78,13 +78,11 @@ def test_chat_equals_the_completion_and_counts_the_tokens_of_the_template() -> N
 
 
 def test_conversation_has_exactly_the_expected_tokens() -> None:
-    row = {"messages": [{"role": "user", "content": "a"}], "more": {"tools": []}, "tokens": [0, 5]}
-    (known,) = http_checks.conversations({"chats": [row]})
+    known = http_checks.Conversation([{"role": "user", "content": "a"}], {}, [0, 5], "")
     assert http_checks.rendered(reply({"prompt_token_ids": [0, 5]}), known) == []
     for found in ([0, 0, 5], [5], None):
         assert len(http_checks.rendered(reply({"prompt_token_ids": found}), known)) == 1
     assert http_checks.rendered(Reply(500, "no"), known) == ["HTTP 500: no"]
-    assert http_checks.conversations({"chats": [{"messages": [], "tokens": None}]}) == ()
 
 
 CASE = {"case": "stop", "params": {"stop": ["a"], "logprobs": 5}, "tokens": [5, 6], "text": "ab"}
@@ -193,30 +191,6 @@ def test_logprobs_are_compared_token_by_token(
     assert (output is None and problems == []) or (output is not None and output in problems[0])
 
 
-@pytest.mark.parametrize(
-    ("content", "is_right"),
-    [
-        ('{"part": "pin", "count": 1, "is_built": true}', True),
-        (' {"count":3,\n"part":"kernel","is_built":false} ', True),
-        ('{"part": "pin", "count": true, "is_built": true}', False),
-        ('{"part": "pin", "count": 1, "is_built": 1}', False),
-        ('{"part": "pin", "count": 1.0, "is_built": true}', False),
-        ('{"part": "pin", "count": 1}', False),
-        ('{"part": "pin", "count": 1, "is_built": true, "more": 1}', False),
-        ('{"part": ["pin"], "count": 1, "is_built": true}', False),
-        ('{"part": "pin", "count": 1, "is_built": true', False),
-        ("true", False),
-        ("", False),
-        (None, False),
-    ],
-)
-def test_schema_is_obeyed_to_the_letter(content: object, is_right: bool) -> None:
-    problems, _ = http_checks.structured(
-        reply({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
-    )
-    assert (problems == []) == is_right
-
-
 def test_refusal_is_4xx_with_a_reason() -> None:
     error = {"error": {"message": "no such model"}}
     assert http_checks.refused("x", reply(error, 404)) == []
@@ -264,7 +238,9 @@ def test_whatever_comes_is_a_sentence_and_never_right(status: int | None) -> Non
             http_checks.chat(one, TEXT, 6, 4),
             http_checks.stream(one, TEXT, is_chat=True)[0],
             http_checks.logprobs(one, [ROW], 1e-3)[0],
-            http_checks.structured(one)[0],
+            http_checks.answered("x", one, TEXT, 5, 4),
+            http_checks.scored("x", one, ROW.tokens, [None] * 4),
+            http_checks.prompt_scored("x", one.document, one, []),
         ):
             assert problems, body[:60]
             assert all(problem and len(problem) < 600 for problem in problems), body[:60]

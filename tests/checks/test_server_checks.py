@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from workspace.checks import server_checks
-from workspace.checks.http_checks import Conversation, offline
+from workspace.checks.http_checks import offline
+from workspace.checks.http_requests import answers
 from workspace.checks.registry import Check
 from workspace.core.console import Console, RunLog
 from workspace.server import lifecycle, observation, process_tree
@@ -34,22 +35,60 @@ ROWS = [
     for start, text in enumerate(("Hello", "def add(a, b):"), 10)
 ]
 
-CHATS = tuple(
-    Conversation(({"role": "user", "content": row["text"]},), {}, (0, *row["prompt"]))  # type: ignore[misc]
-    for row in ROWS
-)
-
-CASES = (
+CHATS = [
     {
-        "case": "logprobs",
-        "message": "Hello",
-        "prompt": CHATS[0].tokens,
-        "params": {"max_tokens": 16},
-        "tokens": ROWS[0]["tokens"][::-1][:16],
-        "text": "".join(f"<{token}>" for token in ROWS[0]["tokens"][::-1][:16]),
-        "finish": "length",
-    },
-)
+        "messages": [{"role": "user", "content": row["text"]}],
+        "more": {},
+        "tokens": [0, *row["prompt"]],  # type: ignore[misc]
+        "text": f"<0>{row['text']}",
+    }
+    for row in ROWS
+]
+BEGUN = [*CHATS[0]["messages"], {"role": "assistant", "content": "It is"}]  # type: ignore[misc]
+CHATS.append(CHATS[0] | {"messages": BEGUN, "more": {"continue_final_message": True}})
+PLAIN = ROWS[1]["tokens"][::-1][:16]  # type: ignore[index]
+PROMPT = CHATS[1]["tokens"]
+
+
+def position(token: int, **changes: object) -> dict[str, object]:
+    """Return the stand-in's log-probabilities of a position."""
+    ids, chances = [token + by for by in range(8)], [-0.5 - by for by in range(8)]
+    own = {"token": token, "logprob": -0.5, "ranks": [1, 1]}
+    if token < 300:
+        ids, chances = [400 + by for by in range(8)], [-1.0 - by for by in range(8)]
+        own |= {"logprob": -20.0, "ranks": [9, 9]}
+    return {"ids": ids, "logprobs": chances, **own, **changes}
+
+
+def case(name: str, positions: list[dict[str, object]], **params: object) -> dict[str, object]:
+    made = {"tokens": PLAIN, "text": "".join(f"<{token}>" for token in PLAIN), "raw": positions}
+    return {"case": name, "params": {"max_tokens": 16, **params}, "finish": "length", **made}
+
+
+RAW = [position(token) for token in PLAIN]
+LISTED = [position(token, ids=[300, 301], logprobs=[-9.0, -9.0]) for token in PLAIN]
+SPELLED = case("allowed_token_ids", [], allowed_token_ids=[61, 63, 67, 68], max_tokens=4)
+REFERENCE = {
+    "message": ROWS[1]["text"],
+    "prompt": PROMPT,
+    "prompt_logprobs": [position(token) for token in PROMPT[1:]],  # type: ignore[index]
+    "cases": [
+        case("logprobs", RAW, logprobs=5),
+        case("logprob_token_ids", LISTED, logprobs=2, logprob_token_ids=[300, 301]),
+        SPELLED | {"text": "a[b]", "tokens": [67, 61, 68, 63]},
+    ],
+}
+TEXTS = [
+    {
+        "text": row["text"],
+        "tokens": row["prompt"],
+        "bare": row["prompt"][1:],  # type: ignore[index]
+        "decoded": f"^{row['text']}",
+    }
+    for row in ROWS
+]
+SAMPLED = {"chats": CHATS, "texts": TEXTS, "block": 4}
+ANSWERS = answers(ROWS, SAMPLED, {"sampling": REFERENCE})
 
 
 def args_of(pid: int) -> str:
@@ -79,8 +118,8 @@ class Place:
             Address("127.0.0.1", port),
             "1+cpu",
             offline(rows),
-            CHATS,
-            CASES,
+            ANSWERS.cases,
+            ANSWERS.known,
             limit_s,
         )
         before = process_tree.living().keys()
@@ -128,31 +167,45 @@ def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_s
     place: Place,
 ) -> None:
     failed = place.failed("rubbish")
-    # All at once it is the same rubbish as alone.
-    assert set(failed) == {"completions", "chat", "stream", "logprobs", "parameters", "structured"}
+    # All at once it is the same rubbish as alone; its usage is right.
+    assert set(failed) == {
+        *("completions", "chat", "stream", "logprobs", "parameters", "structured"),
+        *("echo", "usage", "tokens", "limits"),
+    }
     assert failed["completions"].startswith("1 answers to 2 prompts")
 
 
 @pytest.mark.parametrize(
-    ("manner", "check", "output"),
+    ("manner", "checks", "output"),
     [
         (
             "off",
-            "logprobs",
+            "logprobs echo",
             "40 of 40 tokens as offline, largest log-probability difference 1.0e-02",
         ),
-        ("raises", "bad_request", "no document: HTTP 500"),
+        ("raises", "bad_request limits", "no document: HTTP 500"),
         ("ignores seeds", "parameters", "n 3: the answers are ["),
-        ("begins twice", "chat", "the tokens of ({'role': 'user', 'content': 'Hello'},) are [0, 0"),
+        (
+            "begins twice",
+            "chat tokens limits",
+            "the tokens of [{'role': 'user', 'content': 'Hello'}] are [0, 0",
+        ),
         ("other", "ready", "it reports vLLM 2, but the stamp has 1+cpu"),
+        ("chats are off", "logprobs", "logprobs of a chat: a log-probability differs by 1.0e-02"),
+        ("any form", "structured", "regex: it answers '{}', expected 'a[b]'"),
+        ("ranks from zero", "echo", "prompt_logprobs: token 11 has the rank 0, expected 9 to 9"),
+        ("forgets salts", "cache", "a prompt with the salt a: 8 tokens are cached, expected 0"),
+        ("counts pieces", "usage", "include_usage and continuous_usage_stats: a stream: its usage"),
+        ("turns texts", "tokens", "/tokenize of ['Hello']: tokens [14, 13, 12, 11, 10], expected"),
+        ("cuts on the left", "limits", "a prompt and a chat cut on the right: [["),
     ],
 )
-def test_one_fault_fails_the_one_check_that_names_it(
-    place: Place, manner: str, check: str, output: str
+def test_one_fault_fails_the_check_that_names_it_and_no_unrelated_one(
+    place: Place, manner: str, checks: str, output: str
 ) -> None:
     failed = place.failed(manner)
-    assert set(failed) == {check}
-    assert failed[check].startswith(output)
+    assert set(failed) == {*checks.split()}
+    assert failed[checks.split()[0]].startswith(output)
 
 
 def test_crash_at_start_is_reported_by_the_servers_own_error(place: Place) -> None:

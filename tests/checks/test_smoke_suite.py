@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checks.test_server_checks import REFERENCE, ROWS, SAMPLED
 from workspace.checks import numeric, probe_runs, server_checks, smoke_suite
 from workspace.checks.registry import Check, Expected, Level, chosen
 from workspace.checks.smoke import require_passed
@@ -54,17 +55,10 @@ class Clone:
             "rows": [{"case": "one", "difference": 0.5, "limit": 1.0}],
         }
         self.says("kernels", {"error": None, "groups": dict.fromkeys(smoke_suite.KERNELS, group)})
-        case = {"case": "logprobs", "params": {"max_tokens": 2}, "tokens": [319, 318]}
-        case |= {"text": "<319><318>", "finish": "length"}
-        sampling = {"message": "Hello", "prompt": [0, 1, 2, 3, 4, 5], "cases": [case]}
-        self.says("reference", {"error": None, "models": {}, "sampling": sampling})
+        self.says("reference", {"error": None, "models": {}, "sampling": REFERENCE})
         part = {"error": None, "seconds": 0.1, "rows": [{"case": "one", "problem": None}]}
         checks = (*numeric.RAW, *numeric.PROCESSED, numeric.ADAPTER)
-        chat = {"messages": [{"role": "user", "content": "Hello"}], "more": {}}
-        chats = [chat | {"tokens": [0, 1, 2, 3, 4, 5]}]
-        self.says(
-            "sampling", {"error": None, "groups": dict.fromkeys(checks, part), "chats": chats}
-        )
+        self.says("sampling", {"error": None, "groups": dict.fromkeys(checks, part), **SAMPLED})
         self.says(
             "real_model",
             {
@@ -127,15 +121,7 @@ class Clone:
 
     def serves(self, manner: str) -> None:
         """Install a stand-in for vLLM's command line, and the offline engine's answers for it."""
-        rows = [
-            {
-                "text": "Hello",
-                "prompt": [1, 2, 3, 4, 5],
-                "tokens": list(range(300, 320)),
-                "logprobs": [-0.5] * 20,
-            }
-        ]
-        for name, document in (("rows", rows), ("kept", {"models": {"llama": rows}})):
+        for name, document in (("rows", ROWS), ("kept", {"models": {"llama": ROWS}})):
             (self.layout.root / f"{name}.json").write_text(json.dumps(document))
         parity = self.layout.probes / "parity.py"
         parity.write_text(
@@ -146,7 +132,7 @@ class Clone:
         source.parent.mkdir(parents=True)
         names = (
             "host port dtype seed max-model-len max-num-seqs served-model-name chat-template"
-            " enforce-eager"
+            " enforce-eager enable-prompt-tokens-details"
         )
         source.write_text("".join(f'group.add_argument("--{name}")\n' for name in names.split()))
         program = self.layout.environment / "bin" / "vllm"

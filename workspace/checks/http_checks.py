@@ -1,35 +1,30 @@
 """Verdicts on a server's HTTP replies: pure functions that return the problems of a reply.
 
-They compare a reply with the offline engine's answer. A reply may contain anything: a server that
-answers 200 with rubbish is as wrong as a server that does not answer.
+They compare a reply with the offline engine's answer, or with Hugging Face's. A reply may contain
+anything: a server that answers 200 with rubbish is as wrong as one that does not answer.
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from workspace.checks.numeric import MAX_DIFFERENCE
 from workspace.checks.registry import rows, section
 from workspace.core import records
+
+T = TypeVar("T")
 
 # The tiny model's tokens after the letters are named by their ids (probes/small_model.py), so a
 # text names the tokens that it was made from.
 FIRST_NAMED = 259
 _NAME = re.compile(r"<(\d{1,9})>")
-# The fields that the model fills in, each with few choices: the model is untrained and would never
-# end on its own.
-CHOICES: Mapping[str, tuple[object, ...]] = {
-    "part": ("kernel", "patch", "pin"),
-    "count": (1, 2, 3),
-    "is_built": (True, False),
-}
-SCHEMA: Mapping[str, object] = {
-    "type": "object",
-    "properties": {name: {"enum": list(values)} for name, values in CHOICES.items()},
-    "required": list(CHOICES),
-    "additionalProperties": False,
-}
 SHOWN = 80
+# The last event of a stream.
+DONE = "data: [DONE]"
+# Most likely tokens that a request is for.
+TOP = 5
 # Filters of random samples that leave the most likely token only.
 STRICT: Mapping[str, object] = {"top_k": 1, "top_p": 1e-6, "min_p": 1.0}
 # Parameters of the engine that a request has not.
@@ -60,7 +55,12 @@ class Reply:
 
     @property
     def document(self) -> Mapping[str, object]:
-        return _document(self.text)
+        return parsed(self.text)
+
+    @property
+    def failure(self) -> str | None:
+        """The error of another status than 200, where an answer may be a stream."""
+        return None if self.status == 200 else self.refused
 
     @property
     def refused(self) -> str | None:
@@ -79,6 +79,24 @@ class Reply:
         )
 
 
+@dataclass(frozen=True)
+class _Logprobs:
+    """The log-probabilities of a completion."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """A log-probability of a prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
 def offline(record: object) -> tuple[OfflineAnswer, ...]:
     """Return the rows that probes/parity.py kept of a model; empty if they are damaged."""
     try:
@@ -88,23 +106,28 @@ def offline(record: object) -> tuple[OfflineAnswer, ...]:
 
 
 @dataclass(frozen=True)
+class Position:
+    """Log-probabilities of a position: the most likely tokens or listed ones, and `token`, which is
+    there, with the lowest and the highest rank that rounding allows.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    token: int | None = None
+    logprob: float = 0.0
+    ranks: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class Conversation:
-    """The messages of a chat with further arguments of its request, and Hugging Face's tokens."""
+    """The messages of a chat with further arguments of its request, and Hugging Face's text and
+    tokens.
+    """
 
-    messages: tuple[object, ...]
-    more: Mapping[str, object]
-    tokens: tuple[int, ...]
-
-
-def conversations(record: Mapping[str, object]) -> tuple[Conversation, ...]:
-    """Return the conversations of probes/sampling.py; empty if they are damaged."""
-    found = []
-    for row in rows(record, "chats"):
-        messages, tokens = row.get("messages"), row.get("tokens")
-        if not isinstance(messages, list) or not isinstance(tokens, list):
-            return ()
-        found.append(Conversation(tuple(messages), section(row, "more"), tuple(tokens)))
-    return tuple(found)
+    messages: list[dict[str, object]]
+    more: dict[str, object]
+    tokens: list[int]
+    text: str
 
 
 def cases(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
@@ -135,11 +158,11 @@ def parameter(reply: Reply, case: Mapping[str, object]) -> list[str]:
     """Judge the answer to a completion or a chat with a changed parameter by the reference's."""
     if reply.refused:
         return [f"{case.get('case')}: {reply.refused}"]
-    choice, tokens = _first(reply), case["tokens"]
+    choice, tokens = first(reply), case["tokens"]
     found = choice.get("token_ids")
     if case.get("is_cut") and isinstance(found, list) and isinstance(tokens, list):
         # What follows comes after a tie.
-        return [] if found[: len(tokens)] == tokens else [f"{case.get('case')}: {_shown(found)}"]
+        return [] if found[: len(tokens)] == tokens else [f"{case.get('case')}: {shown(found)}"]
     text = section(choice, "message").get("content") or choice.get("text") or ""
     pairs = (
         (found, tokens),
@@ -148,7 +171,7 @@ def parameter(reply: Reply, case: Mapping[str, object]) -> list[str]:
         (choice.get("stop_reason"), case.get("stop")),
     )
     return [
-        f"{case.get('case')}: {_shown(one)}, expected {_shown(other)}"
+        f"{case.get('case')}: {shown(one)}, expected {shown(other)}"
         for one, other in pairs
         if one != other
     ]
@@ -158,7 +181,7 @@ def sampled(several: Reply, seeds: Sequence[Reply]) -> list[str]:
     """Judge three answers to one request, and two answers with one seed before one with another."""
     texts = [choice.get("text") for choice in rows(several.document, "choices")]
     first, again, other = map(text_of, seeds)
-    problems = [] if len(set(map(str, texts))) == 3 else [f"n 3: the answers are {_shown(texts)}"]
+    problems = [] if len(set(map(str, texts))) == 3 else [f"n 3: the answers are {shown(texts)}"]
     problems += [] if first and first == again else ["seed: the same seed does not repeat"]
     return problems + ([] if first != other else ["seed: another seed gives the same answer"])
 
@@ -175,43 +198,43 @@ def completions(reply: Reply, expected: Sequence[OfflineAnswer], count: int) -> 
     )
     for index, (choice, row) in enumerate(zip(choices, expected, strict=False)):
         if choice.get("index") != index:
-            problems.append(f"answer {index} has the index {_shown(choice.get('index'))}")
-        problems += _text(choice.get("text"), row, count) + _finish(choice, "length")
+            problems.append(f"answer {index} has the index {shown(choice.get('index'))}")
+        problems += _text(choice.get("text"), row, count) + finish(choice, "length")
     prompt = sum(len(row.prompt) for row in expected)
-    return problems + _usage(reply.document, prompt, count * len(expected))
+    return problems + usage(reply.document, prompt, count * len(expected))
 
 
 def stopped(reply: Reply, row: OfflineAnswer, stop: int) -> list[str]:
     """Judge an answer that must stop before the name of the token `stop`."""
     if reply.refused:
         return [reply.refused]
-    choice = _first(reply)
+    choice = first(reply)
     text, named = choice.get("text"), row.named(len(row.tokens))
     is_cut = (
         isinstance(text, str)
         and f"<{stop}>" not in text
         and _names(text) == named[: named.index(stop)]
     )
-    problems = [] if is_cut else [f"with the stop string <{stop}> it answers {_shown(text)}"]
-    return problems + _finish(choice, "stop")
+    problems = [] if is_cut else [f"with the stop string <{stop}> it answers {shown(text)}"]
+    return problems + finish(choice, "stop")
 
 
 def chat(reply: Reply, text: str, prompt: int, count: int) -> list[str]:
     """Judge a chat answer by the completion of its prompt, which has this many tokens."""
     if reply.refused:
         return [reply.refused]
-    choice = _first(reply)
+    choice = first(reply)
     message = section(choice, "message")
     problems = (
         []
         if message.get("role") == "assistant"
-        else [f"the role of the answer is {_shown(message.get('role'))}, expected assistant"]
+        else [f"the role of the answer is {shown(message.get('role'))}, expected assistant"]
     )
     if not text or message.get("content") != text:
         problems.append(
-            f"chat answers {_shown(message.get('content'))}, completions answer {_shown(text)}"
+            f"chat answers {shown(message.get('content'))}, completions answer {shown(text)}"
         )
-    return problems + _finish(choice, "length") + _usage(reply.document, prompt, count)
+    return problems + finish(choice, "length") + usage(reply.document, prompt, count)
 
 
 def rendered(reply: Reply, expected: Conversation) -> list[str]:
@@ -219,7 +242,7 @@ def rendered(reply: Reply, expected: Conversation) -> list[str]:
     found = reply.document.get("prompt_token_ids")
     if reply.refused or found == list(expected.tokens):
         return [reply.refused] if reply.refused else []
-    return [f"the tokens of {_shown(expected.messages)} are {_shown(found)}, not Hugging Face's"]
+    return [f"the tokens of {shown(expected.messages)} are {shown(found)}, not Hugging Face's"]
 
 
 def stream(reply: Reply, whole: str, *, is_chat: bool) -> tuple[list[str], int]:
@@ -229,16 +252,12 @@ def stream(reply: Reply, whole: str, *, is_chat: bool) -> tuple[list[str], int]:
     problems = (
         []
         if reply.kind.startswith("text/event-stream")
-        else [f"its content type is {_shown(reply.kind)}, not text/event-stream"]
+        else [f"its content type is {shown(reply.kind)}, not text/event-stream"]
     )
-    events = [line for line in reply.text.splitlines() if line.strip()]
-    if events[-1:] != ["data: [DONE]"]:
-        problems.append(
-            f"it does not end with [DONE] but with {_shown(events[-1] if events else '')}"
-        )
-    documents = [
-        _document(event.removeprefix("data:")) for event in events if event != "data: [DONE]"
-    ]
+    lines = [line for line in reply.text.splitlines() if line.strip()]
+    if lines[-1:] != [DONE]:
+        problems.append(f"it does not end with [DONE] but with {shown(lines[-1] if lines else '')}")
+    documents = events(reply)
     if not all(documents):
         problems.append("one of its events is not a document")
     errors = [section(document, "error") for document in documents if document.get("error")]
@@ -251,7 +270,7 @@ def stream(reply: Reply, whole: str, *, is_chat: bool) -> tuple[list[str], int]:
     texts = [piece for piece in pieces if isinstance(piece, str) and piece]
     if not whole or "".join(texts) != whole:
         problems.append(
-            f"its pieces make {_shown(''.join(texts))}, the complete answer is {_shown(whole)}"
+            f"its pieces make {shown(''.join(texts))}, the complete answer is {shown(whole)}"
         )
     if len(texts) < 2:
         problems.append(f"it comes in {len(texts)} pieces")
@@ -259,8 +278,16 @@ def stream(reply: Reply, whole: str, *, is_chat: bool) -> tuple[list[str], int]:
     return problems + (
         []
         if finishes == ["length"]
-        else [f"its finish reasons are {_shown(finishes)}, expected length, once"]
+        else [f"its finish reasons are {shown(finishes)}, expected length, once"]
     ), len(texts)
+
+
+def events(reply: Reply) -> list[Mapping[str, object]]:
+    """Return the documents of a stream, each empty if it is none; no document of another reply."""
+    if not reply.kind.startswith("text/event-stream"):
+        return []
+    lines = [line for line in reply.text.splitlines() if line.strip()]
+    return [parsed(line.removeprefix("data:")) for line in lines if line != DONE]
 
 
 def logprobs(
@@ -298,20 +325,105 @@ def logprobs(
     return ([] if is_same and worst < limit else [f"{evidence}, the limit is {limit:g}"]), evidence
 
 
-def structured(reply: Reply) -> tuple[list[str], str]:
-    """Judge whether an answer obeys SCHEMA; return also the answer."""
+def answered(
+    title: str, reply: Reply, text: str | None, size: int, count: int, *, ends: str = "length"
+) -> list[str]:
+    """Judge the text of an answer, if it is known, the reason of its end and its usage; a prompt
+    has `size` tokens, an answer `count`.
+    """
     if reply.refused:
-        return [reply.refused], ""
-    choice = _first(reply)
-    content = section(choice, "message").get("content")
-    found = _document(content if isinstance(content, str) else "")
-    # True equals 1 in Python, but not in JSON.
-    fits = found.keys() == CHOICES.keys() and all(
-        (type(found[name]), found[name]) in [(type(value), value) for value in CHOICES[name]]
-        for name in CHOICES
-    )
-    problems = [] if fits else [f"the answer does not obey the schema: {_shown(content)}"]
-    return problems + _finish(choice, "stop"), " ".join(str(content).split())
+        return [f"{title}: {reply.refused}"]
+    choice = first(reply)
+    found = section(choice, "message").get("content") or choice.get("text")
+    problems = finish(choice, ends) + usage(reply.document, size, count)
+    if text is not None and found != text:
+        problems.insert(0, f"it answers {shown(found)}, expected {text!r:.80}")
+    return [f"{title}: {problem}" for problem in problems]
+
+
+def scored(
+    title: str,
+    reply: Reply,
+    tokens: Sequence[int],
+    positions: Sequence[Position | None],
+    *,
+    is_listed: bool = False,
+) -> list[str]:
+    """Judge tokens and log-probabilities of a completion by position; one without any is None."""
+    found = converted(first(reply).get("logprobs"), _Logprobs)
+    if reply.refused or not found:
+        return [f"{title}: {reply.refused or 'it has no log-probabilities'}"]
+    ids, parts = [token_id(token) for token in found.tokens], (found.token_logprobs, positions)
+    if ids != list(tokens) or {len(ids)} != {len(found.top_logprobs), *map(len, parts)}:
+        return [f"{title}: the tokens are {shown(ids)}, expected {tokens!r:.80}"]
+    problems = []
+    for index, (top, position) in enumerate(zip(found.top_logprobs, positions, strict=True)):
+        chances = {token_id(token): chance for token, chance in (top or {}).items()}
+        if chances.get(ids[index]) != found.token_logprobs[index]:
+            problems.append(f"{title}: token {index} has two log-probabilities")
+        elif position:
+            problems += position_of(title, chances, position, is_listed=is_listed)
+        elif top:
+            problems.append(f"{title}: the first token of a prompt has a log-probability")
+    return problems
+
+
+def prompt_scored(
+    title: str, part: Mapping[str, object], reply: Reply, known: Sequence[Position]
+) -> list[str]:
+    """Judge the log-probabilities of a prompt, their ranks and their names."""
+    found = converted(part.get("prompt_logprobs"), list[dict[str, _Ranked] | None])
+    if reply.refused or not found or len(found) != len(known) + 1 or found[0]:
+        return [f"{title}: {reply.refused or 'it has not one for each token but the first'}"]
+    problems = []
+    for chances, position in zip(found[1:], known, strict=True):
+        ranked = {int(token): chance for token, chance in (chances or {}).items()}
+        plain = {token: chance.logprob for token, chance in ranked.items()}
+        problems += position_of(title, plain, position, is_listed=False)
+        own, (low, high) = ranked.get(position.token or 0), position.ranks
+        if own and not low <= own.rank <= high:
+            text = f"token {position.token} has the rank {own.rank}, expected {low} to {high}"
+            problems.append(f"{title}: {text}")
+        for token, chance in ranked.items():
+            if token >= FIRST_NAMED and chance.decoded_token != f"<{token}>":
+                problems.append(f"{title}: the token {token} is called {chance.decoded_token!r}")
+    return problems
+
+
+def position_of(
+    title: str, found: Mapping[int, float], expected: Position, *, is_listed: bool
+) -> list[str]:
+    """Judge the log-probabilities of one position: of the listed tokens, or of the TOP most likely
+    ones up to ties, and of the token that is there.
+    """
+    known = dict(zip(expected.ids, expected.logprobs, strict=True))
+    own = {expected.token} if expected.token is not None else set()
+    known |= dict.fromkeys(own, expected.logprob)
+    certain = possible = {*expected.ids}
+    if not is_listed:
+        last, next_one = expected.logprobs[TOP - 1], expected.logprobs[TOP]
+        certain = {token for token in known if known[token] > next_one + MAX_DIFFERENCE}
+        possible = {token for token in known if known[token] > last - MAX_DIFFERENCE}
+    if not certain | own <= found.keys() <= possible | own:
+        text = f"the tokens are {sorted(found)}, expected {sorted(certain | own)}"
+        return [f"{title}: {text}"]
+    worst = max((_distance(found[token], known[token]) for token in found), default=0.0)
+    if worst < MAX_DIFFERENCE:
+        return []
+    return [f"{title}: a log-probability differs by {worst:.1e}, the limit is {MAX_DIFFERENCE:g}"]
+
+
+def token_id(token: str) -> int:
+    """Return the ID of a token that a reply calls token_id:ID, -1 for another name."""
+    name = token.removeprefix("token_id:")
+    return int(name) if name != token and name.isdigit() and len(name) < 10 else -1
+
+
+def converted(document: object, kind: type[T]) -> T | None:
+    try:
+        return records.convert(document, kind)
+    except records.DecodeError:
+        return None
 
 
 def refused(case: str, reply: Reply) -> list[str]:
@@ -328,7 +440,7 @@ def refused(case: str, reply: Reply) -> list[str]:
 
 def text_of(reply: Reply) -> str:
     """Return the text of the first answer, empty without one."""
-    text = _first(reply).get("text")
+    text = first(reply).get("text")
     return text if isinstance(text, str) else ""
 
 
@@ -342,7 +454,7 @@ def _text(text: object, row: OfflineAnswer, count: int) -> list[str]:
         return []
     return [
         (
-            f"the answer to {row.text[:20]!r} is {_shown(text)}, offline it is"
+            f"the answer to {row.text[:20]!r} is {shown(text)}, offline it is"
             f" {' '.join(f'<{token}>' for token in row.named(count)[:4])} …"
         )
     ]
@@ -352,24 +464,24 @@ def _names(text: object) -> list[int]:
     return [int(name) for name in _NAME.findall(text)] if isinstance(text, str) else []
 
 
-def _finish(choice: Mapping[str, object], expected: str) -> list[str]:
+def finish(choice: Mapping[str, object], expected: str) -> list[str]:
     found = choice.get("finish_reason")
     return (
-        [] if found == expected else [f"its finish reason is {_shown(found)}, expected {expected}"]
+        [] if found == expected else [f"its finish reason is {shown(found)}, expected {expected}"]
     )
 
 
-def _usage(document: Mapping[str, object], prompt: int, answer: int) -> list[str]:
+def usage(document: Mapping[str, object], prompt: int, answer: int) -> list[str]:
     usage = section(document, "usage")
     found = [usage.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
     return (
         []
         if found == [prompt, answer, prompt + answer]
-        else [f"its usage is {_shown(found)}, expected {[prompt, answer, prompt + answer]}"]
+        else [f"its usage is {shown(found)}, expected {[prompt, answer, prompt + answer]}"]
     )
 
 
-def _first(reply: Reply) -> Mapping[str, object]:
+def first(reply: Reply) -> Mapping[str, object]:
     return next(iter(rows(reply.document, "choices")), {})
 
 
@@ -377,11 +489,11 @@ def _distance(found: object, expected: float) -> float:
     return abs(found - expected) if isinstance(found, float) and math.isfinite(found) else math.inf
 
 
-def _shown(text: object) -> str:
+def shown(text: object) -> str:
     return repr(text[:SHOWN] if isinstance(text, str) else text)[: 2 * SHOWN]
 
 
-def _document(text: str) -> Mapping[str, object]:
+def parsed(text: str) -> Mapping[str, object]:
     try:
         return records.decode(text, dict[str, object])
     except records.DecodeError:

@@ -170,14 +170,29 @@ REGISTRY: Mapping[str, Entry] = {
         "full",
     ),
     "server.logprobs": Entry(
-        "tokens and log-probabilities over HTTP equal the offline engine's", _DIFFERS, "full"
+        "tokens and log-probabilities over HTTP equal the offline engine's, and Hugging Face's",
+        _DIFFERS,
+        "full",
     ),
     "server.parameters": Entry(
         "sampling parameters over HTTP give Hugging Face's answers, in completions and in chats",
         _DIFFERS,
         "full",
     ),
-    "server.structured": Entry("an answer obeys a JSON schema", _DIFFERS, "full"),
+    "server.structured": Entry(
+        "an answer has the one text that its form allows, in each form that the API has",
+        _DIFFERS,
+        "full",
+    ),
+    "server.echo": Entry(
+        "a prompt comes back, and has Hugging Face's log-probabilities", _DIFFERS, "full"
+    ),
+    "server.cache": Entry("the number of cached tokens is exact by salt", _DIFFERS, "full"),
+    "server.usage": Entry("a stream has its usage where it is asked for", _DIFFERS, "full"),
+    "server.tokens": Entry("/tokenize and /detokenize do as Hugging Face", _DIFFERS, "full"),
+    "server.limits": Entry(
+        "a value at its limit is answered in full, a value above is refused", _DIFFERS, "full"
+    ),
     "server.bad_request": Entry(
         "a bad request is refused with 4xx and a reason, and the server keeps running",
         _DIFFERS,

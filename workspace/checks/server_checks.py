@@ -1,12 +1,11 @@
 """HTTP checks of the built tree's server: one start on the tiny Llama, requests, and a stop.
 
 Each failure is a failed check that names the cause. After `limit_s` seconds the server is ended
-with a stack dump. The verdicts on replies are in http_checks.py.
+with a stack dump. The verdicts on replies are in http_checks.py, more requests in http_requests.py.
 """
 
 import contextlib
-import http.client
-import json
+import functools
 import os
 import signal
 import time
@@ -15,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.checks import http_checks, probe_runs
-from workspace.checks.http_checks import Conversation, OfflineAnswer, Reply
+from workspace.checks import http_checks, http_requests, probe_runs
+from workspace.checks.http_checks import FIRST_NAMED, OfflineAnswer, Reply
+from workspace.checks.http_requests import LENGTH, NAME, TOKENS, Answers, Client, Known, Verdict
 from workspace.checks.numeric import MAX_DIFFERENCE
 from workspace.checks.registry import Check, Expected, judged, section
 from workspace.core.console import RunLog
@@ -25,7 +25,6 @@ from workspace.core.paths import Layout
 from workspace.server import flags, lifecycle, observation, process_tree
 from workspace.server.observation import Address, Server, find, is_alive
 
-NAME = "tiny"
 CHECKS = (
     "ready",
     "completions",
@@ -34,19 +33,19 @@ CHECKS = (
     "logprobs",
     "parameters",
     "structured",
+    "echo",
+    "cache",
+    "usage",
+    "tokens",
+    "limits",
     "bad_request",
     "concurrent",
     "stop",
 )
-# Tokens of an answer that is compared with another request's; as few as in consistency.batch, since
-# batches round differently.
-TOKENS = 16
 # Index of the answer's named token that serves as the stop string.
 STOP_TOKEN = 2
 # Number of concurrent requests, and of those that the engine batches.
 AT_ONCE, BATCH = 24, 16
-LENGTH = 512
-LONGEST_REPLY = 16 << 20
 # Seconds: a front-end that learns of its engine's end takes a moment to exit.
 DYING_S = 10.0
 # Seconds: vLLM exits within one second, on a loaded machine later.
@@ -54,19 +53,13 @@ STOP_S = 30.0
 KEPT_LOG_LINES = 300
 _MEMORY = ("--gpu-memory-utilization=0.1", "--kv-cache-memory-bytes=268435456")
 
-Verdict = tuple[list[str], str]
-# What the requests are compared with: the last three fields of ServerUnderTest before the limit.
-Answers = tuple[
-    tuple[OfflineAnswer, ...], tuple[Conversation, ...], tuple[Mapping[str, object], ...]
-]
-
 
 @dataclass(frozen=True)
 class ServerUnderTest:
     """The server to start, and the expected version and answers.
 
-    `environment` is complete; `rows` are the offline engine's answers, `chats` conversations with
-    Hugging Face's tokens, `cases` requests with Hugging Face's answers.
+    `environment` is complete; `rows` are the offline engine's answers, `cases` requests with
+    Hugging Face's answers, `known` its other answers and its tokens.
     """
 
     argv: tuple[str, ...]
@@ -74,8 +67,8 @@ class ServerUnderTest:
     address: Address
     version: str
     rows: tuple[OfflineAnswer, ...]
-    chats: tuple[Conversation, ...]
     cases: tuple[Mapping[str, object], ...]
+    known: Known
     limit_s: float
 
 
@@ -95,6 +88,7 @@ def under_test(
     address = Address("127.0.0.1", lifecycle.free_port())
     argv = [
         "--enforce-eager",
+        "--enable-prompt-tokens-details",
         "--dtype=float32",
         "--seed=0",
         f"--max-model-len={LENGTH}",
@@ -130,7 +124,7 @@ def run(
     Returns the verdicts, and the stack dumps of processes that hung.
     """
     started = time.monotonic()
-    if not tested.chats or not tested.cases:
+    if not tested.cases or not tested.known.is_usable:
         return failed("Hugging Face gave no answer to compare with", 0.0), ()
     if not tested.rows or any(len(row.named(TOKENS)) <= STOP_TOKEN for row in tested.rows):
         return failed("the offline engine gave no answer to compare with", 0.0), ()
@@ -192,20 +186,22 @@ def _run_checks(
         )
 
 
-class _Client:
+class _Client(Client):
     """Client of the server under test; it keeps answers for later comparisons."""
 
     def __init__(self, tested: ServerUnderTest) -> None:
-        self._tested, self._row = tested, tested.rows[0]
+        patience_s = tested.limit_s + probe_runs.DUMP_S
+        super().__init__(tested.address, tested.known.chats[0].messages, patience_s)
+        self._tested, self._known, self._row = tested, tested.known, tested.rows[0]
         # The answer to the first row, and that to each row alone.
         self._whole, self._texts = "", dict.fromkeys((row.text for row in tested.rows), "")
-        self._patience_s = tested.limit_s + probe_runs.DUMP_S
         self.judges: Mapping[str, Callable[[], Verdict]] = {
-            name: getattr(self, name) for name in CHECKS[1:-1]
-        }
+            name: functools.partial(check, self, tested.known)
+            for name, check in http_requests.CHECKS.items()
+        } | {name: getattr(self, name) for name in CHECKS[1:-1] if hasattr(self, name)}
 
     def ready(self, ready: lifecycle.Ready) -> Verdict:
-        version = self._post("/version", None).document.get("version")
+        version = self.post("/version", None).document.get("version")
         problems = (
             []
             if ready.models == (NAME,)
@@ -219,14 +215,14 @@ class _Client:
         return problems, f"vLLM {version} completes a token after {ready.seconds:.1f} s"
 
     def completions(self) -> Verdict:
-        answers = self._complete([row.text for row in self._tested.rows])
+        answers = self.complete([row.text for row in self._tested.rows])
         problems = http_checks.completions(answers, self._tested.rows, TOKENS)
         for row in self._tested.rows:
-            self._texts[row.text] = http_checks.text_of(self._complete(row.text))
+            self._texts[row.text] = http_checks.text_of(self.complete(row.text))
         self._whole = self._texts[self._row.text]
         stop = self._row.named(TOKENS)[STOP_TOKEN]
         problems += http_checks.stopped(
-            self._complete(self._row.text, stop=[f"<{stop}>"]), self._row, stop
+            self.complete(self._row.text, stop=[f"<{stop}>"]), self._row, stop
         )
         count = len(self._tested.rows)
         return (
@@ -235,16 +231,16 @@ class _Client:
         )
 
     def chat(self) -> Verdict:
-        first, *others = self._tested.chats
-        text = http_checks.text_of(self._complete(list(first.tokens)))
-        problems = http_checks.chat(self._talk(), text, len(first.tokens), TOKENS)
+        first, *others = self._known.chats
+        text = http_checks.text_of(self.complete(list(first.tokens)))
+        problems = http_checks.chat(self.talk(), text, len(first.tokens), TOKENS)
         # A tool may be in the template without a parser of its calls.
         how = {"max_tokens": 1, "return_token_ids": True, "tool_choice": "none"}
         for chat in (first, *others):
             body = {"messages": chat.messages} | how
-            reply = self._talk(**body, **chat.more)
+            reply = self.talk(**body, **chat.more)
             problems += http_checks.rendered(reply, chat)
-        count = len(self._tested.chats)
+        count = len(self._known.chats)
         return (
             problems,
             f"{count} conversations have Hugging Face's tokens, one is answered as a completion",
@@ -252,10 +248,10 @@ class _Client:
 
     def stream(self) -> Verdict:
         problems, pieces = http_checks.stream(
-            self._complete(self._row.text, stream=True), self._whole, is_chat=False
+            self.complete(self._row.text, stream=True), self._whole, is_chat=False
         )
-        whole = http_checks.text_of(self._complete(list(self._tested.chats[0].tokens)))
-        more, others = http_checks.stream(self._talk(stream=True), whole, is_chat=True)
+        whole = http_checks.text_of(self.complete(list(self._known.chats[0].tokens)))
+        more, others = http_checks.stream(self.talk(stream=True), whole, is_chat=True)
         return [
             *problems,
             *(f"chat: {problem}" for problem in more),
@@ -264,66 +260,70 @@ class _Client:
     def logprobs(self) -> Verdict:
         longest = max(len(row.tokens) for row in self._tested.rows)
         prompts = [list(row.prompt) for row in self._tested.rows]
-        reply = self._complete(
+        reply = self.complete(
             prompts, max_tokens=longest, logprobs=1, return_tokens_as_token_ids=True
         )
-        return http_checks.logprobs(reply, self._tested.rows, MAX_DIFFERENCE)
+        problems, fine = http_checks.logprobs(reply, self._tested.rows, MAX_DIFFERENCE)
+        more = _chat_logprobs(self, self._known)
+        return [*problems, *more], f"{fine}; in chats as by Hugging Face"
 
     def parameters(self) -> Verdict:
         problems = []
         for case in self._tested.cases:
             params = {**section(case, "params"), "return_token_ids": True}
-            problems += http_checks.parameter(self._complete(case["prompt"], **params), case)
+            problems += http_checks.parameter(self.complete(case["prompt"], **params), case)
             # In a chat the log-probabilities have other names.
             params = {name: value for name, value in params.items() if "logprob" not in name}
             messages = [{"role": "user", "content": case["message"]}]
-            found = http_checks.parameter(self._talk(**params, messages=messages), case)
+            found = http_checks.parameter(self.talk(**params, messages=messages), case)
             problems += [f"in a chat {problem}" for problem in found]
         warm = {"prompt": self._row.text, "temperature": 1.5}
-        seeds = [self._complete(**warm, seed=seed) for seed in (7, 7, 8)]
-        problems += http_checks.sampled(self._complete(**warm, n=3), seeds)
+        seeds = [self.complete(**warm, seed=seed) for seed in (7, 7, 8)]
+        problems += http_checks.sampled(self.complete(**warm, n=3), seeds)
         count = len(self._tested.cases)
         return problems, f"{count} cases answered as by Hugging Face, in completions and in chats"
 
     def structured(self) -> Verdict:
-        return http_checks.structured(
-            self._talk(
-                max_tokens=LENGTH // 2,
-                ignore_eos=False,
-                response_format=_schema_format(http_checks.SCHEMA),
-            )
-        )
+        problems, fine = http_requests.structured(self, self._known)
+        # Here no bias decides, and blanks are allowed.
+        schema = {"name": "part", "schema": http_requests.SCHEMA}
+        free = {"type": "json_schema", "json_schema": schema}
+        reply = self.talk(max_tokens=LENGTH // 2, ignore_eos=False, response_format=free)
+        text = str(section(http_checks.first(reply), "message").get("content"))
+        if "".join(text.split()) not in http_requests.DOCUMENTS:
+            problems.append(f"a free choice: {reply.refused or http_checks.shown(text)}")
+        return problems, fine
 
     def bad_request(self) -> Verdict:
         cases: Mapping[str, tuple[str, object]] = {
             "no document": ("/v1/completions", b'{"model": "tiny", '),
             "not an object": ("/v1/completions", ["tiny"]),
-            "an unknown model": ("/v1/completions", self._body(prompt="a", model="none")),
-            "a prompt that is too long": ("/v1/completions", self._body(prompt="a" * 2 * LENGTH)),
-            "an unknown token": ("/v1/completions", self._body(prompt=[1 << 30])),
-            "a negative length": ("/v1/completions", self._body(prompt="a", max_tokens=-1)),
+            "an unknown model": ("/v1/completions", self.body(prompt="a", model="none")),
+            "a prompt that is too long": ("/v1/completions", self.body(prompt="a" * 2 * LENGTH)),
+            "an unknown token": ("/v1/completions", self.body(prompt=[1 << 30])),
+            "a negative length": ("/v1/completions", self.body(prompt="a", max_tokens=-1)),
             "a temperature as text": (
                 "/v1/completions",
-                self._body(prompt="a", temperature="hot"),
+                self.body(prompt="a", temperature="hot"),
             ),
-            "no messages": ("/v1/chat/completions", self._body()),
+            "no messages": ("/v1/chat/completions", self.body()),
             "an invalid schema": (
                 "/v1/chat/completions",
-                self._chat_body(
+                self.chat_body(
                     response_format={
                         "type": "json_schema",
                         "json_schema": {"name": "x", "schema": {"type": "nothing"}},
                     }
                 ),
             ),
-            "an unknown path": ("/v1/nothing", self._body(prompt="a")),
+            "an unknown path": ("/v1/nothing", self.body(prompt="a")),
         }
         problems = [
             problem
             for case, (path, body) in cases.items()
-            for problem in http_checks.refused(case, self._post(path, body))
+            for problem in http_checks.refused(case, self.post(path, body))
         ]
-        if (again := http_checks.text_of(self._complete(self._row.text))) != self._whole:
+        if (again := http_checks.text_of(self.complete(self._row.text))) != self._whole:
             problems.append(
                 f"after the bad requests it answers a good one with {again[:40]!r}, before with"
                 f" {self._whole[:40]!r}"
@@ -337,7 +337,7 @@ class _Client:
         texts = [row.text for row in self._tested.rows]
         prompts = [texts[index % len(texts)] for index in range(AT_ONCE)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            answers = list(pool.map(self._complete, prompts))
+            answers = list(pool.map(self.complete, prompts))
         problems = [answer.refused for answer in answers if answer.refused]
         others = sum(
             not answer.refused and http_checks.text_of(answer) != self._texts[text]
@@ -350,47 +350,55 @@ class _Client:
         )
         return problems, f"{AT_ONCE} concurrent requests answered as alone"
 
-    def _complete(self, prompt: object, **changes: object) -> Reply:
-        return self._post("/v1/completions", self._body(prompt=prompt, **changes))
 
-    def _talk(self, **changes: object) -> Reply:
-        return self._post("/v1/chat/completions", self._chat_body(**changes))
+@dataclass(frozen=True)
+class _Chance:
+    """A token of a chat's answer, or one that could be there."""
 
-    def _chat_body(self, **changes: object) -> dict[str, object]:
-        return self._body(**({"messages": self._tested.chats[0].messages} | changes))
-
-    def _body(self, **changes: object) -> dict[str, object]:
-        return {"model": NAME, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True} | changes
-
-    def _post(self, path: str, body: object) -> Reply:
-        return post(self._tested.address, path, body, timeout_s=self._patience_s)
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+    top_logprobs: "list[_Chance] | None" = None
 
 
-def post(address: Address, path: str, body: object, *, timeout_s: float) -> Reply:
-    """Send one request: bytes unchanged, a document as JSON, or None as GET. Raises nothing."""
-    connection = http.client.HTTPConnection(address.near, address.port, timeout=timeout_s)
-    sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    try:
-        connection.request(
-            "GET" if body is None else "POST",
-            path,
-            body=sent,
-            headers={"Content-Type": "application/json"},
-        )
-        reply = connection.getresponse()
-        return Reply(
-            reply.status,
-            reply.read(LONGEST_REPLY).decode("utf-8", errors="replace"),
-            reply.headers.get("Content-Type", ""),
-        )
-    except (OSError, http.client.HTTPException, ValueError) as exc:
-        return Reply(None, str(exc) or type(exc).__name__)
-    finally:
-        connection.close()
+def _chat_logprobs(client: Client, known: Known) -> list[str]:
+    """Compare log-probabilities in chats with Hugging Face's."""
+    problems = []
+    for name in ("logprobs", "logprob_token_ids"):
+        case = known.case(name)
+        params = {**case.params, "logprobs": True, "top_logprobs": case.params["logprobs"]}
+        options = {**params, "messages": known.messages, "return_tokens_as_token_ids": True}
+        content = _chances(client.talk(**options))
+        title, is_listed = f"{name} of a chat", name != "logprobs"
+        ids = [http_checks.token_id(chance.token) for chance in content]
+        if ids != case.tokens:
+            problems.append(f"{title}: the tokens are {ids}, expected {case.tokens}")
+            continue
+        for chance, position in zip(content, case.raw, strict=True):
+            found = {
+                http_checks.token_id(each.token): each.logprob for each in chance.top_logprobs or ()
+            }
+            if found.get(http_checks.token_id(chance.token)) != chance.logprob:
+                problems.append(f"{title}: {chance.token} has two log-probabilities")
+            problems += http_checks.position_of(title, found, position, is_listed=is_listed)
+    plain = known.case("logprobs")
+    count = len(plain.raw)
+    options = {"messages": known.messages, "max_tokens": count, "logprobs": True}
+    content = _chances(client.talk(**options, top_logprobs=0))
+    named = [f"<{token}>" for token in plain.tokens or () if token >= FIRST_NAMED]
+    shown = [chance.token for chance in content if chance.token.startswith("<")]
+    if shown != named or any(chance.top_logprobs for chance in content):
+        problems.append(f"top_logprobs 0: the tokens are {shown}, expected {named} alone")
+    for chance in content:
+        if chance.token in named and bytes(chance.bytes or ()) != chance.token.encode():
+            problems.append(f"the bytes of {chance.token} are {chance.bytes}")
+    return problems
 
 
-def _schema_format(schema: Mapping[str, object]) -> Mapping[str, object]:
-    return {"type": "json_schema", "json_schema": {"name": "part", "schema": schema}}
+def _chances(reply: Reply) -> list[_Chance]:
+    """Return the log-probabilities of a chat's answer, empty without any."""
+    logprobs = section(http_checks.first(reply), "logprobs")
+    return http_checks.converted(logprobs.get("content"), list[_Chance]) or []
 
 
 def _timeout_text(tested: ServerUnderTest, how: str) -> str:

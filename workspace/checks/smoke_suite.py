@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.checks import http_checks, numeric, probe_runs, registry, server_checks
+from workspace.checks import http_requests, numeric, probe_runs, registry, server_checks
 from workspace.checks.probe_runs import Answer, Program, SharedImport
 from workspace.checks.registry import REGISTRY, Check, Expected, Level, Need, chosen
 from workspace.compile import device_code
@@ -406,14 +406,11 @@ class _Suite:
         model = _named({name: folders[name]})
         return self._ask_shared("parity.py", *model, *self._device, *form, *kept, *own)
 
-    def _offline(self) -> server_checks.Answers:
+    def _answers(self) -> http_requests.Answers:
         files = self._round("tiny", "llama")
         reference = records.read(files.reference, dict[str, object]) or {}
-        return (
-            http_checks.offline(numeric.read_rows(files.vllm, "llama")),
-            http_checks.conversations(self._sampled.record),
-            http_checks.cases(reference),
-        )
+        offline = numeric.read_rows(files.vllm, "llama")
+        return http_requests.answers(offline, self._sampled.record, reference)
 
     def _server(self) -> _Found:
         """Judge the tiny Llama over HTTP by the offline engine's answers."""
@@ -424,7 +421,7 @@ class _Suite:
                 built_environment(self._machine, "smoke-serve"),
                 self._tiny_model("llama"),
                 expected=self._expected,
-                answers=self._offline(),
+                answers=self._answers(),
                 limit_s=self._options.timeout_s,
             )
         except WorkspaceError as exc:

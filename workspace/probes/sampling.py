@@ -376,14 +376,17 @@ def chats(engine: Engine, reference: Record) -> Rows:
             {"add_generation_prompt": True} | arguments | more.get("chat_template_kwargs", {})
         )
         expected = tokenizer.apply_chat_template(messages, return_dict=False, **arguments)
-        reference.setdefault("chats", []).append(
-            {"messages": messages, "more": more, "tokens": expected}
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+        known = {"messages": messages, "more": more, "tokens": expected, "text": text}
+        reference.setdefault("chats", []).append(known)
         roles = " ".join(message["role"] for message in messages)
         title = " ".join([f"the conversation {roles}", *more])
         yield row(f"{title}: its tokens are", engine.rendered(messages, more), expected)
     for text in TEXTS:
         expected = tokenizer(text)["input_ids"]
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+        known = {"text": text, "tokens": expected, "bare": bare}
+        reference.setdefault("texts", []).append(known | {"decoded": tokenizer.decode(expected)})
         yield row(f"the text {text!r}: its tokens are", engine.tokens(text), expected)
 
 
@@ -482,11 +485,11 @@ def main() -> None:
             raise RuntimeError(f"Hugging Face: {document.get('error') or 'no answer'}")
         folder = str(arguments.model.resolve())
         engine = Engine(folder, arguments)
-        record["load_s"] = round(time.monotonic() - started, 3)
+        record |= {"load_s": round(time.monotonic() - started, 3), "block": engine.block}
         groups = PROCESSED if arguments.processed else () if arguments.adapter else RAW
         groups += ADAPTER if arguments.adapter else ()
         record["groups"] = measured(engine, reference, groups)
-        record["chats"] = reference.get("chats", [])
+        record |= {key: reference.get(key, []) for key in ("chats", "texts")}
     except Exception as exc:
         traceback.print_exc()
         record["error"] = f"vLLM: {type(exc).__name__}: {' '.join(str(exc).split())[:200]}"

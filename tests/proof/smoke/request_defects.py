@@ -1,9 +1,19 @@
-"""Defects of sampling parameters, cached blocks and templates, each with the check that names it.
+"""Defects of sampling parameters, cached blocks, templates and requests over HTTP, each with the
+check that names it.
 
 Greedy requests without parameters are answered rightly with each of them.
 """
 
-from tests.proof.smoke.defects import LLAMA, SAMPLER, Defect, logits, replaced
+from tests.proof.smoke.defects import (
+    CHATS,
+    COMPLETIONS,
+    LLAMA,
+    SAMPLER,
+    Change,
+    Defect,
+    logits,
+    replaced,
+)
 
 _SAMPLE, _ENGINE, _CORE = "vllm/v1/sample", "vllm/v1/engine", "vllm/v1/core"
 PENALTIES, BAD = "vllm/model_executor/layers/utils.py", f"{_SAMPLE}/ops/bad_words.py"
@@ -16,6 +26,18 @@ OFFLINE_CHAT = "vllm/entrypoints/offline_utils.py"
 COMPLETION, CHAT = (
     f"vllm/entrypoints/openai/{name}/protocol.py" for name in ("completion", "chat_completion")
 )
+FORMS, BACKEND = (
+    "vllm/entrypoints/generate/base/protocol.py",
+    "vllm/v1/structured_output/backend_xgrammar.py",
+)
+CHOICES, TOKENIZE = (
+    "vllm/v1/structured_output/utils.py",
+    "vllm/entrypoints/serve/tokenize/protocol.py",
+)
+PROMPTS, RENDERER = "vllm/renderers/online_renderer.py", "vllm/renderers/base.py"
+LENGTHS, PARAMS = "vllm/renderers/params.py", "vllm/sampling_params.py"
+OPTIONS = "vllm/entrypoints/serve/utils/api_utils.py"
+PIECES = f"{_ENGINE}/output_processor.py"
 BLOCK = "curr_block_token_ids_tuple = tuple(curr_block_token_ids)"
 
 
@@ -25,7 +47,174 @@ def of_block(tokens: str, what: str) -> Defect:
     return Defect(what, BLOCKS, replaced(BLOCK, change), "cache.blocks")
 
 
+def over_http(what: str, file: str, change: Change, caught_by: str) -> Defect:
+    """Return a defect of the server alone."""
+    return Defect(what, file, change, caught_by, "full")
+
+
+HTTP_DEFECTS = (
+    over_http(
+        "an echo without its prompt",
+        COMPLETIONS,
+        replaced("output_text = prompt_text + output.text", "output_text = output.text"),
+        "server.echo",
+    ),
+    over_http(
+        "a prompt with one most likely token too few",
+        COMPLETIONS,
+        replaced("num_output_top_logprobs >= i", "num_output_top_logprobs > i"),
+        "server.echo",
+    ),
+    over_http(
+        "a chat without the log-probabilities of its prompt",
+        CHATS,
+        replaced("clamp_prompt_logprobs(final_res.prompt_logprobs)", "None"),
+        "server.echo",
+    ),
+    over_http(
+        "a chat with one most likely token too few",
+        CHATS,
+        replaced("i < top_logprobs)", "i + 1 < top_logprobs)"),
+        "server.logprobs",
+    ),
+    over_http(
+        "a listed token that a chat leaves out",
+        CHATS,
+        replaced("return_all=bool(logprob_token_ids)", "return_all=False"),
+        "server.logprobs",
+    ),
+    over_http(
+        "an answer that is no JSON object",
+        FORMS,
+        replaced(
+            'response_format.type == "text"', 'response_format.type in ("text", "json_object")'
+        ),
+        "server.structured",
+    ),
+    over_http(
+        "a schema that allows any object",
+        BACKEND,
+        replaced(
+            "                grammar_spec, any_whitespace", "                '{}', any_whitespace"
+        ),
+        "server.structured",
+    ),
+    over_http(
+        "a choice without the first one",
+        CHOICES,
+        replaced(
+            "escape_ebnf_string(c) for c in choice)", "escape_ebnf_string(c) for c in choice[1:])"
+        ),
+        "server.structured",
+    ),
+    over_http(
+        "a form that a chat forgets",
+        CHAT,
+        replaced("structured_outputs=self.extract_structured_outputs()", "structured_outputs=None"),
+        "server.structured",
+    ),
+    over_http(
+        "a salt that is lost over HTTP",
+        PROMPTS,
+        replaced('("mm_processor_kwargs", "cache_salt")', '("mm_processor_kwargs",)'),
+        "server.cache",
+    ),
+    over_http(
+        "cached tokens that a stream does not count",
+        COMPLETIONS,
+        replaced("cached_tokens=num_cached_tokens", "cached_tokens=0"),
+        "server.cache",
+    ),
+    over_http(
+        "usage that is a piece behind",
+        COMPLETIONS,
+        replaced(
+            "completion_tokens = previous_num_tokens[i]\n",
+            "completion_tokens = previous_num_tokens[i] - len(output.token_ids)\n",
+        ),
+        "server.usage",
+    ),
+    over_http(
+        "usage of the last prompt alone",
+        COMPLETIONS,
+        replaced(
+            "total_prompt_tokens = sum(num_prompt_tokens)",
+            "total_prompt_tokens = num_prompt_tokens[-1]",
+        ),
+        "server.usage",
+    ),
+    over_http(
+        "usage in each piece, unasked",
+        OPTIONS,
+        replaced(
+            "include_continuous_usage = include_usage and",
+            "include_continuous_usage = include_usage or",
+        ),
+        "server.usage",
+    ),
+    over_http(
+        "pieces of one token, whatever the interval",
+        PIECES,
+        replaced("max(sampling_params.stream_interval, stream_interval)", "stream_interval"),
+        "server.usage",
+    ),
+    over_http(
+        "a text that always gets its special tokens",
+        TOKENIZE,
+        replaced("add_special_tokens=self.add_special_tokens", "add_special_tokens=True"),
+        "server.tokens",
+    ),
+    over_http(
+        "tokens whose text has no special ones",
+        RENDERER,
+        replaced(".decode(*args, **kwargs)", ".decode(*args, skip_special_tokens=True, **kwargs)"),
+        "server.tokens",
+    ),
+    over_http(
+        "a completion that always gets its special tokens",
+        COMPLETION,
+        replaced("add_special_tokens=self.add_special_tokens", "add_special_tokens=True"),
+        "server.tokens",
+    ),
+    over_http(
+        "one log-probability more than allowed",
+        PARAMS,
+        replaced("if num_logprobs > max_logprobs:", "if num_logprobs > max_logprobs + 1:"),
+        "server.limits",
+    ),
+    over_http(
+        "a context that is longer by one",
+        LENGTHS,
+        replaced("if len(tokens) > max_input_tokens:", "if len(tokens) > max_input_tokens + 1:"),
+        "server.limits",
+    ),
+    over_http(
+        "a prompt that is cut on the other side",
+        LENGTHS,
+        replaced('if side == "left":', 'if side != "left":'),
+        "server.limits",
+    ),
+    over_http(
+        "a least length that must be below the greatest",
+        PARAMS,
+        replaced("self.min_tokens > self.max_tokens", "self.min_tokens >= self.max_tokens"),
+        "server.limits",
+    ),
+    over_http(
+        "a pattern that is shorter than its least size",
+        STOPS,
+        replaced("min_pattern_size = params.min_pattern_size", "min_pattern_size = 1"),
+        "server.limits",
+    ),
+    over_http(
+        "an old name that goes before the new one",
+        CHATS,
+        replaced("if request.max_completion_tokens is not None", "if request.max_tokens is None"),
+        "server.limits",
+    ),
+)
 DEFECTS = (
+    *HTTP_DEFECTS,
     Defect(
         "a presence penalty for each time",
         PENALTIES,
