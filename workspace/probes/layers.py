@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     Hook = Callable[..., None]
@@ -80,7 +81,7 @@ class Files:
         return None if window is None or is_full else int(window)
 
 
-def read(folder: Path, device: "Any") -> Files:
+def read(folder: Path, device: "torch.device") -> Files:
     """Read a model in Hugging Face's layout, whose weights are one file."""
     from safetensors.torch import load_file
 
@@ -313,11 +314,9 @@ def _kind(kind: str, files: Files, calls: Mapping[str, Calls]) -> dict[str, Any]
         if of_kind != kind:
             continue
         shown.append(form)
-        most = max(
-            (_off(kind, name, without, made) or math.inf for name, made in mine.items()),
-            default=0.0,
-        )
-        hidden = float(most < SHOWN * ROUNDINGS[kind])
+        without_it = [_off(kind, name, without, made) for name, made in mine.items()]
+        is_shown = any(off is None or off > SHOWN * ROUNDINGS[kind] for off in without_it)
+        hidden = float(not is_shown)
         rows.append({"case": f"layers that {form} changes", "difference": hidden, "limit": 0.5})
     return {"rows": rows, "forms": shown, "seconds": round(time.monotonic() - started, 3)}
 
