@@ -418,7 +418,7 @@ def coverage(parts: Mapping[str, Mapping[str, tuple[str, ...] | str]]) -> list[s
                         if is_judged
                         else cell(str(entry))
                     )
-                    shown = name if part == "forms" else f"`{name}`"
+                    shown = name if part in ("forms", "keys") else f"`{name}`"
                     rows.setdefault((part, text), []).append(shown)
         shown_rows = [(part, ", ".join(names), text) for (part, text), names in rows.items()]
         lines += [f"### {title}", "", *table(("of", "names", head), shown_rows), ""]

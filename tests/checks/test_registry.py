@@ -213,7 +213,7 @@ def test_levels_nest_and_the_named_model_is_judged_where_one_is_named() -> None:
 
 def test_table_of_coverage_names_checks_that_exist_or_a_reason() -> None:
     table = registry.coverage()
-    assert set(table) == {*registry.FIELDS, "features", "forms"}
+    assert set(table) == {*registry.FIELDS, "features", "forms", "keys"}
     for part, names in table.items():
         for name, entry in names.items():
             if isinstance(entry, str):
@@ -224,7 +224,7 @@ def test_table_of_coverage_names_checks_that_exist_or_a_reason() -> None:
                 assert set(entry) <= set(registry.REGISTRY), f"{part}.{name}"
 
 
-def test_each_check_of_a_parameter_or_of_the_cache_covers_something() -> None:
+def test_each_check_of_a_parameter_a_layer_or_the_cache_covers_something() -> None:
     used = {
         name
         for names in registry.coverage().values()
@@ -232,7 +232,8 @@ def test_each_check_of_a_parameter_or_of_the_cache_covers_something() -> None:
         if isinstance(entry, tuple)
         for name in entry
     }
-    own = {name for name in registry.REGISTRY if name.startswith(("sampling.", "cache."))}
+    parts = ("sampling.", "cache.", "layers.")
+    own = {name for name in registry.REGISTRY if name.startswith(parts)}
     assert own | {"server.parameters"} <= used
 
 

@@ -24,6 +24,7 @@ from workspace.machine.machine import Machine
 FROM_PARITY = {
     "parity.llama",
     "parity.qwen3",
+    *(f"layers.{kind}" for kind in numeric.LAYERS),
     "provenance.import",
     *(f"consistency.{name}" for name in smoke_suite.CONSISTENCY),
 }
@@ -97,8 +98,14 @@ class Clone:
             "chunks": 2,
             "seconds": {},
         }
+        tiny = ("llama", "qwen3", "mixtral", "gpt-oss-float32")
+        compared = {
+            kind: {"rows": group["rows"], "forms": list(forms), "seconds": 0.1}
+            for kind, forms in numeric.LAYERS.items()
+        }
         measured = {
-            "models": dict.fromkeys(("llama", "qwen3", "mixtral", "model"), same),
+            "models": dict.fromkeys((*tiny, "model"), same),
+            "layers": dict.fromkeys(tiny, compared),
             "consistency": dict.fromkeys(smoke_suite.CONSISTENCY, same),
         }
         self.answer = {
@@ -423,3 +430,4 @@ def test_model_whose_probe_dies_takes_no_verdict_of_the_other_along(clone: Clone
     found = clone.run()
     assert {name for name, check in found.items() if check.verdict == "fail"} == {"parity.qwen3"}
     assert "SIGSEGV" in found["parity.qwen3"].evidence
+    assert "with biases" in found["layers.linear"].evidence

@@ -128,14 +128,14 @@ def test_only_an_eager_engine_runs_in_the_mode_in_which_inductor_refuses_to_benc
         use_deterministic_algorithms=lambda mode, warn_only: modes.append(mode),
     )
     monkeypatch.setitem(sys.modules, "torch", torch)
-    probe.forbid_tf32(is_compiled=is_compiled)
+    probe.beside("reference").forbid_tf32(is_compiled=is_compiled)
     assert modes == [not is_compiled]
     assert torch.backends.cudnn.allow_tf32 is False
 
 
 def test_no_probe_of_a_compiled_engine_sets_a_mode_that_inductor_refuses() -> None:
-    """Compiled engines run in parity.py, whose setting the test above holds; reference.py runs
-    Hugging Face without Inductor.
+    """Compiled engines run in parity.py, which takes the setting of reference.py that the test
+    above holds, and refuses another.
     """
     names = {
         file.name

@@ -39,6 +39,15 @@ ENGINES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "cpu": ((), ("--processed", "--adapter")),
     "cuda": ((), ("--processed",), ("--adapter",)),
 }
+# The kinds of layers that parity.py compares, each with the forms that some tiny model must have.
+LAYERS: Mapping[str, tuple[str, ...]] = {
+    "embedding": (),
+    "norm": ("an epsilon",),
+    "linear": ("biases",),
+    "rotary": ("rope scaled by llama3", "rope scaled by yarn"),
+    "attention": ("a window",),
+    "mlp": ("biases",),
+}
 # Seconds of loading and compilation from which on they are mentioned.
 SHOWN_S = 1.0
 
@@ -48,7 +57,7 @@ def merged(answers: Iterable[Answer]) -> Mapping[str, object]:
     documents = [answer.record for answer in answers]
     parts = {
         name: {key: part for one in documents for key, part in section(one, name).items()}
-        for name in ("models", "seconds")
+        for name in ("models", "layers", "seconds")
     }
     return {**next(filter(None, documents), {}), **parts}
 
@@ -89,6 +98,44 @@ def kernels(answer: Answer, group: str) -> Check:
         + (f"; loading and compilation {first_s:.1f} s" if first_s >= SHOWN_S else ""),
         seconds,
     )
+
+
+def layers(answers: Mapping[str, Answer], kind: str) -> Check:
+    """Judge the layers of one kind in the models of probes/parity.py, by name.
+
+    A model that gave no answer fails its parity, and no check of layers that another model has.
+    """
+    answered = {name: answer for name, answer in answers.items() if is_answered(answer, name)}
+    problems: list[str] = []
+    forms: list[object] = []
+    count, worst, seconds = 0, 0.0, 0.0
+    for name, answer in answered.items() or answers.items():
+        measured = _measured(answer, "layers", name)
+        found = section(measured, kind)
+        cases = rows(found, "rows")
+        if not cases:
+            problems.append(_failure_of(answer, measured) or f"{name}: no layer was compared")
+            continue
+        count, seconds = count + len(cases), seconds + number(found, "seconds")
+        forms += [form for form in _list(found, "forms") if form not in forms]
+        for case in cases:
+            difference, limit = number(case, "difference"), number(case, "limit")
+            worst = max(worst, difference / limit)
+            if not difference <= limit:
+                problems.append(
+                    f"{name}, {case.get('case')}: off by {difference:.3g}, the limit is {limit:g}"
+                    " (roundings)"
+                )
+    if not problems and len(answered) == len(answers):
+        problems = [f"no tiny model has {form}" for form in LAYERS[kind] if form not in forms]
+    fine = f"{counted(count, 'case')}, the worst at {worst:.0%} of what rounding allows"
+    fine += f"; with {', '.join(map(str, forms))}" if forms else ""
+    return judged(f"layers.{kind}", problems, fine, seconds)
+
+
+def _list(record: Mapping[str, object], name: str) -> list[object]:
+    found = record.get(name)
+    return found if isinstance(found, list) else []
 
 
 def sampling(raw: Answer, *others: Answer) -> list[tuple[tuple[Check, ...], Answer]]:
@@ -320,7 +367,6 @@ class _Measured:
 
 
 def _read_measured(found: Mapping[str, object]) -> _Measured:
-    partings = found.get("partings")
     return _Measured(
         equal=number(found, "equal"),
         total=number(found, "total"),
@@ -330,7 +376,7 @@ def _read_measured(found: Mapping[str, object]) -> _Measured:
         behind=number(found, "behind"),
         decode_difference=number(found, "decode_difference"),
         prefill_difference=number(found, "prefill_difference"),
-        partings=tuple(partings) if isinstance(partings, list) else (),
+        partings=tuple(_list(found, "partings")),
     )
 
 

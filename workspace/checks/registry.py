@@ -70,6 +70,23 @@ REGISTRY: Mapping[str, Entry] = {
         "8-bit matrix products compute what plain torch computes", _DIFFERS, need="gpu"
     ),
     "kernels.moe": Entry("experts compute what plain torch computes", _DIFFERS),
+    "layers.embedding": Entry(
+        "in the tiny models, embeddings and scores of tokens are those of float64", _DIFFERS
+    ),
+    "layers.norm": Entry("in the tiny models, RMS norms compute what float64 computes", _DIFFERS),
+    "layers.linear": Entry(
+        "in the tiny models, projections with their biases compute what float64 computes", _DIFFERS
+    ),
+    "layers.rotary": Entry(
+        "in the tiny models, scaled and plain rotations compute what float64 computes", _DIFFERS
+    ),
+    "layers.attention": Entry(
+        "in the tiny models, attention over all tokens or a window computes what float64 computes",
+        _DIFFERS,
+    ),
+    "layers.mlp": Entry(
+        "in the tiny models, gated layers and experts compute what float64 computes", _DIFFERS
+    ),
     "parity.llama": Entry(
         "a tiny Llama answers as Hugging Face does: the same greedy tokens and log-probabilities",
         _DIFFERS,
@@ -77,6 +94,9 @@ REGISTRY: Mapping[str, Entry] = {
     "parity.qwen3": Entry("a tiny Qwen3 answers as Hugging Face does", _DIFFERS),
     "parity.mixtral": Entry(
         "a tiny Mixtral, with experts, answers as Hugging Face does", _DIFFERS, "full"
+    ),
+    "parity.gpt-oss-float32": Entry(
+        "a tiny gpt-oss without MXFP4 answers as Hugging Face does", _DIFFERS, "full"
     ),
     "parity.model": Entry("the model of --model answers as Hugging Face does", _DIFFERS),
     "parity.bfloat16": Entry(

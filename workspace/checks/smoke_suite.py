@@ -16,17 +16,15 @@ from workspace.checks import http_requests, numeric, probe_runs, registry, serve
 from workspace.checks.probe_runs import Answer, Program, SharedImport
 from workspace.checks.registry import REGISTRY, Check, Expected, Level, Need, chosen
 from workspace.compile import device_code
-from workspace.core import hints, records
+from workspace.core import records
 from workspace.core.console import Row, RunLog, State
 from workspace.core.errors import (
     BuildError,
-    SmokeError,
     SourceError,
     ToolchainError,
     WorkspaceError,
 )
 from workspace.core.paths import typed
-from workspace.install import plan
 from workspace.machine import hardware
 from workspace.machine.machine import Machine
 from workspace.server import models, process_tree
@@ -53,28 +51,6 @@ class SmokeOptions:
     model: str = "tiny"
     timeout_s: float = TIMEOUT_S
     is_fail_fast: bool = False
-
-
-def expect(observed: plan.Observation) -> Expected:
-    """Read from the stamp what `.vllm` has. Raises SmokeError if it lacks torch or a version."""
-    stamped = observed.kernels.recorded
-    version = stamped.outcome.get("version") if stamped else None
-    if stamped is None or version is None or observed.torch is None:
-        raise SmokeError("the stamp of the build is incomplete", hint=hints.text("inv.bootstrap"))
-    torch, _, cuda = stamped.inputs.get(
-        "torch", f"{observed.torch.version} CUDA {observed.torch.cuda or 'none'}"
-    ).partition(" CUDA ")
-    libraries = {library.path: (library.size, library.sha256) for library in stamped.libraries}
-    packages = observed.machine.packages() if observed.device == "cuda" else {}
-    return Expected(
-        observed.machine.layout.vllm.resolve(),
-        version,
-        torch,
-        observed.device,
-        libraries,
-        None if cuda in ("", "none") else cuda,
-        packages.get("triton"),
-    )
 
 
 def run(
@@ -196,7 +172,7 @@ class _Suite:
         """
         names: list[models.Architecture] = ["llama", "qwen3"]
         if self._options.level == "full":
-            names.append("mixtral")
+            names += ["mixtral", "gpt-oss-float32"]
         binary = self._begin(self._binary)
         self._run_log.phase("tiny models")
         folders = self._tiny_folders(*names)
@@ -214,7 +190,7 @@ class _Suite:
         named = None if self._options.model == "tiny" else self._begin_named_model()
         yield "provenance.libraries", binary.result
         yield "kernels.norm", kernels.result
-        yield "parity.llama", lambda: self._tiny(folders, engines)
+        yield "layers.embedding", lambda: self._tiny(folders, engines)
         yield "templates.tokens", lambda: self._judge_sampling(*sampling)
         if named:
             yield "parity.model", named.result
@@ -261,11 +237,12 @@ class _Suite:
         self, folders: Folders, engines: "Mapping[models.Architecture, Future[Answer]]"
     ) -> _Found:
         """Judge parity of the tiny models, consistency of one, and which vLLM was imported."""
-        answers = {name: future.result() for name, future in engines.items()}
+        answers: dict[str, Answer] = {name: done.result() for name, done in engines.items()}
         first = answers["llama"]
         self.document = numeric.merged(answers.values())
         # The process that generated the tokens reports its own import.
         others = (
+            *(numeric.layers(answers, kind) for kind in numeric.LAYERS),
             *(numeric.consistency(first, name) for name in CONSISTENCY),
             registry.provenance(first, self._expected),
         )
@@ -402,7 +379,8 @@ class _Suite:
             return reference
         files = self._round(round_name, name)
         kept = ("--against", str(files.reference), "--keep", str(files.vllm))
-        own = ("--consistency", name) if (round_name, name) == ("tiny", "llama") else ()
+        own: tuple[str, ...] = ("--layers",) if round_name.startswith("tiny") else ()
+        own += ("--consistency", name) if (round_name, name) == ("tiny", "llama") else ()
         model = _named({name: folders[name]})
         return self._ask_shared("parity.py", *model, *self._device, *form, *kept, *own)
 

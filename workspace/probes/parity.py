@@ -6,6 +6,7 @@ once. The caller sets the environment that vLLM reads. One JSON document on stdo
 """
 
 import faulthandler
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -15,11 +16,12 @@ import signal
 import sys
 import time
 import traceback
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import mean
+from types import ModuleType
 from typing import Any
 
 SCHEMA = 2
@@ -33,6 +35,8 @@ CONSISTENCY = ("repeat", "batch", "parts", "chunked", "prefix")
 # Tokens of each answer where an engine is compared with itself, and where a long prompt is cut.
 CONSISTENT_TOKENS = 12
 CUTS = (33, 130, 200)
+# Tokens of the answer whose layers are compared: a prefill, and steps that decode.
+LAYER_TOKENS = 4
 # Most tokens of one step, so that a long prompt comes in chunks.
 CHUNK = 96
 KV_CACHE_BYTES = 256 << 20
@@ -114,19 +118,16 @@ def stage(send: Send, name: str) -> Iterator[None]:
     send({"seconds": {name: round(time.monotonic() - started, 3)}})
 
 
-def forbid_tf32(*, is_compiled: bool) -> None:
-    """Set full float32, and for an eager engine a fixed order of additions, as far as PyTorch can
-    promise it (pytorch.org, notes/numerical_accuracy).
-    """
-    import torch
-
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    torch.manual_seed(0)
-    # This also sets Inductor's deterministic mode (torch/__init__.py), in which it raises at every
-    # benchmark that may change a sum's order (_inductor/runtime/benchmarking.py). vLLM asks for one
-    # on GPUs, benchmark_combo_kernel, so a compiled engine runs as users run it.
-    torch.use_deterministic_algorithms(not is_compiled, warn_only=True)
+def beside(name: str) -> ModuleType:
+    """Load another probe of this folder, which is no place to import from (probes/imports.py)."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"probe_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    # Its dataclasses look it up.
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Engine:
@@ -198,6 +199,14 @@ class Engine:
             for output in self._llm.generate(inputs, params, use_tqdm=False)
         ]
 
+    def layers(self, folder: str, prompts: list[str]) -> Record:
+        """Compare the layers of a prompt and its answer with float64."""
+        judged, path = beside("layers").judged, Path(folder)
+        found: list[Record] = self._llm.apply_model(
+            lambda model: judged(model, path, lambda: self.answer(prompts, LAYER_TOKENS))
+        )
+        return found[0]
+
     def judge_answers(self, rows: Rows) -> list[list[float]]:
         """Return the log-probabilities that a prefill gives to the tokens of answers."""
         judged = self.judge([row["prompt"] + row["tokens"] for row in rows])
@@ -212,8 +221,8 @@ def engines(send: Send, arguments: Namespace, expected: dict[str, Rows]) -> None
         import vllm.entrypoints.llm
         from vllm.platforms import current_platform
 
-    send({"file": str(Path(vllm.__file__).resolve()), "version": vllm.__version__})
-    send({"platform": current_platform.device_type})
+    facts = {"version": vllm.__version__, "platform": current_platform.device_type}
+    send({"file": str(Path(vllm.__file__).resolve())} | facts)
     for name, folder in [model for model in arguments.model if expected.get(model[0])]:
         is_consistent = name == arguments.consistency
         with stage(send, name):
@@ -240,7 +249,7 @@ def plain(
     import vllm
 
     with stage(send, "load"):
-        forbid_tf32(is_compiled=arguments.compiled)
+        beside("reference").forbid_tf32(is_compiled=arguments.compiled)
         texts: list[str] = [row["text"] for row in expected]
         engine = Engine(folder, arguments, texts)
         if arguments.compiled and sys.modules["torch._inductor.config"].deterministic:
@@ -260,6 +269,9 @@ def plain(
             judged = engine.judge_answers(made)
         pairs = zip(judged, made, strict=True)
         send({"own": mean(mean(_differences(row["logprobs"], found)) for found, row in pairs)})
+    if arguments.layers:
+        with stage(send, "layers"):
+            send({"layers": engine.layers(folder, [max(texts, key=len)])})
     if is_consistent:
         consistent(send, engine, texts, made)
     send({"stage": "done"})
@@ -297,7 +309,7 @@ def cached(send: Send, folder: str, arguments: Namespace, expected: Rows | None)
     if not expected:
         raise RuntimeError("the plain engine gave no answers to compare with")
     with stage(send, "load"):
-        forbid_tf32(is_compiled=arguments.compiled)
+        beside("reference").forbid_tf32(is_compiled=arguments.compiled)
         engine = Engine(folder, arguments, [], has_cache=True)
     prompts = [row["prompt"] for row in expected]
     with stage(send, "chunked"):
@@ -395,8 +407,8 @@ def report(arguments: Namespace, reference: Record, done: Record) -> Record:
         import triton
 
         triton_version = str(triton.__version__)
-    names = [name for name, _ in arguments.model]
-    others = CONSISTENCY if arguments.consistency else ()
+    names, others = [n for n, _ in arguments.model], CONSISTENCY if arguments.consistency else ()
+    engines_of: Record = {name: done.get(f"engine {name}", {}) for name in names}
     return {
         "schema": SCHEMA,
         "error": _problem(done),
@@ -410,6 +422,7 @@ def report(arguments: Namespace, reference: Record, done: Record) -> Record:
         "python": sys.version.split()[0],
         "tokens": arguments.tokens,
         "models": {name: _parity(name, arguments.tokens, reference, done) for name in names},
+        "layers": {n: e.get("layers") or {"error": _problem(e)} for n, e in engines_of.items()},
         "consistency": {name: _consistency(name, arguments.consistency, done) for name in others},
         "seconds": {f"vllm {key}": value for key, value in done["seconds"].items()},
     }
@@ -442,29 +455,17 @@ def _problem(child: Record) -> str | None:
     return f"vLLM: {child['error']}" if child.get("error") else None
 
 
-def _model(text: str) -> tuple[str, str]:
-    name, _, folder = text.partition("=")
-    if folder and not Path(folder).exists():
-        # The name of a model on the hub, whose files are in the cache.
-        with suppress(Exception):
-            import huggingface_hub
-
-            folder = huggingface_hub.snapshot_download(folder, local_files_only=True)
-    if not (Path(folder) / "config.json").is_file():
-        raise ArgumentTypeError(f"{text} is not NAME=FOLDER, or the folder holds no config.json")
-    return name, str(Path(folder).resolve())
-
-
 def arguments_of() -> Namespace:
     """Return the options of the command line."""
     parser = ArgumentParser(description="Compare vLLM with Hugging Face, and with itself.")
     add = parser.add_argument
-    form = "a folder in Hugging Face's layout; repeatable"
-    add("--model", type=_model, action="append", required=True, metavar="NAME=FOLDER", help=form)
+    form, named = "a folder in Hugging Face's layout; repeatable", beside("reference").named_folder
+    add("--model", type=named, action="append", required=True, metavar="NAME=FOLDER", help=form)
     add("--consistency", metavar="NAME", help="the model on which vLLM is compared with itself")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--compiled", action="store_true", help="without enforce_eager")
+    add("--layers", action="store_true", help="compare each layer with float64, too")
     add("--against", type=Path, required=True, metavar="FILE", help="of reference.py or of --keep")
     add("--keep", type=Path, metavar="FILE", help="write vLLM's rows there, for --against")
     add("--tokens", type=int, default=64, help="how many to generate for each prompt")
@@ -490,8 +491,7 @@ def main() -> None:
     reference: Record = json.loads(arguments.against.read_text())
     done = Child(engines, arguments, reference["models"], limit_s=0.0).finish()
     if arguments.keep:
-        engine_records = {name: done.get(f"engine {name}", {}) for name, _ in arguments.model}
-        models = {name: record.get("rows") or [] for name, record in engine_records.items()}
+        models = {n: done.get(f"engine {n}", {}).get("rows") or [] for n, _ in arguments.model}
         arguments.keep.write_text(json.dumps({"models": models}))
     print(json.dumps(report(arguments, reference, done)), file=out, flush=True)
 

@@ -62,16 +62,19 @@ Processor = Callable[["Tensor", "Tensor"], "Tensor"]
 Record = dict[str, Any]
 
 
-def forbid_tf32() -> None:
-    """Set full float32 and a fixed order of additions, as far as PyTorch can promise it
-    (pytorch.org, notes/numerical_accuracy).
+def forbid_tf32(*, is_compiled: bool) -> None:
+    """Set full float32, and for a model in eager mode a fixed order of additions, as far as PyTorch
+    can promise it (pytorch.org, notes/numerical_accuracy).
     """
     import torch
 
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(0)
+    # This also sets Inductor's deterministic mode (torch/__init__.py), in which it raises at every
+    # benchmark that may change a sum's order (_inductor/runtime/benchmarking.py). vLLM asks for one
+    # on GPUs, benchmark_combo_kernel, so a compiled engine runs as users run it.
+    torch.use_deterministic_algorithms(not is_compiled, warn_only=True)
 
 
 def dequantized(folder: str) -> dict[str, object]:
@@ -420,10 +423,12 @@ def rows_of(
     ]
 
 
-def _model(text: str) -> tuple[str, str]:
+def named_folder(text: str) -> tuple[str, str]:
+    """Return the name and the folder of NAME=FOLDER; FOLDER may be a model's name on the hub, whose
+    files are in the cache.
+    """
     name, _, folder = text.partition("=")
     if folder and not Path(folder).exists():
-        # The name of a model on the hub, whose files are in the cache.
         with suppress(Exception):
             import huggingface_hub
 
@@ -440,21 +445,14 @@ def arguments_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Decode the smoke's prompts with Hugging Face's transformers."
     )
-    parser.add_argument(
-        "--model",
-        type=_model,
-        action="append",
-        required=True,
-        metavar="NAME=FOLDER",
-        help="a folder in Hugging Face's layout; repeatable",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--tokens", type=int, default=64, help="how many to generate for each prompt"
-    )
-    parser.add_argument("--chats", action="store_true", help="answer questions instead")
-    parser.add_argument("--sampling", metavar="NAME", help="the model of the sampling parameters")
+    add, form = parser.add_argument, "a folder in Hugging Face's layout; repeatable"
+    named = "NAME=FOLDER"
+    add("--model", type=named_folder, action="append", required=True, metavar=named, help=form)
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--tokens", type=int, default=64, help="how many to generate for each prompt")
+    add("--chats", action="store_true", help="answer questions instead")
+    add("--sampling", metavar="NAME", help="the model of the sampling parameters")
     arguments = parser.parse_args()
     if arguments.tokens < 1:
         parser.error("--tokens is at least 1")
@@ -477,7 +475,7 @@ def main() -> None:
         import torch
         import transformers
 
-        forbid_tf32()
+        forbid_tf32(is_compiled=False)
         for name, folder in arguments.model:
             model, tokenizer = load(folder, arguments.device, arguments.dtype)
             with torch.inference_mode():

@@ -54,9 +54,38 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
     "gpt-oss": ("GptOssConfig", "GptOssForCausalLM"),
+    "gpt-oss-float32": ("GptOssConfig", "GptOssForCausalLM"),
 }
-# Few experts, so that each is chosen by some token.
+# Forms of models, each of a size that changes tokens (tests/proof/smoke/test_forms.py): prompts are
+# longer than the window and than the original context, and an epsilon counts beside the squares of
+# SPREAD.
 MORE: dict[str, dict[str, object]] = {
+    "llama": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rms_norm_eps": 0.01,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "qwen3": {
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 48,
+        "max_window_layers": 0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    # Few experts, so that each is chosen by some token.
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     # The first layer has the window, the second has none. All other values are as published: yarn
     # by 32, rotary base, clamped activation.
@@ -68,6 +97,8 @@ MORE: dict[str, dict[str, object]] = {
         "initializer_range": 0.1,
     },
 }
+# The same without MXFP4, for processors that lack its kernel, and for an exact comparison.
+MORE["gpt-oss-float32"] = MORE["gpt-oss"]
 # For gpt-oss. Attention is flat over many tokens, because rounding in bfloat16, the only type of
 # vLLM's MXFP4 kernels, would change a sharper one; it counts as much as the experts; activations
 # reach their clamp; sinks weigh as much as a window full of keys.
@@ -125,7 +156,7 @@ def make(folder: Path, architecture: str, seed: int) -> None:
             elif parameter.dim() == 1:
                 # A norm's weights are ones at first, and a norm without weights would not show.
                 parameter.uniform_(0.5, 1.5)
-            elif architecture == "gpt-oss":
+            elif architecture.startswith("gpt-oss"):
                 parameter.mul_(
                     next((factor for end, factor in STRETCH.items() if name.endswith(end)), 1.0)
                 )

@@ -33,7 +33,7 @@ from workspace.server import recipes
 from workspace.server.flags import CONFIGURATIONS
 from workspace.server.recipes import Recipe
 
-Architecture = Literal["llama", "qwen3", "mixtral", "gpt-oss"]
+Architecture = Literal["llama", "qwen3", "mixtral", "gpt-oss", "gpt-oss-float32"]
 SEED = 0
 # It makes both models.
 PROBE = "small_model.py"
