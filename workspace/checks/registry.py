@@ -21,7 +21,7 @@ from workspace.core.errors import counted
 
 Level = Literal["quick", "full"]
 # What a machine may lack. A check that is skipped for another reason counts as failed.
-Need = Literal["gpu", "architectures"]
+Need = Literal["gpu", "architectures", "idle"]
 
 _REINSTALL = "checks.reinstall"
 _DIFFERS = "checks.differs"
@@ -146,6 +146,19 @@ REGISTRY: Mapping[str, Entry] = {
     "consistency.compiled": Entry(
         "torch.compile changes no token and no log-probability", _DIFFERS, "full"
     ),
+    "engine.preemption": Entry(
+        "requests that had to give their memory away answer as they do alone", _DIFFERS, "full"
+    ),
+    "engine.abort": Entry(
+        "aborted requests free exactly their blocks and change no other answer", _DIFFERS, "full"
+    ),
+    "engine.speculation": Entry(
+        "with guessed tokens, of which some are right, answers are the same", _DIFFERS, "full"
+    ),
+    "engine.adapters": Entry(
+        "adapters in one batch answer as Hugging Face's merged weights do", _DIFFERS, "full"
+    ),
+    "engine.pooling": Entry("embeddings of each kind are Hugging Face's", _DIFFERS, "full"),
     "server.ready": Entry(
         "the server of the built tree starts, reports the version that was built, and completes a"
         " token",
@@ -185,6 +198,15 @@ REGISTRY: Mapping[str, Entry] = {
     ),
     "server.concurrent": Entry(
         "each of many concurrent requests is answered as it is alone", _DIFFERS, "full"
+    ),
+    "server.abort": Entry(
+        "a client that leaves ends its request, which frees its blocks", _DIFFERS, "full"
+    ),
+    "server.growth": Entry(
+        "200 requests leave no descriptors, threads or memory in any process", _DIFFERS, "full"
+    ),
+    "server.pauses": Entry(
+        "on an idle machine no answer takes far longer than the others", _DIFFERS, "full", "idle"
     ),
     "server.stop": Entry(
         "a stopped server leaves no process, no port and no shared memory", _SERVER, "full"

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from workspace.checks import smoke_suite
-from workspace.checks.registry import REGISTRY, Check, unlisted, verdict
+from workspace.checks.registry import REGISTRY, Check, Expected, unlisted, verdict
 from workspace.checks.smoke_suite import SmokeOptions
 from workspace.core import hints, lock, records
 from workspace.core.console import Console, Row, RunLog, State
@@ -88,7 +88,7 @@ def smoke(
     started = time.monotonic()
     observed = require_built(Machine(layout, settings))
     check.require(observed.machine, console=console, device=observed.device)
-    expected = smoke_suite.expect(observed)
+    expected = _expect(observed)
     look = functools.partial(_present_tree, layout, settings)
     # The tree must not change while the checks run.
     with locked_run(layout, settings, console, session="smoke") as run_log:
@@ -121,6 +121,28 @@ def tree_of(layout: Layout, observed: plan.Observation) -> Tree:
         stack.tree if stack else None,
         plan.edits_digest(layout, stack),
         _built(observed),
+    )
+
+
+def _expect(observed: plan.Observation) -> Expected:
+    """Read from the stamp what `.vllm` has. Raises SmokeError if it lacks torch or a version."""
+    stamped = observed.kernels.recorded
+    version = stamped.outcome.get("version") if stamped else None
+    if stamped is None or version is None or observed.torch is None:
+        raise SmokeError("the stamp of the build is incomplete", hint=hints.text("inv.bootstrap"))
+    torch, _, cuda = stamped.inputs.get(
+        "torch", f"{observed.torch.version} CUDA {observed.torch.cuda or 'none'}"
+    ).partition(" CUDA ")
+    libraries = {library.path: (library.size, library.sha256) for library in stamped.libraries}
+    packages = observed.machine.packages() if observed.device == "cuda" else {}
+    return Expected(
+        observed.machine.layout.vllm.resolve(),
+        version,
+        torch,
+        observed.device,
+        libraries,
+        None if cuda in ("", "none") else cuda,
+        packages.get("triton"),
     )
 
 
