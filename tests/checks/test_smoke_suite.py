@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.checks.test_server_checks import REFERENCE, ROWS, SAMPLED
-from workspace.checks import numeric, probe_runs, server_checks, smoke_suite
+from workspace.checks import growth, numeric, probe_runs, server_checks, smoke_suite
 from workspace.checks.registry import Check, Expected, Level, chosen
 from workspace.checks.smoke import require_passed
 from workspace.core.console import Console, RunLog
@@ -60,6 +60,8 @@ class Clone:
         part = {"error": None, "seconds": 0.1, "rows": [{"case": "one", "problem": None}]}
         checks = (*numeric.RAW, *numeric.PROCESSED, numeric.ADAPTER)
         self.says("sampling", {"error": None, "groups": dict.fromkeys(checks, part), **SAMPLED})
+        made = {name: part for names in numeric.ENGINE.values() for name in names}
+        self.says("engine", {"error": None, "groups": made, "reference": {}})
         self.says(
             "real_model",
             {
@@ -208,10 +210,13 @@ def test_full_level_compares_a_server_with_the_offline_engine_and_stops_at_its_f
     clone.serves("other")
     found = clone.run(level="full", is_fail_fast=True, VLLM_API_KEY="geheim")
     output = {name: check.evidence for name, check in found.items() if check.verdict == "fail"}
-    assert output == {"server.ready": "it reports vLLM 2, but the stamp has 1+cpu"}
-    assert [
-        name.removeprefix("server.") for name in list(found)[-len(server_checks.CHECKS) :]
-    ] == list(server_checks.CHECKS)
+    # The stand-in has no metrics and no log-probabilities; tests/checks/test_growth.py has others.
+    assert {name: text for name, text in output.items() if name not in growth.CHECKS} == {
+        "server.ready": "it reports vLLM 2, but the stamp has 1+cpu"
+    }
+    names = [name for name in found if name.startswith("server.")]
+    assert set(names) == {f"server.{name}" for name in server_checks.CHECKS} | {*growth.CHECKS}
+    assert names[-1] == "server.stop"
 
 
 def test_named_model_is_judged_beside_the_tiny_models(clone: Clone, tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "attention": ("a window",),
     "mlp": ("biases",),
 }
+# The checks of each part of probes/engine.py, which has an engine of its own.
+ENGINE: Mapping[str, tuple[str, ...]] = {
+    "memory": ("engine.preemption", "engine.abort"),
+    "speculation": ("engine.speculation",),
+    "adapters": ("engine.adapters",),
+    "pooling": ("engine.pooling",),
+}
 # Seconds of loading and compilation from which on they are mentioned.
 SHOWN_S = 1.0
 
@@ -153,7 +160,9 @@ def sampling(raw: Answer, *others: Answer) -> list[tuple[tuple[Check, ...], Answ
 
 
 def parameters(identifier: str, *answers: Answer) -> Check:
-    """Judge one check by its cases in documents of probes/sampling.py, each of which has some."""
+    """Judge one check by its cases in documents of probes/sampling.py or engine.py, each of which
+    has some. A case may have a limit of its own.
+    """
     problems: list[str] = []
     count, worst, seconds = 0, 0.0, 0.0
     for answer in answers:
@@ -168,10 +177,10 @@ def parameters(identifier: str, *answers: Answer) -> Check:
             elif "difference" in case:
                 difference = number(case, "difference")
                 worst = max(worst, difference)
-                if not difference < MAX_DIFFERENCE:
+                limit = number(case, "limit") if "limit" in case else MAX_DIFFERENCE
+                if not difference < limit:
                     problems.append(
-                        f"{case.get('case')} differ by {difference:.1e}, the limit is"
-                        f" {MAX_DIFFERENCE:g}"
+                        f"{case.get('case')} differ by {difference:.1e}, the limit is {limit:g}"
                     )
     problems += [] if count or problems else ["nothing was compared"]
     fine = counted(count, "comparison") + (f", largest difference {worst:.1e}" if worst else "")

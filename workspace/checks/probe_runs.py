@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from workspace.core import process, records
-from workspace.core.errors import ToolchainError
+from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.process import Completed
 from workspace.machine.gpu import Memory
 from workspace.machine.hardware import Host
@@ -166,6 +166,19 @@ class Answer:
     compilers: Mapping[str, float] = field(default_factory=dict)
 
 
+# Models with their folders, or an answer with the reason why there are none.
+Folders = Mapping[str, str] | Answer
+
+
+def or_problem(make: Callable[[], Mapping[str, str]]) -> Folders:
+    """Return the folders of models, or an answer with the reason why they could not be made."""
+    started = time.monotonic()
+    try:
+        return make()
+    except (BuildError, SourceError, ToolchainError) as exc:
+        return Answer({}, exc.message, time.monotonic() - started)
+
+
 @dataclass(frozen=True)
 class Program:
     """A probe with its arguments, which runs in `folder`, from which nothing can be imported by
@@ -298,6 +311,7 @@ _TITLES = {
     "reference.py": "Hugging Face",
     "parity.py": "vLLM",
     "sampling.py": "sampling",
+    "engine.py": "engine",
     "real_model.py": "vLLM smollm2",
 }
 

@@ -1,27 +1,21 @@
-"""The smoke's checks: their registry, what of vLLM they cover, and their verdicts on build and
-imports.
+"""The smoke's checks: their registry, and their verdicts on build and imports.
 
 Verdicts are pure functions: from a probe's answer and the stamps to pass or fail with evidence.
 """
 
-import ast
-import contextlib
-import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from workspace.checks.probe_runs import Answer
-from workspace.core import records
 from workspace.core.console import Row, State
 from workspace.core.errors import counted
 
 Level = Literal["quick", "full"]
 # What a machine may lack. A check that is skipped for another reason counts as failed.
-Need = Literal["gpu", "architectures"]
+Need = Literal["gpu", "architectures", "idle"]
 
 _REINSTALL = "checks.reinstall"
 _DIFFERS = "checks.differs"
@@ -166,6 +160,19 @@ REGISTRY: Mapping[str, Entry] = {
     "consistency.compiled": Entry(
         "torch.compile changes no token and no log-probability", _DIFFERS, "full"
     ),
+    "engine.preemption": Entry(
+        "requests that had to give their memory away answer as they do alone", _DIFFERS, "full"
+    ),
+    "engine.abort": Entry(
+        "aborted requests free exactly their blocks and change no other answer", _DIFFERS, "full"
+    ),
+    "engine.speculation": Entry(
+        "with guessed tokens, of which some are right, answers are the same", _DIFFERS, "full"
+    ),
+    "engine.adapters": Entry(
+        "adapters in one batch answer as Hugging Face's merged weights do", _DIFFERS, "full"
+    ),
+    "engine.pooling": Entry("embeddings of each kind are Hugging Face's", _DIFFERS, "full"),
     "server.ready": Entry(
         "the server of the built tree starts, reports the version that was built, and completes a"
         " token",
@@ -221,6 +228,15 @@ REGISTRY: Mapping[str, Entry] = {
     "server.concurrent": Entry(
         "each of many concurrent requests is answered as it is alone", _DIFFERS, "full"
     ),
+    "server.abort": Entry(
+        "a client that leaves ends its request, which frees its blocks", _DIFFERS, "full"
+    ),
+    "server.growth": Entry(
+        "200 requests leave no descriptors, threads or memory in any process", _DIFFERS, "full"
+    ),
+    "server.pauses": Entry(
+        "on an idle machine no answer takes far longer than the others", _DIFFERS, "full", "idle"
+    ),
     "server.stop": Entry(
         "a stopped server leaves no process, no port and no shared memory", _SERVER, "full"
     ),
@@ -251,77 +267,6 @@ def chosen(level: Level, *, has_model: bool) -> tuple[str, ...]:
         for name, entry in REGISTRY.items()
         if level in ("full", entry.level) and (has_model or name != "parity.model")
     )
-
-
-# What coverage.toml lists of the tree: the fields of these classes, and switches in these files.
-COVERAGE = Path(__file__).with_name("coverage.toml")
-_SAMPLING = "vllm/sampling_params.py"
-_OPENAI = "vllm/entrypoints/openai"
-FIELDS: Mapping[str, str] = {
-    "SamplingParams": _SAMPLING,
-    "StructuredOutputsParams": _SAMPLING,
-    "RepetitionDetectionParams": _SAMPLING,
-    "CompletionRequest": f"{_OPENAI}/completion/protocol.py",
-    "ChatCompletionRequest": f"{_OPENAI}/chat_completion/protocol.py",
-}
-_SWITCHES = re.compile(r"vllm/config/\w+\.py")
-_SWITCH = re.compile(r"(True|None|Field\(default=(True|None)\b.*)")
-
-
-@functools.cache
-def coverage() -> Mapping[str, Mapping[str, tuple[str, ...] | str]]:
-    """Return coverage.toml: by part and name the checks, or the reason why there is none.
-
-    Raises DecodeError if the file is damaged.
-    """
-    parts = records.parse_toml(COVERAGE.read_bytes())
-    return {
-        part: {
-            name: tuple(map(str, entry)) if isinstance(entry, list) else str(entry)
-            for name, entry in section(parts, part).items()
-        }
-        for part in parts
-    }
-
-
-def offered(path: str, content: str) -> set[tuple[str, str]]:
-    """Return what a file of the tree offers, as part and name in coverage.toml.
-
-    A source that does not parse offers nothing.
-    """
-    try:
-        classes = [node for node in ast.parse(content).body if isinstance(node, ast.ClassDef)]
-    except (SyntaxError, ValueError, RecursionError):
-        return set()
-    found: set[tuple[str, str]] = set()
-    for node in classes:
-        for line in node.body:
-            if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
-                continue
-            name, default = line.target.id, ast.unparse(line.value) if line.value else ""
-            if name.startswith("_"):
-                continue
-            if FIELDS.get(node.name) == path:
-                found.add((node.name, name))
-            is_switch = re.search(r"\bbool\b", ast.unparse(line.annotation))
-            if _SWITCHES.fullmatch(path) and is_switch and _SWITCH.fullmatch(default):
-                found.add(("features", f"{node.name}.{name}"))
-    return found
-
-
-def unlisted(tree: Path) -> list[str]:
-    """Return what the tree offers and coverage.toml does not list."""
-    paths = {
-        *FIELDS.values(),
-        *(f"vllm/config/{file.name}" for file in tree.glob("vllm/config/*.py")),
-    }
-    found: set[tuple[str, str]] = set()
-    for path in paths:
-        with contextlib.suppress(OSError):
-            found |= offered(path, (tree / path).read_text(encoding="utf-8", errors="replace"))
-    return [
-        f"{part}.{name}" for part, name in sorted(found) if name not in coverage().get(part, {})
-    ]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +117,13 @@ def failed(why: str, seconds: float, names: tuple[str, ...] = CHECKS) -> tuple[C
 
 
 def run(
-    place: Path, tested: ServerUnderTest, *, run_log: RunLog
+    place: Path,
+    tested: ServerUnderTest,
+    *,
+    run_log: RunLog,
+    more: Callable[[Server], Sequence[Check]] = lambda _: (),
 ) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-    """Start the server below `place`, run its checks, stop it.
+    """Start the server below `place`, run its checks and `more` of them, stop it.
 
     Returns the verdicts, and the stack dumps of processes that hung.
     """
@@ -142,6 +146,7 @@ def run(
             environment=tested.environment,
         ) as watch:
             found = list(_run_checks(server, tested, watch))
+        found += more(server)
         found.append(_stop(server, tested))
     except BaseException:
         lifecycle.stop(server, at_once=True)

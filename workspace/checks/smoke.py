@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from workspace.checks import smoke_suite
-from workspace.checks.registry import REGISTRY, Check, Expected, unlisted, verdict
+from workspace.checks import coverage, smoke_suite
+from workspace.checks.registry import REGISTRY, Check, Expected, verdict
 from workspace.checks.smoke_suite import SmokeOptions
 from workspace.core import hints, lock, records
 from workspace.core.console import Console, Row, RunLog, State
@@ -127,7 +127,7 @@ def smoke(
             seconds=time.monotonic() - started,
         )
         write_record(layout.smoke_record, document, console=console, json_file=json_file)
-        if names := unlisted(layout.vllm):
+        if names := coverage.unlisted(layout.vllm):
             text = f"checks/coverage.toml does not list {', '.join(names)}"
             console.rows([Row(State.WARN, "coverage", text)])
         require_passed(checks, log=layout.relative(run_log.path) if run_log.path else None)

@@ -10,20 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from workspace.checks import http_requests, numeric, probe_runs, registry, server_checks
-from workspace.checks.probe_runs import Answer, Program, SharedImport
+from workspace.checks import growth, http_requests, numeric, probe_runs, registry, server_checks
+from workspace.checks.probe_runs import Answer, Folders, Program, SharedImport
 from workspace.checks.registry import REGISTRY, Check, Expected, Level, Need, chosen
 from workspace.compile import device_code
 from workspace.core import records
 from workspace.core.console import Row, RunLog, State
-from workspace.core.errors import (
-    BuildError,
-    SourceError,
-    ToolchainError,
-    WorkspaceError,
-)
+from workspace.core.errors import WorkspaceError
 from workspace.core.paths import typed
 from workspace.machine import hardware
 from workspace.machine.machine import Machine
@@ -87,8 +83,6 @@ def run(
 _Found = list[tuple[tuple[Check, ...], Answer]]
 _NOTHING = Answer({}, None, 0.0)
 _Part = tuple[str, Callable[[], _Found]]
-# Models with their folders, or an answer with the reason why there are none.
-Folders = Mapping[str, str] | Answer
 
 
 class _Suite:
@@ -106,8 +100,10 @@ class _Suite:
         self._layout, self._settings = machine.layout, machine.settings
         self._expected, self._options, self._folder = expected, options, folder
         lacks: tuple[Need, ...] = ("gpu", "architectures") if expected.device == "cpu" else ()
-        self._lacks = frozenset(lacks)
+        # growth.py itself measures whether the machine is idle.
+        self._lacks = frozenset({*lacks, "idle"})
         self._device = ("--device", expected.device)
+        self._adapters = ("--adapters", str(folder / "adapters"))
         own = machine.driver.memories()[:1] if expected.device == "cuda" else ()
         self._lanes = probe_runs.lanes(machine.host(), *own)
         self._pool = ThreadPoolExecutor(self._lanes)
@@ -213,16 +209,23 @@ class _Suite:
         gpt_oss: Folders | str = "vLLM's MXFP4 kernel for CPUs requires AMX, which this CPU lacks"
         if self._expected.device == "cuda" or "amx_tile" in hardware.processor()[1]:
             gpt_oss = self._tiny_folders("gpt-oss")
+        llama = self._tiny_folders("llama")
+        merged = self._pool.submit(self._merged, llama)
+        self._begun.append(merged)
         begun = {
             "parity.gpt-oss": self._begin(lambda: self._mxfp4(gpt_oss)),
             "consistency.compiled": self._begin(self._compiled),
             "real.answer": self._begin(lambda: self._real(smollm2)),
             "parity.bfloat16": self._begin(lambda: self._bfloat16(smollm2)),
+            **{
+                names[0]: self._begin(partial(self._engine, part, llama, merged.result))
+                for part, names in numeric.ENGINE.items()
+            },
         }
         if not is_alone:
             yield "server.ready", self._server
-        for first in ("consistency.compiled", "real.answer", "parity.bfloat16", "parity.gpt-oss"):
-            yield first, begun[first].result
+        for first, future in begun.items():
+            yield first, future.result
 
     def _binary(self) -> _Found:
         answer = self._ask("verify.py", str(self._layout.vllm), "--no-import")
@@ -282,10 +285,10 @@ class _Suite:
         )
 
     def _tiny_folders(self, *names: models.Architecture) -> Folders:
-        return _or_problem(lambda: {name: str(self._tiny_model(name)) for name in names})
+        return probe_runs.or_problem(lambda: {name: str(self._tiny_model(name)) for name in names})
 
     def _smollm2(self, name: str = "smollm2") -> Folders:
-        return _or_problem(
+        return probe_runs.or_problem(
             lambda: {name: str(models.smollm2(self._layout, self._settings, run_log=self._run_log))}
         )
 
@@ -321,11 +324,16 @@ class _Suite:
 
     def _sampling(self, hugging_face: Callable[[], Answer], folders: Folders, *form: str) -> Answer:
         """Change each sampling parameter of vLLM once Hugging Face has answered."""
-        reference = hugging_face()
+        return self._against(hugging_face(), folders, "tiny", "sampling.py", *form)
+
+    def _against(
+        self, reference: Answer, folders: Folders, round_name: str, probe: str, *more: str
+    ) -> Answer:
+        """Run a probe on the tiny Llama that reads the reference's answers, or return why not."""
         if reference.problem or isinstance(folders, Answer):
             return reference
-        against = ("--against", str(self._round("tiny", "llama").reference))
-        return self._ask_shared("sampling.py", folders["llama"], *against, *self._device, *form)
+        against = ("--against", str(self._round(round_name, "llama").reference))
+        return self._ask_shared(probe, folders["llama"], *against, *self._device, *more)
 
     def _judge_sampling(self, *engines: "Future[Answer]") -> _Found:
         self._sampled, *others = (engine.result() for engine in engines)
@@ -404,11 +412,21 @@ class _Suite:
             )
         except WorkspaceError as exc:
             seconds = time.monotonic() - started
-            return [(server_checks.failed(exc.message, seconds), _NOTHING)]
+            failed = server_checks.failed(exc.message, seconds)
+            return [(growth.completed(failed), _NOTHING)]
+        # An answer's seconds are judged when nothing else of the smoke runs.
         found, stacks = server_checks.run(
-            self._layout.state / "smoke-server", tested, run_log=self._run_log
+            self._layout.state / "smoke-server",
+            tested,
+            run_log=self._run_log,
+            more=lambda server: growth.run(server, tested, settle=self._settle),
         )
-        return [(found, replace(_NOTHING, stacks=stacks))]
+        return [(growth.completed(found), replace(_NOTHING, stacks=stacks))]
+
+    def _settle(self) -> None:
+        """Wait for all probes that were begun."""
+        for future in self._begun:
+            future.exception()
 
     def _compiled(self) -> _Found:
         name, rows = "consistency.compiled", self._round("tiny", "llama").vllm
@@ -443,6 +461,19 @@ class _Suite:
         answer = self._compared(lambda: reference, folders, "gpt-oss", "gpt-oss", form)
         return [((numeric.mxfp4(answer),), answer)]
 
+    def _merged(self, folders: Folders) -> Answer:
+        """Run Hugging Face with adapters and as a pooling model, and keep its answers."""
+        if isinstance(folders, Answer):
+            return folders
+        answer = self._ask("engine.py", folders["llama"], *self._device, *self._adapters)
+        self._round("engine", "").reference.write_text(json.dumps(answer.record))
+        return answer
+
+    def _engine(self, part: str, folders: Folders, hugging_face: Callable[[], Answer]) -> _Found:
+        more = (f"--part={part}", *self._adapters)
+        answer = self._against(hugging_face(), folders, "engine", "engine.py", *more)
+        return [(tuple(numeric.parameters(name, answer) for name in numeric.ENGINE[part]), answer)]
+
     def _ask(self, probe: str, *args: str, shared: SharedImport | None = None) -> Answer:
         with self._running.noted(probe, args):
             return probe_runs.ask(self._program(probe, *args), shared)
@@ -464,12 +495,3 @@ class _Suite:
 
 def _named(folders: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"--model={name}={folder}" for name, folder in folders.items())
-
-
-def _or_problem(make: Callable[[], Mapping[str, str]]) -> Folders:
-    """Return the folders of models, or an answer with the reason why they could not be made."""
-    started = time.monotonic()
-    try:
-        return make()
-    except (BuildError, SourceError, ToolchainError) as exc:
-        return Answer({}, exc.message, time.monotonic() - started)

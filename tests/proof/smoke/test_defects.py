@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.proof.smoke import model_defects, request_defects
+from tests.proof.smoke import engine_defects, model_defects, request_defects
 from tests.proof.smoke.defects import DEFECTS, Defect
 from workspace.core.paths import Layout, here
 
@@ -75,7 +75,12 @@ def living(layout: Layout) -> set[str]:
 
 @pytest.mark.parametrize(
     "defect",
-    [*DEFECTS, *request_defects.DEFECTS, *model_defects.DEFECTS],
+    [
+        *DEFECTS,
+        *request_defects.DEFECTS,
+        *model_defects.DEFECTS,
+        *engine_defects.DEFECTS,
+    ],
     ids=lambda defect: defect.what,
 )
 def test_defect_is_caught_by_the_check_that_names_it_and_leaves_no_process(
