@@ -75,7 +75,7 @@ def script(shell: str) -> str:
     if shell not in SCRIPTS:
         raise SettingsError(
             f"there is no completion for the shell {shell[:40]!r}, only for {', '.join(SCRIPTS)}",
-            hint=hints.text("cli.completion"),
+            hint=hints.text("cli.help_of", verb="completion"),
         )
     return SCRIPTS[shell].strip()
 

@@ -45,6 +45,9 @@ ELSEWHERE = {
         "test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped"
     ),
     "cli.after_dashes": "tests/test_entrances.py::test_misuse_is_a_sentence_and_exits_2",
+    "machine.completion": (
+        "tests/machine/test_doctor_machine.py::test_hint_for_a_shell_without_completion_is_enough"
+    ),
     "machine.git_identity": (
         "tests/machine/test_doctor_machine.py::"
         "test_git_without_a_name_or_an_address_is_a_row_with_the_command_that_sets_both"
