@@ -61,7 +61,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
         ("help pin.b", "pin.bump"),
         ("--help pin.b", "pin.bump"),
         ("--verb", "--verbose"),
-        ("--list-format ", "flat json nested"),
+        ("--list-format ", "flat full json nested"),
         ("serve ", "smollm2 tiny"),
         ("serve.fetch t", "tiny"),
         ("serve tiny --de", "--detach"),

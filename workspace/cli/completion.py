@@ -59,7 +59,7 @@ end
 complete --command inv --no-files --arguments '(__inv_completion)'
 """
 SCRIPTS = {"bash": _BASH, "fish": _FISH, "zsh": _ZSH}
-LIST_FORMATS = ("flat", "nested", "json")
+LIST_FORMATS = ("flat", "full", "nested", "json")
 # A shell would expand or split other names.
 _PLAIN = re.compile(r"[\w@%+=./-]+")
 

@@ -58,6 +58,8 @@ COLLECTIONS = {
 
 
 _INV = "./scripts/inv"
+_OTHER_SCREENS = f"{_INV} shows the status. Tests and measurements: ./scripts/nox --list"
+_FULL_LIST = ("--list", "--list-format=full")
 # The list of verbs: those of each day, then the others by subject.
 GROUPS = {
     "Start here": (
@@ -246,22 +248,45 @@ class WorkspaceProgram(Program):
         print(f"Example:\n\n  {'' if _INV in example else f'{_INV} '}{example}\n")
 
     def list_flat(self) -> None:
-        """Print the verbs by subject; those of one collection, or of one depth, as Invoke does."""
+        """Print the verbs of each day, and the names of the others by subject.
+
+        The verbs of one collection, or of one depth, are printed as Invoke does it.
+        """
         if self.list_root or self.list_depth:
             super().list_flat()
             return
-        # A pair is `patch.status (patch)` and its purpose: the short name is what a person types.
+        daily, *others = GROUPS.items()
+        self._print_group(*daily)
+        typed = self._typed()
+        for title, names in others:
+            listed = ", ".join(typed[name][0] for name in names)
+            print(f"{title + ':':<{_LONGEST_NAME + 2}} {listed}")
+        print(f"\n{_INV} help has a line for each of them; help VERB explains one.")
+        print(_OTHER_SCREENS)
+
+    def list_full(self) -> None:
+        """Print every verb with its purpose, by subject."""
+        # Invoke knows the form of its own formats only.
+        self.list_format = "flat"
+        for title, names in GROUPS.items():
+            self._print_group(title, names)
+        print(f"{_INV} help VERB explains a verb.")
+        print(_OTHER_SCREENS)
+
+    def _print_group(self, title: str, names: Sequence[str]) -> None:
+        print(f"{title}:")
+        for typed, text in map(self._typed().__getitem__, names):
+            print(f"  {typed:<{_LONGEST_NAME}} {text}")
+        print()
+
+    def _typed(self) -> dict[str, tuple[str, str]]:
+        """Return what a person types for each verb, and its purpose."""
         found = {}
+        # A pair is `patch.status (patch)` and its purpose; the short name is the one to type.
         for both, text in self._make_pairs(self.scoped_collection):
             name, *short = both.split(" ")
             found[name] = (short[0].strip("()") if short else name, text)
-        for title, names in GROUPS.items():
-            print(f"{title}:")
-            for typed, text in map(found.__getitem__, names):
-                print(f"  {typed:<{_LONGEST_NAME}} {text}")
-            print()
-        print(f"{_INV} alone shows the status; {_INV} --help VERB explains a verb.")
-        print("Tests and measurements: ./scripts/nox --list")
+        return found
 
     def parse_cleanup(self) -> None:
         if self.args.complete.value:
@@ -327,14 +352,14 @@ class WorkspaceProgram(Program):
 def _as_verb(argv: list[str]) -> list[str]:
     """Return `inv VERB --help` as `inv --help VERB`; Invoke takes it for an argument of VERB.
 
-    `inv help VERB` is the same, and `inv help` the list of verbs. The script that Invoke has for a
-    shell knows no values: its flag is the verb.
+    `inv help VERB` is the same, and `inv help` the full list of verbs. The script that Invoke has
+    for a shell knows no values: its flag is the verb.
     """
     tokens = argv[1 : argv.index("--") if "--" in argv else None]
     if tokens and tokens[0].startswith("--print-completion-script"):
         return [argv[0], "completion", *tokens[0].split("=")[1:], *tokens[1:]]
     if tokens[:1] == ["help"]:
-        return [argv[0], *(["--help", tokens[1]] if tokens[1:] else ["--list"])]
+        return [argv[0], *(("--help", tokens[1]) if tokens[1:] else _FULL_LIST)]
     if tokens and tokens[0][:1] != "-" and {"--help", "-h"} & set(tokens):
         return [argv[0], "--help", tokens[0]]
     return argv
