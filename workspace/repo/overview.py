@@ -373,7 +373,9 @@ def resume_in(
         raise CheckoutError(
             f"git {operation} --{how} in {shown}:"
             f" {first_line(answer.err) or f'exited with {answer.status}'}",
-            hint=_ways(waiting or operation),
+            hint=hints.text(
+                "inv.patch_abort" if (waiting or operation) == "merge" else "repo.skip_or_abort"
+            ),
         )
     return git.head()
 
@@ -466,17 +468,10 @@ def _patch(stopped: am.Position, names: Sequence[str]) -> str:
 
 
 def _unresolved(paths: Sequence[str], operation: str, shown: str) -> PatchConflict:
+    ways = "--abort" if operation == "merge" else "--skip, or --abort"
     return PatchConflict(
-        f"the {operation} in {shown} waits: {len(paths)}"
-        f" {'path has a conflict' if len(paths) == 1 else 'paths have conflicts'}",
-        hint=hints.text(
-            "repo.resolve_or", shown=shown, paths=list(paths), command=_ways(operation)
-        ),
+        f"git {operation} is stopped in {shown}: {len(paths)}"
+        f" {'file still has a conflict' if len(paths) == 1 else 'files still have conflicts'}",
+        hint=hints.text("repo.resolve_or", shown=shown, paths=list(paths), ways=ways),
         details=tuple(f"conflict in {path}" for path in paths),
-    )
-
-
-def _ways(operation: str) -> str:
-    return (
-        hints.text("inv.patch_abort") if operation == "merge" else hints.text("repo.skip_or_abort")
     )

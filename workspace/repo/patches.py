@@ -128,6 +128,7 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
         dirty,
         interrupted,
         repository.untracked(git),
+        f"git {operation}" if operation else interrupted.operation if interrupted else "",
     )
 
 

@@ -219,7 +219,8 @@ class Stack:
     """The stack in a checkout.
 
     `dirty` are tracked paths with edits, in any state; DIRTY means that they block the application.
-    `interrupted`: the git operation that an ended run left; the state is then IN_PROGRESS.
+    IN_PROGRESS has the git `operation` that is not finished, and `interrupted` where an ended run
+    left it.
     `untracked` are files that git does not track, so that no patch has them.
     """
 
@@ -232,6 +233,7 @@ class Stack:
     dirty: tuple[str, ...]
     interrupted: Attempt | None = None
     untracked: tuple[str, ...] = ()
+    operation: str = ""
 
 
 _SHOWN_FILES = 3

@@ -80,7 +80,7 @@ _REASONS = {
     "it installs programs on the machine, or needs root": """
         bump.unmount install.triton_mounts machine.apt_ccache machine.apt_git machine.apt_gxx
         machine.apt_gxx_major machine.apt_headers machine.apt_patch machine.apt_procps
-        machine.apt_ptxas machine.apt_python machine.apt_toolkit machine.as_owner
+        machine.apt_ptxas machine.apt_toolkit machine.as_owner
         machine.close_folder_as_root machine.cuda_home_after machine.cuda_home_dotenv
         machine.earlyoom machine.earlyoom_on_host machine.install_python
         machine.own_files_of_root machine.own_folder machine.own_token machine.sudoers
