@@ -107,10 +107,10 @@ def _following(
         return ()
     verbs = [token for token in before if token in parser.contexts]
     if not verbs or before[0] in ("help", "--help", "-h"):
-        core = parser.initial
         if before and before[-1] == "--list-format":
             return LIST_FORMATS
-        return _long_flags(core) if typed.startswith("-") else [*names, "help"]
+        core = _long_flags(parser.initial) if parser.initial else []
+        return core if typed.startswith("-") else [*names, "help"]
     context = parser.contexts[verbs[0]]
     argument = _argument(context, before[before.index(verbs[0]) + 1 :])
     if argument and not typed.startswith("-"):
@@ -173,8 +173,9 @@ def _targets(layout: Layout) -> Iterable[str]:
     from workspace.compile import project
     from workspace.machine.machine import Case, Machine
 
-    device = Case(Machine(layout, main.load_settings(layout))).device
-    return (extension.target for extension in project.extensions(layout.vllm, device))
+    is_cpu = Case(Machine(layout, main.load_settings(layout))).device == "cpu"
+    listed = project.extensions(layout.vllm, "cpu" if is_cpu else "cuda")
+    return (extension.target for extension in listed)
 
 
 def _patches(layout: Layout) -> Iterable[str]:

@@ -285,7 +285,7 @@ class WorkspaceProgram(Program):
         # A pair is `patch.status (patch)` and its purpose; the short name is the one to type.
         for both, text in self._make_pairs(self.scoped_collection):
             name, *short = both.split(" ")
-            found[name] = (short[0].strip("()") if short else name, text)
+            found[name] = (short[0].strip("()") if short else name, text or "")
         return found
 
     def parse_cleanup(self) -> None:
