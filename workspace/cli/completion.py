@@ -171,9 +171,9 @@ def _fields(layout: Layout) -> Iterable[str]:
 
 def _targets(layout: Layout) -> Iterable[str]:
     from workspace.compile import project
-    from workspace.machine.machine import Case, Machine
+    from workspace.machine.machine import Case
 
-    is_cpu = Case(Machine(layout, main.load_settings(layout))).device == "cpu"
+    is_cpu = Case(main.machine()).device == "cpu"
     listed = project.extensions(layout.vllm, "cpu" if is_cpu else "cuda")
     return (extension.target for extension in listed)
 

@@ -355,10 +355,7 @@ def serve_status(_: Context, json: bool = False) -> None:
 
 @task(
     name="logs",
-    help={
-        "lines": "print only this many of the last lines",
-        "follow": "print new lines until the server ends",
-    },
+    help={"lines": "print the last N lines", "follow": "print new lines until the server ends"},
 )
 def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
     """Print the server's log; --follow prints new lines."""

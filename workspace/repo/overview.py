@@ -373,9 +373,9 @@ def resume_in(
         raise CheckoutError(
             f"git {operation} --{how} in {shown}:"
             f" {first_line(answer.err) or f'exited with {answer.status}'}",
-            hint=hints.text(
-                "inv.patch_abort" if (waiting or operation) == "merge" else "repo.skip_or_abort"
-            ),
+            hint=hints.text("inv.patch_abort")
+            if (waiting or operation) == "merge"
+            else hints.text("repo.skip_or_abort"),
         )
     return git.head()
 
