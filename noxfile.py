@@ -1,4 +1,5 @@
-"""Sessions judge the workspace and change nothing. Arguments go after --, such as
+"""Checks and benchmarks of the built vLLM; ./scripts/nox alone runs the smoke. The sessions tests,
+lint, typecheck, docs and proof are for developers of the workspace. Arguments go after --, such as
 nox -s smoke -- --help.
 
 A single session exits as its program does: 8 if the smoke failed. Several sessions all run, and
@@ -81,7 +82,7 @@ SESSIONS = (
 )
 
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["tests", "lint", "typecheck"]
+nox.options.sessions = ["smoke"]
 
 
 def typed(args):

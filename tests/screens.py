@@ -1,15 +1,21 @@
-"""`pytest --screens FOLDER`: keep each error, row and message as a terminal shows it, for reading.
+"""Screens as text: `screen` runs a program on a terminal, for snapshots, and `pytest --screens
+FOLDER` keeps each error, row and message as a terminal shows it, for reading.
 
-The workspace's own Console renders it at 100 columns. A text that differs from another one in
-numbers and digests only is kept once. An error is kept where it is made, so that those which a test
-catches, and a verb would print, are there too.
+For the latter the workspace's own Console renders at 100 columns. A text that differs from another
+one in numbers and digests only is kept once. An error is kept where it is made, so that those which
+a test catches, and a verb would print, are there too.
 """
 
 import contextlib
+import fcntl
 import io
 import os
+import pty
 import re
-from collections.abc import Callable, Iterator
+import struct
+import subprocess
+import termios
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,9 +23,21 @@ import pytest
 from workspace.core.console import Console
 from workspace.core.errors import WorkspaceError
 
-COLUMNS = 100
+COLUMNS, ROWS = 100, 30
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _VARIES = re.compile(r"[0-9a-f]{6,}|\d+")
+
+# What differs from run to run or from machine to machine, and what stands for it in a snapshot.
+_NORMAL: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,64}\b", lambda found: "#" * len(found[0])),
+    (r"(?<=  )\d+\.\d+ s$", "N.N s"),
+    (r"\b\d{8}-\d{6}-\d{6}\b", "TIME"),
+    (r"(CPU_KVCACHE_SPACE=)\d+", r"\1N"),
+    (r"\b3\.\d+\.\d+\b", "3.N.N"),
+    (r"x86_64|aarch64", "ARCH"),
+    # A bar that is not drawn leaves its line.
+    (r"^\n(?=(?:done|ok|FAIL|skipped) )", ""),
+)
 
 
 class Terminal(io.StringIO):
@@ -37,6 +55,34 @@ def rendered(show: Callable[[Console], None]) -> str:
         patch.setenv("TERM", "xterm")
         show(Console(out=io.StringIO(), err=terminal))
     return _COLOUR.sub("", terminal.getvalue())
+
+
+def normalised(text: str) -> str:
+    """Return a screen in which seconds, hashes, times and versions have stand-ins."""
+    text = _COLOUR.sub("", text.replace("\r\n", "\n"))
+    for pattern, instead in _NORMAL:
+        text = re.sub(pattern, instead, text, flags=re.MULTILINE)
+    return text
+
+
+def screen(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> str:
+    """Return what a program prints on a terminal of 100x30, normalised."""
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    # On a dumb terminal rich draws no bars and no colours.
+    of_terminal = {"TERM": "dumb", "COLUMNS": str(COLUMNS), "LINES": str(ROWS)}
+    program = subprocess.Popen(
+        argv, cwd=cwd, env={**env, **of_terminal}, stdin=subprocess.DEVNULL, stdout=end, stderr=end
+    )
+    os.close(end)
+    seen = b""
+    # EIO says that the last writer has closed its end.
+    with contextlib.suppress(OSError):
+        while piece := os.read(terminal, 65536):
+            seen += piece
+    os.close(terminal)
+    program.wait(timeout=60)
+    return normalised(seen.decode())
 
 
 @contextlib.contextmanager

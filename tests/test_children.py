@@ -114,7 +114,9 @@ def test_run_and_shell_start_the_same_and_export_prints_it_without_secrets(world
     assert not {"CMAKE_ARGS", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"} & run.keys()
     own_shell = program(world.folder / "own-shell", "#!/bin/sh\nexec /usr/bin/env -0\n")
     shell = world.run("shell", env={"SHELL": str(own_shell)})
-    assert differing(pairs(shell.out), run) == {"SHELL"}, shell.output
+    inside = pairs(shell.out)
+    assert differing(inside, run) == {"SHELL", "PATH"}, shell.output
+    assert inside["PATH"] == f"{world.root / 'scripts'}:{run['PATH']}"
     exported = world.run("env.export")
     assert exported.code == 0, exported.output
     assert SECRET not in exported.output

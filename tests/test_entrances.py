@@ -112,7 +112,7 @@ def test_a_verb_does_not_pay_for_modules_that_it_does_not_use(ready: Clone) -> N
         (["--list", "nope"], "error: no verb begins with 'nope.'\nhint: ./scripts/inv --list\n"),
         (
             ["--list-format", "nope", "--list"],
-            "error: --list-format: 'nope' is not one of flat, nested, json\n",
+            "error: --list-format: 'nope' is not one of flat, full, nested, json\n",
         ),
         (
             ["--print-completion-script", "nope"],
@@ -316,15 +316,22 @@ def test_no_verb_has_a_short_flag_but_j_for_jobs() -> None:
     assert short == {("jobs", "j")}
 
 
-def test_list_has_each_verb_in_one_group_and_fits_80_columns(ready: Clone) -> None:
+def test_list_has_each_verb_in_one_group_and_fits_the_terminal(ready: Clone) -> None:
     namespace = program().namespace
     assert namespace is not None
     named = [name for names in GROUPS.values() for name in names]
     assert sorted(named) == sorted(context.name for context in namespace.to_contexts())
     assert len(GROUPS["Start here"]) == 10
-    shown = ready.inv("--list").stdout.splitlines()
-    assert max(map(len, shown)) <= 80
-    assert [line[:-1] for line in shown if line.endswith(":")] == list(GROUPS)
+    short = ready.inv("--list").stdout
+    full = ready.inv("help").stdout
+    assert max(map(len, f"{short}\n{full}".splitlines())) <= 80
+    # The screen of 24 lines has the prompt, too.
+    assert short.count("\n") < 24
+    assert [line[:-1] for line in full.splitlines() if line.endswith(":")] == list(GROUPS)
+    for context in namespace.to_contexts():
+        typed = (context.aliases or [str(context.name)])[0]
+        assert re.search(rf"(^ +|[ ,]){re.escape(typed)}(,|$|  )", short, re.MULTILINE), typed
+        assert re.search(rf"^  {re.escape(typed)} +[A-Z]", full, re.MULTILINE), typed
 
 
 def test_example_of_each_verb_is_parsed_as_a_call_of_that_verb() -> None:
@@ -341,6 +348,6 @@ def test_example_of_each_verb_is_parsed_as_a_call_of_that_verb() -> None:
 
 
 def test_help_is_a_word_too(ready: Clone) -> None:
-    assert ready.inv("help").stdout == ready.inv("--list").stdout
+    assert ready.inv("help").stdout == ready.inv("--list", "--list-format=full").stdout
     assert ready.inv("help", "rebuild").stdout == ready.inv("--help", "rebuild").stdout
     assert ready.inv("help", "nonsense").returncode == 2

@@ -101,8 +101,6 @@ PACKAGES = {
     "git": "/usr/bin/git",
     "patch": "/usr/bin/patch",
     "procps": "/sbin/sysctl",
-    "python3.12": "/usr/bin/python3.12",
-    "python3.12-venv": "/usr/lib/python3.12/ensurepip",
     "pythonVALUE": "/usr/bin/pythonVALUE",
     "pythonVALUE-dev": "/usr/include/pythonVALUE/Python.h",
     "cuda-toolkit-13-0": "/usr/local/cuda-13.0/bin/ptxas",

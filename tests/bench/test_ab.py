@@ -60,11 +60,14 @@ def test_base_with_an_unknown_pin_or_with_patches_that_do_not_apply_is_refused(
     git(built.root, "commit", "--quiet", "--all", "-m", "Another pin")
     pins.write_text(text)
     series.write_text(lines)
+    git(built.layout.vllm, "config", "remote.origin.url", "file:///mirror/vllm.git")
     with (
-        pytest.raises(SettingsError, match="does not have v0.31.0"),
+        pytest.raises(SettingsError, match="does not have v0.31.0") as unknown,
         ab_trees.base_tree(built.layout, observed(built), "HEAD"),
     ):
         pass
+    fetch = f"git -C vendor/vllm fetch file:///mirror/vllm.git {'1' * 40}"
+    assert str(unknown.value.hint).startswith(fetch)
     patch = built.layout.patches("vllm") / built.materials.patch.name
     # Without the blob of the index line there is nothing to merge from.
     patch.write_text(

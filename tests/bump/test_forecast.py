@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 
+from tests import screens
 from tests.repo import two_releases as ladders
 from tests.repo.conftest import commit, export, sh_git, write
 from tests.repo.two_releases import Clone, Index, TwoReleases, lines
@@ -157,7 +160,7 @@ def test_verdict_is_first_and_judges_the_compiler_of_this_machine(
         "g++ 12.2.0; v1.1.0 has no precompiled wheel, and needs 13 or newer" in shown
     ) == is_blocked
     assert ("inv pin.bump" in shown) != is_blocked, "a next command that cannot work"
-    assert "more; --json lists them" in shown
+    assert "more; --verbose lists them" in shown
     assert not any(line.startswith("ok       requirement") for line in rows)
 
 
@@ -239,6 +242,32 @@ def test_forecast_is_what_am_then_does(clone: Clone) -> None:
         *(str(clone.layout.patches("vllm") / name) for name in kept),
     )
     assert sh_git(work, "rev-parse", "HEAD^{tree}") == tree
+
+
+@pytest.mark.parametrize("kind", ["git"])
+def test_screen_begins_with_the_verdict_and_has_what_needs_a_look(
+    clone: Clone, snapshot: SnapshotAssertion, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = clone.settings(PATH=compiler(tmp_path / "a g++", "13.1.0"), DEVICE="cpu")
+    monkeypatch.setenv("COLUMNS", str(screens.COLUMNS))
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = screens.Terminal()
+    forecast.run(
+        clone.layout,
+        settings,
+        "v1.1.0",
+        console=Console(out=terminal, err=screens.Terminal()),
+    )
+    brief = screens.normalised(terminal.getvalue())
+    assert brief == snapshot
+    found, more = re.search(r"nothing to do for (\d+) more; --verbose", brief), screens.Terminal()
+    console = Console(out=more, err=screens.Terminal())
+    console.is_verbose = True
+    made = forecast.run(clone.layout, settings, "v1.1.0", console=console)
+    assert found
+    assert "--verbose" not in more.getvalue()
+    for change in made.changes:
+        assert change.name in more.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["git"])

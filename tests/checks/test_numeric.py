@@ -130,7 +130,7 @@ def kernels(**changes: object) -> Check:
 
 
 def test_operator_within_rounding_passes_and_beyond_it_is_named() -> None:
-    assert kernels().evidence == "1 case, the worst at 12% of what rounding allows"
+    assert kernels().evidence == "1 case, largest error 12% of the tolerance"
     far = kernels(rows=[{"case": "rms_norm 7x256 float32", "difference": 84000.0, "limit": 16.0}])
     assert (far.verdict, far.evidence) == (
         "fail",

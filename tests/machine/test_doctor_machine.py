@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from workspace.core.console import Row
-from workspace.machine import doctor_host, doctor_toolchain, hardware
+from workspace.machine import doctor, doctor_host, doctor_toolchain, hardware
 from workspace.machine.machine import Case, Place, grown
 
 
@@ -150,3 +150,21 @@ def test_git_without_a_name_or_an_address_is_a_row_with_the_command_that_sets_bo
     assert look().state == "ok"
     without = case(house, PATH=str(house.bin / "nothing"))
     assert list(doctor_toolchain.git_identity(without)) == [], "the row of git has the fault"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_hint_for_a_shell_without_completion_is_enough(house, shell):
+    home = house.layout.root.parent / "home"
+    (home / ".config" / "fish").mkdir(parents=True)
+
+    def look(program: str = f"/usr/bin/{shell}") -> Row:
+        (row,) = doctor.completion(case(house, SHELL=program))
+        return row
+
+    row = look()
+    assert (row.state, row.text) == ("ok", f"{shell} does not complete verbs and values")
+    assert row.hint
+    subprocess.run(["sh", "-c", row.hint], check=True)
+    assert look().text.startswith(f"{shell} completes inv, by {home}")
+    assert look().hint is None
+    assert list(doctor.completion(case(house, SHELL="/bin/dash"))) == []

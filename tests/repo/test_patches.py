@@ -214,7 +214,8 @@ def test_operation_under_way_is_named_and_untouched(
         "revert": ("revert", other),
     }
     sh_git(vllm, *argv_of[verb], check=False)
-    assert release.stack().state is State.IN_PROGRESS
+    stack = release.stack()
+    assert (stack.state, stack.operation) == (State.IN_PROGRESS, f"git {verb}")
     with pytest.raises(CheckoutError, match=f"in the middle of a git {verb}") as failure:
         release.apply()
     assert failure.value.hint

@@ -74,7 +74,7 @@ def test_same_resolution_gives_the_same_commits_again(stopped: Workspace) -> Non
 
 def test_unresolved_paths_stop_it_and_are_named(stopped: Workspace) -> None:
     with pytest.raises(
-        PatchConflict, match="the am in vendor/vllm waits: 1 path has a conflict"
+        PatchConflict, match="git am is stopped in vendor/vllm: 1 file still has a conflict"
     ) as failure:
         stopped.resume("continue")
     assert failure.value.details == ("conflict in vllm/lines.py",)

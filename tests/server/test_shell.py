@@ -5,6 +5,8 @@ real sh reads them.
 import io
 import os
 import pty
+import re
+import select
 import shlex
 import shutil
 import signal
@@ -123,7 +125,12 @@ def built(root: Path) -> Layout:
 
 
 def become(
-    layout: Layout, *argv: str, verb: str = "run", own_shell: str = "", **how: object
+    layout: Layout,
+    *argv: str,
+    verb: str = "run",
+    own_shell: str = "",
+    home: Path = Path("/nowhere"),
+    **how: object,
 ) -> "subprocess.Popen[str]":
     """Start `inv run -- ARGV`, or `inv shell`, in a process of its own."""
     call = (
@@ -140,13 +147,16 @@ def become(
     )
     environment = {
         "PATH": "/usr/bin:/bin",
-        "HOME": "/nowhere",
+        "HOME": str(home),
+        "TERM": "xterm",
         "PYTHONPATH": str(ROOT),
         "VLLM_VERSION_OVERRIDE": "1",
         "HF_TOKEN": "hf_secret",
     }
     environment |= {"SHELL": own_shell} if own_shell else {}
-    program = [sys.executable, "-c", code, str(layout.root), *argv]
+    # fish refuses a terminal that is not the controlling one.
+    leads = ["setsid", "--ctty"] if "stdin" in how else []
+    program = [*leads, sys.executable, "-c", code, str(layout.root), *argv]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(program, env=environment, text=True, **streams | how)  # type: ignore[call-overload]
 
@@ -219,6 +229,48 @@ def test_shell_is_the_users_own_or_else_sh(tmp_path: Path) -> None:
     )
     child = become(layout, verb="shell")
     assert (child.communicate("exit 6\n", timeout=20)[0], child.returncode) == ("", 6)
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash", "fish", "zsh"])
+def test_shell_reads_the_users_files_and_shows_where_it_is(tmp_path: Path, shell: str) -> None:
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"no {shell} on this machine")
+    home = tmp_path / "home"
+    (home / "zsh").mkdir(parents=True)
+    (home / ".config" / "fish").mkdir(parents=True)
+    (home / ".bashrc").write_text("export MY_OWN=yes PS1='own> '\n")
+    (home / ".zshenv").write_text("ZDOTDIR=~/zsh\n")
+    (home / "zsh" / ".zshrc").write_text("export MY_OWN=yes PROMPT='own> '\n")
+    (home / ".config" / "fish" / "config.fish").write_text(
+        "set -x MY_OWN yes\nfunction fish_prompt; echo -n 'own> '; end\n"
+    )
+    terminal, end = pty.openpty()
+    layout = built(tmp_path / "clone")
+    child = become(
+        layout, verb="shell", own_shell=program, home=home, stdin=end, stdout=end, stderr=end
+    )
+    os.close(end)
+    asked = 'echo "[$MY_OWN]"; echo "[$PATH]"; echo "[$ZDOTDIR]"; exit 3\n'
+    screen = ""
+    while "[" not in screen or child.poll() is None:
+        if not select.select([terminal], [], [], 20)[0]:
+            break
+        try:
+            screen += os.read(terminal, 4096).decode(errors="replace")
+        except OSError:
+            break
+        if asked and "(vllm)" in screen:
+            os.write(terminal, asked.encode())
+            asked = ""
+    os.close(terminal)
+    assert child.wait(timeout=20) == 3, screen
+    prompt = "(vllm) $ " if shell == "dash" else "(vllm) own> "
+    seen = re.sub(r"\x1b(\[[0-9;?]*[a-zA-Z]|\(B|\][^\x07]*\x07)", "", screen)
+    assert prompt in seen
+    assert ("[yes]" in seen) == (shell != "dash")
+    assert f"{layout.root}/scripts:{layout.environment}/bin" in seen.replace(" ", ":")
+    assert (f"[{home}/zsh]" in seen) == (shell == "zsh")
 
 
 def test_closed_pipe_ends_the_command_as_in_a_shell(tmp_path: Path) -> None:

@@ -188,12 +188,15 @@ def _base_of(layout: Layout, pin: Pin) -> str:
     Raises SettingsError where it has neither.
     """
     known = [pin.commit, *([pin.archive.commit] if pin.archive else [])]
-    present = Git(layout.vllm).present(known)
+    git = Git(layout.vllm)
+    present = git.present(known)
     found = next((commit for commit in known if commit in present), None)
     if found is None:
+        # A checkout that was cloned from a mirror names it as its remote.
+        url = git.setting("remote.origin.url") or pin.url
         raise SettingsError(
             f"vendor/vllm does not have {pin.tag} ({pin.commit[:12]}), which that commit pins",
-            hint=hints.text("bench.fetch_pin", url=pin.url, commit=pin.commit),
+            hint=hints.text("bench.fetch_pin", url=url, commit=pin.commit),
         )
     return found
 

@@ -190,7 +190,8 @@ def run(
     if as_json:
         console.document(_record(made))
     else:
-        _show(made, _blockers(Machine(layout, settings), made), console.stdout)
+        blockers = _blockers(Machine(layout, settings), made)
+        _show(made, blockers, console.stdout, is_whole=console.is_verbose)
     return made
 
 
@@ -380,7 +381,7 @@ def _compiler(case: Case, made: Forecast, why: str) -> list[Row]:
     required = max(known, key=key) if known else required
     tag = made.candidate.pin.tag
     if isinstance(answer, Absent):
-        text, hint = f"no g++ runs; {tag} {why}", hints.text("machine.apt_gxx")
+        text, hint = f"g++ is missing; {tag} {why}", hints.text("machine.apt_gxx")
     elif isinstance(answer, There) and required and key(answer.value) < key(required):
         text = f"g++ {answer.value}; {tag} {why}, and needs {required} or newer"
         hint = compiler_hint(case, required)
@@ -402,7 +403,7 @@ def _verdict(made: Forecast, blockers: Sequence[Row]) -> Row:
     return Row(RowState.WARN if parts else RowState.OK, "verdict", text)
 
 
-def _show(made: Forecast, blockers: Sequence[Row], console: Console) -> None:
+def _show(made: Forecast, blockers: Sequence[Row], console: Console, *, is_whole: bool) -> None:
     console.rows([_verdict(made, blockers), *blockers])
     if not made.patches:
         console.row(RowState.OK, "patches", "none")
@@ -416,12 +417,10 @@ def _show(made: Forecast, blockers: Sequence[Row], console: Console) -> None:
                 console.info(f"    {line}")
             if len(lines) > _SHOWN:
                 console.info(f"    and {counted(len(lines) - _SHOWN, 'commit')} before that")
-    well = sum(_state_of(change) is RowState.OK for change in made.changes)
-    for change in made.changes:
-        if _state_of(change) is not RowState.OK:
-            console.row(_state_of(change), change.topic, text_of(change))
-    if well:
-        console.row(RowState.OK, "others", f"nothing to do for {well} more; --json lists them")
+    shown = [change for change in made.changes if is_whole or _state_of(change) is not RowState.OK]
+    console.rows(Row(_state_of(change), change.topic, text_of(change)) for change in shown)
+    if more := len(made.changes) - len(shown):
+        console.row(RowState.OK, "others", f"nothing to do for {more} more; --verbose lists them")
     if blockers:
         return
     tag, count = made.candidate.pin.tag, sum(patch.state == "conflicts" for patch in made.patches)

@@ -101,7 +101,7 @@ def kernels(answer: Answer, group: str) -> Check:
     return judged(
         identifier,
         problems,
-        f"{counted(len(cases), 'case')}, the worst at {worst:.0%} of what rounding allows"
+        f"{counted(len(cases), 'case')}, largest error {worst:.0%} of the tolerance"
         + (f"; loading and compilation {first_s:.1f} s" if first_s >= SHOWN_S else ""),
         seconds,
     )

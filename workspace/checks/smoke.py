@@ -260,7 +260,7 @@ def locked_run(
 
 
 def require_passed(checks: tuple[Check, ...], *, log: str | None) -> None:
-    """Raise SmokeError with one line for each failed check, and the first one's hint.
+    """Raise SmokeError with the failed checks, whose rows were printed, and the first one's hint.
 
     The registry lists causes before their effects.
     """
@@ -275,8 +275,7 @@ def require_passed(checks: tuple[Check, ...], *, log: str | None) -> None:
             f"{len(failed)} of {len(checks)} checks failed:"
             f" {', '.join(check.identifier for check in failed)}"
         )
-        lines = tuple(f"{check.identifier}: {check.evidence}" for check in failed)
-        raise SmokeError(message, hint=hint, details=(*lines, *((f"log: {log}",) if log else ())))
+        raise SmokeError(message, hint=hint, details=(f"log: {log}",) if log else ())
 
 
 def install_hook(layout: Layout, *, console: Console) -> None:

@@ -14,7 +14,8 @@ from invoke.exceptions import Exit, ParseError
 from invoke.parser.argument import Argument
 from invoke.program import Program
 
-from workspace.cli import main, verbs
+from workspace.cli import completion, main, verbs
+from workspace.cli.completion import LIST_FORMATS
 from workspace.core import hints, known_settings
 from workspace.core.errors import SettingsError
 
@@ -31,6 +32,7 @@ TOP_LEVEL = (
     verbs.run,
     verbs.shell,
     verbs.drop_caches,
+    completion.completion,
 )
 COLLECTIONS = {
     "patch": (
@@ -56,7 +58,8 @@ COLLECTIONS = {
 
 
 _INV = "./scripts/inv"
-_LIST_FORMATS = ("flat", "nested", "json")
+_OTHER_SCREENS = f"{_INV} shows the status. Tests and measurements: ./scripts/nox --list"
+_FULL_LIST = ("--list", "--list-format=full")
 # The list of verbs: those of each day, then the others by subject.
 GROUPS = {
     "Start here": (
@@ -76,7 +79,7 @@ GROUPS = {
     "Build": ("fix-triton", "wheel", "env.init", "env.export", "run"),
     "Serve": ("serve.list", "serve.fetch", "serve.status", "serve.logs", "drop-caches"),
     "Measure": ("bench.compare", "bench.report"),
-    "Look": ("env.check", "report"),
+    "Look": ("env.check", "report", "completion"),
 }
 # What a person types for the positional argument of a verb, where its name does not say it.
 _TYPED = {
@@ -96,6 +99,7 @@ EXAMPLES = {
     "run": "run -- python -c 'import vllm'",
     "shell": "shell",
     "drop-caches": "drop-caches",
+    "completion": 'eval "$(./scripts/inv completion bash)"',
     "patch.status": "patch --project triton",
     "patch.apply": "patch.apply",
     "patch.unapply": "patch.unapply",
@@ -132,10 +136,6 @@ _SENTENCES = (
         lambda found: f"inv {found[1]} needs {found[2].replace(chr(39), '').upper()}",
     ),
     (r"Sub-collection '(.*)' not found!", r"no verb begins with '\1.'"),
-    (
-        r'Completion for shell "(.*)" not supported \(options are: (.*)\)\.',
-        r"there is no completion for the shell '\1', only for \2",
-    ),
 )
 
 
@@ -200,7 +200,7 @@ class WorkspaceProgram(Program):
     def run(self, argv: list[str] | None = None, exit: bool = True) -> None:
         try:
             self.create_config()
-            self._parse_core_flags(_help_first(argv) if argv else None)
+            self._parse_core_flags(_as_verb(argv) if argv else None)
             self.parse_collection()
             self.parse_tasks()
             self.parse_cleanup()
@@ -221,9 +221,9 @@ class WorkspaceProgram(Program):
                 "--list-depth needs a whole number", hint=hints.text("cli.help")
             ) from exc
 
-        if (chosen := self.args["list-format"].value) not in _LIST_FORMATS:
+        if (chosen := self.args["list-format"].value) not in LIST_FORMATS:
             raise SettingsError(
-                f"--list-format: {chosen!r} is not one of {', '.join(_LIST_FORMATS)}",
+                f"--list-format: {chosen!r} is not one of {', '.join(LIST_FORMATS)}",
                 hint=hints.text("cli.list"),
             )
 
@@ -248,31 +248,56 @@ class WorkspaceProgram(Program):
         print(f"Example:\n\n  {'' if _INV in example else f'{_INV} '}{example}\n")
 
     def list_flat(self) -> None:
-        """Print the verbs by subject; those of one collection, or of one depth, as Invoke does."""
+        """Print the verbs of each day, and the names of the others by subject.
+
+        The verbs of one collection, or of one depth, are printed as Invoke does it.
+        """
         if self.list_root or self.list_depth:
             super().list_flat()
             return
-        # A pair is `patch.status (patch)` and its purpose: the short name is what a person types.
+        daily, *others = GROUPS.items()
+        self._print_group(*daily)
+        typed = self._typed()
+        for title, names in others:
+            listed = ", ".join(typed[name][0] for name in names)
+            print(f"{title + ':':<{_LONGEST_NAME + 2}} {listed}")
+        print(f"\n{_INV} help has a line for each of them; help VERB explains one.")
+        print(_OTHER_SCREENS)
+
+    def list_full(self) -> None:
+        """Print every verb with its purpose, by subject."""
+        # Invoke knows the form of its own formats only.
+        self.list_format = "flat"
+        for title, names in GROUPS.items():
+            self._print_group(title, names)
+        print(f"{_INV} help VERB explains a verb.")
+        print(_OTHER_SCREENS)
+
+    def _print_group(self, title: str, names: Sequence[str]) -> None:
+        print(f"{title}:")
+        for typed, text in map(self._typed().__getitem__, names):
+            print(f"  {typed:<{_LONGEST_NAME}} {text}")
+        print()
+
+    def _typed(self) -> dict[str, tuple[str, str]]:
+        """Return what a person types for each verb, and its purpose."""
         found = {}
+        # A pair is `patch.status (patch)` and its purpose; the short name is the one to type.
         for both, text in self._make_pairs(self.scoped_collection):
             name, *short = both.split(" ")
-            found[name] = (short[0].strip("()") if short else name, text)
-        for title, names in GROUPS.items():
-            print(f"{title}:")
-            for typed, text in map(found.__getitem__, names):
-                print(f"  {typed:<{_LONGEST_NAME}} {text}")
-            print()
-        print(f"{_INV} alone shows the status; {_INV} --help VERB explains a verb.")
-        print("Tests and measurements: ./scripts/nox --list")
+            found[name] = (short[0].strip("()") if short else name, text or "")
+        return found
 
     def parse_cleanup(self) -> None:
-        try:
-            super().parse_cleanup()
-        except ValueError as exc:
-            # The text to complete has an open quote.
-            if not self.args.complete.value:
-                raise
-            raise Exit from exc
+        if self.args.complete.value:
+            verbs_and_short = self.collection.task_names.items()
+            names = [name for verb, short in verbs_and_short for name in (verb, *short)]
+            # The present parser may have been changed by what it parsed.
+            parser = self._make_parser()
+            for found in completion.candidates(main.after_dashes() or [""], names, parser):
+                print(found)
+            raise Exit
+        super().parse_cleanup()
 
     def _misuse(self, error: ParseError) -> SettingsError:
         """Return an error that names the fault and the nearest valid names.
@@ -324,14 +349,17 @@ class WorkspaceProgram(Program):
         return hints.text("cli.as_flag", words=[verb, f"--{name}", typed])
 
 
-def _help_first(argv: list[str]) -> list[str]:
+def _as_verb(argv: list[str]) -> list[str]:
     """Return `inv VERB --help` as `inv --help VERB`; Invoke takes it for an argument of VERB.
 
-    `inv help VERB` is the same, and `inv help` the list of verbs.
+    `inv help VERB` is the same, and `inv help` the full list of verbs. The script that Invoke has
+    for a shell knows no values: its flag is the verb.
     """
     tokens = argv[1 : argv.index("--") if "--" in argv else None]
+    if tokens and tokens[0].startswith("--print-completion-script"):
+        return [argv[0], "completion", *tokens[0].split("=")[1:], *tokens[1:]]
     if tokens[:1] == ["help"]:
-        return [argv[0], *(["--help", tokens[1]] if tokens[1:] else ["--list"])]
+        return [argv[0], *(("--help", tokens[1]) if tokens[1:] else _FULL_LIST)]
     if tokens and tokens[0][:1] != "-" and {"--help", "-h"} & set(tokens):
         return [argv[0], "--help", tokens[0]]
     return argv

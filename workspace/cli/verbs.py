@@ -47,7 +47,7 @@ def bootstrap(
     no_first_token: bool = False,
     wait: bool = False,
 ) -> None:
-    """Make a fresh clone generate text; safe to repeat."""
+    """Set up source, patches, environment, vLLM; safe to repeat."""
     from workspace.install import bootstrap as verb
 
     flags = {"DEVICE": device, "SOURCE": source, "KERNELS": kernels, "MAX_JOBS": jobs}
@@ -107,7 +107,7 @@ def fix_triton(
     check: bool = False,
     wait: bool = False,
 ) -> None:
-    """Find the Triton fault, fix it, prove it."""
+    """Diagnose a fault of Triton, fix it, verify the fix."""
     here, settings = main.opened({"TRITON_REF": ref})
     from workspace.bump import triton as pin
     from workspace.install import triton_fix as verb
@@ -196,7 +196,7 @@ def bench_compare(
     across: list[str] | None = None,
     json: bool = False,
 ) -> None:
-    """Judge each metric: is the second record slower?"""
+    """Compare two records; fail if the second is slower."""
     from workspace.bench import compare
 
     console, fields = main.console(), across or ()
@@ -356,7 +356,7 @@ def serve_status(_: Context, json: bool = False) -> None:
 
 @task(
     name="logs",
-    help={"lines": "how many of the last lines", "follow": "print new lines until the server ends"},
+    help={"lines": "print the last N lines", "follow": "print new lines until the server ends"},
 )
 def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
     """Print the server's log; --follow prints new lines."""

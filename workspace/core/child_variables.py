@@ -281,6 +281,8 @@ VARIABLES: tuple[Variable, ...] = (
              "user and password of an index, which no argument and no log may show"),
     Variable("GIT_* LC_ALL", GIVEN, "constant", ("git", "build"),
              "git asks nothing, speaks English and writes the same for every user"),
+    Variable("PATH PS1 ZDOTDIR VLLM_WORKSPACE_ZDOTDIR", GIVEN, "verb", ("shell",),
+             "inv shell has inv and nox on PATH, and a prompt that shows it"),
     Variable("PATH", GIVEN, "clone", ("report",), "the tools of the workspace, then .vllm/bin"),
     Variable("*", GIVEN, "setting", ("inv",), "the settings of the shell and of the command line"),
 )

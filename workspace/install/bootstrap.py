@@ -69,7 +69,7 @@ def run(
     if not any(stage.is_due for stage in due):
         _show_nothing_due(due, observed, console, end)
         return observed
-    console.info(
+    console.sentence(
         f"{observed.pin.name} {observed.pin.tag} for {observed.device}; due:"
         f" {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
     )
@@ -367,5 +367,5 @@ def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
     if observed.stack and observed.stack.dirty:
         edited = counted(len(observed.stack.dirty), "edited file")
         console.info(f"vendor/vllm has {edited}: live, not changed")
-    console.info(f"{prefix}vllm {observed.version} is in .vllm")
+    console.info(f"{prefix}vLLM {observed.version} is installed in .vllm")
     console.hint(status.next_command(observed))

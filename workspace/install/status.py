@@ -271,7 +271,7 @@ def patches_row(stack: patches.Stack | None) -> Row:
         patches.State.DIRTY: (State.WARN, f"{count}, not applied: edited files prevent it"),
         patches.State.IN_PROGRESS: (
             State.FAIL,
-            "an am, rebase, merge or cherry-pick is under way in vendor/vllm",
+            f"{count}; {stack.operation} is not finished in vendor/vllm",
         ),
         patches.State.FOREIGN: (State.FAIL, "vendor/vllm does not descend from the pin"),
         patches.State.MISSING: (State.MISSING, "no checkout"),

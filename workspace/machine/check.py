@@ -166,7 +166,9 @@ def _hub(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
         )
     other = given.get("HUGGING_FACE_HUB_TOKEN")
     if other and given.get("HF_TOKEN") and other != given["HF_TOKEN"]:
-        yield Finding("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN has another token and goes before it")
+        yield Finding(
+            "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN has another token, which is the one in use"
+        )
 
 
 def _compilers(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:

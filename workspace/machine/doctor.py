@@ -4,8 +4,10 @@ of verbs that build.
 A preflight selects from the one table of checks. Checks only read, and run in parallel.
 """
 
+import contextlib
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,12 @@ _SCCACHE_REMOTES = re.compile(
     r"SCCACHE_(BUCKET|REDIS\w*|MEMCACHED\w*|GCS_BUCKET|AZURE_CONNECTION_STRING|GHA_ENABLED"
     r"|WEBDAV_ENDPOINT|OSS_BUCKET)$"
 )
+# The start-up file of a shell, and the line in it that evaluates what `inv completion` prints.
+_START_UP = {
+    "bash": (".bashrc", 'eval "$({} completion bash)"'),
+    "zsh": (".zshrc", 'eval "$({} completion zsh)"'),
+    "fish": (".config/fish/config.fish", "{} completion fish | source"),
+}
 _CONFIG_LINE = re.compile(r"^\((?P<origin>[^)]*)\) (?P<key>\w+) = ?(?P<value>.*)$", re.MULTILINE)
 
 
@@ -184,6 +192,25 @@ def size_gib(text: str) -> float | None:
     return float(found[1]) * _UNITS[found[2]] / 1024**3 if found and found[2] in _UNITS else None
 
 
+def completion(case: Case) -> Iterator[Row]:
+    """Check whether a start-up file of the user's shell names `inv completion`.
+
+    The file may name another clone: the completion of one works in all.
+    """
+    name = Path(case.settings.shell.get("SHELL", "")).name
+    if name not in _START_UP:
+        return
+    file, line = _START_UP[name]
+    place = case.home / file
+    with contextlib.suppress(OSError):
+        if re.search(rf"inv\S* completion {name}\b", place.read_text(errors="replace")):
+            yield Row(State.OK, "completion", f"{name} completes inv, by {place}")
+            return
+    line = line.format(shlex.quote(str(case.layout.root / "scripts" / "inv")))
+    hint = hints.text("machine.completion", line=line, path=place)
+    yield Row(State.OK, "completion", f"{name} does not complete verbs and values", hint=hint)
+
+
 @dataclass(frozen=True)
 class Check:
     """A check and the purposes for which a preflight runs it."""
@@ -225,6 +252,7 @@ CHECKS: tuple[Check, ...] = (
     _check(doctor_toolchain.running_programs, "native"),
     _check(doctor_host.token),
     _check(doctor_host.settings),
+    _check(completion),
     _check(doctor_host.proxy, "network"),
     _check(doctor_host.vllm, "network"),
     _check(doctor_host.triton, "network"),

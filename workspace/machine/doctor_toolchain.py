@@ -38,7 +38,7 @@ def python(case: Case) -> Iterator[Row]:
     version = ".".join(str(part) for part in sys.version_info[:3])
     oldest = ".".join(str(part) for part in OLDEST_TOOLS_PYTHON)
     is_new = sys.version_info[:2] >= OLDEST_TOOLS_PYTHON
-    hint = None if is_new else hints.text("machine.apt_python")
+    hint = None if is_new else hints.text("machine.uv_python", uv=case.uv, version="3.12")
     yield Row(
         State.OK if is_new else State.FAIL,
         "python",

@@ -394,11 +394,15 @@ def classify_uv_failure(
         for line in output
         if is_build or _CAUSE.match(line) or line.startswith("hint: ")
     ]
-    text = "\n".join(verdict)
+    text, own = "\n".join(verdict), layout.tools / "bin" / "uv"
     if _FULL.search(text):
         return ToolchainError(
             f"the disk is full: {_last_disk_error(verdict)}",
-            hint=hints.text("core.disk_or_cache", folder=layout.root, uv="uv"),
+            hint=hints.text(
+                "core.disk_or_cache",
+                folder=layout.root,
+                uv=layout.relative(own) if own.exists() else "uv",
+            ),
             details=otherwise.details,
         )
     if is_build:

@@ -350,7 +350,9 @@ def resume_in(
         raise CheckoutError(
             f"git {operation} --{how} in {shown}:"
             f" {first_line(answer.err) or f'exited with {answer.status}'}",
-            hint=_ways(waiting or operation),
+            hint=hints.text("inv.patch_abort")
+            if (waiting or operation) == "merge"
+            else hints.text("repo.skip_or_abort"),
         )
     return git.head()
 
@@ -420,17 +422,10 @@ def _patch(stopped: am.Position, names: Sequence[str]) -> str:
 
 
 def _unresolved(paths: Sequence[str], operation: str, shown: str) -> PatchConflict:
+    ways = "--abort" if operation == "merge" else "--skip, or --abort"
     return PatchConflict(
         f"the {operation} in {shown} waits: "
         + counted(len(paths), "path has a conflict", "paths have conflicts"),
-        hint=hints.text(
-            "repo.resolve_or", shown=shown, paths=list(paths), command=_ways(operation)
-        ),
+        hint=hints.text("repo.resolve_or", shown=shown, paths=list(paths), ways=ways),
         details=tuple(f"conflict in {path}" for path in paths),
-    )
-
-
-def _ways(operation: str) -> str:
-    return (
-        hints.text("inv.patch_abort") if operation == "merge" else hints.text("repo.skip_or_abort")
     )

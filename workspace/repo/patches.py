@@ -126,6 +126,7 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
         wanted.names,
         dirty,
         repository.untracked(git),
+        f"git {operation}" if operation else "",
     )
 
 

@@ -211,6 +211,7 @@ class Stack:
     """The stack in a checkout.
 
     `dirty` are tracked paths with edits, in any state; DIRTY means that they block the application.
+    IN_PROGRESS has the git `operation` that is not finished.
     `untracked` are files that git does not track, so that no patch has them.
     """
 
@@ -222,6 +223,7 @@ class Stack:
     names: tuple[str, ...]
     dirty: tuple[str, ...]
     untracked: tuple[str, ...] = ()
+    operation: str = ""
 
 
 _SHOWN_FILES = 3

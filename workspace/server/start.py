@@ -55,8 +55,8 @@ class _Session:
 def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: Console) -> None:
     """Serve a recipe, a model on the hub or a folder; with `dry_run` only print the command.
 
-    Raises SettingsError for options that cannot be meant, ServeError for a model that cannot be
-    served, SmokeError if the build is missing or stale, and the errors of `models.fetch_weights`.
+    Raises SettingsError for options that contradict each other, ServeError for a model that cannot
+    be served, SmokeError if the build is missing or stale, and the errors of models.fetch_weights.
     """
     machine = Machine(layout, settings)
     recipe = _recipe(machine, options.name)

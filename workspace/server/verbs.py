@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workspace.core import hints, process
+from workspace.core.child_variables import with_given
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import ServeError, SettingsError, ToolchainError, counted, printable
 from workspace.core.paths import Layout
@@ -25,6 +26,12 @@ from workspace.server.recipes import Recipe
 
 LONGEST_TAIL = 1_000_000
 USUAL_SHELL = "/bin/sh"
+# Start-up files that read the user's own and then change the prompt.
+_START_UP = Path(__file__).with_name("shell")
+_FISH_PROMPT = (
+    "functions --copy fish_prompt _inv_own_prompt;"
+    " function fish_prompt; echo -n '(vllm) '; _inv_own_prompt; end"
+)
 _STATES: dict[fit.Verdict, State] = {
     "yes": State.OK,
     "after drop-caches": State.WARN,
@@ -239,14 +246,31 @@ def run_command(machine: Machine, argv: Sequence[str], *, console: Console) -> N
 
 
 def open_shell(machine: Machine, *, console: Console) -> None:
-    """Replace this process with the user's shell, in the built environment."""
+    """Replace this process with the user's shell, in the built environment.
+
+    `inv` and `nox` are on PATH, and the prompt of bash, zsh, fish and sh begins with (vllm).
+    """
     program = machine.settings.shell.get("SHELL") or USUAL_SHELL
     environment = _ready(machine, console)
-    console.info(
+    console.sentence(
         f"{program} in the built environment; `exit` leaves it. The shell's own start-up files may"
         " change the environment."
     )
-    process.become([program], env=environment)
+    flags: tuple[str, ...] = ()
+    path = os.pathsep.join((str(machine.layout.root / "scripts"), environment["PATH"]))
+    given: dict[str, str | None] = {"PATH": path}
+    match Path(program).name:
+        case "bash":
+            flags = ("--rcfile", str(_START_UP / "bashrc"))
+        case "zsh":
+            given |= {"ZDOTDIR": str(_START_UP)}
+            if own := environment.get("ZDOTDIR"):
+                given |= {"VLLM_WORKSPACE_ZDOTDIR": own}
+        case "fish":
+            flags = ("--init-command", _FISH_PROMPT)
+        case "sh" | "dash":
+            given |= {"PS1": "(vllm) $ "}
+    process.become([program, *flags], env=with_given(environment, "shell", given))
 
 
 def export_variables(machine: Machine, *, console: Console) -> None:

@@ -104,7 +104,7 @@ def conflict_that_is_skipped(user: User) -> None:
     mine = user.world.git("rev-parse", "HEAD")
     ended = user.inv("patch.continue")
     assert printed("repo.resolve_or", ended), ended.output
-    assert "or ./scripts/inv patch.continue --skip    or " in ended.err
+    assert "or ./scripts/inv patch.continue --skip, or --abort" in ended.err
     assert (done := user.type("./scripts/inv patch.continue --skip")).code == 0, done.output
     assert user.world.git("rev-parse", "HEAD") == mine
     user.followed.add("repo.skip_or_abort")

@@ -45,6 +45,9 @@ ELSEWHERE = {
         "test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped"
     ),
     "cli.after_dashes": "tests/test_entrances.py::test_misuse_is_a_sentence_and_exits_2",
+    "machine.completion": (
+        "tests/machine/test_doctor_machine.py::test_hint_for_a_shell_without_completion_is_enough"
+    ),
     "machine.git_identity": (
         "tests/machine/test_doctor_machine.py::"
         "test_git_without_a_name_or_an_address_is_a_row_with_the_command_that_sets_both"
@@ -77,7 +80,7 @@ _REASONS = {
     "it installs programs on the machine, or needs root": """
         bump.unmount install.triton_mounts machine.apt_ccache machine.apt_git machine.apt_gxx
         machine.apt_gxx_major machine.apt_headers machine.apt_patch machine.apt_procps
-        machine.apt_ptxas machine.apt_python machine.apt_toolkit machine.as_owner
+        machine.apt_ptxas machine.apt_toolkit machine.as_owner
         machine.close_folder_as_root machine.cuda_home_after machine.cuda_home_dotenv
         machine.earlyoom machine.earlyoom_on_host machine.install_python
         machine.own_files_of_root machine.own_folder machine.own_token machine.sudoers
