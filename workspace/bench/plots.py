@@ -228,6 +228,13 @@ def _draw_medians(axes: "Axes", row: int, values: Sequence[float]) -> None:
     )
 
 
+def percentile(numbers: Sequence[float], percent: int) -> float:
+    """Interpolate between the two nearest numbers, as numpy does by default."""
+    if len(numbers) == 1:
+        return numbers[0]
+    return statistics.quantiles(numbers, n=100, method="inclusive")[percent - 1]
+
+
 def percentiles(name: str, metric: str, records: Sequence[tuple[str, Record]]) -> Plot:
     """Plot percentiles of all samples of a metric, a line for each record."""
     known = results.known(metric)
@@ -235,7 +242,7 @@ def percentiles(name: str, metric: str, records: Sequence[tuple[str, Record]]) -
     def draw(axes: "Axes") -> None:
         for index, (label, record) in enumerate(records):
             samples = _all_samples(record, metric)
-            curve = [results.percentile(samples, percent) for percent in PERCENTILES]
+            curve = [percentile(samples, percent) for percent in PERCENTILES]
             axes.plot(
                 range(len(PERCENTILES)),
                 curve,

@@ -1,4 +1,4 @@
-"""Every verb of `inv`.
+"""Every verb of `inv` but those of benchmarks, which cli/bench_verbs.py has.
 
 A verb parses its arguments, calls one function of the library and prints nothing itself. Imports of
 the library stand inside the verbs, so that `inv --list` starts at once.
@@ -165,57 +165,6 @@ def report(_: Context) -> None:
 
     # The report may be about a broken .env or pins.toml, so neither stops it.
     verb.write(here, verb.settings_of(here), console=main.console())
-
-
-@task(default=True, name="list", help={"json": JSON})
-def bench_list(_: Context, json: bool = False) -> None:
-    """List the benchmark records, newest first."""
-    from workspace.bench import results
-
-    results.show_records(paths.here(), console=main.console(), as_json=json)
-
-
-@task(
-    name="compare",
-    positional=["first", "second"],
-    iterable=["across"],
-    help={
-        "first": "a record: its label, its file name, or a path",
-        "second": "the record that may be slower",
-        "factor": "ignore a change of up to this many percent",
-        "across": "compare although this field differs; may be repeated",
-        "json": JSON,
-    },
-)
-def bench_compare(
-    _: Context,
-    first: str,
-    second: str,
-    factor: str = "5",
-    across: list[str] | None = None,
-    json: bool = False,
-) -> None:
-    """Judge each metric: is the second record slower?"""
-    from workspace.bench import compare
-
-    console, fields = main.console(), across or ()
-    compare.show(
-        paths.here(), first, second, factor=factor, across=fields, console=console, as_json=json
-    )
-
-
-@task(
-    name="report",
-    help={
-        "first": "a record to compare with (default: the newest two)",
-        "second": "the record that may be slower",
-    },
-)
-def bench_report(_: Context, first: str = "", second: str = "") -> None:
-    """Draw all records: one HTML page and PNG plots."""
-    from workspace.bench import report as verb
-
-    verb.write(paths.here(), first, second, console=main.console())
 
 
 @task(name="check", default=True, help={"json": JSON})

@@ -28,6 +28,10 @@ _ALL = (
 _ROLLBACK = "tests/bump/test_rollback.py::"
 _FORCED = f"{_ROLLBACK}test_work_that_no_state_holds_leaves_by_force_only_and_can_be_brought_back"
 _PLAIN_FOLDER = f"{_ROLLBACK}test_work_comes_back_in_a_folder_without_a_repository"
+_BENCH = (
+    "tests/bench/test_measure.py::"
+    "test_bench_ends_with_median_and_spread_and_each_next_command_leads_on"
+)
 # The test that runs the command of the hint.
 ELSEWHERE = {
     "bump.bring_back": _FORCED,
@@ -60,6 +64,13 @@ ELSEWHERE = {
     "machine.other_gxx": (
         "tests/machine/test_doctor.py::"
         "test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not"
+    ),
+    "bench.add_starts": _BENCH,
+    "bench.after_change": _BENCH,
+    "bench.compare_these": _BENCH,
+    "bench.label_example": (
+        "tests/bench/test_measure.py::"
+        "test_label_is_given_afterwards_and_an_invalid_one_has_a_hint"
     ),
     "repo.connect_submodule": (
         "tests/repo/test_checkout.py::test_submodule_that_was_moved_is_connected_by_the_hint"
