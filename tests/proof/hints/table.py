@@ -69,8 +69,7 @@ ELSEWHERE = {
     "bench.after_change": _BENCH,
     "bench.compare_these": _BENCH,
     "bench.label_example": (
-        "tests/bench/test_measure.py::"
-        "test_label_is_given_afterwards_and_an_invalid_one_has_a_hint"
+        "tests/bench/test_measure.py::test_label_is_given_afterwards_and_an_invalid_one_has_a_hint"
     ),
     "repo.connect_submodule": (
         "tests/repo/test_checkout.py::test_submodule_that_was_moved_is_connected_by_the_hint"
