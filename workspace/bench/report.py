@@ -352,7 +352,7 @@ def _measured(record: Record, name: str, unit: str = "") -> str:
 
 
 def _headline(row: compare.MetricDifference) -> str:
-    """Return a verdict in a few found, such as `slower: latency +13.3% (+10.7% to +16.6%)`."""
+    """Return a verdict in short, such as `slower: latency +13.3% (+10.7% to +16.6%)`."""
     judgement = row.judgement
     found = judgement.reason if judgement.verdict != "inconclusive" else "no verdict"
     change = f"{compare.percent(judgement.ratio)}{compare.interval_text(judgement)}"

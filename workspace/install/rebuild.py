@@ -116,6 +116,8 @@ class Job:
         for sentence in externals.leftover(run.layout.vllm):
             run.run_log.console.warn(sentence)
         self._find_reached(view)
+        if not run.is_sandbox and not project.link_database(run.layout, self.folder):
+            run.run_log.write(f"{run.layout.relative(run.layout.compile_commands)} is kept")
         self.plan = self._forecast()
         view.reason = (
             f"{run.layout.relative(self.folder)}: {len(self.project.targets)} targets,"
@@ -428,6 +430,7 @@ def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
             view.skip("there is no build directory")
             return
         shutil.rmtree(layout.builds)
+        project.link_database(layout, layout.builds)
         view.reason = f"{layout.relative(layout.builds)} is removed"
 
 
