@@ -144,17 +144,19 @@ def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     help={
         "remove": "remove it; your own hook comes back",
         "run": "run the gate now, as the hook does",
+        "lint": "also run vLLM's own pre-commit on the changed files",
     }
 )
-def hook(_: Context, remove: bool = False, run: bool = False) -> None:
+def hook(_: Context, remove: bool = False, run: bool = False, lint: bool = False) -> None:
     """Install the pre-push gate; --remove removes it."""
     here = paths.here()
     from workspace.checks import smoke as verb
 
-    if run:
-        verb.run_hook(here, main.load_settings(here), console=main.console())
+    if remove:
+        verb.remove_hook(here, console=main.console())
     else:
-        (verb.remove_hook if remove else verb.install_hook)(here, console=main.console())
+        work = verb.run_hook if run else verb.install_hook
+        work(here, main.load_settings(here), console=main.console(), lints=lint)
 
 
 @task

@@ -32,6 +32,7 @@ _BENCH = (
     "tests/bench/test_measure.py::"
     "test_bench_ends_with_median_and_spread_and_each_next_command_leads_on"
 )
+_LINT = "tests/checks/test_lint.py::test_"
 # The test that runs the command of the hint.
 ELSEWHERE = {
     "bump.bring_back": _FORCED,
@@ -65,6 +66,11 @@ ELSEWHERE = {
         "tests/machine/test_doctor.py::"
         "test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not"
     ),
+    "checks.install_pre_commit": f"{_LINT}absent_pre_commit_is_a_row_and_its_hint_installs_one",
+    "checks.lint_again": (
+        f"{_LINT}failing_check_stops_the_push_and_the_same_gate_passes_afterwards"
+    ),
+    "checks.without_lint": f"{_LINT}broken_pre_commit_is_not_taken_for_a_fault_of_the_change",
     "bench.add_starts": _BENCH,
     "bench.after_change": _BENCH,
     "bench.compare_these": _BENCH,
