@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from workspace.checks import smoke_suite
-from workspace.checks.registry import REGISTRY, Check, unlisted, verdict
+from workspace.checks.registry import CAUSES, DIFFERS, REGISTRY, Check, unlisted, verdict
 from workspace.checks.smoke_suite import SmokeOptions
 from workspace.core import hints, lock, process, records
 from workspace.core.console import Console, Row, RunLog, State
@@ -125,7 +125,11 @@ def smoke(
         if names := unlisted(layout.vllm):
             text = f"checks/coverage.toml does not list {', '.join(names)}"
             console.rows([Row(State.WARN, "coverage", text)])
-        require_passed(checks, log=layout.relative(run_log.path) if run_log.path else None)
+        require_passed(
+            checks,
+            log=layout.relative(run_log.path) if run_log.path else None,
+            has_patches=bool(observed.stack and observed.stack.names),
+        )
     console.info(f"smoke passed in {time.monotonic() - started:.1f} s")
 
 
@@ -254,24 +258,53 @@ def locked_run(
         yield run_log
 
 
-def require_passed(checks: tuple[Check, ...], *, log: str | None) -> None:
-    """Raise SmokeError with one line for each failed check, and the first one's hint.
+def require_passed(
+    checks: tuple[Check, ...], *, log: str | None, has_patches: bool = False
+) -> None:
+    """Raise SmokeError with one line for each failed check, what they point to together, and the
+    first one's hint.
 
     The registry lists causes before their effects.
     """
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
-        hint = next(
-            hints.text(entry.hint)
-            for name, entry in REGISTRY.items()
-            if any(check.identifier == name for check in failed)
-        )
+        first = next(name for name in REGISTRY if any(check.identifier == name for check in failed))
+        if REGISTRY[first].hint != DIFFERS:
+            hint = hints.text(REGISTRY[first].hint)
+        else:
+            bisect = f"; ./scripts/nox -s bisect -- --patches --run {first} finds the patch"
+            hint = hints.text(DIFFERS, bisect=bisect if has_patches else "")
         message = (
             f"{len(failed)} of {len(checks)} checks failed:"
             f" {', '.join(check.identifier for check in failed)}"
         )
-        lines = tuple(f"{check.identifier}: {check.evidence}" for check in failed)
-        raise SmokeError(message, hint=hint, details=(*lines, *((f"log: {log}",) if log else ())))
+        lines = [f"{check.identifier}: {check.evidence}" for check in failed]
+        raise SmokeError(
+            message,
+            hint=hint,
+            details=(*lines, *pattern(checks), *((f"log: {log}",) if log else ())),
+        )
+
+
+def pattern(checks: Sequence[Check]) -> tuple[str, ...]:
+    """Return the sentence on what the failed checks point to together, none if nothing is known.
+
+    Groups of checks come in the order of cause and effect: the first one with a failure counts.
+    """
+    failed, passed = (
+        [check.identifier.partition(".")[0] for check in checks if check.verdict == kind]
+        for kind in ("fail", "pass")
+    )
+    cause = next((group for group in CAUSES if group in failed), None)
+    if cause is None:
+        return ()
+    sentence = CAUSES[cause]
+    if cause == "parity":
+        is_one = failed.count("parity") == 1 and "parity" in passed
+        operators = "operators compute correctly" if "kernels" in passed else "operators not judged"
+        where = "the code of that model" if is_one else "code that all models share"
+        sentence = f"{operators}, and {'one model does' if is_one else 'models do'} not: {where}"
+    return (f"this points to: {sentence}",)
 
 
 def install_hook(
@@ -344,8 +377,8 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console, lints: boo
 def lint(layout: Layout, settings: Settings, base: str, *, console: Console) -> None:
     """Run vLLM's own pre-commit on the files of vendor/vllm that differ from `base`.
 
-    Some of its checks correct the files. Without pre-commit a row reports that. Raises ToolchainError
-    where pre-commit or a check of it cannot run, WorkspaceError where a check fails.
+    Some of its checks correct the files. A row reports that pre-commit is not installed. Raises
+    ToolchainError where pre-commit or a check of it cannot run, WorkspaceError where a check fails.
     """
     program = _pre_commit(layout, settings)
     if program is None:
