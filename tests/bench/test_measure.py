@@ -146,7 +146,7 @@ def test_starts_that_differ_too_much_are_warned_of_and_more_are_advised(measured
     assert ended.code == 0, ended.output
     (row,) = (line for line in ended.err.splitlines() if " in 6 starts" in line)
     assert row.startswith("warn     latency")
-    assert ", noisy, 0.5 to 3 in 6 starts" in row
+    assert " noisy, 0.5 to 3 in 6 starts" in row
     assert hinted(ended)[-2:] == ["--repeat", "12"]
 
 

@@ -210,7 +210,7 @@ def test_list_shows_newest_first_with_damaged_and_interrupted_records(tmp_path: 
         ["FAIL", "half"],
     ]
     assert "2 of 6 starts, interrupted" in rows[0]
-    assert "latency 1 s ± 1.4%" in rows[1]
+    assert "latency  1 s ± 1.4%" in rows[1]
     assert err.getvalue() == ""
     out = io.StringIO()
     results.show_records(layout, console=Console(out=out, err=err), as_json=True)
@@ -225,7 +225,7 @@ def test_record_whose_starts_differ_too_much_is_not_ok_in_the_list(tmp_path: Pat
     rows = dict(zip(("quiet", "shaky"), sorted(out.getvalue().splitlines()[:2]), strict=True))
     assert rows["quiet"].startswith("ok ")
     assert rows["shaky"].startswith("warn ")
-    assert "latency 1.5 s ± 47.1%, noisy  2 starts" in rows["shaky"]
+    assert "latency  1.5 s ± 47.1% noisy  2 starts" in rows["shaky"]
     # Columns are aligned.
     assert rows["quiet"].index("6 starts") == rows["shaky"].index("2 starts")
 

@@ -135,7 +135,7 @@ def _show_result(
 def _result_row(done: Record, name: str) -> Row:
     values = done.values(name)
     text = (
-        f"median {results.measured_text(done, name).removeprefix(f'{name} ')},"
+        f"median {results.value_text(done, name)},"
         f" {min(values):.4g} to {max(values):.4g} in {counted(len(values), 'start')}"
     )
     return Row(State.WARN if done.is_noisy(name) else State.OK, name, text)
@@ -239,7 +239,9 @@ def _measure(
 
 def start_summary(record: Record, left_s: float | None) -> str:
     """Return the first metric of a record with one start, and the time that is left."""
-    measured = "  ".join(results.measured_text(record, metric) for metric in record.metrics[:1])
+    measured = "  ".join(
+        f"{metric} {results.value_text(record, metric)}" for metric in record.metrics[:1]
+    )
     return measured + (f"  about {left_s / 60:.1f} min left" if left_s else "")
 
 

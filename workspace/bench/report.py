@@ -53,9 +53,9 @@ figure .narrow { display: none; }
 figcaption { font-size: .85rem; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0;
+th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0;
   border-bottom: 1px solid var(--line); overflow-wrap: normal; }
-td { min-width: 5.5rem; font-variant-numeric: tabular-nums; }
+td { min-width: 4.5rem; font-variant-numeric: tabular-nums; }
 td.long { min-width: 12rem; overflow-wrap: anywhere; }
 td small { display: block; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .2rem 1rem; }
@@ -394,7 +394,9 @@ def _conditions(record: Record) -> str:
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table of cells that are HTML."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    # A long name such as output_throughput@32 is cut where it has a joint.
+    heads = (escape(name).replace("_", "_<wbr>").replace("@", "<wbr>@") for name in names)
+    head = "".join(f"<th>{name}</th>" for name in heads)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="table">{table}</div>'

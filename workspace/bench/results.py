@@ -416,41 +416,38 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
 
 @dataclass(frozen=True)
 class _Listed(Row):
-    """A row of the list: name, measured value, starts, and what was measured when."""
+    """A row of the list: name, metric, value, starts, and what was measured when."""
 
-    measured: str = ""
-    starts: str = ""
+    measured: tuple[str, str, str] = ("", "", "")
 
     @property
     def cells(self) -> tuple[str, ...]:
-        return (self.name, self.measured, self.starts, self.text)
+        return (self.name, *self.measured, self.text)
 
 
 def _row(entry: Entry) -> Row:
     record = entry.record
     if record is None:
         return _Listed(State.FAIL, entry.path.stem, entry.problem)
-    first, count = record.shown_metrics[:1], len(record.starts)
-    starts = counted(count, "start")
+    metric = next(iter(record.shown_metrics), "")
+    starts, is_noisy = counted(len(record.starts), "start"), metric and record.is_noisy(metric)
     if not record.is_complete:
-        starts = f"{count} of {record.repeat} starts, interrupted"
-    is_good = record.is_complete and not any(map(record.is_noisy, first))
+        starts = f"{len(record.starts)} of {record.repeat} starts, interrupted"
     return _Listed(
-        State.OK if is_good else State.WARN,
+        State.OK if record.is_complete and not is_noisy else State.WARN,
         record.stem,
         f"{record.kind} of {record.model}, {record.time[:16].replace('T', ' ')},"
         f" {record.machine.name}",
-        measured="".join(measured_text(record, name) for name in first),
-        starts=starts,
+        measured=(metric, metric and value_text(record, metric), starts),
     )
 
 
-def measured_text(record: Record, name: str) -> str:
+def value_text(record: Record, name: str) -> str:
     """Return the median of a metric over the starts, with its unit and its variation."""
     values = record.values(name)
     spread = f" ± {variation(values):.1%}" if len(values) > 1 else ""
-    noisy = ", noisy" if record.is_noisy(name) else ""
-    return f"{name} {statistics.median(values):.4g} {known(name).unit}{spread}{noisy}"
+    noisy = " noisy" if record.is_noisy(name) else ""
+    return f"{statistics.median(values):.4g} {known(name).unit}{spread}{noisy}"
 
 
 def relabel(layout: Layout, name: str, label: str, *, console: Console) -> None:
