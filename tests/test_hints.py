@@ -57,6 +57,7 @@ SAMPLES: dict[str, object] = {
     "python": "/usr/bin/python3",
     "program": "/usr/bin/ccache",
     "verb": "rebase",
+    "arguments": ["--label", "after", "--repeat", "6"],
     "words": ["rebuild", "--target", "_C"],
 }
 PROGRAMS = {

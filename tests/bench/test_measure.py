@@ -3,6 +3,7 @@ and refusals.
 """
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,8 @@ if manner == "no model" or manner == "dies" and count > 2:
 if manner == "hangs" and count > 2:
     open(folder + "/hangs", "w").close()
     time.sleep(60)
-result = {"latencies": [] if manner == "nothing" else [0.5 + count / 1000, 0.6, 0.4]}
+middle = 0.5 * count if manner == "differs" else 0.5 + count / 1000
+result = {"latencies": [] if manner == "nothing" else [middle, 0.1 + middle, middle - 0.1]}
 with open(flags["--output-json"], "w") as file:
     json.dump(result, file)
 """
@@ -70,6 +72,12 @@ def bench(world: World, *args: str, env: Mapping[str, str] | None = None) -> End
         check=False,
     )
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def hinted(ended: Ended) -> list[str]:
+    """Return the words of the command that a run ends with."""
+    *_, last = ended.err.splitlines()
+    return shlex.split(last.partition("hint: ")[2].partition("    ")[0])
 
 
 def only(world: World) -> dict[str, Any]:
@@ -116,6 +124,41 @@ def test_record_holds_samples_software_and_sources_and_nothing_private(measured:
     text = path.read_text()
     assert SECRET not in text
     assert str(measured.folder) not in text
+
+
+def test_bench_ends_with_median_and_spread_and_each_next_command_leads_on(measured: World) -> None:
+    ended = bench(measured, "--repeat", "2")
+    assert "latency       median 0.5015 s ± 0.1%, 0.501 to 0.502 in 2 starts" in ended.err
+    assert hinted(ended)[:4] == ["./scripts/nox", "-s", "bench", "--"]
+    assert hinted(ended)[-2:] == ["--repeat", "6"]
+    more = bench(measured, *hinted(ended)[4:])
+    assert more.code == 0, more.output
+    assert len(only(measured)["starts"]) == 6
+    after = bench(measured, *hinted(more)[4:])
+    assert after.code == 0, after.output
+    assert hinted(after) == ["./scripts/inv", "bench.compare", "latency", "after"]
+    compared = measured.run(*hinted(after)[1:])
+    assert compared.code == 0, compared.output
+
+
+def test_starts_that_differ_too_much_are_warned_of_and_more_are_advised(measured: World) -> None:
+    ended = bench(measured, "--repeat", "6", env={"FAKE_MANNER": "differs"})
+    assert ended.code == 0, ended.output
+    (row,) = (line for line in ended.err.splitlines() if " in 6 starts" in line)
+    assert row.startswith("warn     latency")
+    assert " noisy, 0.5 to 3 in 6 starts" in row
+    assert hinted(ended)[-2:] == ["--repeat", "12"]
+
+
+def test_label_is_given_afterwards_and_an_invalid_one_has_a_hint(measured: World) -> None:
+    assert bench(measured, "--repeat", "1").code == 0
+    refused = measured.run("bench.label", "latency", "../before")
+    assert "'../before' is no label" in refused.error(2)
+    done = measured.run(*hinted(refused)[1:])
+    assert done.code == 0, done.output
+    assert only(measured)["label"] == "before"
+    (path,) = measured.layout.results.glob("*/*.json")
+    assert path.name.endswith("-before.json")
 
 
 def test_bench_that_dies_keeps_its_starts_and_resumes(measured: World) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 
 from tests.bench.materials import record, served
 from tests.fuzz.strategies import DEEP, damaged_document, fuzz
-from workspace.bench import results, subject
+from workspace.bench import compare, results, subject
 from workspace.bench.results import NewerSchema, Record, decode, encode, read, write
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
@@ -210,11 +210,59 @@ def test_list_shows_newest_first_with_damaged_and_interrupted_records(tmp_path: 
         ["FAIL", "half"],
     ]
     assert "2 of 6 starts, interrupted" in rows[0]
-    assert "latency 1 s ± 1.4%" in rows[1]
+    assert "latency  1 s ± 1.4%" in rows[1]
     assert err.getvalue() == ""
     out = io.StringIO()
     results.show_records(layout, console=Console(out=out, err=err), as_json=True)
     assert [row.get("starts") for row in json.loads(out.getvalue())["records"]] == [2, 6, None]
+
+
+def test_record_whose_starts_differ_too_much_is_not_ok_in_the_list(tmp_path: Path) -> None:
+    shaky = record(values=(1.0, 2.0), label="shaky", repeat=2)
+    layout = kept(tmp_path, shaky, record(label="quiet"))
+    out = io.StringIO()
+    results.show_records(layout, console=Console(out=out), as_json=False)
+    rows = dict(zip(("quiet", "shaky"), sorted(out.getvalue().splitlines()[:2]), strict=True))
+    assert rows["quiet"].startswith("ok ")
+    assert rows["shaky"].startswith("warn ")
+    assert "latency  1.5 s ± 47.1% noisy  2 starts" in rows["shaky"]
+    # Columns are aligned.
+    assert rows["quiet"].index("6 starts") == rows["shaky"].index("2 starts")
+
+
+def relabelled(layout: Layout, name: str, label: str) -> str:
+    out = io.StringIO()
+    results.relabel(layout, name, label, console=Console(out=out, err=out))
+    return out.getvalue()
+
+
+def test_record_gets_another_label_and_keeps_its_content(tmp_path: Path) -> None:
+    before = record(label="latency")
+    layout = kept(tmp_path, before)
+    assert "is now results/gb10-123456/aaaaaaaaaaaa-eager.json" in relabelled(
+        layout, "latency", "eager"
+    )
+    (entry,) = results.entries(layout)
+    assert entry.record == replace(before, label="eager")
+    assert entry.path == results.record_path(layout, entry.record)
+    assert relabelled(layout, "eager", "eager").startswith("ok ")
+
+
+def test_label_of_another_record_of_the_tree_is_refused_and_both_stay(tmp_path: Path) -> None:
+    layout = kept(tmp_path, record(label="first"), record(label="second"))
+    with pytest.raises(SettingsError, match=r"aaaaaaaaaaaa-second\.json exists"):
+        relabelled(layout, "first", "second")
+    assert len(results.entries(layout)) == 2
+
+
+def test_shortest_name_is_the_label_where_it_is_unique(tmp_path: Path) -> None:
+    one, other, alone = record(), record(tree="f" * 40), record(label="x-latency")
+    layout = kept(tmp_path, one, other, alone)
+    for each in (one, other, alone):
+        name = compare.shortest_name(layout, each)
+        assert results.find(layout, name).record == each
+    assert compare.shortest_name(layout, alone) == "x-latency"
+    assert compare.shortest_name(layout, one) == "aaaaaaaaaaaa-latency"
 
 
 @pytest.mark.parametrize(

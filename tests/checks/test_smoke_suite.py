@@ -403,7 +403,39 @@ def test_failed_checks_are_named_with_the_hint_of_the_first_cause() -> None:
     ) as caught:
         require_passed((options, fine, load_), log=".workspace/logs/x.log")
     assert "inv bootstrap" in (caught.value.hint or "")
-    assert caught.value.details == ("log: .workspace/logs/x.log",)
+    assert caught.value.details == (
+        "this points to: the compiled libraries; the failures after these follow from them",
+        "log: .workspace/logs/x.log",
+    )
+
+
+@pytest.mark.parametrize(
+    ("failed", "sentence"),
+    [
+        ("parity.llama", "operators compute correctly, and one model does not: the code of that"),
+        ("parity.llama parity.qwen3", "operators compute correctly, and models do not: code that"),
+        ("parity.llama kernels.norm sampling.ends", "an operator: compiled sources"),
+        ("server.ready sampling.ends", "the sampler; the models compute correctly"),
+        ("consistency.batch", "scheduler, batches or the cache"),
+    ],
+)
+def test_pattern_of_failures_points_to_a_cause_and_to_the_patches(
+    failed: str, sentence: str
+) -> None:
+    names = ("kernels.norm", "parity.llama", "parity.qwen3", "consistency.batch", "sampling.ends")
+    checks = tuple(
+        Check(name, "fail" if name in failed.split() else "pass", "no", 0.0)
+        for name in (*names, "server.ready")
+    )
+    with pytest.raises(SmokeError) as caught:
+        require_passed(checks, log=None, has_patches=True)
+    assert caught.value.details[-1].startswith(f"this points to: {sentence}")
+    first = next(check.identifier for check in checks if check.verdict == "fail")
+    bisect = f"; ./scripts/nox -s bisect -- --patches --run {first} finds the patch"
+    assert (caught.value.hint or "").endswith(f"# what differs from the pin{bisect}")
+    with pytest.raises(SmokeError) as caught:
+        require_passed(checks, log=None)
+    assert (caught.value.hint or "").endswith("# what differs from the pin")
 
 
 def test_fail_fast_ends_the_probes_that_still_run(clone: Clone, tmp_path: Path) -> None:

@@ -99,6 +99,16 @@ def test_text_beside_a_spinner_is_made_anew_each_time_it_is_drawn(narrow: Termin
     assert len({found for line in narrow.lines() for found in re.findall(r"second \d+", line)}) > 1
 
 
+def test_line_of_a_command_follows_what_the_step_says_of_the_last_time(narrow: Terminal) -> None:
+    with Console(err=narrow).step("start 1/6") as step:
+        step.last = "last time 22 s  "
+        step.line("")
+        assert step._progress
+        assert str(step._progress.tasks[0].fields["detail"]) == "last time 22 s  "
+        step.line("loading")
+        assert str(step._progress.tasks[0].fields["detail"]) == "last time 22 s  loading"
+
+
 def test_sentence_is_cut_at_blanks_and_hint_stays_one_line(narrow: Terminal) -> None:
     sentence, hint = "a sentence with more letters than this terminal has columns", "x " * 40
     Console(err=narrow).error(SourceError(sentence, hint=hint.strip()))

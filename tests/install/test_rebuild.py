@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.install.test_bootstrap import asked
+from tests.small.materials import git
 from tests.small.world import World
+from workspace.compile import project
 from workspace.core import settings
+from workspace.core.paths import Layout
 from workspace.install import plan, stamp
 
 ANSWER = Path("csrc/cpu/answer.c")
@@ -245,3 +248,45 @@ def test_library_that_crashes_while_it_loads_is_found_although_its_symbols_are_t
         "__attribute__((constructor)) static void crash(void) { *nowhere = 1; }\n"
     )
     assert "SIGSEGV" in warm.run("rebuild").error(7)
+
+
+def test_clangd_finds_the_database_of_the_build_and_git_sees_no_new_file(patched: World) -> None:
+    def untracked() -> list[str]:
+        return [git(folder, "status", "-s") for folder in (patched.root, patched.layout.vllm)]
+
+    before = untracked()
+    link = patched.layout.compile_commands
+    rebuild(patched)
+    # clangd looks in every folder above a source.
+    assert link.parent in (patched.layout.vllm / ANSWER).parents
+    entries = json.loads(link.read_text())
+    assert str(patched.layout.vllm / ANSWER) in [entry["file"] for entry in entries]
+    assert link.resolve().is_relative_to(patched.layout.builds)
+    assert untracked() == before
+    rebuild(patched, "--clean")
+    assert link.is_symlink() == link.exists()
+
+
+def test_database_of_the_user_is_kept(patched: World) -> None:
+    mine = patched.layout.compile_commands
+    mine.write_text("[]\n")
+    rebuild(patched)
+    assert not mine.is_symlink()
+    assert mine.read_text() == "[]\n"
+
+
+def test_link_to_the_database_goes_with_the_build_directory(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    layout.compile_commands.parent.mkdir()
+    one, other = layout.builds / "one", layout.builds / "other"
+    for build in (one, other):
+        build.mkdir(parents=True)
+        (build / project.DATABASE).write_text("[]\n")
+        assert project.link_database(layout, build)
+        assert layout.compile_commands.resolve() == build / project.DATABASE
+    assert project.link_database(layout, layout.builds)
+    assert not layout.compile_commands.is_symlink()
+    (tmp_path / "mine.json").write_text("[]\n")
+    layout.compile_commands.symlink_to(tmp_path / "mine.json")
+    assert not project.link_database(layout, one)
+    assert layout.compile_commands.readlink() == tmp_path / "mine.json"

@@ -381,6 +381,28 @@ def differences(first: Record, second: Record) -> dict[str, str]:
     return found
 
 
+def newest_like(layout: Layout, record: Record, *, differing: Sequence[str]) -> Record | None:
+    """Return the newest other record that differs in no field but those named."""
+    return next(
+        (
+            found
+            for found in (entry.record for entry in results.entries(layout))
+            if found
+            and found.starts
+            and found.stem != record.stem
+            and differences(found, record).keys() <= set(differing)
+        ),
+        None,
+    )
+
+
+def shortest_name(layout: Layout, record: Record) -> str:
+    """Return the label of a record, or its file name if others have the label too."""
+    labelled = layout.results.glob(f"*/*-{record.label}.json")
+    is_unique = sum(path.stem.partition("-")[2] == record.label for path in labelled) == 1
+    return record.label if is_unique else record.stem
+
+
 def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}…"
 

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from workspace.bench.results import Clocks, Conditions, Kind, Record, Start
 from workspace.bench.subject import Benchmark, Workload, WorkloadOptions
 from workspace.core import hints, lock, process, records
 from workspace.core.child_variables import with_given
-from workspace.core.console import Console, RunLog
-from workspace.core.errors import ServeError, SettingsError, WorkspaceError
+from workspace.core.console import Console, Row, RunLog, State
+from workspace.core.errors import ServeError, SettingsError, WorkspaceError, counted
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine.doctor_toolchain import is_vllm
@@ -49,6 +49,8 @@ _BITS = {
     0x80: "power brake",
 }
 LOOK_S = 1.0
+# Long enough to notice a loaded core before each start.
+GLANCE_S = 0.2
 # After this time the processes of a build or of the last start are gone.
 WAIT_S = 30.0
 # The load of other programs, in cores, that a measurement tolerates: 0.2 of two cores, one of the
@@ -97,9 +99,54 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
         if so_far.starts:
             console.info(f"{layout.relative(path)} has {len(so_far.starts)} starts; resuming")
         with _report_kept(layout, path, console):
-            _measure(benchmark, so_far, path=path, run_log=run_log)
+            done, loads = _measure(benchmark, so_far, path=path, run_log=run_log)
     console.data(str(path))
+    _show_result(layout, options, done, loads, console=console)
     return path
+
+
+def _show_result(
+    layout: Layout, options: BenchOptions, done: Record, loads: Sequence[str], *, console: Console
+) -> None:
+    """Print median and spread of the metrics, a warning if others used the machine, and the next
+    command. `loads` has what used the machine before each start of this run, empty if it was idle.
+    """
+    console.rows(_result_row(done, name) for name in done.shown_metrics)
+    if len(done.shown_metrics) < len(done.metrics):
+        console.info("only the highest load is shown; ./scripts/inv bench.report plots the others")
+    if others := [text for text in loads if text]:
+        console.warn(
+            f"other programs used this machine before {len(others)} of"
+            f" {counted(len(loads), 'start')}, at last: {others[-1]}"
+        )
+    count = len(done.starts)
+    if count < MIN_STARTS or any(map(done.is_noisy, done.shown_metrics)):
+        needed = MIN_STARTS if count < MIN_STARTS else count + MIN_STARTS
+        arguments = _arguments(options, done.label, needed)
+        console.hint(hints.text("bench.add_starts", kind=done.kind, arguments=arguments))
+    elif first := compare.newest_like(layout, done, differing=()):
+        a, b = (compare.shortest_name(layout, record) for record in (first, done))
+        console.hint(hints.text("bench.compare_these", first=a, second=b))
+    else:
+        arguments = _arguments(options, "after" if done.label != "after" else "changed", count)
+        console.hint(hints.text("bench.after_change", kind=done.kind, arguments=arguments))
+
+
+def _result_row(done: Record, name: str) -> Row:
+    values = done.values(name)
+    text = (
+        f"median {results.value_text(done, name)},"
+        f" {min(values):.4g} to {max(values):.4g} in {counted(len(values), 'start')}"
+    )
+    return Row(State.WARN if done.is_noisy(name) else State.OK, name, text)
+
+
+def _arguments(options: BenchOptions, label: str, repeat: int) -> list[str]:
+    """Return the arguments after the kind that measure the same as these options."""
+    model = ["--model", options.model] if options.model != subject.TINY else []
+    sweep = ["--sweep"] if options.has_sweep else []
+    given = ["--", *options.vllm_args] if options.vllm_args else []
+    return [*model, *sweep, "--label", label, "--repeat", str(repeat), *given]
 
 
 def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
@@ -138,7 +185,7 @@ def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
         hint = hints.text(
             "bench.repeat_or_label", kind=fresh.kind, label=fresh.label, starts=count + MIN_STARTS
         )
-        raise SettingsError(f"{shown} already has its {results.counted_starts(count)}", hint=hint)
+        raise SettingsError(f"{shown} already has its {counted(count, 'start')}", hint=hint)
     return replace(existing, repeat=fresh.repeat)
 
 
@@ -157,15 +204,27 @@ def _report_kept(layout: Layout, path: Path, console: Console) -> Iterator[None]
         raise
 
 
-def _measure(benchmark: Benchmark, so_far: Record, *, path: Path, run_log: RunLog) -> None:
+def _measure(
+    benchmark: Benchmark, so_far: Record, *, path: Path, run_log: RunLog
+) -> tuple[Record, list[str]]:
+    """Measure the starts that are left. Return the record, and what used the machine before each
+    of these starts.
+    """
     took: list[float] = []
+    loads: list[str] = []
+    has_gpu = bool(so_far.machine.gpus)
+    # Which backends compute is known after a start.
+    former = compare.newest_like(benchmark.layout, so_far, differing=("backends",))
+    last = [start.seconds for record in (former, so_far) if record for start in record.starts]
     for count in range(len(so_far.starts) + 1, so_far.repeat + 1):
         title = f"start {count}/{so_far.repeat}"
         with run_log.console.step(title) as view:
             run_log.phase(title, view)
-            start, backends = measure_once(
-                benchmark, has_gpu=bool(so_far.machine.gpus), run_log=run_log
-            )
+            view.last = f"last time {[*last, *took][-1]:.0f} s  " if last or took else ""
+            view.line("")
+            others = observe_others(benchmark.settings, has_gpu=has_gpu, look_s=GLANCE_S)
+            loads.append("; ".join(others))
+            start, backends = measure_once(benchmark, has_gpu=has_gpu, run_log=run_log)
             so_far = replace(
                 so_far,
                 starts=(*so_far.starts, start),
@@ -175,11 +234,14 @@ def _measure(benchmark: Benchmark, so_far: Record, *, path: Path, run_log: RunLo
             took.append(start.seconds)
             left_s = (so_far.repeat - count) * sum(took) / len(took)
             view.reason = start_summary(replace(so_far, starts=(start,)), left_s)
+    return so_far, loads
 
 
 def start_summary(record: Record, left_s: float | None) -> str:
     """Return the first metric of a record with one start, and the time that is left."""
-    measured = "  ".join(results.measured_text(record, metric) for metric in record.metrics[:1])
+    measured = "  ".join(
+        f"{metric} {results.value_text(record, metric)}" for metric in record.metrics[:1]
+    )
     return measured + (f"  about {left_s / 60:.1f} min left" if left_s else "")
 
 

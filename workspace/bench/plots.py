@@ -3,6 +3,7 @@
 They can be read on a phone, and equal records give equal bytes.
 """
 
+import functools
 import io
 import random
 import re
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from workspace.bench import results
 from workspace.bench.results import Record
+from workspace.core.errors import counted
 from workspace.core.paths import Layout
 from workspace.server import recipes
 
@@ -20,21 +22,37 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
-WIDTH_IN, HEIGHT_IN = 4.2, 2.7
+# A plot as wide as the page, and one for a phone, whose text has the same size there.
+WIDE_IN, NARROW_IN, HEIGHT_IN = 9.6, 3.6, 2.7
+# The height of a row of a plot with a row for each record, and of all else in it.
+ROW_IN, AROUND_IN = 0.28, 0.7
 PNG_DPI = 200
 # Colour-blind readers can distinguish these colours too (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+INK, GRID, PAGE, GREY = "#1a1a1a", "#dddddd", "#fefefe", "#555555"
+# The style of the page sets these for light and dark; a PNG has the colours above.
+VARIABLES: Mapping[str, str] = {
+    INK: "currentColor",
+    GRID: "var(--grid)",
+    PAGE: "var(--page)",
+    GREY: "var(--grey)",
+    **{colour.lower(): f"var(--c{number})" for number, colour in enumerate(COLOURS)},
+}
 SHOWN_SAMPLES = 400
+SHOWN_LABEL = 18
 PERCENTILES = (50, 75, 90, 95, 99)
 _RC: Mapping[str, Mapping[str, object]] = {
     "svg": {"fonttype": "none"},
     "font": {"family": ["sans-serif"], "size": 8},
-    "axes": {"spines.top": False, "spines.right": False, "grid": True, "axisbelow": True},
-    "grid": {"color": "#dddddd", "linewidth": 0.6},
+    "axes": {"spines.top": False, "spines.right": False, "grid": True, "axisbelow": True}
+    | {"edgecolor": INK, "labelcolor": INK},
+    "grid": {"color": GRID, "linewidth": 0.6},
+    "xtick": {"color": INK},
+    "ytick": {"color": INK},
     "legend": {"fontsize": 7, "frameon": False},
     # A dollar sign in a label is no formula.
-    "text": {"parse_math": False},
+    "text": {"parse_math": False, "color": INK},
 }
 # Ids of this form have no reference; in a page with several plots they would not be unique.
 _UNUSED_ID = re.compile(r' id="[A-Za-z0-9]+_[\w.]+"')
@@ -98,11 +116,15 @@ def points(description: str, value: str) -> tuple[tuple[int, float, float], ...]
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot; `name` is that of its PNG, `title` also serves readers who cannot see it."""
+    """A plot; `name` is that of its PNG, `title` also serves readers who cannot see it.
+
+    `svg` is as wide as the page, `narrow` as a phone.
+    """
 
     name: str
     title: str
     svg: str
+    narrow: str
     png: bytes
 
 
@@ -113,25 +135,39 @@ def _drawn(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # The defaults, whatever the user's matplotlibrc sets.
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        for group, values in (*_RC.items(), ("svg", {"hashsalt": name})):
-            mpl.rc(group, **values)  # type: ignore[arg-type]
-        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure.add_subplot())
-        svg, png = io.StringIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    text = svg.getvalue()
+    def saved(width_in: float, form: str, salt: str) -> bytes:
+        # The defaults, whatever the user's matplotlibrc sets.
+        with mpl.rc_context():
+            mpl.rcdefaults()
+            for group, values in (*_RC.items(), ("svg", {"hashsalt": salt})):
+                mpl.rc(group, **values)  # type: ignore[arg-type]
+            figure = Figure(figsize=(width_in, height_in), layout="constrained")
+            FigureCanvasAgg(figure)
+            draw(figure.add_subplot())
+            file = io.BytesIO()
+            if form == "png":
+                figure.savefig(file, format=form, dpi=PNG_DPI, metadata={"Software": None})
+            else:
+                metadata = {"Date": None, "Creator": None}
+                figure.savefig(file, format=form, transparent=True, metadata=metadata)
+        return file.getvalue()
+
+    wide = _inline(saved(WIDE_IN, "svg", name), title)
+    narrow = _inline(saved(NARROW_IN, "svg", f"{name}-narrow"), title)
+    return Plot(name, title, wide, narrow, saved(WIDE_IN, "png", name))
+
+
+def _inline(svg: bytes, title: str) -> str:
+    """Return an SVG for the page, which sets its width and its colours; the viewBox has the
+    height.
+    """
+    text = svg.decode()
     text = _UNUSED_ID.sub("", text[text.index("<svg") :])
-    # The page sets the width, and the viewBox the height.
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
     head, _, rest = text.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return Plot(
-        name, title, f'{head} role="img" aria-label="{_attribute(title)}">{rest}', png.getvalue()
-    )
+    return f'{head} role="img" aria-label="{_attribute(title)}">{rest}'
 
 
 def _attribute(text: str) -> str:
@@ -142,57 +178,107 @@ def _all_samples(record: Record, metric: str) -> list[float]:
     return [sample for start in record.starts for sample in start.samples[metric]]
 
 
-def history(name: str, metric: str, records: Sequence[Record]) -> Plot:
-    """Plot a metric over time: a dot for each start, and a line through the medians.
+def history(name: str, metric: str, records: Sequence[tuple[str, Record]]) -> Plot:
+    """Plot a metric of named records: a row for each, a dot for each start, a tick at the median.
 
-    The records have numbers, which the table of the page explains.
+    The records are in order of time, the newest in the highest row. Noisy records are hollow and do
+    not set the scale: a value beyond it is an arrow at the edge.
     """
     known = results.known(metric)
+    low, high = _scale(metric, [record for _, record in records])
 
     def draw(axes: "Axes") -> None:
-        numbers = range(1, len(records) + 1)
-        for number, record in enumerate(records, 1):
-            values = record.values(metric)
-            axes.plot(
-                [number] * len(values), values, "o", color=COLOURS[0], alpha=0.35, markersize=3
-            )
-        medians = [statistics.median(record.values(metric)) for record in records]
-        axes.plot(numbers, medians, "-", color=COLOURS[0], linewidth=1.2)
-        axes.plot(numbers, medians, "_", color=COLOURS[0], markersize=10, markeredgewidth=2)
-        step = max(1, len(records) // 8)
-        ticks = range(1, len(records) + 1, step)
-        axes.set_xticks(
-            ticks, [f"{number}\n{records[number - 1].source.tree[:7]}" for number in ticks]
-        )
-        axes.set_xlim(0.5, len(records) + 0.5)
-        axes.set_ylabel(f"{metric}, {known.unit}")
+        quiet = []
+        for row, (_, record) in enumerate(records):
+            values, is_noisy = record.values(metric), record.is_noisy(metric)
+            _draw_starts(axes, row, values, (low, high), is_hollow=is_noisy)
+            if not is_noisy:
+                quiet.append((statistics.median(values), row))
+        if quiet:
+            axes.plot(*zip(*quiet, strict=True), "-", color=COLOURS[0], linewidth=0.8, alpha=0.5)
+        axes.set_yticks(range(len(records)), [_short(label) for label, _ in records])
+        axes.set_ylim(-0.6, len(records) - 0.4)
+        axes.set_xlim(low, high)
+        axes.set_xlabel(f"{metric}, {known.unit} ({known.better} is better)")
 
     return _drawn(
         name,
-        f"{metric} over {len(records)} {'record' if len(records) == 1 else 'records'}:"
-        f" {known.meaning}; {known.better} is better",
+        f"{metric} over {counted(len(records), 'record')}: {known.meaning}; dots are starts, ticks"
+        f" medians, ~ and hollow dots noisy records; {known.better} is better",
         draw,
+        height_in=AROUND_IN + ROW_IN * len(records),
     )
 
 
-def distributions(name: str, metric: str, first: Record, second: Record) -> Plot:
-    """Plot every sample of two records, light, and the median of each start, dark."""
+def _scale(metric: str, records: Sequence[Record]) -> tuple[float, float]:
+    """Return the limits of an axis for the starts of the records that are not noisy, if any."""
+    quiet = [record for record in records if not record.is_noisy(metric)] or records
+    values = [value for record in quiet for value in record.values(metric)]
+    room = 0.08 * (max(values) - min(values)) or 0.05 * max(values)
+    return min(values) - room, max(values) + room
+
+
+def _draw_starts(
+    axes: "Axes",
+    row: int,
+    values: Sequence[float],
+    limits: tuple[float, float],
+    *,
+    is_hollow: bool,
+) -> None:
+    low, high = limits
+    face = PAGE if is_hollow else COLOURS[0]
+    # Above the axis and its frame: an arrow lies at the edge.
+    drawn = functools.partial(
+        axes.plot, color=COLOURS[0], mfc=face, linestyle="", clip_on=False, zorder=3
+    )
+    inside = [value for value in values if low <= value <= high]
+    drawn(inside, [row] * len(inside), marker="o", markersize=3.5, alpha=0.6)
+    for at, marker, is_beyond in (
+        (low, "<", min(values) < low),
+        (high, ">", max(values) > high),
+    ):
+        if is_beyond:
+            drawn([at], [row], marker=marker, markersize=5)
+    if low <= (median := statistics.median(values)) <= high:
+        drawn([median], [row], marker="|", markersize=11, markeredgewidth=1.6)
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= SHOWN_LABEL else f"{label[: SHOWN_LABEL - 1]}…"
+
+
+def distributions(
+    name: str, metric: str, first: tuple[str, Record], second: tuple[str, Record]
+) -> Plot:
+    """Plot every sample of two named records, light, and the median of each start, dark."""
+    pair = [record for _, record in (first, second)]
+    quiet = [record for record in pair if not record.is_noisy(metric)]
 
     def draw(axes: "Axes") -> None:
         spread = random.Random(name)
-        for row, record in enumerate((first, second)):
+        for row, record in enumerate(pair):
             _draw_distribution(axes, row, _all_samples(record, metric), spread)
             _draw_medians(axes, row, record.values(metric))
-        axes.set_yticks([1, 0], ["A", "B"])
+        if len(quiet) == 1:
+            # The noisy one is cut where it would hide the other.
+            samples = [*_all_samples(quiet[0], metric), *map(_median_of(metric), pair)]
+            room = 0.08 * (max(samples) - min(samples))
+            axes.set_xlim(min(samples) - room, max(samples) + room)
+        axes.set_yticks([1, 0], [_short(label) for label, _ in (first, second)])
         axes.set_ylim(-0.5, 1.5)
         axes.set_xlabel(f"{metric}, {results.known(metric).unit}")
 
     return _drawn(
         name,
-        f"{metric} of A ({first.stem}) and B ({second.stem}): dots are samples, ticks the starts",
+        f"{metric} of {first[0]} and {second[0]}: dots are samples, ticks the starts",
         draw,
         height_in=1.9,
     )
+
+
+def _median_of(metric: str) -> Callable[[Record], float]:
+    return lambda record: statistics.median(record.values(metric))
 
 
 def _draw_distribution(
@@ -204,8 +290,8 @@ def _draw_distribution(
         [1 - row - 0.12 + spread.uniform(-0.16, 0.16) for _ in shown],
         ".",
         color=COLOURS[row],
-        alpha=0.25,
-        markersize=3,
+        alpha=0.4,
+        markersize=4,
         markeredgewidth=0,
     )
 
@@ -228,6 +314,13 @@ def _draw_medians(axes: "Axes", row: int, values: Sequence[float]) -> None:
     )
 
 
+def percentile(numbers: Sequence[float], percent: int) -> float:
+    """Interpolate between the two nearest numbers, as numpy does by default."""
+    if len(numbers) == 1:
+        return numbers[0]
+    return statistics.quantiles(numbers, n=100, method="inclusive")[percent - 1]
+
+
 def percentiles(name: str, metric: str, records: Sequence[tuple[str, Record]]) -> Plot:
     """Plot percentiles of all samples of a metric, a line for each record."""
     known = results.known(metric)
@@ -235,7 +328,7 @@ def percentiles(name: str, metric: str, records: Sequence[tuple[str, Record]]) -
     def draw(axes: "Axes") -> None:
         for index, (label, record) in enumerate(records):
             samples = _all_samples(record, metric)
-            curve = [results.percentile(samples, percent) for percent in PERCENTILES]
+            curve = [percentile(samples, percent) for percent in PERCENTILES]
             axes.plot(
                 range(len(PERCENTILES)),
                 curve,
@@ -302,8 +395,8 @@ def _draw_reference(axes: "Axes", index: int, reference: Reference) -> set[int]:
         [((low + high) / 2) for _, low, high in reference.points],
         yerr=[((high - low) / 2) for _, low, high in reference.points],
         fmt=MARKERS[index % len(MARKERS)],
-        color="#555555",
-        mfc="white",
+        color=GREY,
+        mfc=PAGE,
         markersize=5,
         linewidth=1,
         label=reference.source,

@@ -4,6 +4,7 @@ The page has no script and fetches nothing. Only `write` reads and writes files.
 """
 
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,27 +18,51 @@ from workspace.core.errors import SettingsError, counted
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 
-SHOWN_HISTORIES = 6
+SHOWN_METRICS = 6
+# Characters of a cell that gets a wider column.
+LONG_CELL = 60
+# A plot with more rows, or a table, is no page for a colleague; each record keeps its file.
+SHOWN_RECORDS = 20
 PERCENTILE_METRICS = ("ttft", "itl")
 STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
-  max-width: 72rem; padding: 0 1rem 3rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; }
-h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem; }
-h3 { font-size: 1rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr));
+:root { color-scheme: light dark; --page: #fefefe; --ink: #1a1a1a; --soft: #555; --line: #ddd;
+  --box: #f4f6f8; --good: #006b3c; --bad: #b00020; --open: #7a5200; --grid: #ddd; --grey: #555;
+  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14171a; --ink: #e6e8ea; --soft: #a4abb3; --line: #353b42; --box: #1e2328;
+    --good: #5fd39b; --bad: #ff8a8f; --open: #eec06a; --grid: #353b42; --grey: #a4abb3;
+    --c0: #56b4e9; --c1: #ff8f4d; --c2: #35c796; --c5: #8fd0f5; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+  margin: 0 auto; max-width: 72rem; padding: 0 1rem 3rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; }
+h2 { font-size: 1.25rem; margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+h3 { font-size: 1rem; margin-top: 2rem; }
+.soft, figcaption, small { color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
   gap: 1rem; }
-figure { margin: 0; }
+.card { background: var(--box); border-radius: .5rem; padding: .8rem 1rem; }
+.card p { margin: .2rem 0; }
+.card .value { font-size: 1.7rem; line-height: 1.3; font-weight: 600; }
+.card .value small { font-size: .9rem; font-weight: 400; margin-left: .6rem; }
+figure { margin: 1rem 0 2rem; }
 figure svg { width: 100%; height: auto; display: block; }
-figcaption { font-size: .85rem; color: #444; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; min-width: 62rem; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0;
-  border-bottom: 1px solid #e3e3e3; overflow-wrap: normal; }
-td.flags { min-width: 10rem; max-width: 22rem; overflow-wrap: anywhere; }
-.pass { color: #006b3c; } .fail { color: #b00020; font-weight: 600; }
-.inconclusive { color: #7a5200; } ul { padding-left: 1.2rem; }
+figure .narrow { display: none; }
+@media (max-width: 37rem) {
+  figure .wide { display: none; } figure .narrow { display: block; } }
+figcaption { font-size: .85rem; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0;
+  border-bottom: 1px solid var(--line); overflow-wrap: normal; }
+td { min-width: 4.5rem; font-variant-numeric: tabular-nums; }
+td.long { min-width: 12rem; overflow-wrap: anywhere; }
+td small { display: block; }
+dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .2rem 1rem; }
+dt { color: var(--soft); } dd { margin: 0; }
+.pass { color: var(--good); } .fail { color: var(--bad); font-weight: 600; }
+.inconclusive, .noisy { color: var(--open); } ul { padding-left: 1.2rem; }
+summary { cursor: pointer; }
 """
 _HEAD = (
     '<meta charset="utf-8">'
@@ -45,17 +70,8 @@ _HEAD = (
     '<meta http-equiv="Content-Security-Policy"'
     " content=\"default-src 'none'; style-src 'unsafe-inline'\">"
 )
-_COLUMNS = (
-    "",
-    "record",
-    "time",
-    "starts",
-    "pin and patches",
-    "flags",
-    "software",
-    "backends",
-    "conditions",
-)
+# Metrics with the worst verdict first.
+_VERDICTS: Sequence[compare.Verdict] = ("fail", "inconclusive", "pass")
 
 
 @dataclass(frozen=True)
@@ -74,32 +90,29 @@ def compose(
     problems: Sequence[str],
     written: str,
 ) -> Page:
-    """Compose the page.
+    """Compose the page: a summary with the verdicts, then a section for each benchmark.
 
     `pair` are the records to compare. Without them each section compares its newest record with
-    the newest other one that is comparable.
+    the newest other one that is comparable. Of `references`, those of measured models are shown.
     """
     drawn: list[Plot] = []
-    parts = [
-        (
-            f"<h1>Benchmarks of the built vLLM</h1><p>{len(records)} records; written"
-            f" {escape(written)}.</p>"
-        )
+    # The section of the newest record comes first.
+    sections = [
+        _Section(key, group, pair, drawn) for key, group in reversed(_groups(records).items())
     ]
+    title = "Benchmarks of the built vLLM"
+    head = f"{counted(len(records), 'record')}, written {escape(written)}"
+    cards = "".join(section.card() for section in sections)
+    parts = [f"<h1>{title}</h1><p class='soft'>{head}</p><div class='cards'>{cards}</div>"]
+    for section in sections:
+        own = [one for one in references if one.model == section.model and one.points]
+        parts.append(section.html(own))
+    measured = {section.model for section in sections}
+    if shown := [figure for figure in references if figure.model in measured]:
+        parts.append(_published(shown, drawn))
     if problems:
         rows = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
         parts.append(f"<h2>Records that cannot be read</h2><ul>{rows}</ul>")
-    # The section of the newest record comes first.
-    for (machine, kind, model), group in reversed(_groups(records).items()):
-        name = re.sub(r"[^a-z0-9.]+", "-", f"{kind}-{model}-{machine}".lower())
-        section = _Section(name, group, drawn)
-        own = [figure for figure in references if figure.model == model and figure.points]
-        parts.append(
-            f"<h2>{escape(kind)} · {escape(model)} · {escape(machine)}</h2>"
-            f"{section.histories()}{section.table()}{section.pair(pair)}{section.sweeps(own)}"
-        )
-    if references:
-        parts.append(_published(references, drawn))
     body = "\n".join(parts)
     html = (
         f'<!doctype html>\n<html lang="en"><head>{_HEAD}<title>Benchmarks</title>'
@@ -118,133 +131,249 @@ def _groups(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record
     return groups
 
 
-@dataclass(frozen=True)
 class _Section:
-    """The records of one kind, model and machine, oldest first. Plots are added to `drawn`."""
+    """The records of one machine, kind and model, oldest first. Plots are added to `drawn`."""
 
-    name: str
-    group: Sequence[Record]
-    drawn: list[Plot]
+    def __init__(
+        self,
+        key: tuple[str, str, str],
+        group: Sequence[Record],
+        pair: tuple[Record, Record] | None,
+        drawn: list[Plot],
+    ) -> None:
+        machine, kind, self.model = key
+        self._title = f"{kind} of {self.model}"
+        self._name = re.sub(r"[^a-z0-9.]+", "-", f"{kind}-{self.model}-{machine}".lower())
+        self._group, self._drawn = group, drawn
+        self._pair = self._chosen(pair)
+        labels = [record.label for record in group]
+        self._labels = {
+            id(record): record.label
+            if labels.count(record.label) == 1
+            else f"{record.label} {record.source.tree[:7]}"
+            for record in group
+        }
+        self._shown = group[-1].shown_metrics[:SHOWN_METRICS]
+        self._verdicts = self._judged()
 
-    def histories(self) -> str:
-        figures = [
-            plots.history(
-                f"{self.name}-history-{metric}",
-                metric,
-                [record for record in self.group if metric in record.metrics],
-            )
-            for metric in self._shown(self.group[-1].metrics)[:SHOWN_HISTORIES]
-        ]
-        return self._figures("History", figures)
+    def _label(self, record: Record) -> str:
+        return self._labels.get(id(record), record.label)
 
-    def table(self) -> str:
-        """Describe the record behind each number in the history."""
-        return _table(
-            _COLUMNS, [_row(number, record) for number, record in enumerate(self.group, 1)]
-        )
-
-    def pair(self, requested: tuple[Record, Record] | None) -> str:
-        pair = self._pair(requested)
-        if pair is None:
-            newest = self.group[-1]
-            shown = self._shown(newest.metrics)
-            return self._figures("", self._percentiles(shown, [(newest.stem, newest)]))
-        first, second = pair
-        try:
-            rows = compare.judge_records(first, second, factor=compare.FACTOR)
-        except SettingsError:
-            return ""
-        verdicts = "".join(
-            f'<li class="{row.judgement.verdict}">{escape(row.metric)}:'
-            f" {escape(compare.sentence(row))}</li>"
-            for row in rows
-        )
-        note = "".join(
-            f"<li>{escape(name)} differs: {escape(text)}</li>"
-            for name, text in compare.differences(first, second).items()
-        )
-        title = escape(f"B {second.stem} against A {first.stem}")
-        figures = self._pair_figures([row.metric for row in rows], first, second)
-        return f"<h3>{title}</h3><ul>{verdicts}{note}</ul>{self._figures('', figures)}"
-
-    def _pair_figures(self, names: Sequence[str], first: Record, second: Record) -> list[Plot]:
-        top = max((results.concurrency(name) or 0 for name in names), default=0)
-        shown = [name for name in names if results.concurrency(name) in (None, top)]
-        figures = [
-            plots.distributions(f"{self.name}-ab-{metric}", metric, first, second)
-            for metric in shown[:SHOWN_HISTORIES]
-        ]
-        return [*figures, *self._percentiles(shown, [("A", first), ("B", second)])]
-
-    def sweeps(self, references: Sequence[Reference]) -> str:
-        swept = [
-            (f"{number}: {record.stem}", record)
-            for number, record in enumerate(self.group, 1)
-            if any(results.concurrency(metric) for metric in record.metrics)
-        ]
-        if not swept:
-            return ""
-        newest = swept[-len(plots.COLOURS) :]
-        plot = plots.throughput(f"{self.name}-concurrency", newest, references)
-        return self._figures("Throughput against concurrency", [plot])
-
-    def _shown(self, names: Sequence[str]) -> list[str]:
-        """Return the metrics to plot: of a sweep only those at the highest load."""
-        top = max((results.concurrency(name) or 0 for name in self.group[-1].metrics), default=0)
-        return [name for name in names if results.concurrency(name) in (None, top)]
-
-    def _percentiles(
-        self, names: Sequence[str], records: Sequence[tuple[str, Record]]
-    ) -> list[Plot]:
-        return [
-            plots.percentiles(f"{self.name}-percentiles-{name}", name, records)
-            for name in names
-            if name.partition("@")[0] in PERCENTILE_METRICS
-        ]
-
-    def _pair(self, requested: tuple[Record, Record] | None) -> tuple[Record, Record] | None:
+    def _chosen(self, requested: tuple[Record, Record] | None) -> tuple[Record, Record] | None:
         if requested:
-            return requested if requested[1] in self.group else None
-        second = self.group[-1]
+            return requested if requested[1] in self._group else None
+        second = self._group[-1]
         return next(
             (
                 (first, second)
-                for first in reversed(self.group[:-1])
+                for first in reversed(self._group[:-1])
                 if not compare.differences(first, second)
             ),
             None,
         )
 
+    def _judged(self) -> list[compare.MetricDifference]:
+        """Return the verdicts, the worst first; none without a pair that shares a metric."""
+        if self._pair is None:
+            return []
+        try:
+            found = compare.judge_records(*self._pair, factor=compare.FACTOR)
+        except SettingsError:
+            return []
+        return sorted(found, key=lambda row: _VERDICTS.index(row.judgement.verdict))
+
+    def card(self) -> str:
+        """Return the summary: the newest value of the first metric, and the worst verdict."""
+        newest, name = self._group[-1], self._shown[0]
+        unit, label = results.known(name).unit, escape(self._label(newest))
+        parts = [
+            f"<p>{escape(self._title)}: {escape(name)} of {label}</p>",
+            f"<div class='value'>{_measured(newest, name, unit)}</div>",
+        ]
+        if self._pair and self._verdicts:
+            row, first = self._verdicts[0], self._label(self._pair[0])
+            parts.append(
+                f"<p class='{row.judgement.verdict}'>{escape(_headline(row))} against"
+                f" {escape(first)}</p>"
+            )
+        else:
+            parts.append("<p class='soft'>no record to compare with</p>")
+        return f"<div class='card'>{''.join(parts)}</div>"
+
+    def html(self, references: Sequence[Reference]) -> str:
+        newest = self._group[-1].machine
+        gpus = "".join(f"{gpu.name}, driver {gpu.driver or 'unknown'}; " for gpu in newest.gpus)
+        machine = (
+            f"{newest.name}: {gpus}{newest.processor}, {counted(newest.cores, 'core')},"
+            f" {newest.memory_gib:.0f} GiB"
+        )
+        return (
+            f"<h2>{escape(self._title)}</h2><p class='soft'>{escape(machine)}</p>"
+            f"{self._comparison()}{self._table()}{self._histories()}{self._distributions()}"
+            f"{self._sweeps(references)}{self._details()}"
+        )
+
+    def _comparison(self) -> str:
+        if self._pair is None or not self._verdicts:
+            return ""
+        first, second = self._pair
+        near = [row for row in self._verdicts if row.metric in self._shown]
+        far = [row for row in self._verdicts if row.metric not in self._shown]
+        differing = "".join(
+            f"<li>{escape(name)} differs: {escape(text)}</li>"
+            for name, text in compare.differences(first, second).items()
+        )
+        title = escape(f"{self._label(second)} against {self._label(first)}")
+        more = f"<summary>{counted(len(far), 'other metric')}</summary><ul>{_verdicts(far)}</ul>"
+        return (
+            f"<h3>{title}</h3><ul>{_verdicts(near)}{differing}</ul>"
+            f"{f'<details>{more}</details>' if far else ''}"
+        )
+
+    def _table(self) -> str:
+        """Return the measured values, the newest record first."""
+        names = [f"{name}, {results.known(name).unit}" for name in self._shown]
+        rows = [
+            (
+                f"{escape(self._label(record))}<small>{record.source.tree[:12]}</small>",
+                *(
+                    _measured(record, name) if name in record.metrics else ""
+                    for name in self._shown
+                ),
+                f"{len(record.starts)}"
+                + ("" if record.is_complete else f" of {record.repeat}, interrupted"),
+                escape(record.time[:16].replace("T", " ")),
+                escape(_conditions(record)),
+            )
+            for record in reversed(self._group[-SHOWN_RECORDS:])
+        ]
+        return _table(("record", *names, "starts", "time", "conditions"), rows)
+
+    def _histories(self) -> str:
+        if len(self._group) < 2:
+            return ""
+        figures = []
+        for metric in self._shown:
+            named = [
+                (self._label(record) + (" ~" if record.is_noisy(metric) else ""), record)
+                for record in self._group[-SHOWN_RECORDS:]
+                if metric in record.metrics
+            ]
+            figures.append(plots.history(f"{self._name}-history-{metric}", metric, named))
+        return self._figures("History", figures)
+
+    def _details(self) -> str:
+        """Describe what was measured: what all records share once, then what differs."""
+        group = self._group[-SHOWN_RECORDS:]
+        facts = [_facts(record) for record in group]
+        shared = {
+            name: text
+            for name, text in facts[-1].items()
+            if all(one[name] == text for one in facts)
+        }
+        listed = "".join(
+            f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in shared.items()
+        )
+        names = [name for name in facts[-1] if name not in shared]
+        rows = [
+            (escape(self._label(record)), *(escape(own[name]) for name in names))
+            for record, own in zip(reversed(group), reversed(facts), strict=True)
+        ]
+        differing = _table(("record", *names), rows) if names else ""
+        inside = f"<dl>{listed}</dl>{differing}"
+        return f"<details open><summary>What was measured</summary>{inside}</details>"
+
+    def _distributions(self) -> str:
+        if self._pair is None or not self._verdicts:
+            newest = self._group[-1]
+            named = [(self._label(newest), newest)]
+            return self._figures("", self._percentiles(named))
+        named = [(self._label(record), record) for record in self._pair]
+        shared = [row.metric for row in self._verdicts]
+        figures = [
+            plots.distributions(f"{self._name}-ab-{metric}", metric, *named)
+            for metric in self._shown
+            if metric in shared
+        ]
+        return self._figures("Samples", [*figures, *self._percentiles(named)])
+
+    def _percentiles(self, records: Sequence[tuple[str, Record]]) -> list[Plot]:
+        return [
+            plots.percentiles(f"{self._name}-percentiles-{name}", name, records)
+            for name in self._shown
+            if name.partition("@")[0] in PERCENTILE_METRICS
+            and all(name in record.metrics for _, record in records)
+        ]
+
+    def _sweeps(self, references: Sequence[Reference]) -> str:
+        swept = [
+            (self._label(record), record)
+            for record in self._group
+            if any(results.concurrency(metric) for metric in record.metrics)
+        ]
+        if not swept:
+            return ""
+        newest = swept[-len(plots.COLOURS) :]
+        plot = plots.throughput(f"{self._name}-concurrency", newest, references)
+        return self._figures("Throughput against concurrency", [plot])
+
     def _figures(self, title: str, figures: Iterable[Plot]) -> str:
         new = list(figures)
-        self.drawn.extend(new)
-        heading = f"<h3>{escape(title)}</h3>" if title else ""
-        return f'{heading}<div class="plots">{"".join(map(_figure, new))}</div>'
+        self._drawn.extend(new)
+        heading = f"<h3>{escape(title)}</h3>" if title and new else ""
+        return f"{heading}{''.join(map(_figure, new))}"
 
 
 def _figure(plot: Plot) -> str:
-    return f"<figure>{plot.svg}<figcaption>{escape(plot.title)}</figcaption></figure>"
-
-
-def _row(number: int, record: Record) -> tuple[str, ...]:
-    source, software = record.source, record.software
-    count = len(record.starts)
-    patches = "; ".join(source.patches) or "no patches"
-    edited = f"; edited ({source.dirty[:12]})" if source.dirty else ""
     return (
-        str(number),
-        record.stem,
-        record.time[:16].replace("T", " "),
-        f"{count}" if record.is_complete else f"{count} of {record.repeat}",
-        f"{source.pin}: {patches}{edited}; kernels {source.kernels}",
-        " ".join(record.flags),
-        (
-            f"vLLM {software.vllm}, torch {software.torch}, triton {software.triton}, CUDA"
-            f" {software.cuda}"
-        ),
-        "; ".join(record.backends) or "not in the log",
-        _conditions(record),
+        f"<figure><div class='wide'>{plot.svg}</div><div class='narrow'>{plot.narrow}</div>"
+        f"<figcaption>{escape(plot.title)}</figcaption></figure>"
     )
+
+
+def _verdicts(rows: Sequence[compare.MetricDifference]) -> str:
+    return "".join(
+        f'<li class="{row.judgement.verdict}">{escape(row.metric)}:'
+        f" {escape(compare.sentence(row))}</li>"
+        for row in rows
+    )
+
+
+def _measured(record: Record, name: str, unit: str = "") -> str:
+    """Return the median of the starts, and below it their variation."""
+    values = record.values(name)
+    median = escape(f"{statistics.median(values):.4g} {unit}".rstrip())
+    if len(values) == 1:
+        return f"{median}<small>one start</small>"
+    spread = f"± {results.variation(values):.1%}"
+    if record.is_noisy(name):
+        return f"{median}<small class='noisy'>{spread}, noisy</small>"
+    return f"{median}<small>{spread}</small>"
+
+
+def _headline(row: compare.MetricDifference) -> str:
+    """Return a verdict in short, such as `slower: latency +13.3% (+10.7% to +16.6%)`."""
+    judgement = row.judgement
+    found = judgement.reason if judgement.verdict != "inconclusive" else "no verdict"
+    change = f"{compare.percent(judgement.ratio)}{compare.interval_text(judgement)}"
+    return f"{found}: {row.metric} {change}"
+
+
+def _facts(record: Record) -> dict[str, str]:
+    """Return what was measured and with what, in the order of interest."""
+    source, software = record.source, record.software
+    return {
+        "pin": source.pin,
+        "patches": "; ".join(source.patches) or "none",
+        "edits": f"digest {source.dirty[:12]}" if source.dirty else "none",
+        "kernels": source.kernels,
+        "flags": " ".join(record.flags) or "none",
+        "software": (
+            f"vLLM {software.vllm}, torch {software.torch}, triton {software.triton}, CUDA"
+            f" {software.cuda}, Python {software.python}"
+        ),
+        "backends": "; ".join(record.backends) or "not in the log",
+    }
 
 
 def _conditions(record: Record) -> str:
@@ -264,18 +393,18 @@ def _conditions(record: Record) -> str:
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join(
-        f"<tr>{''.join(_cell(name, text) for name, text in zip(names, row, strict=True))}</tr>"
-        for row in rows
-    )
+    """Return a table of cells that are HTML."""
+    # A long name such as output_throughput@32 is cut where it has a joint.
+    heads = (escape(name).replace("_", "_<wbr>").replace("@", "<wbr>@") for name in names)
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+    return f'<div class="table">{table}</div>'
 
 
-def _cell(name: str, text: str) -> str:
-    kind = ' class="flags"' if name == "flags" else ""
-    return f"<td{kind}>{escape(text)}</td>"
+def _cell(html: str) -> str:
+    kind = ' class="long"' if len(html) > LONG_CELL else ""
+    return f"<td{kind}>{html}</td>"
 
 
 def _published(references: Sequence[Reference], drawn: list[Plot]) -> str:
@@ -292,8 +421,10 @@ def _published(references: Sequence[Reference], drawn: list[Plot]) -> str:
             name = "published-" + re.sub(r"[^a-z0-9.]+", "-", model.lower())
             plot = plots.throughput(name, (), pointed)
             drawn.append(plot)
-            parts.append(f'<div class="plots">{_figure(plot)}</div>')
-        rows = [(figure.description, figure.value, figure.source) for figure in own]
+            parts.append(_figure(plot))
+        rows = [
+            tuple(map(escape, (figure.description, figure.value, figure.source))) for figure in own
+        ]
         parts.append(_table(("measurement", "figure", "source"), rows))
     return "".join(parts)
 
@@ -302,7 +433,7 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
     """Write results/report.html and results/report/*.png, and print the page's path.
 
     Two names compare these records. Raises SettingsError for one name without the other, and where
-    there is nothing to show.
+    no record can be read.
     """
     if bool(first) != bool(second):
         raise SettingsError(
@@ -315,25 +446,32 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
     if pair:
         records += [record for record in pair if record not in records]
     problems = [entry.problem for entry in entries if not entry.record]
-    published = plots.published_figures(layout)
-    if not records and not published:
+    if not records:
         raise SettingsError(
-            "there is nothing to show: no record, and no recipe with published figures",
+            "there is nothing to show: no record of a benchmark can be read",
             hint=hints.text("nox.bench"),
         )
-    page = compose(records, published, pair=pair, problems=problems, written=subject.utc_now())
     path, folder = layout.results / "report.html", layout.results / "report"
-    for old in folder.glob("*.png"):
-        old.unlink()
-    for plot in page.plots:
-        write_atomic(folder / f"{plot.name}.png", plot.png)
-    write_atomic(path, page.html.encode())
+    with console.step("report") as view:
+        view.line("drawing the plots")
+        page = compose(
+            records,
+            plots.published_figures(layout),
+            pair=pair,
+            problems=problems,
+            written=f"{subject.utc_now()[:16].replace('T', ' ')} UTC",
+        )
+        for old in folder.glob("*.png"):
+            old.unlink()
+        for plot in page.plots:
+            write_atomic(folder / f"{plot.name}.png", plot.png)
+        write_atomic(path, page.html.encode())
+        view.reason = (
+            f"{counted(len(records), 'record')}, {counted(len(page.plots), 'plot')},"
+            f" {path.stat().st_size / 1024:.0f} KiB; as PNG: {layout.relative(folder)}"
+        )
     for problem in problems:
         console.warn(problem)
-    console.info(
-        f"{counted(len(records), 'record')}, {counted(len(page.plots), 'plot')},"
-        f" {path.stat().st_size / 1024:.0f} KiB; the plots as PNG: {layout.relative(folder)}"
-    )
     console.data(str(path))
 
 

@@ -10,13 +10,13 @@ import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import hints, records, settings
+from workspace.core import hints, lock, records, settings
 from workspace.core.console import Console, Row, State
-from workspace.core.errors import SettingsError
+from workspace.core.errors import SettingsError, counted
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout, typed
 from workspace.core.records import DecodeError, NewerSchema
@@ -37,7 +37,8 @@ Kind = Literal["latency", "throughput", "serve", "startup"]
 Better = Literal["lower", "higher"]
 # A label is part of a file name and of a command line.
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
-PERCENTILES = (10, 25, 50, 75, 90, 99)
+# With a larger variation about forty starts are needed to settle a change of 5 %.
+NOISY = 0.1
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,6 @@ def concurrency(name: str) -> int | None:
     """Return the requests at once of a sweep's metric, None for other metrics."""
     at = name.partition("@")[2]
     return int(at) if at else None
-
-
-def percentile(numbers: Sequence[float], percent: int) -> float:
-    """Interpolate between the two nearest numbers, as numpy does by default."""
-    if len(numbers) == 1:
-        return numbers[0]
-    return statistics.quantiles(numbers, n=100, method="inclusive")[percent - 1]
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -244,9 +238,19 @@ class Record(records.Record, schema=1):
             name for name in names if all(start.samples.get(name) for start in self.starts)
         )
 
+    @property
+    def shown_metrics(self) -> tuple[str, ...]:
+        """The metrics for a short list: of a sweep only those at the highest load."""
+        top = max((concurrency(name) or 0 for name in self.metrics), default=0)
+        return tuple(name for name in self.metrics if concurrency(name) in (None, top))
+
     def values(self, metric: str) -> tuple[float, ...]:
         """Return one value for each start, the unit of statistics: the median of its samples."""
         return tuple(statistics.median(start.samples[metric]) for start in self.starts)
+
+    def is_noisy(self, metric: str) -> bool:
+        """Return whether the starts differ too much for a verdict; unknown for one start."""
+        return len(self.starts) > 1 and variation(self.values(metric)) > NOISY
 
 
 def encode(record: Record) -> bytes:
@@ -410,43 +414,69 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
     console.stdout.hint(hints.text("bench.compare_two") if is_pair else hints.text("nox.bench"))
 
 
-def counted_starts(count: int) -> str:
-    """Return `1 start` or `2 starts`."""
-    return f"{count} {'start' if count == 1 else 'starts'}"
+@dataclass(frozen=True)
+class _Listed(Row):
+    """A row of the list: name, metric, value, starts, and what was measured when."""
+
+    measured: tuple[str, str, str] = ("", "", "")
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.name, *self.measured, self.text)
 
 
 def _row(entry: Entry) -> Row:
-    if entry.record is None:
-        return Row(State.FAIL, entry.path.stem, entry.problem)
-    state = State.OK if entry.record.is_complete else State.WARN
-    return Row(state, entry.record.stem, _line(entry.record))
-
-
-def _line(record: Record) -> str:
-    """Return a record in one line."""
-    count = len(record.starts)
-    starts = (
-        counted_starts(count)
-        if record.is_complete
-        else f"{count} of {record.repeat} starts, interrupted"
-    )
-    return "  ".join(
-        (
-            record.kind,
-            record.model,
-            starts,
-            *(measured_text(record, name) for name in record.metrics[:1]),
-            record.time[:16].replace("T", " "),
-            record.machine.name,
-        )
+    record = entry.record
+    if record is None:
+        return _Listed(State.FAIL, entry.path.stem, entry.problem)
+    metric = next(iter(record.shown_metrics), "")
+    starts, is_noisy = counted(len(record.starts), "start"), metric and record.is_noisy(metric)
+    if not record.is_complete:
+        starts = f"{len(record.starts)} of {record.repeat} starts, interrupted"
+    return _Listed(
+        State.OK if record.is_complete and not is_noisy else State.WARN,
+        record.stem,
+        f"{record.kind} of {record.model}, {record.time[:16].replace('T', ' ')},"
+        f" {record.machine.name}",
+        measured=(metric, metric and value_text(record, metric), starts),
     )
 
 
-def measured_text(record: Record, name: str) -> str:
+def value_text(record: Record, name: str) -> str:
     """Return the median of a metric over the starts, with its unit and its variation."""
     values = record.values(name)
     spread = f" ± {variation(values):.1%}" if len(values) > 1 else ""
-    return f"{name} {statistics.median(values):.4g} {known(name).unit}{spread}"
+    noisy = " noisy" if record.is_noisy(name) else ""
+    return f"{statistics.median(values):.4g} {known(name).unit}{spread}{noisy}"
+
+
+def relabel(layout: Layout, name: str, label: str, *, console: Console) -> None:
+    """Give a record another label, and its file the name that belongs to it.
+
+    Raises SettingsError for an invalid label, or one that another record of the tree has.
+    """
+    if not LABEL.fullmatch(label):
+        raise SettingsError(
+            f"{settings.shortened(label)!r} is no label of at most 64 letters, digits and . - + _",
+            hint=hints.text("bench.label_example", record=name),
+        )
+    # A running benchmark adds starts to its record.
+    with lock.hold(layout.lock, verb="inv bench.label"):
+        entry = find(layout, name)
+        assert entry.record
+        record = replace(entry.record, label=label)
+        path = entry.path.with_name(f"{record.stem}.json")
+        if path == entry.path:
+            console.row(State.OK, entry.record.stem, "has this label")
+            return
+        if os.path.lexists(path):
+            raise SettingsError(
+                f"{layout.relative(path)} exists: a record of this tree has the label {label}",
+                hint=hints.text("inv.bench"),
+            )
+        write(path, record)
+        entry.path.unlink()
+    console.row(State.DONE, entry.record.stem, f"is now {layout.relative(path)}")
 
 
 def _document(layout: Layout, entry: Entry) -> dict[str, object]:

@@ -18,12 +18,26 @@ Level = Literal["quick", "full"]
 Need = Literal["gpu", "architectures", "idle"]
 
 _REINSTALL = "checks.reinstall"
-_DIFFERS = "checks.differs"
+DIFFERS = "checks.differs"
 _ORIGIN = "checks.origin"
 _SERVER = "checks.server_log"
 _REBUILD = "checks.rebuild"
 Verdict = Literal["pass", "fail", "skipped"]
 _STATES = {"pass": State.OK, "fail": State.FAIL, "skipped": State.SKIPPED}
+# What a failure of each group of checks points to, causes before effects; see smoke.pattern.
+CAUSES: Mapping[str, str] = {
+    "provenance": "the installation; it is not what was built here, so install again first",
+    "binary": "the compiled libraries; the failures after these follow from them",
+    "kernels": "an operator: compiled sources, or the precompiled wheel; models that use it follow",
+    "layers": "the code of a layer: of all models that have it",
+    "parity": "",
+    "templates": "the tokenizer or the chat template; the models compute correctly",
+    "cache": "the prefix cache: the hash of its blocks; the models compute correctly",
+    "consistency": "scheduler, batches or the cache; a prompt alone is answered correctly",
+    "sampling": "the sampler; the models compute correctly",
+    "engine": "scheduler, adapters or poolers; plain requests are answered correctly",
+    "server": "the HTTP server; the engine answers correctly without it",
+}
 
 
 @dataclass(frozen=True)
@@ -52,127 +66,127 @@ REGISTRY: Mapping[str, Entry] = {
     "binary.cubins": Entry(
         "every compiled library holds code for this GPU", _REBUILD, need="architectures"
     ),
-    "kernels.norm": Entry("RMS norms compute what plain torch computes", _DIFFERS),
-    "kernels.activation": Entry("gated activations compute what plain torch computes", _DIFFERS),
-    "kernels.rotary": Entry("rotary embeddings compute what plain torch computes", _DIFFERS),
+    "kernels.norm": Entry("RMS norms compute what plain torch computes", DIFFERS),
+    "kernels.activation": Entry("gated activations compute what plain torch computes", DIFFERS),
+    "kernels.rotary": Entry("rotary embeddings compute what plain torch computes", DIFFERS),
     "kernels.attention": Entry(
         "paged attention over a cache that vLLM's operator filled computes what plain torch"
         " computes",
-        _DIFFERS,
+        DIFFERS,
     ),
     "kernels.quantized": Entry(
-        "8-bit matrix products compute what plain torch computes", _DIFFERS, need="gpu"
+        "8-bit matrix products compute what plain torch computes", DIFFERS, need="gpu"
     ),
-    "kernels.moe": Entry("experts compute what plain torch computes", _DIFFERS),
+    "kernels.moe": Entry("experts compute what plain torch computes", DIFFERS),
     "layers.embedding": Entry(
-        "in the tiny models, embeddings and scores of tokens are those of float64", _DIFFERS
+        "in the tiny models, embeddings and scores of tokens are those of float64", DIFFERS
     ),
-    "layers.norm": Entry("in the tiny models, RMS norms compute what float64 computes", _DIFFERS),
+    "layers.norm": Entry("in the tiny models, RMS norms compute what float64 computes", DIFFERS),
     "layers.linear": Entry(
-        "in the tiny models, projections with their biases compute what float64 computes", _DIFFERS
+        "in the tiny models, projections with their biases compute what float64 computes", DIFFERS
     ),
     "layers.rotary": Entry(
-        "in the tiny models, scaled and plain rotations compute what float64 computes", _DIFFERS
+        "in the tiny models, scaled and plain rotations compute what float64 computes", DIFFERS
     ),
     "layers.attention": Entry(
         "in the tiny models, attention over all tokens or a window computes what float64 computes",
-        _DIFFERS,
+        DIFFERS,
     ),
     "layers.mlp": Entry(
-        "in the tiny models, gated layers and experts compute what float64 computes", _DIFFERS
+        "in the tiny models, gated layers and experts compute what float64 computes", DIFFERS
     ),
     "parity.llama": Entry(
         "a tiny Llama answers as Hugging Face does: the same greedy tokens and log-probabilities",
-        _DIFFERS,
+        DIFFERS,
     ),
-    "parity.qwen3": Entry("a tiny Qwen3 answers as Hugging Face does", _DIFFERS),
+    "parity.qwen3": Entry("a tiny Qwen3 answers as Hugging Face does", DIFFERS),
     "parity.mixtral": Entry(
-        "a tiny Mixtral, with experts, answers as Hugging Face does", _DIFFERS, "full"
+        "a tiny Mixtral, with experts, answers as Hugging Face does", DIFFERS, "full"
     ),
     "parity.gpt-oss-float32": Entry(
-        "a tiny gpt-oss without MXFP4 answers as Hugging Face does", _DIFFERS, "full"
+        "a tiny gpt-oss without MXFP4 answers as Hugging Face does", DIFFERS, "full"
     ),
-    "parity.model": Entry("the model of --model answers as Hugging Face does", _DIFFERS),
+    "parity.model": Entry("the model of --model answers as Hugging Face does", DIFFERS),
     "parity.bfloat16": Entry(
         "SmolLM2 in bfloat16 gives Hugging Face's tokens the same probability as Hugging Face",
-        _DIFFERS,
+        DIFFERS,
         "full",
     ),
     "parity.gpt-oss": Entry(
         "a tiny gpt-oss, with MXFP4 experts, sinks and a sliding window, gives Hugging Face's"
         " tokens the same probability as Hugging Face",
-        _DIFFERS,
+        DIFFERS,
         "full",
         "gpu",
     ),
-    "consistency.repeat": Entry("the same prompts give the same answers in a second run", _DIFFERS),
-    "consistency.batch": Entry("a prompt gives the same answer alone and in a batch", _DIFFERS),
+    "consistency.repeat": Entry("the same prompts give the same answers in a second run", DIFFERS),
+    "consistency.batch": Entry("a prompt gives the same answer alone and in a batch", DIFFERS),
     "consistency.parts": Entry(
         "the beginning of a long prompt gets the log-probabilities that it gets alone",
-        _DIFFERS,
+        DIFFERS,
     ),
     "consistency.chunked": Entry(
-        "a prompt that is processed in chunks gives the same answer", _DIFFERS
+        "a prompt that is processed in chunks gives the same answer", DIFFERS
     ),
     "consistency.prefix": Entry(
-        "prompts that share a beginning give the same answers from the prefix cache", _DIFFERS
+        "prompts that share a beginning give the same answers from the prefix cache", DIFFERS
     ),
     "templates.tokens": Entry(
         "the tokens of conversations and of texts, with one BOS, are those of Hugging Face's"
         " tokenizer and template",
-        _DIFFERS,
+        DIFFERS,
     ),
     "cache.blocks": Entry(
         "of a prompt the tokens of exactly those blocks come from the cache that an earlier prompt"
         " shares from its beginning",
-        _DIFFERS,
+        DIFFERS,
     ),
     "cache.keys": Entry(
         "a cached block is found only with the salt and the adapter with which it was computed",
-        _DIFFERS,
+        DIFFERS,
     ),
     "sampling.logprobs": Entry(
         "log-probabilities and ranks, before and after all parameters, of answers and of prompts,"
         " are Hugging Face's",
-        _DIFFERS,
+        DIFFERS,
     ),
     "sampling.penalties": Entry(
         "each penalty changes tokens and log-probabilities as in Hugging Face or in float64",
-        _DIFFERS,
+        DIFFERS,
     ),
     "sampling.masks": Entry(
         "allowed tokens, bad words, biases and a least length choose the tokens that they must",
-        _DIFFERS,
+        DIFFERS,
     ),
     "sampling.filters": Entry(
         "temperature, top-k, top-p and min-p leave the distribution that Hugging Face's leave",
-        _DIFFERS,
+        DIFFERS,
     ),
     "sampling.random": Entry(
         "samples have the reference's probabilities, repeat with a seed, and differ without one",
-        _DIFFERS,
+        DIFFERS,
     ),
     "sampling.ends": Entry(
         "an answer ends at a stop string, a stop token, the end of text or a repetition, with the"
         " text and the reason that it must have",
-        _DIFFERS,
+        DIFFERS,
     ),
     "consistency.compiled": Entry(
-        "torch.compile changes no token and no log-probability", _DIFFERS, "full"
+        "torch.compile changes no token and no log-probability", DIFFERS, "full"
     ),
     "engine.preemption": Entry(
-        "requests that had to give their memory away answer as they do alone", _DIFFERS, "full"
+        "requests that had to give their memory away answer as they do alone", DIFFERS, "full"
     ),
     "engine.abort": Entry(
-        "aborted requests free exactly their blocks and change no other answer", _DIFFERS, "full"
+        "aborted requests free exactly their blocks and change no other answer", DIFFERS, "full"
     ),
     "engine.speculation": Entry(
-        "with guessed tokens, of which some are right, answers are the same", _DIFFERS, "full"
+        "with guessed tokens, of which some are right, answers are the same", DIFFERS, "full"
     ),
     "engine.adapters": Entry(
-        "adapters in one batch answer as Hugging Face's merged weights do", _DIFFERS, "full"
+        "adapters in one batch answer as Hugging Face's merged weights do", DIFFERS, "full"
     ),
-    "engine.pooling": Entry("embeddings of each kind are Hugging Face's", _DIFFERS, "full"),
+    "engine.pooling": Entry("embeddings of each kind are Hugging Face's", DIFFERS, "full"),
     "server.ready": Entry(
         "the server of the built tree starts, reports the version that was built, and completes a"
         " token",
@@ -182,60 +196,60 @@ REGISTRY: Mapping[str, Entry] = {
     "server.completions": Entry(
         "/v1/completions gives the offline engine's answers, counts their tokens, and stops at a"
         " stop string",
-        _DIFFERS,
+        DIFFERS,
         "full",
     ),
     "server.chat": Entry(
         "/v1/chat/completions makes Hugging Face's tokens of a conversation, and answers with the"
         " completion of these tokens",
-        _DIFFERS,
+        DIFFERS,
         "full",
     ),
     "server.stream": Entry(
         "the pieces of a streamed answer make the complete answer, and it ends with [DONE]",
-        _DIFFERS,
+        DIFFERS,
         "full",
     ),
     "server.logprobs": Entry(
         "tokens and log-probabilities over HTTP equal the offline engine's, and Hugging Face's",
-        _DIFFERS,
+        DIFFERS,
         "full",
     ),
     "server.parameters": Entry(
         "sampling parameters over HTTP give Hugging Face's answers, in completions and in chats",
-        _DIFFERS,
+        DIFFERS,
         "full",
     ),
     "server.structured": Entry(
         "an answer has the one text that its form allows, in each form that the API has",
-        _DIFFERS,
+        DIFFERS,
         "full",
     ),
     "server.echo": Entry(
-        "a prompt comes back, and has Hugging Face's log-probabilities", _DIFFERS, "full"
+        "a prompt comes back, and has Hugging Face's log-probabilities", DIFFERS, "full"
     ),
-    "server.cache": Entry("the number of cached tokens is exact by salt", _DIFFERS, "full"),
-    "server.usage": Entry("a stream has its usage where it is asked for", _DIFFERS, "full"),
-    "server.tokens": Entry("/tokenize and /detokenize do as Hugging Face", _DIFFERS, "full"),
+    "server.cache": Entry("the number of cached tokens is exact by salt", DIFFERS, "full"),
+    "server.usage": Entry("a stream has its usage where it is asked for", DIFFERS, "full"),
+    "server.tokens": Entry("/tokenize and /detokenize do as Hugging Face", DIFFERS, "full"),
     "server.limits": Entry(
-        "a value at its limit is answered in full, a value above is refused", _DIFFERS, "full"
+        "a value at its limit is answered in full, a value above is refused", DIFFERS, "full"
     ),
     "server.bad_request": Entry(
         "a bad request is refused with 4xx and a reason, and the server keeps running",
-        _DIFFERS,
+        DIFFERS,
         "full",
     ),
     "server.concurrent": Entry(
-        "each of many concurrent requests is answered as it is alone", _DIFFERS, "full"
+        "each of many concurrent requests is answered as it is alone", DIFFERS, "full"
     ),
     "server.abort": Entry(
-        "a client that leaves ends its request, which frees its blocks", _DIFFERS, "full"
+        "a client that leaves ends its request, which frees its blocks", DIFFERS, "full"
     ),
     "server.growth": Entry(
-        "200 requests leave no descriptors, threads or memory in any process", _DIFFERS, "full"
+        "200 requests leave no descriptors, threads or memory in any process", DIFFERS, "full"
     ),
     "server.pauses": Entry(
-        "on an idle machine no answer takes far longer than the others", _DIFFERS, "full", "idle"
+        "on an idle machine no answer takes far longer than the others", DIFFERS, "full", "idle"
     ),
     "server.stop": Entry(
         "a stopped server leaves no process, no port and no shared memory", _SERVER, "full"
@@ -249,12 +263,12 @@ REGISTRY: Mapping[str, Entry] = {
     "real.answer": Entry(
         "SmolLM2 answers questions with Hugging Face's first tokens and does not repeat one token"
         " endlessly",
-        _DIFFERS,
+        DIFFERS,
         "full",
     ),
     "real.finish": Entry(
         "an answer ends where it must: by itself, at its length limit, at a stop string",
-        _DIFFERS,
+        DIFFERS,
         "full",
     ),
 }
@@ -443,3 +457,24 @@ def verdict(checks: Sequence[Check]) -> Verdict:
     """
     verdicts = {check.verdict for check in checks}
     return "pass" if "pass" in verdicts and "fail" not in verdicts else "fail"
+
+
+def pattern(checks: Sequence[Check]) -> tuple[str, ...]:
+    """Return the sentence on what the failed checks point to together, none if nothing is known.
+
+    Groups of checks come in the order of cause and effect: the first one with a failure counts.
+    """
+    failed, passed = (
+        [check.identifier.partition(".")[0] for check in checks if check.verdict == kind]
+        for kind in ("fail", "pass")
+    )
+    cause = next((group for group in CAUSES if group in failed), None)
+    if cause is None:
+        return ()
+    sentence = CAUSES[cause]
+    if cause == "parity":
+        is_one = failed.count("parity") == 1 and "parity" in passed
+        operators = "operators compute correctly" if "kernels" in passed else "operators not judged"
+        where = "the code of that model" if is_one else "code that all models share"
+        sentence = f"{operators}, and {'one model does' if is_one else 'models do'} not: {where}"
+    return (f"this points to: {sentence}",)

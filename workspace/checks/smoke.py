@@ -1,6 +1,7 @@
 """The smoke as a verb: run the checks on the built tree, print and keep the record.
 
-It also has the pre-push gate of `inv hook`, which requires a passed smoke.
+It also has the pre-push gate of `inv hook`, which requires a passed smoke and, with --lint, vLLM's
+own pre-commit.
 """
 
 import contextlib
@@ -12,17 +13,26 @@ import json
 import math
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from workspace.checks import coverage, smoke_suite
-from workspace.checks.registry import REGISTRY, Check, Expected, verdict
+from workspace.checks import coverage, registry, smoke_suite
+from workspace.checks.registry import DIFFERS, REGISTRY, Check, Expected, verdict
 from workspace.checks.smoke_suite import SmokeOptions
-from workspace.core import hints, lock, records
+from workspace.core import hints, lock, process, records
 from workspace.core.console import Console, Row, RunLog, State
-from workspace.core.errors import CheckoutError, SettingsError, SmokeError
+from workspace.core.errors import (
+    CheckoutError,
+    SettingsError,
+    SmokeError,
+    ToolchainError,
+    WorkspaceError,
+    counted,
+    listed,
+)
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -47,8 +57,15 @@ if ! cd {{root}} 2>/dev/null; then
     echo "hint: ./scripts/inv hook    in its new place, or: rm $0" >&2
     exit 1
 fi
-exec ./scripts/inv hook --run </dev/null
+exec ./scripts/inv hook --run{{flags}} </dev/null
 """
+
+# The checks of upstream's own pull requests, and the states of those that found nothing.
+LINT_CONFIG = ".pre-commit-config.yaml"
+_FOUND_NOTHING = ("Passed", "Skipped")
+# Where new files count as changes (repository.differing).
+LINTED = ("vllm", "tests", "csrc", "cmake", "docs", "examples", "benchmarks", "tools")
+SHOWN_LINES = 60
 
 SCHEMA = 2
 # The parts of the parity probe's document that are worth comparing between days; it omits the
@@ -130,7 +147,11 @@ def smoke(
         if names := coverage.unlisted(layout.vllm):
             text = f"checks/coverage.toml does not list {', '.join(names)}"
             console.rows([Row(State.WARN, "coverage", text)])
-        require_passed(checks, log=layout.relative(run_log.path) if run_log.path else None)
+        require_passed(
+            checks,
+            log=layout.relative(run_log.path) if run_log.path else None,
+            has_patches=bool(observed.stack and observed.stack.names),
+        )
     console.info(f"smoke passed in {time.monotonic() - started:.1f} s")
 
 
@@ -259,29 +280,37 @@ def locked_run(
         yield run_log
 
 
-def require_passed(checks: tuple[Check, ...], *, log: str | None) -> None:
-    """Raise SmokeError with the failed checks, whose rows were printed, and the first one's hint.
+def require_passed(
+    checks: tuple[Check, ...], *, log: str | None, has_patches: bool = False
+) -> None:
+    """Raise SmokeError with the failed checks, whose rows were printed, what they point to
+    together, and the first one's hint.
 
     The registry lists causes before their effects.
     """
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
-        hint = next(
-            hints.text(entry.hint)
-            for name, entry in REGISTRY.items()
-            if any(check.identifier == name for check in failed)
-        )
+        first = next(name for name in REGISTRY if any(check.identifier == name for check in failed))
+        if REGISTRY[first].hint != DIFFERS:
+            hint = hints.text(REGISTRY[first].hint)
+        else:
+            bisect = f"; ./scripts/nox -s bisect -- --patches --run {first} finds the patch"
+            hint = hints.text(DIFFERS, bisect=bisect if has_patches else "")
         message = (
             f"{len(failed)} of {len(checks)} checks failed:"
             f" {', '.join(check.identifier for check in failed)}"
         )
-        raise SmokeError(message, hint=hint, details=(f"log: {log}",) if log else ())
+        found = (*registry.pattern(checks), *((f"log: {log}",) if log else ()))
+        raise SmokeError(message, hint=hint, details=found)
 
 
-def install_hook(layout: Layout, *, console: Console) -> None:
+def install_hook(
+    layout: Layout, settings: Settings, *, console: Console, lints: bool = False
+) -> None:
     """Install the gate in both repositories; a second call changes nothing.
 
-    Raises SettingsError if git takes hooks from a folder that other repositories share.
+    With `lints` the gate also runs vLLM's pre-commit. Raises SettingsError if git takes hooks from
+    a folder that other repositories share.
     """
     for name, git in _repositories(layout, console):
         folder, is_own = repository.hooks_folder(git)
@@ -291,7 +320,11 @@ def install_hook(layout: Layout, *, console: Console) -> None:
                 " repositories may share; no hook was installed",
                 hint=hints.text("checks.call_hook", hook=folder / HOOK, root=layout.root),
             )
-        console.row(*_install(name, folder, _SCRIPT.format(root=shlex.quote(str(layout.root)))))
+        flags = " --lint" if lints else ""
+        script = _SCRIPT.format(root=shlex.quote(str(layout.root)), flags=flags)
+        console.row(*_install(name, folder, script, lints=lints))
+    if lints and not _pre_commit(layout, settings):
+        console.rows([_without_pre_commit()])
 
 
 def remove_hook(layout: Layout, *, console: Console) -> None:
@@ -308,10 +341,11 @@ def remove_hook(layout: Layout, *, console: Console) -> None:
             console.row(State.DONE, name, "the gate is removed")
 
 
-def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
+def run_hook(layout: Layout, settings: Settings, *, console: Console, lints: bool = False) -> None:
     """Let a push pass, or raise the reason against it: PatchDrift, SmokeError or an earlier error.
 
-    A smoke runs if none has passed on this tree and build.
+    With `lints` vLLM's pre-commit runs first. A smoke runs if none has passed on this tree and
+    build.
     """
     from workspace.install.status import require_built
     from workspace.repo import export, patching
@@ -328,11 +362,91 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
             )
             export.show_unpatched(done, console=console)
     observed = require_built(Machine(layout, settings))
+    if lints and observed.checkout.base:
+        lint(layout, settings, observed.checkout.base, console=console)
     if is_record_of(last_record(layout), tree_of(layout, observed)):
         console.info("the smoke has passed on this tree and build")
         return
     console.info("no smoke has passed on this tree and build yet; nox -s smoke runs now")
     smoke(layout, settings, SmokeOptions(), console=console)
+
+
+def lint(layout: Layout, settings: Settings, base: str, *, console: Console) -> None:
+    """Run vLLM's own pre-commit on the files of vendor/vllm that differ from `base`.
+
+    Some of its checks correct the files. A row reports that pre-commit is not installed. Raises
+    ToolchainError where pre-commit or a check of it cannot run, WorkspaceError where a check fails.
+    """
+    program = _pre_commit(layout, settings)
+    if program is None:
+        console.rows([_without_pre_commit()])
+        return
+    with (
+        lock.hold(layout.lock, verb="inv hook --run --lint"),
+        console.step("pre-commit") as view,
+    ):
+        differing = repository.differing(
+            Git(layout.vllm), base, new_below=LINTED, is_wanted=lambda path: True
+        )
+        contents = {
+            path: path.read_bytes()
+            for path in map(layout.vllm.joinpath, differing)
+            if path.is_file()
+        }
+        if not contents or not (layout.vllm / LINT_CONFIG).is_file():
+            view.skip("no file differs from the pin" if not contents else f"no {LINT_CONFIG}")
+            return
+        names = [str(path.relative_to(layout.vllm)) for path in contents]
+        _run_pre_commit(layout, settings, [program, "validate-config", LINT_CONFIG], broken=(1,))
+        lines = _run_pre_commit(
+            layout, settings, [program, "run", "--color=never", "--files", *names]
+        )
+        # pre-commit sees by git what its checks corrected, and git sees no new file.
+        fixed = [
+            name
+            for name, path in zip(names, contents, strict=True)
+            if not path.is_file() or path.read_bytes() != contents[path]
+        ]
+        if lines or fixed:
+            more = f"; it changed {listed(fixed)}" if fixed else ""
+            raise WorkspaceError(
+                f"vLLM's pre-commit fails on {counted(len(names), 'file')} of the change{more}",
+                hint=hints.text("checks.lint_again"),
+                details=lines,
+            )
+        view.reason = f"{counted(len(names), 'file')} of the change"
+
+
+def _run_pre_commit(
+    layout: Layout, settings: Settings, argv: Sequence[str], *, broken: Sequence[int] = ()
+) -> tuple[str, ...]:
+    """Return what failed, none if it passed. Raises ToolchainError where pre-commit cannot run:
+    its exit code is neither 0 nor 1, or one of `broken` (pre_commit/error_handler.py).
+    """
+    done = process.capture(argv, env=settings.child_environment("plain"), cwd=layout.vllm)
+    if done.returncode == 0:
+        return ()
+    output = f"{done.stdout}\n{done.stderr}".splitlines()
+    lines = [line for line in output if line.strip() and not line.endswith(_FOUND_NOTHING)]
+    shown = tuple(lines[-SHOWN_LINES:])
+    if done.returncode != 1 or done.returncode in broken:
+        raise ToolchainError(
+            f"vLLM's pre-commit cannot run: {argv[0]} {process.describe_status(done.returncode)}",
+            hint=hints.text("checks.without_lint"),
+            details=shown,
+        )
+    return shown or ("no message",)
+
+
+def _pre_commit(layout: Layout, settings: Settings) -> str | None:
+    """Return the program on the user's PATH, else that of the built environment, if any."""
+    path = settings.child_environment("plain").get("PATH", "")
+    return shutil.which("pre-commit", path=f"{path}{os.pathsep}{layout.environment / 'bin'}")
+
+
+def _without_pre_commit() -> Row:
+    text = "it is not installed, so a push is not checked by vLLM's own rules"
+    return Row(State.WARN, "pre-commit", text, hint=hints.text("checks.install_pre_commit"))
 
 
 def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:
@@ -352,9 +466,9 @@ def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:
     return found
 
 
-def _install(name: str, folder: Path, script: str) -> tuple[State, str, str]:
+def _install(name: str, folder: Path, script: str, *, lints: bool) -> tuple[State, str, str]:
     hook, kept = folder / HOOK, folder / KEPT
-    text = "the gate runs before each push"
+    text = "the gate runs before each push" + (", with vLLM's pre-commit" if lints else "")
     if _is_ours(hook):
         if hook.read_text(encoding="utf-8") == script and os.access(hook, os.X_OK):
             return State.OK, name, text

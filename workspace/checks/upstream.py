@@ -5,13 +5,13 @@ Selection, one run of pytest, and the pin's tree have modules of their own.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from workspace.checks import smoke, upstream_selection, upstream_trial
 from workspace.checks.upstream_selection import Decision, Reach, Reached, Rules
 from workspace.checks.upstream_trial import FileCheck, Sorted
-from workspace.core import hints
+from workspace.core import hints, records
 from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.paths import Layout, typed
@@ -66,11 +66,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Result:
-    """A check for each test file, the outcomes behind them, and a note on the comparison."""
+    """A check for each test file, the outcomes behind them, a note on the comparison, and the
+    seconds of each run of pytest.
+    """
 
     checks: tuple[FileCheck, ...]
     found: Sorted
     compared: str
+    steps: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -196,7 +199,14 @@ def run_tests(
     for check in checks:
         text = f"{check.evidence}  {check.seconds:.1f} s"
         run_log.console.row(check.row.state, check.identifier, text, least=NAME_WIDTH)
-    return Result(checks, found, compared)
+    return Result(checks, found, compared, runner.steps)
+
+
+@dataclass(frozen=True)
+class _LastRun:
+    """What is read here of the record of the last run."""
+
+    steps: dict[str, float] = field(default_factory=dict)
 
 
 class _Runner:
@@ -211,6 +221,10 @@ class _Runner:
     ) -> None:
         self._machine, self._layout, self._site = machine, machine.layout, site
         self._options, self._run_log = options, run_log
+        last = records.read(self._layout.state / RECORD, _LastRun) or _LastRun()
+        self._last = last.steps
+        # Seconds of each run of pytest, for the next time.
+        self.steps: dict[str, float] = {}
 
     def all_of(self, selection: Selection) -> tuple[upstream_trial.Outcome, ...]:
         outcomes: tuple[upstream_trial.Outcome, ...] = ()
@@ -268,6 +282,9 @@ class _Runner:
         )
         with self._run_log.console.step(title, least=NAME_WIDTH) as view:
             self._run_log.phase(title, view)
+            view.last = f"last time {self._last[title]:.0f} s  " if title in self._last else ""
+            view.line("")
+            began = time.monotonic()
             # On the pin our arguments come last and win, else the user's.
             ordered = (
                 (*pytest_args, *self._options.pytest_args)
@@ -277,6 +294,7 @@ class _Runner:
             outcomes = upstream_trial.run(
                 place, files, ordered, timeout_s=self._options.timeout_s, run_log=self._run_log
             )
+            self.steps[title] = round(time.monotonic() - began, 2)
             view.reason = f"{len(files)} files, {len(outcomes)} tests"
         self._run_log.step = None
         return outcomes
@@ -321,6 +339,7 @@ def compose_record(
     found = result.found
     return document | {
         "changed": list(selection.chosen),
+        "steps": dict(result.steps),
         "unreached": {file.path: file.why for file in selection.reach.unreached},
         "tests": {
             "passed": len(found.passed),

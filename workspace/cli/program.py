@@ -14,7 +14,7 @@ from invoke.exceptions import Exit, ParseError
 from invoke.parser.argument import Argument
 from invoke.program import Program
 
-from workspace.cli import completion, main, verbs
+from workspace.cli import bench_verbs, completion, main, verbs
 from workspace.cli.completion import LIST_FORMATS
 from workspace.core import hints, known_settings
 from workspace.core.errors import SettingsError
@@ -53,7 +53,12 @@ COLLECTIONS = {
         verbs.serve_list,
         verbs.serve_fetch,
     ),
-    "bench": (verbs.bench_list, verbs.bench_compare, verbs.bench_report),
+    "bench": (
+        bench_verbs.bench_list,
+        bench_verbs.bench_label,
+        bench_verbs.bench_compare,
+        bench_verbs.bench_report,
+    ),
 }
 
 
@@ -78,7 +83,7 @@ GROUPS = {
     "Pin": ("pin.show", "pin.forecast", "pin.bump", "pin.rollback"),
     "Build": ("fix-triton", "wheel", "env.init", "env.export", "run"),
     "Serve": ("serve.list", "serve.fetch", "serve.status", "serve.logs", "drop-caches"),
-    "Measure": ("bench.compare", "bench.report"),
+    "Measure": ("bench.label", "bench.compare", "bench.report"),
     "Look": ("env.check", "report", "completion"),
 }
 # What a person types for the positional argument of a verb, where its name does not say it.
@@ -120,6 +125,7 @@ EXAMPLES = {
     "serve.list": "serve.list",
     "serve.fetch": "serve.fetch Qwen/Qwen3-8B",
     "bench.list": "bench",
+    "bench.label": "bench.label latency before",
     "bench.compare": "bench.compare before after --factor 3",
     "bench.report": "bench.report --first before --second after",
 }

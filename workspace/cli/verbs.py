@@ -1,4 +1,4 @@
-"""Every verb of `inv`.
+"""Every verb of `inv` but those of benchmarks, which cli/bench_verbs.py has.
 
 A verb parses its arguments, calls one function of the library and prints nothing itself. Imports of
 the library stand inside the verbs, so that `inv --list` starts at once.
@@ -145,17 +145,19 @@ def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     help={
         "remove": "remove it; your own hook comes back",
         "run": "run the gate now, as the hook does",
+        "lint": "also run vLLM's own pre-commit on the changed files",
     }
 )
-def hook(_: Context, remove: bool = False, run: bool = False) -> None:
+def hook(_: Context, remove: bool = False, run: bool = False, lint: bool = False) -> None:
     """Install the pre-push gate; --remove removes it."""
     here = paths.here()
     from workspace.checks import smoke as verb
 
-    if run:
-        verb.run_hook(here, main.load_settings(here), console=main.console())
+    if remove:
+        verb.remove_hook(here, console=main.console())
     else:
-        (verb.remove_hook if remove else verb.install_hook)(here, console=main.console())
+        work = verb.run_hook if run else verb.install_hook
+        work(here, main.load_settings(here), console=main.console(), lints=lint)
 
 
 @task
@@ -166,57 +168,6 @@ def report(_: Context) -> None:
 
     # The report may be about a broken .env or pins.toml, so neither stops it.
     verb.write(here, verb.settings_of(here), console=main.console())
-
-
-@task(default=True, name="list", help={"json": JSON})
-def bench_list(_: Context, json: bool = False) -> None:
-    """List the benchmark records, newest first."""
-    from workspace.bench import results
-
-    results.show_records(paths.here(), console=main.console(), as_json=json)
-
-
-@task(
-    name="compare",
-    positional=["first", "second"],
-    iterable=["across"],
-    help={
-        "first": "a record: its label, its file name, or a path",
-        "second": "the record that may be slower",
-        "factor": "ignore a change of up to this many percent",
-        "across": "compare although this field differs; may be repeated",
-        "json": JSON,
-    },
-)
-def bench_compare(
-    _: Context,
-    first: str,
-    second: str,
-    factor: str = "5",
-    across: list[str] | None = None,
-    json: bool = False,
-) -> None:
-    """Compare two records; fail if the second is slower."""
-    from workspace.bench import compare
-
-    console, fields = main.console(), across or ()
-    compare.show(
-        paths.here(), first, second, factor=factor, across=fields, console=console, as_json=json
-    )
-
-
-@task(
-    name="report",
-    help={
-        "first": "a record to compare with (default: the newest two)",
-        "second": "the record that may be slower",
-    },
-)
-def bench_report(_: Context, first: str = "", second: str = "") -> None:
-    """Draw all records: one HTML page and PNG plots."""
-    from workspace.bench import report as verb
-
-    verb.write(paths.here(), first, second, console=main.console())
 
 
 @task(name="check", default=True, help={"json": JSON})

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workspace.core import records
+from workspace.core.paths import Layout
 
 Device = Literal["cpu", "cuda"]
 
@@ -24,6 +26,7 @@ Device = Literal["cpu", "cuda"]
 QUERIES = ("codemodel-v2", "cmakeFiles-v1")
 # Record of a configure, written by compile/cmake.py.
 RECORD = "configured.json"
+DATABASE = "compile_commands.json"
 _API = Path(".cmake") / "api" / "v1"
 _OBJECT_OF = re.compile(r"(?:^|/)CMakeFiles/([^/]+)\.dir/")
 _CLASS = "CMakeExtension"
@@ -95,6 +98,26 @@ def read(build: Path, tree: Path) -> Project | None:
         return None
 
 
+def link_database(layout: Layout, build: Path) -> bool:
+    """Link the compilation database of a build directory where clangd finds it.
+
+    Without a database the link is removed. Return False where a file of the user has its place.
+    """
+    link, target = layout.compile_commands, build / DATABASE
+    leads_to = link.parent / os.readlink(link) if link.is_symlink() else None
+    is_ours = leads_to is not None and leads_to.resolve().is_relative_to(layout.builds.resolve())
+    if not is_ours and os.path.lexists(link):
+        return False
+    if not target.is_file():
+        link.unlink(missing_ok=True)
+    elif leads_to is None or leads_to.resolve() != target.resolve():
+        made = link.with_name(f".{link.name}.making-{os.getpid()}")
+        made.unlink(missing_ok=True)
+        made.symlink_to(os.path.relpath(target, link.parent))
+        made.replace(link)
+    return True
+
+
 def files(build: Path) -> tuple[Path, ...]:
     """Return the CMake files that the configure in `build` has read, without CMake's own and
     generated ones; empty if there is no reply.
@@ -151,7 +174,7 @@ class _Reader:
         found: dict[str, dict[str, str]] = {}
         # CMake writes no database if nothing is compiled.
         with contextlib.suppress(FileNotFoundError):
-            content = (self._build / "compile_commands.json").read_bytes()
+            content = (self._build / DATABASE).read_bytes()
             for entry in records.decode(content, list[dict[str, str]]):
                 if match := _OBJECT_OF.search(entry["output"]):
                     found.setdefault(match[1], {})[entry["file"]] = entry["output"]

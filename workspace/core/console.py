@@ -110,11 +110,12 @@ class _Live:
 
 @dataclass
 class Step:
-    """A running step of a verb: its title, state and reason."""
+    """A running step of a verb. `last` is the text in front of each line of its command."""
 
     title: str
     state: State = State.DONE
     reason: str = ""
+    last: str = ""
     _progress: "rich.progress.Progress | None" = field(default=None, repr=False)
 
     def skip(self, reason: str) -> None:
@@ -135,7 +136,8 @@ class Step:
     def line(self, text: str) -> None:
         """Show the newest output line of a command beside the spinner."""
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], detail=printable(text.strip()[:60]))
+            detail = printable(f"{self.last}{text.strip()[:60]}")
+            self._progress.update(self._progress.task_ids[0], detail=detail)
 
 
 class Console:

@@ -115,6 +115,15 @@ class Layout:
         return self.state / "build"
 
     @property
+    def compile_commands(self) -> Path:
+        """Link to the compilation database of the last configured build, for clangd.
+
+        clangd looks in every folder above a source. Here it finds the link, and git in vendor/vllm
+        does not.
+        """
+        return self.root / "vendor" / "compile_commands.json"
+
+    @property
     def jit(self) -> Path:
         """Kernels compiled at run time, one folder for each stack; see machine/jit_caches.py."""
         return self.state / "jit"

@@ -66,7 +66,10 @@ def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
         if not layout.builds.exists():
             view.skip("there is no build directory")
             return
+        from workspace.compile import project
+
         shutil.rmtree(layout.builds)
+        project.link_database(layout, layout.builds)
         view.reason = f"{layout.relative(layout.builds)} is removed"
 
 

@@ -113,6 +113,8 @@ class Job:
         for sentence in externals.leftover(run.layout.vllm):
             run.run_log.console.warn(sentence)
         self._find_reached(view)
+        if not run.is_sandbox and not project.link_database(run.layout, self.folder):
+            run.run_log.write(f"{run.layout.relative(run.layout.compile_commands)} is kept")
         self.plan = self._forecast()
         view.reason = (
             f"{run.layout.relative(self.folder)}: {len(self.project.targets)} targets,"

@@ -1,9 +1,17 @@
 """`nox -s upstream` without a test run: what it prints, lists and refuses (runs: tests/proof)."""
 
+import io
+from pathlib import Path
+
 import pytest
 
 from tests.bump.conftest import run
 from tests.small.world import Ended, World
+from workspace.checks import upstream as upstream_module
+from workspace.checks.upstream_selection import Decision, Reach, Reached
+from workspace.core import settings
+from workspace.core.console import Console, RunLog
+from workspace.machine.machine import Machine
 
 
 def upstream(world: World, *args: str) -> Ended:
@@ -74,3 +82,31 @@ def test_bad_flag_is_a_usage_error(built: World) -> None:
         ended = upstream(built, *args)
         assert ended.code == 2
         assert "Traceback" not in ended.err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_run_of_pytest_shows_the_seconds_of_the_last_one_and_keeps_its_own(built: World) -> None:
+    layout = built.layout
+    (layout.state / upstream_module.RECORD).write_text('{"steps": {"tests (whole)": 41.4}}')
+    (layout.vllm / "tests").mkdir(exist_ok=True)
+    (layout.vllm / "tests" / "test_mine.py").write_text("def test_mine():\n    pass\n")
+    # The tool environment has no pytest-timeout: this plugin accepts its option.
+    plain = "def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
+    (layout.vllm / "tests" / "conftest.py").write_text(plain)
+    machine = Machine(layout, settings.load(layout, environ=built.env))
+    console = Console(out=io.StringIO(), err=Terminal())
+    site = Path(pytest.__file__).parents[1]
+    reached = Reach((Reached("tests/test_mine.py", "changed"),), ())
+    decisions = {"tests/test_mine.py": Decision("whole", "it is new")}
+    selection = upstream_module.Selection("", (), (), reached, decisions)
+    with RunLog(console, layout.logs, verb="upstream") as run_log:
+        result = upstream_module.run_tests(
+            machine, selection, upstream_module.UpstreamOptions(), site, run_log=run_log
+        )
+    assert "last time 41 s" in console._err.getvalue()  # type: ignore[attr-defined]
+    assert result.count == 1
+    assert 0 < result.steps["tests (whole)"] < 60

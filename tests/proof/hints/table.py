@@ -28,6 +28,11 @@ _ALL = (
 _ROLLBACK = "tests/bump/test_rollback.py::"
 _FORCED = f"{_ROLLBACK}test_work_that_no_state_holds_leaves_by_force_only_and_can_be_brought_back"
 _PLAIN_FOLDER = f"{_ROLLBACK}test_work_comes_back_in_a_folder_without_a_repository"
+_BENCH = (
+    "tests/bench/test_measure.py::"
+    "test_bench_ends_with_median_and_spread_and_each_next_command_leads_on"
+)
+_LINT = "tests/checks/test_lint.py::test_"
 # The test that runs the command of the hint.
 ELSEWHERE = {
     "bump.bring_back": _FORCED,
@@ -63,6 +68,17 @@ ELSEWHERE = {
     "machine.other_gxx": (
         "tests/machine/test_doctor.py::"
         "test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not"
+    ),
+    "checks.install_pre_commit": f"{_LINT}absent_pre_commit_is_a_row_and_its_hint_installs_one",
+    "checks.lint_again": (
+        f"{_LINT}failing_check_stops_the_push_and_the_same_gate_passes_afterwards"
+    ),
+    "checks.without_lint": f"{_LINT}broken_pre_commit_is_not_taken_for_a_fault_of_the_change",
+    "bench.add_starts": _BENCH,
+    "bench.after_change": _BENCH,
+    "bench.compare_these": _BENCH,
+    "bench.label_example": (
+        "tests/bench/test_measure.py::test_label_is_given_afterwards_and_an_invalid_one_has_a_hint"
     ),
     "repo.connect_submodule": (
         "tests/repo/test_checkout.py::test_submodule_that_was_moved_is_connected_by_the_hint"
