@@ -364,7 +364,7 @@ def unpack(archive: Path, folder: Path) -> None:
         *(FileExistsError, NotADirectoryError, IsADirectoryError),
     ) as exc:
         raise SourceError(
-            f"{archive.name} cannot be unpacked: {getattr(exc, 'strerror', None) or exc}",
+            f"{archive.name} cannot be unpacked: {exc}",
             hint=hints.text("core.what_it_is", path=archive),
         ) from exc
 
