@@ -51,7 +51,7 @@ def bench_compare(
     across: list[str] | None = None,
     json: bool = False,
 ) -> None:
-    """Judge each metric: is the second record slower?"""
+    """Compare two records; fail if the second is slower."""
     from workspace.bench import compare
 
     console, fields = main.console(), across or ()
