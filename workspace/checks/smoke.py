@@ -269,11 +269,10 @@ def require_passed(
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
         first = next(name for name in REGISTRY if any(check.identifier == name for check in failed))
-        if REGISTRY[first].hint != DIFFERS:
-            hint = hints.text(REGISTRY[first].hint)
-        else:
-            bisect = f"; ./scripts/nox -s bisect -- --patches --run {first} finds the patch"
-            hint = hints.text(DIFFERS, bisect=bisect if has_patches else "")
+        entry = REGISTRY[first]
+        found = pattern(checks)
+        if has_patches and entry.hint == DIFFERS:
+            found += (f"./scripts/nox -s bisect -- --patches --run {first} finds the patch",)
         message = (
             f"{len(failed)} of {len(checks)} checks failed:"
             f" {', '.join(check.identifier for check in failed)}"
@@ -281,8 +280,8 @@ def require_passed(
         lines = [f"{check.identifier}: {check.evidence}" for check in failed]
         raise SmokeError(
             message,
-            hint=hint,
-            details=(*lines, *pattern(checks), *((f"log: {log}",) if log else ())),
+            hint=hints.text(entry.hint),
+            details=(*lines, *found, *((f"log: {log}",) if log else ())),
         )
 
 
