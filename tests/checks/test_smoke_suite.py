@@ -429,13 +429,13 @@ def test_pattern_of_failures_points_to_a_cause_and_to_the_patches(
     )
     with pytest.raises(SmokeError) as caught:
         require_passed(checks, log=None, has_patches=True)
-    assert caught.value.details[-1].startswith(f"this points to: {sentence}")
+    *_, pointed, bisect = caught.value.details
+    assert pointed.startswith(f"this points to: {sentence}")
     first = next(check.identifier for check in checks if check.verdict == "fail")
-    bisect = f"; ./scripts/nox -s bisect -- --patches --run {first} finds the patch"
-    assert (caught.value.hint or "").endswith(f"# what differs from the pin{bisect}")
+    assert bisect.startswith(f"./scripts/nox -s bisect -- --patches --run {first} finds")
     with pytest.raises(SmokeError) as caught:
         require_passed(checks, log=None)
-    assert (caught.value.hint or "").endswith("# what differs from the pin")
+    assert caught.value.details[-1] == pointed
 
 
 def test_fail_fast_ends_the_probes_that_still_run(clone: Clone, tmp_path: Path) -> None:

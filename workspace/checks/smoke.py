@@ -291,17 +291,19 @@ def require_passed(
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
         first = next(name for name in REGISTRY if any(check.identifier == name for check in failed))
-        if REGISTRY[first].hint != DIFFERS:
-            hint = hints.text(REGISTRY[first].hint)
-        else:
-            bisect = f"; ./scripts/nox -s bisect -- --patches --run {first} finds the patch"
-            hint = hints.text(DIFFERS, bisect=bisect if has_patches else "")
+        entry = REGISTRY[first]
+        found = registry.pattern(checks)
+        if has_patches and entry.hint == DIFFERS:
+            found += (f"./scripts/nox -s bisect -- --patches --run {first} finds the patch",)
         message = (
             f"{len(failed)} of {len(checks)} checks failed:"
             f" {', '.join(check.identifier for check in failed)}"
         )
-        found = (*registry.pattern(checks), *((f"log: {log}",) if log else ()))
-        raise SmokeError(message, hint=hint, details=found)
+        raise SmokeError(
+            message,
+            hint=hints.text(entry.hint),
+            details=(*found, *((f"log: {log}",) if log else ())),
+        )
 
 
 def install_hook(
