@@ -357,10 +357,10 @@ def _touching(
 ) -> dict[str, tuple[str, ...]]:
     # Each release is on its own branch, so it is no ancestor of the next one; an archive has no
     # history at all.
-    if old is None or old == base or not paths or not git.have_common_history(old, base):
-        return {}
     from workspace.repo.git import history
 
+    if old is None or old == base or not paths or not history.forks(git, old, base):
+        return {}
     found = history.touching(history.log(git, old, base, paths), paths)
     return {path: _newest(lines) for path, lines in found.items()}
 

@@ -374,7 +374,7 @@ class _Search:
                     ),
                 )
                 into.set_setting(key, _commit_id(file, self.pin) or "unknown")
-                remotes.take_in(into, folder / "tree", ref)
+                into.fetch_from(folder / "tree", f"+HEAD:{ref}")
         prefix = into.setting(key)
         return Archive(sdist.filename, sdist.sha256, commit, into.tree(commit)), (
             prefix if prefix != "unknown" else None

@@ -230,14 +230,6 @@ def open_store(path: Path, checkout: Path) -> Git:
     return store
 
 
-def take_in(store: Git, repository: Path, ref: str) -> None:
-    """Fetch HEAD of a repository on this disk, with all of its content, as the reference `ref`."""
-    flags = ("--quiet", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
-    # All protocols are switched off by default, also that of a local path.
-    env = {"GIT_ALLOW_PROTOCOL": "file"}
-    store.write("fetch", *flags, str(repository), f"+HEAD:{ref}", env=env)
-
-
 def complete_store(
     store: Git, ends: tuple[str, str], commits: Sequence[str], remote: Remote, refspec: str
 ) -> None:

@@ -97,10 +97,6 @@ class Git(Command):
             ).out.split()
         )
 
-    def have_common_history(self, first: str, second: str) -> bool:
-        """Return whether two commits have a common ancestor."""
-        return self.look("merge-base", first, second, check=False).status == 0
-
     def is_ancestor(self, ancestor: str, commit: str) -> bool:
         """Return whether `commit` is `ancestor` or one of its descendants."""
         return self.look("merge-base", "--is-ancestor", ancestor, commit, check=False).status == 0
@@ -307,6 +303,13 @@ class Git(Command):
         partial = () if whole else ("--filter=blob:none",)
         plain = ("--progress", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
         self.talk(("fetch", *plain, *partial, remote, *refspecs), settings, run_log, on_line)
+
+    def fetch_from(self, other: Path, refspec: str, *, run_log: RunLog | None = None) -> None:
+        """Fetch from a repository on this disk, with all contents."""
+        flags = ("--quiet", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
+        # All protocols are switched off by default, also that of a local path.
+        env = {"GIT_ALLOW_PROTOCOL": "file"}
+        self.write("fetch", *flags, str(other.absolute()), refspec, env=env, run_log=run_log)
 
     def check_out(
         self, commit: str, *, settings: Settings, run_log: RunLog, on_line: OnLine

@@ -29,15 +29,7 @@ def bring(git: Git, store: Path, commit: str, ref: str, *, run_log: RunLog) -> N
         git.set_ref(ref, commit)
         return
     command.remove_packs(git.path_of("objects/pack"), git.path)
-    flags = ("--quiet", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
-    git.write(
-        "fetch",
-        *flags,
-        str(store.absolute()),
-        f"+{commit}:{ref}",
-        env={"GIT_ALLOW_PROTOCOL": "file"},
-        run_log=run_log,
-    )
+    git.fetch_from(store, f"+{commit}:{ref}", run_log=run_log)
 
 
 def add(git: Git, path: Path, commit: str, *, run_log: RunLog) -> Git:
