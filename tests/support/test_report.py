@@ -5,6 +5,7 @@ Only a folder that cannot be written stops it.
 
 import base64
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -188,6 +189,7 @@ def test_nothing_planted_is_in_the_report_and_what_helps_is(built: World) -> Non
     assert "Upstream-Status: Submitted" in files["patches/vllm.txt"]
     assert "Subject: [PATCH] For <user>" in files["patches/vllm.txt"]
     assert "diff" not in files["patches/vllm.txt"]
+    assert re.search(r"^  \d+\t\d+\t\S+$", files["patches/vllm.txt"], re.MULTILINE)
     assert json.loads(files["settings.json"])[".env"] == {
         "MAX_JOBS": "3",
         "VLLM_API_KEY": "set",

@@ -12,7 +12,6 @@ import platform
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,12 +181,10 @@ def install_requirements(
     are.
     """
     wanted = requirements(source)
-    missing = [line for line in wanted if not _is_installed(layout, line)]
-    if missing:
-        interpreter.install(
-            layout, settings, missing, run_log=run_log, constraints=torch.constraints(layout)
-        )
-    return f"{len(wanted)} wanted, {len(missing)} installed"
+    interpreter.install(
+        layout, settings, wanted, run_log=run_log, constraints=torch.constraints(layout)
+    )
+    return f"{len(wanted)} in .vllm"
 
 
 def folder(machine: Machine) -> Path:
@@ -391,34 +388,3 @@ def _clear_assembled(build: Path) -> None:
                 path.rmdir()
         else:
             path.unlink()
-
-
-def _is_installed(layout: Layout, line: str) -> bool:
-    """Return whether `.vllm` satisfies a requirement; one whose marker does not apply counts as
-    satisfied.
-    """
-    from packaging.requirements import InvalidRequirement, Requirement
-    from packaging.utils import canonicalize_name
-
-    try:
-        wanted = Requirement(line)
-    except InvalidRequirement as exc:
-        raise BuildError(
-            f"Triton requires {line!r}, which is not a valid requirement: {exc}",
-            hint=hints.text("compile.triton_log", folder=layout.relative(layout.triton)),
-        ) from exc
-    if wanted.marker and not wanted.marker.evaluate(
-        {"extra": "", "python_version": _minor(layout)}
-    ):
-        return True
-    version = interpreter.installed(layout).get(canonicalize_name(wanted.name))
-    return version is not None and wanted.specifier.contains(version, prereleases=True)
-
-
-def _minor(layout: Layout) -> str:
-    folders = interpreter.site_packages(layout)
-    return (
-        folders[0].parent.name.removeprefix("python")
-        if folders
-        else f"{sys.version_info[0]}.{sys.version_info[1]}"
-    )

@@ -21,10 +21,11 @@ from workspace.core.paths import open_place, user_name
 from workspace.core.process import Absent, Answer, Broken, Slow, There
 from workspace.core.settings import without_user
 from workspace.machine import hardware, interpreter, torch
-from workspace.machine.machine import Case, Place, hub_home
+from workspace.machine.machine import Case, Place, hub_home, verdict
 
 # The processors for which PyTorch and the precompiled wheels are released.
 RELEASED_FOR = ("aarch64", "x86_64")
+_RELEASED = " and ".join(RELEASED_FOR)
 # Free memory with which a bootstrap and a smoke run comfortably.
 COMFORT_GIB = {"cpu": 4.0, "cuda": 16.0}
 OOM_DAEMONS = ("earlyoom", "systemd-oomd", "nohang")
@@ -39,18 +40,9 @@ UV_ANSWER_S = 3.0
 
 def architecture(case: Case) -> Iterator[Row]:
     """Check that torch and the precompiled wheels are released for the processor."""
-    seen, why = (
-        case.host().architecture,
-        f"torch and vLLM are released for {' and '.join(RELEASED_FOR)}",
-    )
-    is_served = seen in RELEASED_FOR
-    yield Row(
-        State.OK if is_served else State.WARN,
-        "architecture",
-        seen,
-        why,
-        None if is_served else hints.text("machine.cpu_native"),
-    )
+    seen, why = case.host().architecture, f"torch and vLLM are released for {_RELEASED}"
+    row = Row(State.WARN, "architecture", seen, why, hints.text("machine.cpu_native"))
+    yield verdict(seen in RELEASED_FOR, row)
 
 
 def cores(case: Case) -> Iterator[Row]:
@@ -156,14 +148,11 @@ def disk(case: Case) -> Iterator[Row]:
         free, need = hardware.free_gib(places[0].path), sum(place.need_gib for place in places)
         seen = f"{free:.1f} GiB free for {', '.join(_named(place) for place in places)}"
         why = f"{need:.1f} GiB are needed there"
-        if free >= need:
-            yield Row(State.OK, "disk", seen, why)
-            continue
         state = State.FAIL if any(place.is_vital for place in places) else State.WARN
         hint = hints.text(
             "core.disk_or_cache", folder=hardware.existing(places[0].path), uv=case.uv
         )
-        yield Row(state, "disk", seen, why, hint)
+        yield verdict(free >= need, Row(state, "disk", seen, why, hint))
 
 
 def folders(case: Case) -> Iterator[Row]:

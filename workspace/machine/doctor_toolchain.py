@@ -17,7 +17,7 @@ from workspace.core.errors import WorkspaceError
 from workspace.core.process import Absent, Broken, NoAnswer, Slow, There
 from workspace.machine import arch, dotenv, interpreter, requirements
 from workspace.machine.arch import OLDEST_CAPABILITY, key
-from workspace.machine.machine import Case, unanswered
+from workspace.machine.machine import Case, unanswered, verdict
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -37,15 +37,12 @@ def python(case: Case) -> Iterator[Row]:
     """Check the version of the Python that runs the tools."""
     version = ".".join(str(part) for part in sys.version_info[:3])
     oldest = ".".join(str(part) for part in OLDEST_TOOLS_PYTHON)
-    is_new = sys.version_info[:2] >= OLDEST_TOOLS_PYTHON
-    hint = None if is_new else hints.text("machine.uv_python", uv=case.uv, version="3.12")
-    yield Row(
-        State.OK if is_new else State.FAIL,
-        "python",
-        version,
+    why, hint = (
         f"the tools need {oldest} or newer",
-        hint,
+        hints.text("machine.uv_python", uv=case.uv, version="3.12"),
     )
+    is_new = sys.version_info[:2] >= OLDEST_TOOLS_PYTHON
+    yield verdict(is_new, Row(State.FAIL, "python", version, why, hint))
 
 
 def git(case: Case) -> Iterator[Row]:
@@ -206,10 +203,9 @@ def cmake(case: Case) -> Iterator[Row]:
         yield row if isinstance(line, There) else unanswered(row, line, look=hint)
     elif key(version[1]) < key(CMAKE_FROM):
         yield Row(case.missing_state, "cmake", f"{version[1]}, {own}", why, hint)
-    elif key(version[1]) < key(CMAKE_BELOW):
-        yield Row(State.OK, "cmake", f"{version[1]}, {own}", why)
     else:
-        yield Row(State.WARN, "cmake", f"{version[1]}, {own}", why, hint)
+        row = Row(State.WARN, "cmake", f"{version[1]}, {own}", why, hint)
+        yield verdict(key(version[1]) < key(CMAKE_BELOW), row)
 
 
 def ninja(case: Case) -> Iterator[Row]:

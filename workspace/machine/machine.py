@@ -52,6 +52,11 @@ def unanswered(row: Row, answer: Absent | Broken | Slow, *, look: str) -> Row:
     return row
 
 
+def verdict(is_good: bool, fault: Row) -> Row:
+    """Return the row of a fault, or the same row as OK and without a hint."""
+    return replace(fault, state=State.OK, hint=None) if is_good else fault
+
+
 @dataclass(frozen=True)
 class Program:
     """A running program, as the kernel's process table lists it."""

@@ -31,6 +31,8 @@ VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0
 VOCABULARIES = ("o200k_base.tiktoken", "cl100k_base.tiktoken")
 ENCODINGS = "TIKTOKEN_ENCODINGS_BASE"
+# A call in tiktoken's source: `load_tiktoken_bpe("https://…/NAME", expected_hash="…")`.
+_PUBLISHED = re.compile(r"""["'](\w+://[^"']+/([^/"']+))["'],\s*expected_hash=["'](\w{64})["']""")
 _SONAME = re.compile(r"lib[\w+-]+\.so(\.\d+)?")
 _REMOVED = Path(__file__).with_name("removed.toml")
 
@@ -324,29 +326,9 @@ def published_vocabularies(layout: Layout) -> dict[str, tuple[str, str]]:
     """
     found: dict[str, tuple[str, str]] = {}
     for folder in interpreter.site_packages(layout):
-        try:
-            tree = ast.parse(read_regular(folder / "tiktoken_ext" / "openai_public.py"))
-        except (OSError, SyntaxError, ValueError):
-            continue
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Call)
-                and node.args
-                and isinstance(node.args[0], ast.Constant)
-                and isinstance(node.args[0].value, str)
-            ):
-                digest = next(
-                    (
-                        keyword.value.value
-                        for keyword in node.keywords
-                        if keyword.arg == "expected_hash"
-                        and isinstance(keyword.value, ast.Constant)
-                    ),
-                    None,
-                )
-                name = node.args[0].value.rpartition("/")[2]
-                if isinstance(digest, str) and name in VOCABULARIES:
-                    found[name] = (node.args[0].value, digest)
+        with contextlib.suppress(OSError, ValueError):
+            text = read_regular(folder / "tiktoken_ext" / "openai_public.py").decode()
+            found |= {name: (address, digest) for address, name, digest in _PUBLISHED.findall(text)}
     if missing := [name for name in VOCABULARIES if name not in found]:
         raise ToolchainError(
             f"the tiktoken in .vllm has no address and hash of {' and '.join(missing)}",

@@ -291,15 +291,13 @@ def _pins(machine: Machine) -> Files:
     for project in PROJECTS:
         folder = layout.patches(project)
         if (folder / "series").exists():
-            patches = [
-                _described(path, machine.settings) for path in sorted(folder.glob("*.patch"))
-            ]
+            patches = [_described(path, machine) for path in sorted(folder.glob("*.patch"))]
             text = "\n".join((hardware.tail_of(folder / "series"), *patches))
             files[f"patches/{project}.txt"] = text
     return files
 
 
-def _described(path: Path, settings: Settings) -> str:
+def _described(path: Path, machine: Machine) -> str:
     """Return a patch's subject and status, and each file with its added and removed lines."""
     raw = hardware.read_small(path)
     subject = str(message_from_bytes(raw, policy=mail).get("Subject", "no subject"))
@@ -309,7 +307,9 @@ def _described(path: Path, settings: Settings) -> str:
         f"  Subject: {' '.join(subject.split())}",
         f"  {status[0].decode('utf-8', 'replace') if status else 'no Upstream-Status'}",
     ]
-    sizes = _output(["git", "apply", "--numstat", str(path)], settings)
+    argv = ["git", "apply", "--numstat", str(path)]
+    # In a subfolder of a repository git leaves out the paths above it.
+    sizes = _output(argv, machine.settings, cwd=machine.layout.root)
     lines += [f"  {line}" for line in sizes.splitlines()]
     return "\n".join(lines) + "\n"
 

@@ -138,7 +138,7 @@ _REASONS = {
         compile.doctor_cmake compile.doctor_compilers
         compile.network_or_mirror compile.one_job
         compile.override_external compile.rebuild_clean compile.rebuild_target compile.resume
-        compile.set_folder compile.then_resume compile.triton_edits compile.triton_log
+        compile.set_folder compile.then_resume compile.triton_edits
         compile.triton_mirror compile.triton_origin
         compile.unset_external compile.unset_override install.after_change
         install.again_or_native install.bootstrap_rebuild install.build_triton
