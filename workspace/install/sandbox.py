@@ -302,12 +302,6 @@ def find(layout: Layout, name: str) -> Sandbox | None:
     return Sandbox(name, layout, own, tip) if COMMIT.fullmatch(tip) else None
 
 
-def find_all(layout: Layout) -> tuple[Sandbox, ...]:
-    """Return all sandboxes, sorted by name."""
-    names = sorted(path.parent.name for path in layout.sandboxes.glob(f"*/{RECORD}"))
-    return tuple(found for name in names if NAME.fullmatch(name) and (found := find(layout, name)))
-
-
 def move(sandbox: Sandbox, tip: str, *, settings: Settings, run_log: RunLog) -> Sandbox:
     """Check another commit out and keep the times of unchanged files.
 
