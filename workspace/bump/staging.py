@@ -31,7 +31,7 @@ from workspace.install import editable, plan, sandbox, stages, stamp, verify
 from workspace.repo import checkout, moves, pins, series
 from workspace.repo.git import Applied, Git, worktree
 from workspace.repo.pins import Pin
-from workspace.repo.series import BASE_REF, TIP_REF, Attempt
+from workspace.repo.series import BASE_REF, TIP_REF
 
 RECORD = "begun.json"
 SKIPPED = "skipped"
@@ -69,6 +69,11 @@ class BumpSandbox:
     @property
     def shown(self) -> str:
         return self.outer.relative(self.layout.vllm)
+
+    @property
+    def applying(self) -> Path:
+        """Marker of the first `am`; without it, an `am` waits for the user."""
+        return self.layout.root / "applying.json"
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -444,17 +449,28 @@ def _run_am(bump_sandbox: BumpSandbox, tree: Git, names: Sequence[str], run_log:
     if done.tip:
         moves.move(own, "vllm", tree, done.tip, run_log=run_log)
         return
-    tried = Attempt("git am", hints.text("inv.patch_continue"))
-    with moves.attempt(own, "vllm", tree, tried, run_log=run_log):
+    # It stays if the verb or its git is killed, or if the disk is full.
+    write_atomic(bump_sandbox.applying, b"{}")
+    try:
         done = am.start(tree, files, run_log=run_log)
+    except CheckoutError:
+        bump_sandbox.applying.unlink()
+        raise
+    bump_sandbox.applying.unlink()
     if done.tip is None:
         raise conflict(bump_sandbox, tree, done)
 
 
 def recover(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
-    """Finish a move or undo an `am` that was killed; what the user resolved stays."""
+    """Finish a move that was killed, and take an `am` back that was killed before its conflict."""
     if moves.is_begun(bump_sandbox.layout, "vllm"):
-        moves.finish(bump_sandbox.layout, "vllm", tree, run_log=run_log, shown=bump_sandbox.shown)
+        moves.finish(bump_sandbox.layout, "vllm", tree, run_log=run_log)
+    if bump_sandbox.applying.exists():
+        folder = bump_sandbox.outer.patches("vllm")
+        files = [folder / name for name in series_names(bump_sandbox)]
+        paths = [path for file in files for path in tree.patch_paths(file)]
+        worktree.start_over(tree, bump_sandbox.start.new_base, paths)
+        bump_sandbox.applying.unlink()
 
 
 def conflict(bump_sandbox: BumpSandbox, tree: Git, done: Applied | None = None) -> PatchConflict:
