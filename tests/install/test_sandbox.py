@@ -194,7 +194,7 @@ def test_python_change_builds_nothing_and_a_change_of_compiled_sources_gets_its_
     assert (back.layout.vllm / library).read_bytes() == (
         with_sandbox.layout.vllm / library
     ).read_bytes()
-    assert sandboxes.find_all(with_sandbox.layout) == (back,)
+    assert sandboxes.find(with_sandbox.layout, "a") == back
 
 
 @pytest.mark.parametrize("missing", ["KERNELS", "compiler"])
@@ -240,10 +240,10 @@ def test_users_work_in_a_sandbox_is_kept_and_leaves_the_tree(
     # A commit is kept too, and that of the workspace's own making is not.
     git(sandbox.layout.vllm, "commit", "--quiet", "--allow-empty", "-m", "mine")
     mine = git(sandbox.layout.vllm, "rev-parse", "HEAD")
-    found = sandboxes.find(with_sandbox.layout, "a")
-    assert found
-    assert sandboxes.remove(found) == f"{sandboxes.LEFT_REFS}/{mine[:12]}"
-    assert sandboxes.remove(make_sandbox(with_sandbox, "b", tip=python)) is None
+    assert sandboxes.remove(with_sandbox.layout, "a") == f"{sandboxes.LEFT_REFS}/{mine[:12]}"
+    make_sandbox(with_sandbox, "b", tip=python)
+    assert sandboxes.remove(with_sandbox.layout, "b") is None
+    assert sandboxes.remove(with_sandbox.layout, "never made") is None
     assert not any(with_sandbox.layout.sandboxes.iterdir())
     assert git(with_sandbox.layout.vllm, "worktree", "list").count("\n") == 0
     assert git(with_sandbox.layout.vllm, "for-each-ref", sandboxes.REFS) == ""

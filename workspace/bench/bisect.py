@@ -105,7 +105,8 @@ def abort(layout: Layout, *, console: Console) -> None:
     """Remove log and sandbox of the bisect in progress, in whatever state they are."""
     with lock.hold(layout.lock, verb=VERB):
         exists = bisect_log.log_path(layout).exists() or (layout.sandboxes / SANDBOX).exists()
-        _remove(layout, console)
+        if exists:
+            _remove(layout, console)
         console.info("the bisect is aborted" if exists else "no bisect is in progress")
 
 
@@ -392,10 +393,6 @@ def _remove(layout: Layout, console: Console) -> None:
 
     In this order the next run completes a removal that was killed.
     """
-    root = layout.sandboxes / SANDBOX
-    sandbox = sandboxes.find(layout, SANDBOX) or (
-        sandboxes.Sandbox(SANDBOX, layout, Layout(root), "0" * 40) if root.exists() else None
-    )
-    if sandbox and (kept := sandboxes.remove(sandbox)):
-        console.info(f"your work in {sandbox.shown} is kept in vendor/vllm as {kept}")
+    if kept := sandboxes.remove(layout, SANDBOX):
+        console.info(f"your work in the sandbox is kept in vendor/vllm as {kept}")
     bisect_log.log_path(layout).unlink(missing_ok=True)

@@ -90,11 +90,12 @@ def begin(bump_sandbox: BumpSandbox, settings: Settings, *, tip: str, run_log: R
 
 def finish(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog) -> KnownGood:
     """Do the remaining steps of a promotion, then remove the sandbox; return the new state."""
-    redo_log = staging.find_redo_log(bump_sandbox.outer.promoting)
+    layout = bump_sandbox.outer
+    redo_log = staging.find_redo_log(layout.promoting)
     assert redo_log is not None
-    wanted = staging.finish_move(bump_sandbox.outer, settings, redo_log, run_log)
+    wanted = staging.finish_move(layout.promoting, layout, settings, redo_log, run_log)
     _write_message(bump_sandbox, redo_log.facts, wanted.head)
-    staging.remove(bump_sandbox.outer)
+    staging.remove(layout)
     _report(bump_sandbox, redo_log.facts, run_log)
     return wanted
 

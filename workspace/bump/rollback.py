@@ -47,8 +47,8 @@ def run(
         redo_log = staging.find_redo_log(layout.returning) or _begin(
             layout, name, run_log, force=force
         )
-        wanted = staging.finish_move(layout, settings, redo_log, run_log)
-        redo_log.path.unlink()
+        wanted = staging.finish_move(layout.returning, layout, settings, redo_log, run_log)
+        layout.returning.unlink()
     staging.report_leftovers(layout, redo_log.facts, console=console)
     settle(layout, settings, wanted, console=console)
     # Last, where a person sees it. An older redo log has no note of it.

@@ -71,6 +71,11 @@ class BumpSandbox:
         return self.outer.relative(self.layout.vllm)
 
     @property
+    def applying(self) -> Path:
+        """Marker of the first `am`; without it, an `am` waits for the user."""
+        return self.layout.root / "applying.json"
+
+    @property
     def skipped(self) -> tuple[str, ...]:
         """The patches that `inv patch.continue --skip` left out."""
         path = self.layout.root / SKIPPED
@@ -207,14 +212,6 @@ def _rename(environment: Path, scratch: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """Content of the file of a redo log."""
-
-    facts: Mapping[str, str]
-    done: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class RedoLog:
     """Redo log: a change in steps that an interrupted run resumes and never rolls back.
 
@@ -222,36 +219,30 @@ class RedoLog:
     disk, so their names stay.
     """
 
-    path: Path
     facts: Mapping[str, str]
     done: tuple[str, ...] = ()
-
-    def write(self) -> "RedoLog":
-        """Write the log to its file and return it."""
-        records.write(self.path, _Steps(self.facts, self.done))
-        return self
 
 
 def find_redo_log(path: Path) -> RedoLog | None:
     """Return the redo log at `path`, None without one. Raises WorkspaceError if it is damaged."""
     try:
-        steps = records.load(path, _Steps)
+        return records.load(path, RedoLog)
     except records.DecodeError as exc:
         raise WorkspaceError(
             f"the redo log {path} cannot be read: {exc}",
             hint=hints.text("bump.read_state", path=path),
         ) from exc
-    return RedoLog(path, steps.facts, steps.done) if steps else None
 
 
-def finish_steps(redo_log: RedoLog, steps: Sequence[tuple[str, Step]]) -> None:
+def finish_steps(path: Path, redo_log: RedoLog, steps: Sequence[tuple[str, Step]]) -> None:
     """Do the remaining steps in order. The log stays; the caller removes it."""
     for name, step in steps:
         if name not in redo_log.done:
             step(redo_log.facts)
             # Sync first: after a power cut the log must not list a step whose files were lost.
             os.sync()
-            redo_log = RedoLog(redo_log.path, redo_log.facts, (*redo_log.done, name)).write()
+            redo_log = replace(redo_log, done=(*redo_log.done, name))
+            records.write(path, redo_log)
 
 
 def begin_move(
@@ -274,15 +265,17 @@ def begin_move(
         "products": "\n".join(editable.build_products(layout.vllm)),
         "libraries": "\n".join(library.path for library in build.libraries) if build else "",
     }
-    return RedoLog(path, facts).write()
+    redo_log = RedoLog(facts)
+    records.write(path, redo_log)
+    return redo_log
 
 
 def finish_move(
-    layout: Layout, settings: Settings, redo_log: RedoLog, run_log: RunLog
+    path: Path, layout: Layout, settings: Settings, redo_log: RedoLog, run_log: RunLog
 ) -> KnownGood:
     """Do the remaining steps of a move and return its state; the caller removes the redo log."""
-    title = "promote" if redo_log.path == layout.promoting else "back"
-    shown = layout.relative(redo_log.path)
+    title = "promote" if path == layout.promoting else "back"
+    shown = layout.relative(path)
     # A promotion that the first edition began has other facts.
     wanted = (
         known_good.read(layout, redo_log.facts["good"]) if "present" in redo_log.facts else None
@@ -295,7 +288,7 @@ def finish_move(
     # To make room, delete only what this workspace made.
     discarded = layout.state / ".back.gone"
     with stages.step(run_log, title) as view:
-        finish_steps(redo_log, _steps(layout, wanted, redo_log, discarded, run_log))
+        finish_steps(path, redo_log, _steps(path, layout, wanted, discarded, run_log))
         kept = redo_log.facts["present"] or f"refs/left/{redo_log.facts['left']}"
         view.reason = f"{wanted.name}; the former state is kept as {kept}"
     _install_here(layout, settings, run_log)
@@ -304,11 +297,11 @@ def finish_move(
 
 
 def _steps(
-    layout: Layout, wanted: KnownGood, redo_log: RedoLog, discarded: Path, run_log: RunLog
+    path: Path, layout: Layout, wanted: KnownGood, discarded: Path, run_log: RunLog
 ) -> tuple[tuple[str, Step], ...]:
     """Return the steps of a move, in order; the redo log on disk has their names."""
     git, files = Git(layout.vllm), known_good.pinned_files(layout, wanted.name)
-    made_in = Layout(layout.bump_sandbox) if redo_log.path == layout.promoting else None
+    made_in = Layout(layout.bump_sandbox) if path == layout.promoting else None
     environment = made_in.environment if made_in else known_good.environment(layout, wanted.name)
 
     def set_refs(_: Mapping[str, str]) -> None:
@@ -456,15 +449,28 @@ def _run_am(bump_sandbox: BumpSandbox, tree: Git, names: Sequence[str], run_log:
     if done.tip:
         moves.move(own, "vllm", tree, done.tip, run_log=run_log)
         return
-    done = am.start(tree, files, run_log=run_log)
+    # It stays if the verb or its git is killed, or if the disk is full.
+    write_atomic(bump_sandbox.applying, b"{}")
+    try:
+        done = am.start(tree, files, run_log=run_log)
+    except CheckoutError:
+        bump_sandbox.applying.unlink()
+        raise
+    bump_sandbox.applying.unlink()
     if done.tip is None:
         raise conflict(bump_sandbox, tree, done)
 
 
 def recover(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
-    """Finish a move that was killed."""
+    """Finish a move that was killed, and take an `am` back that was killed before its conflict."""
     if moves.is_begun(bump_sandbox.layout, "vllm"):
         moves.finish(bump_sandbox.layout, "vllm", tree, run_log=run_log)
+    if bump_sandbox.applying.exists():
+        folder = bump_sandbox.outer.patches("vllm")
+        files = [folder / name for name in series_names(bump_sandbox)]
+        paths = [path for file in files for path in tree.patch_paths(file)]
+        worktree.start_over(tree, bump_sandbox.start.new_base, paths)
+        bump_sandbox.applying.unlink()
 
 
 def conflict(bump_sandbox: BumpSandbox, tree: Git, done: Applied | None = None) -> PatchConflict:

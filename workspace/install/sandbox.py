@@ -302,12 +302,6 @@ def find(layout: Layout, name: str) -> Sandbox | None:
     return Sandbox(name, layout, own, tip) if COMMIT.fullmatch(tip) else None
 
 
-def find_all(layout: Layout) -> tuple[Sandbox, ...]:
-    """Return all sandboxes, sorted by name."""
-    names = sorted(path.parent.name for path in layout.sandboxes.glob(f"*/{RECORD}"))
-    return tuple(found for name in names if NAME.fullmatch(name) and (found := find(layout, name)))
-
-
 def move(sandbox: Sandbox, tip: str, *, settings: Settings, run_log: RunLog) -> Sandbox:
     """Check another commit out and keep the times of unchanged files.
 
@@ -371,11 +365,15 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
     return observed
 
 
-def remove(sandbox: Sandbox) -> str | None:
-    """Remove a sandbox. Returns the reference of vendor/vllm that keeps the user's work in it."""
+def remove(layout: Layout, name: str) -> str | None:
+    """Remove the sandbox of that name, whatever state it is in, or finish its removal.
+
+    Returns the reference of vendor/vllm that keeps the user's work in it.
+    """
+    sandbox = find(layout, name) or Sandbox(name, layout, Layout(layout.sandboxes / name), "")
     kept = _keep_work(sandbox)
-    remove_tree(sandbox.outer, sandbox.layout)
-    worktree.delete_ref(Git(sandbox.outer.vllm), f"{REFS}/{sandbox.name}")
+    remove_tree(layout, sandbox.layout)
+    worktree.delete_ref(Git(layout.vllm), f"{REFS}/{name}")
     return kept
 
 

@@ -158,7 +158,7 @@ def test_killed_export_is_finished_by_the_next(clone: World) -> None:
 
 def test_killed_rollback_is_finished_by_the_next(clone: World) -> None:
     wanted, tip = pretend_good(clone, "v0.31.0"), clone.git("rev-parse", "HEAD")
-    kill(clone, 46, "pin.rollback", "--good", wanted)
+    kill(clone, 57, "pin.rollback", "--good", wanted)
     assert (clone.layout.state / "back.json").exists()
     assert "./scripts/inv pin.rollback" in clone.status()["next"]
     ended = clone.run("pin.rollback")
