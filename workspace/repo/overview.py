@@ -342,8 +342,7 @@ def resume_in(
     unmerged = am.unmerged(git)
     if waiting == "am" and (stopped := am.position(git)) and (stopped != before or unmerged):
         applied, patch = am.stopped_at(git, stopped.number, answer), _patch(stopped, names)
-        count = stopped.last
-        raise series.sentence(git, applied, count=count, patch=patch, shown=shown, base=base)
+        raise series.sentence(git, applied, count=stopped.last, patch=patch, shown=shown, base=base)
     if unmerged:
         raise _unresolved(unmerged, waiting or operation, shown)
     if answer.status != 0:
