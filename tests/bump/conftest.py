@@ -24,6 +24,21 @@ equal = 0 if getattr(vllm, "BROKEN", False) else 2
 same = {"error": None, "same_prompt": True, "equal": equal, "total": 2, "compared": 4, "wanted": 4}
 same |= {"not_finite": 0, "behind": 0, "partings": [], "cached": [1], "chunks": 2, "seconds": {}}
 same |= {"decode_difference": 0.0, "prefill_difference": 0.0}
+forms = {
+    "norm": ["an epsilon"],
+    "linear": ["biases"],
+    "rotary": ["rope scaled by llama3", "rope scaled by yarn"],
+    "attention": ["a window"],
+    "mlp": ["biases"],
+}
+layers = {
+    kind: {
+        "rows": [{"case": "one", "difference": 0.5, "limit": 1.0}],
+        "forms": forms.get(kind, []),
+        "seconds": 0.1,
+    }
+    for kind in ("embedding", *forms)
+}
 print(json.dumps({
     "error": None,
     "vllm": {
@@ -34,6 +49,7 @@ print(json.dumps({
     },
     "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
     "models": {"llama": same, "qwen3": same},
+    "layers": {"llama": layers, "qwen3": layers},
     "consistency": {name: same for name in ("repeat", "batch", "parts", "chunked", "prefix")},
 }))
 """
