@@ -135,7 +135,7 @@ def test_only_an_eager_engine_runs_in_the_mode_in_which_inductor_refuses_to_benc
 
 def test_no_probe_of_a_compiled_engine_sets_a_mode_that_inductor_refuses() -> None:
     """Compiled engines run in parity.py, which takes the setting of reference.py that the test
-    above holds, and refuses another.
+    above holds, and refuses another; engine.py sets it for Hugging Face's model and is eager.
     """
     names = {
         file.name
@@ -144,7 +144,8 @@ def test_no_probe_of_a_compiled_engine_sets_a_mode_that_inductor_refuses() -> No
             r"use_deterministic|set_deterministic|inductor.*deterministic", file.read_text()
         )
     }
-    assert names == {"parity.py", "reference.py"}
+    assert names == {"engine.py", "parity.py", "reference.py"}
+    assert '"enforce_eager": True' in PROBE.with_name("engine.py").read_text()
     given = {
         name
         for row in VARIABLES

@@ -201,7 +201,7 @@ def test_am_from_elsewhere_is_continued_just_the_same(
         tmp_path, {"mine.patch": conflicting["XX-to-YY.patch"].replace(b"XX to YY", b"of my own")}
     )
     sh_git(mergeable.vllm, "am", "--3way", str(tmp_path / "mine.patch"), check=False)
-    with pytest.raises(PatchConflict, match="1 path has a conflict"):
+    with pytest.raises(PatchConflict, match="1 file still has a conflict"):
         mergeable.resume("continue")
     resolve(mergeable, LINES)
     with pytest.raises(PatchConflict, match="patch 1 of 1, “of my own”, changes nothing"):
@@ -305,7 +305,7 @@ def test_operation_of_the_user_is_ended_by_the_same_verb(
     other = commit(vllm, "other", {"vllm/lines.py": LINES.replace("line 20\n", "other\n")})
     last = commit(vllm, "last", {"vllm/lines.py": LINES.replace("line 20\n", "last\n")})
     sh_git(vllm, verb, *((other,) if verb == "revert" else (mine,)), check=False)
-    with pytest.raises(PatchConflict, match=f"the {verb} in vendor/vllm waits"):
+    with pytest.raises(PatchConflict, match=f"git {verb} is stopped in vendor/vllm"):
         release.resume("continue")
     if how == "continue" or verb == "rebase":
         resolve(release)
@@ -315,7 +315,7 @@ def test_operation_of_the_user_is_ended_by_the_same_verb(
         return
     if verb == "rebase" and how != "abort":
         # The second commit stops it, too.
-        with pytest.raises(PatchConflict, match="the rebase in vendor/vllm waits"):
+        with pytest.raises(PatchConflict, match="git rebase is stopped in vendor/vllm"):
             release.resume(how)
         resolve(release, LINES)
     release.resume(how)

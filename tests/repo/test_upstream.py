@@ -199,21 +199,6 @@ def test_git_without_an_index_still_has_the_commit(clone: Clone, two_releases: T
         {},
     )
     assert any("precompiled wheels are unknown" in sentence for sentence in found.lacking)
-    # Of a partial clone only what a forecast reads is fetched.
-    held = {
-        path: sh_git(
-            found.store,
-            "rev-list",
-            "--objects",
-            "--missing=print",
-            "--no-walk",
-            f"{found.base}^{{tree}}",
-            "--",
-            path,
-        )
-        for path in ("csrc", "cmake")
-    }
-    assert ["?" in listed for listed in held.values()] == [True, False]
 
 
 def test_unreachable_remote_stops_only_what_is_missing(clone: Clone) -> None:

@@ -293,7 +293,8 @@ def require_passed(
         first = next(name for name in REGISTRY if any(check.identifier == name for check in failed))
         entry = REGISTRY[first]
         found = registry.pattern(checks)
-        if has_patches and entry.hint == DIFFERS:
+        is_installed = not any(check.identifier.startswith("provenance.") for check in failed)
+        if has_patches and is_installed and entry.hint == DIFFERS:
             found += (f"./scripts/nox -s bisect -- --patches --run {first} finds the patch",)
         message = (
             f"{len(failed)} of {len(checks)} checks failed:"

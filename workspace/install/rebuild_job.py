@@ -113,8 +113,6 @@ class Job:
         for sentence in externals.leftover(run.layout.vllm):
             run.run_log.console.warn(sentence)
         self._find_reached(view)
-        if not run.is_sandbox and not project.link_database(run.layout, self.folder):
-            run.run_log.write(f"{run.layout.relative(run.layout.compile_commands)} is kept")
         self.plan = self._forecast()
         view.reason = (
             f"{run.layout.relative(self.folder)}: {len(self.project.targets)} targets,"
@@ -223,6 +221,8 @@ class Job:
         if not self.reached:
             view.skip("no target is reached")
             return
+        if not run.is_sandbox and not project.link_database(run.layout, self.folder):
+            run.run_log.write(f"{run.layout.relative(run.layout.compile_commands)} is kept")
         moves.forget_times(run.layout, "vllm")
         for sentence in (self.jobs.sentence, self.memory.sentence):
             run.run_log.console.info(sentence)

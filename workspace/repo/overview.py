@@ -423,8 +423,8 @@ def _patch(stopped: am.Position, names: Sequence[str]) -> str:
 def _unresolved(paths: Sequence[str], operation: str, shown: str) -> PatchConflict:
     ways = "--abort" if operation == "merge" else "--skip, or --abort"
     return PatchConflict(
-        f"the {operation} in {shown} waits: "
-        + counted(len(paths), "path has a conflict", "paths have conflicts"),
+        f"git {operation} is stopped in {shown}: "
+        + counted(len(paths), "file still has a conflict", "files still have conflicts"),
         hint=hints.text("repo.resolve_or", shown=shown, paths=list(paths), ways=ways),
         details=tuple(f"conflict in {path}" for path in paths),
     )
