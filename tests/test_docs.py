@@ -21,6 +21,7 @@ LINKS = (
     re.compile(r"<img[^>]*src=\"([^\"]+)\""),
 )
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:|//|#", re.IGNORECASE)
+TEST = re.compile(r"^(?:async )?def (test_\w+)", re.MULTILINE)
 CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 PAGE = """\
 [a](gone.md) ![b](lost.png) [c](page.md#d) [e](https://example.org) [f](#g)
@@ -194,3 +195,35 @@ def test_page_without_its_markers_is_refused() -> None:
     new = docs.with_part(page, ["new"])
     assert new == f"before\n{docs.BEGIN}\n\nnew\n\n{docs.END}\nafter\n"
     assert docs.with_part(new, ["new"]) == new
+
+
+def missing_tests(text: str) -> list[str]:
+    """Return the files and tests that a page of promises names and that do not exist."""
+    defined: dict[str, set[str]] = {}
+    for path in (ROOT / "tests").rglob("*.py"):
+        names = TEST.findall(path.read_text(encoding="utf-8"))
+        defined[path.relative_to(ROOT).as_posix()] = set(names)
+    known = set().union(*defined.values()) | {path.rpartition("/")[2] for path in defined}
+    missing = []
+    for name in re.findall(r"`(tests/[^`\s]+|test_\w+(?:\.py)?)`", text):
+        path, _, test = name.partition("::")
+        if "/" not in name:
+            there = name in known
+        else:
+            there = test in defined.get(path, set()) if test else (ROOT / path).exists()
+        missing += [] if there else [name]
+    return missing
+
+
+def test_every_test_that_a_promise_names_exists() -> None:
+    page = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
+    assert [each.partition("\n")[0] for each in sections if "\n- " not in each] == []
+    assert missing_tests(page) == []
+
+
+def test_promise_with_a_test_that_is_gone_is_seen() -> None:
+    file = "tests/test_docs.py"
+    gone = [f"{file}::test_gone", "tests/gone.py", "test_gone.py", "test_gone"]
+    there = [f"{file}::{test_promise_with_a_test_that_is_gone_is_seen.__name__}", file, "tests"]
+    assert missing_tests("".join(f"- A: `{each}`.\n" for each in there + gone)) == gone

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import pytest
 from syrupy.assertion import SnapshotAssertion
 
+from tests.bench import test_measure
 from tests.bench.materials import record
 from tests.clone import Clone, make_clone
 from tests.screens import screen
@@ -75,6 +76,19 @@ def test_bench(built: World, snapshot: SnapshotAssertion) -> None:
         results.write(results.record_path(built.layout, made), made)
     assert shown(built, "bench") == snapshot(name="records")
     assert shown(built, "bench.compare", "before", "after") == snapshot(name="compare")
+
+
+@pytest.mark.parametrize("manner", ["steady", "differs"])
+def test_end_of_a_bench(built: World, snapshot: SnapshotAssertion, manner: str) -> None:
+    test_measure.place_vllm(built)
+    model = str(built.folder / "model")
+    argv = test_measure.argv(built, "--repeat", "6", "--model", model)
+    seen = screen(argv, cwd=built.root, env={**built.env, "FAKE_MANNER": manner})
+    _, path, end = seen.partition(".json\n")
+    assert path, seen
+    # What other programs do is the machine's.
+    end = re.sub(r"^warning: other programs (?s:.*?)^(?=hint: )", "", end, flags=re.MULTILINE)
+    assert end.replace(model, "MODEL") == snapshot
 
 
 @pytest.fixture(scope="module")

@@ -39,8 +39,8 @@ with open(flags["--output-json"], "w") as file:
 """
 
 
-@pytest.fixture
-def measured(built: World) -> World:
+def place_vllm(built: World) -> None:
+    """Put the stand-in, a model and no records into a built world."""
     program = built.layout.environment / "bin" / "vllm"
     program.unlink(missing_ok=True)
     program.write_text(PROGRAM.replace("@PYTHON@", sys.executable))
@@ -49,6 +49,11 @@ def measured(built: World) -> World:
     for name in ("calls", "hangs"):
         (program.parent / name).unlink(missing_ok=True)
     shutil.rmtree(built.layout.results, ignore_errors=True)
+
+
+@pytest.fixture
+def measured(built: World) -> World:
+    place_vllm(built)
     return built
 
 

@@ -29,7 +29,7 @@ def norm(*rows: dict) -> Check:
 def test_layers_within_rounding_pass_and_the_forms_are_named() -> None:
     check = norm(ROW, ROW | {"difference": 4.0})
     assert (check.identifier, check.verdict) == ("layers.norm", "pass")
-    assert check.evidence == ("2 cases, the worst at 25% of what rounding allows; with an epsilon")
+    assert check.evidence == ("2 cases, largest error 25% of the tolerance; with an epsilon")
 
 
 @pytest.mark.parametrize("difference", [16.5, math.nan, None])

@@ -135,7 +135,7 @@ def layers(answers: Mapping[str, Answer], kind: str) -> Check:
                 )
     if not problems and len(answered) == len(answers):
         problems = [f"no tiny model has {form}" for form in LAYERS[kind] if form not in forms]
-    fine = f"{counted(count, 'case')}, the worst at {worst:.0%} of what rounding allows"
+    fine = f"{counted(count, 'case')}, largest error {worst:.0%} of the tolerance"
     fine += f"; with {', '.join(map(str, forms))}" if forms else ""
     return judged(f"layers.{kind}", problems, fine, seconds)
 

@@ -31,8 +31,8 @@ from workspace.server.recipes import Recipe
 
 # Lists of folders: our folders go before those of the shell that evaluates the lines.
 _LISTS = ("PATH", "LD_LIBRARY_PATH")
-# bash refuses to set these, and then evaluates no other line either.
-_READ_ONLY = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS")
+# bash refuses to set these, and then evaluates no other line either; each shell sets `_` itself.
+_READ_ONLY = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "_")
 _LONG_SECRET = 8
 UNKNOWN_TREE = "none"
 LOCAL, USUAL_PORT = "127.0.0.1", 8000

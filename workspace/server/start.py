@@ -83,7 +83,8 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
         _require_usable(folder, line)
     environment = _environment(session, folder)
     argv = line.argv(layout, model)
-    for text in command.shown(layout, settings, argv, environment):
+    *variables, typed = command.shown(layout, settings, argv, environment)
+    for text in [*(variables if options.dry_run or console.is_verbose else ()), typed]:
         (console.data if options.dry_run else console.info)(text)
     if not options.dry_run:
         facts = {

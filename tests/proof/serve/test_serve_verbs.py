@@ -81,6 +81,7 @@ def test_detached_server_is_seen_read_refused_twice_and_stopped(clone: World) ->
     started = clone.run("serve", "--detach", *line[1:])
     assert started.code == 0, started.output
     assert "/bin/vllm serve " in started.err
+    assert "export " not in started.err
     status = json.loads(clone.run("serve.status", "--json").out)
     assert (status["state"], status["changed"]) == ("ready", None)
     assert "engine started" in clone.run("serve.logs").out
