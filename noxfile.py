@@ -53,6 +53,8 @@ if os.path.realpath(sys.prefix) != os.path.realpath(TOOLS):
 
 # Arguments of pytest for each proof.
 PROOFS = {
+    # Network waits, and its prints are the figures of docs/evidence/aarch64.md.
+    "aarch64": ["tests/proof/aarch64", "-n", "0", "-s"],
     "bench": ["tests/proof/bench", "-n", "0"],
     "bootstrap": [
         "tests/proof/test_bootstrap.py",
@@ -229,7 +231,8 @@ def perf(session):
 def proof(session):
     """Run the long proofs: all, or the one named after --.
 
-    Names: bench, bootstrap, fuzz, kernels, kill, pins, repo, serve, smoke, triton, upstream.
+    Names: aarch64, bench, bootstrap, fuzz, hints, kernels, kill, pins, repo, serve, smoke, triton,
+    upstream.
     Arguments after the name of the proof go to pytest.
     """
     chosen = session.posargs[:1] or sorted(PROOFS)

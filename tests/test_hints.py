@@ -7,6 +7,7 @@ import argparse
 import ast
 import contextlib
 import io
+import platform
 import re
 import shlex
 import string
@@ -100,6 +101,7 @@ PACKAGES = {
     "g++": "/usr/bin/g++",
     "g++-VALUE": "/usr/bin/g++-VALUE",
     "git": "/usr/bin/git",
+    "libnuma1": f"/usr/lib/{platform.machine()}-linux-gnu/libnuma.so.1",
     "patch": "/usr/bin/patch",
     "procps": "/sbin/sysctl",
     "pythonVALUE": "/usr/bin/pythonVALUE",

@@ -118,14 +118,17 @@ def test_waiting_says_so_once_and_then_gets_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     output: list[str] = []
     with holder(path) as child:
+        ending = threading.Thread(target=child.communicate)
 
         def release(sentence: str) -> None:
             output.append(sentence)
-            threading.Thread(target=child.communicate).start()
+            ending.start()
 
         with lock.hold(path, verb="status", wait=True, on_wait=release):
             assert len(output) == 1
             assert output[0].startswith("waiting: inv bootstrap")
+        # On a slow machine the thread still reads when `with holder` closes its pipe.
+        ending.join()
 
 
 def test_damaged_record_of_the_holder_is_still_a_sentence(tmp_path: Path) -> None:

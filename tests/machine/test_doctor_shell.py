@@ -1,12 +1,13 @@
 """Library folders, token and hidden settings."""
 
 import os
+import subprocess
 
 import pytest
 
 from workspace.core.console import Row
 from workspace.machine import doctor_host, run_environment
-from workspace.machine.machine import Case
+from workspace.machine.machine import Case, Machine
 
 
 def row(check, house, *, device="cpu", **shell) -> Row:
@@ -140,3 +141,30 @@ def test_misspelt_setting_is_reported_with_its_line(house):
     found = row(doctor_host.settings, house)
     assert "did you mean MAX_JOBS" in found.text
     assert found.hint.endswith("+2 .env")
+
+
+def test_missing_libnuma_is_named_and_its_package_cures_it(house, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_environment, "NUMA_LIBRARY", "libworkspace-nowhere.so.1")
+    settings = house.settings(LD_LIBRARY_PATH=str(tmp_path))
+
+    def look(**more):
+        return list(run_environment.numa_library(Case(Machine(house.layout, settings), **more)))
+
+    (missing,) = look(device="cpu")
+    assert (missing.state, missing.text) == ("FAIL", "libworkspace-nowhere.so.1 is missing")
+    # A native build does without it, and a CUDA build needs none.
+    assert [row.state for row in look(device="cpu", is_native=True)] == ["warn"]
+    assert look(device="cuda") == []
+    # A file that is no library is not called missing.
+    library = tmp_path / "libworkspace-nowhere.so.1"
+    library.write_text("no library")
+    (broken,) = look(device="cpu")
+    assert broken.text.startswith("does not run: ")
+    assert "file too short" in broken.text
+    library.unlink()
+    house.program("sudo", 'exec "$@"')
+    made = tmp_path / "made.so"
+    subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", "-o", made], check=True)
+    house.program("apt", f'[ "$1 $2" = "install libnuma1" ] && cp {made} {library}')
+    subprocess.run(["sh", "-c", missing.hint], env=settings.child_environment("plain"), check=True)
+    assert [row.state for row in look(device="cpu")] == ["ok"]

@@ -72,3 +72,17 @@ def test_mapped_file_is_named_with_its_inode():
 def test_boot_has_the_same_id_until_the_next_one():
     assert len(hardware.boot_id()) == 36
     assert hardware.boot_id() == hardware.boot_id()
+
+
+def test_arm_processor_is_named_by_all_its_kinds_of_cores_and_not_by_a_number():
+    def core(part: str, maker: str = "0x41") -> str:
+        number = f"CPU implementer\t: {maker}\nCPU variant\t: 0x0\nCPU part\t: {part}\n"
+        return f"Features\t: fp asimd\n{number}\n"
+
+    # The cores of a GB10, as its kernel prints them: five and five, twice.
+    gb10 = (core("0xd87") * 5 + core("0xd85") * 5) * 2
+    assert hardware.core_names(gb10) == "Cortex-A725, Cortex-X925"
+    assert hardware.core_names(core("0xd99")) == "part 0xd99"
+    assert hardware.core_names(core("0x004", maker="0x4e")) == "0x4e 0x004"
+    assert hardware.core_names("model name\t: Xeon\nmodel name\t: Xeon\nCPU part\t: 1\n") == "Xeon"
+    assert hardware.core_names("") == ""

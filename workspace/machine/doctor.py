@@ -249,6 +249,7 @@ CHECKS: tuple[Check, ...] = (
     _check(doctor_toolchain.archs, "native"),
     _check(dotenv.ptxas),
     _check(run_environment.library_path, "native"),
+    _check(run_environment.numa_library, "cpu"),
     _check(doctor_toolchain.running_programs, "native"),
     _check(doctor_host.token),
     _check(doctor_host.settings),

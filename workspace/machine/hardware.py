@@ -34,6 +34,17 @@ Value = TypeVar("Value")
 GIB = 1 << 30
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
+# Numbers of Arm's own cores (MIDR_EL1.PartNum in each core's Technical Reference Manual); the two
+# kinds of a GB10, and those of servers.
+_ARM = "0x41"
+_ARM_CORES = {
+    "0xd0c": "Neoverse-N1",
+    "0xd40": "Neoverse-V1",
+    "0xd49": "Neoverse-N2",
+    "0xd4f": "Neoverse-V2",
+    "0xd85": "Cortex-X925",
+    "0xd87": "Cortex-A725",
+}
 # The page cache, and the kernel's cache of names (proc_sys_vm(5)).
 ASSIGNMENT = "vm.drop_caches=3"
 PATIENCE_S = 120.0
@@ -157,10 +168,28 @@ def kills() -> int:
 
 
 def processor() -> tuple[str, frozenset[str]]:
-    """Return the processor's name, as far as the kernel knows it, and its instruction sets."""
-    name = _found(_PROC / "cpuinfo", r"^(?:model name|CPU part|Hardware)[^:]*:\s*(.+?)\s*$")
-    sets = _found(_PROC / "cpuinfo", r"^(?:flags|Features)[^:]*:(.*)$")
-    return name or platform.machine(), frozenset((sets or "").split())
+    """Return the names of the processor's kinds of cores, as far as they are known, and its
+    instruction sets.
+    """
+    text = _text(_PROC / "cpuinfo")
+    sets = re.search(r"^(?:flags|Features)[^:]*:(.*)$", text, re.MULTILINE)
+    return core_names(text) or platform.machine(), frozenset(sets[1].split() if sets else ())
+
+
+def core_names(cpuinfo: str) -> str:
+    """Return the kinds of cores in /proc/cpuinfo, such as `Cortex-X925, Cortex-A725`; empty where
+    it names none.
+
+    An Arm kernel prints numbers only; one without a name in the table keeps its own.
+    """
+    if names := re.findall(r"^(?:model name|Hardware)[^:]*:\s*(.+?)\s*$", cpuinfo, re.MULTILINE):
+        return str(names[0])
+    fields = re.findall(r"^CPU (?:implementer|part)\s*:\s*(0x\w+)\s*$", cpuinfo, re.MULTILINE)
+    parts = dict.fromkeys(zip(fields[::2], fields[1::2], strict=False))
+    return ", ".join(
+        _ARM_CORES.get(part, f"part {part}") if maker == _ARM else f"{maker} {part}"
+        for maker, part in parts
+    )
 
 
 def boot_id() -> str:
@@ -185,12 +214,16 @@ def mapped_files(pid: int) -> Iterator[tuple[str, int]]:
 
 def _found(path: Path, pattern: str) -> str | None:
     """Return what the group of a pattern finds in a file of the kernel; None without the file."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    found = re.search(pattern, text, re.MULTILINE)
+    found = re.search(pattern, _text(path), re.MULTILINE)
     return found[1] if found else None
+
+
+def _text(path: Path) -> str:
+    """Return the text of a file of the kernel; empty without the file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def memory_limits() -> Iterator[tuple[float, float]]:

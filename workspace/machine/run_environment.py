@@ -22,10 +22,11 @@ from workspace.core.errors import SmokeError, ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
+from workspace.core.process import Broken, There
 from workspace.core.settings import Settings, shortened
 from workspace.machine import interpreter, jit_caches, torch
 from workspace.machine.arch import key
-from workspace.machine.machine import Case, Machine
+from workspace.machine.machine import Case, Machine, unanswered
 
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0
@@ -34,6 +35,13 @@ ENCODINGS = "TIKTOKEN_ENCODINGS_BASE"
 # A call in tiktoken's source: `load_tiktoken_bpe("https://…/NAME", expected_hash="…")`.
 _PUBLISHED = re.compile(r"""["'](\w+://[^"']+/([^/"']+))["'],\s*expected_hash=["'](\w{64})["']""")
 _SONAME = re.compile(r"lib[\w+-]+\.so(\.\d+)?")
+NUMA_LIBRARY = "libnuma.so.1"
+# Loads a library as Python does, and prints the loader's own sentence where it cannot.
+_LOAD = """import ctypes, sys
+try:
+    ctypes.CDLL(sys.argv[1])
+except OSError as exc:
+    sys.exit(str(exc))"""
 _REMOVED = Path(__file__).with_name("removed.toml")
 
 
@@ -245,6 +253,28 @@ def library_path(case: Case) -> Iterator[Row]:
         return
     folders = f"{len(entries)} folder{'s' if len(entries) > 1 else ''}"
     yield Row(State.OK, "library path", f"{folders}, none with a library of torch's", why)
+
+
+def numa_library(case: Case) -> Iterator[Row]:
+    """Check libnuma, which the CPU wheels' kernels name (NEEDED of _C.abi3.so) and no wheel brings.
+
+    A CUDA build needs none of it; a native CPU build does without it.
+    """
+    if case.device != "cpu":
+        return
+    why = "the precompiled kernels for CPUs are linked against it"
+    argv = [sys.executable, "-I", "-c", _LOAD, NUMA_LIBRARY]
+    environment = case.settings.child_environment("run")
+    answer = process.output_of(process.ask(argv, env=environment, limit_s=ANSWER_S))
+    hint = hints.text("machine.apt_libnuma")
+    state = State.WARN if case.is_native else State.FAIL
+    missing = Row(state, "libnuma", f"{NUMA_LIBRARY} is missing", why, hint)
+    if isinstance(answer, There):
+        yield Row(State.OK, "libnuma", f"{NUMA_LIBRARY} is installed", why)
+    elif isinstance(answer, Broken) and "No such file" in answer.message:
+        yield missing
+    else:
+        yield unanswered(missing, answer, look=hint)
 
 
 def _library_faults(case: Case, entries: list[str]) -> Iterator[tuple[str, str]]:

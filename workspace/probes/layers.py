@@ -8,6 +8,7 @@ must show: the same computation without it must differ.
 
 import json
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ KINDS = {
     **dict.fromkeys(("mlp", "block_sparse_moe"), "mlp"),
 }
 # Float32 rounds each term of a sum; attention's exponent and the router's choice amplify. Measured
-# with vLLM 0.31.0 on x86-64; one per cent is 84,000 roundings.
+# with vLLM 0.31.0 on x86-64, and not on aarch64; one per cent is 84,000 roundings.
 ROUNDINGS = {
     "embedding": 64.0,
     "norm": 16.0,
@@ -42,6 +43,8 @@ ROUNDINGS = {
     "attention": 256.0,
     "mlp": 64.0,
 }
+# On Arm CPUs an MLP passes on the coarse exp of its activation (SILU_ROUNDINGS in kernels.py).
+ARM_CPU_ROUNDINGS = {**ROUNDINGS, "mlp": 1000.0}
 # A form shows if a layer without it is this many limits off.
 SHOWN = 4.0
 DEFAULT_EPSILON = 1e-6
@@ -294,11 +297,17 @@ def judged(model: "nn.Module", folder: Path, run: Callable[[], object]) -> dict[
 
     calls = watched(model, run)
     with torch.inference_mode():
-        files = read(folder, next(model.parameters()).device)
-        return {kind: _kind(kind, files, calls) for kind in LAYERS}
+        device = next(model.parameters()).device
+        files, limits = read(folder, device), roundings(device.type, platform.machine())
+        return {kind: _kind(kind, files, calls, limits[kind]) for kind in LAYERS}
 
 
-def _kind(kind: str, files: Files, calls: Mapping[str, Calls]) -> dict[str, Any]:
+def roundings(device: str, machine: str) -> Mapping[str, float]:
+    """Return the limit of each kind of layer, by the type of the device and the machine."""
+    return ARM_CPU_ROUNDINGS if (device, machine) == ("cpu", "aarch64") else ROUNDINGS
+
+
+def _kind(kind: str, files: Files, calls: Mapping[str, Calls], limit: float) -> dict[str, Any]:
     started = time.monotonic()
     mine = {
         name: whole(made) if kind == "attention" else made
@@ -306,7 +315,7 @@ def _kind(kind: str, files: Files, calls: Mapping[str, Calls]) -> dict[str, Any]
         if KINDS[name.rpartition(".")[2]] == kind and made.inputs
     }
     rows = [
-        {"case": name, "difference": _off(kind, name, files, made), "limit": ROUNDINGS[kind]}
+        {"case": name, "difference": _off(kind, name, files, made), "limit": limit}
         for name, made in mine.items()
     ]
     shown = []
@@ -315,7 +324,7 @@ def _kind(kind: str, files: Files, calls: Mapping[str, Calls]) -> dict[str, Any]
             continue
         shown.append(form)
         without_it = [_off(kind, name, without, made) for name, made in mine.items()]
-        is_shown = any(off is None or off > SHOWN * ROUNDINGS[kind] for off in without_it)
+        is_shown = any(off is None or off > SHOWN * limit for off in without_it)
         hidden = float(not is_shown)
         rows.append({"case": f"layers that {form} changes", "difference": hidden, "limit": 0.5})
     return {"rows": rows, "forms": shown, "seconds": round(time.monotonic() - started, 3)}

@@ -86,6 +86,9 @@ ELSEWHERE = {
     "repo.trust": (
         "tests/repo/test_checkout.py::test_checkout_of_another_user_has_a_hint_to_trust_it"
     ),
+    "machine.apt_libnuma": (
+        "tests/machine/test_doctor_shell.py::test_missing_libnuma_is_named_and_its_package_cures_it"
+    ),
     "server.adapter": (
         "tests/server/test_request.py::test_adapter_is_served_by_the_command_of_the_hint"
     ),

@@ -1,0 +1,116 @@
+"""Whether the loader of a Spark would find every symbol of a library: read from ELF files of
+aarch64, of which this machine runs none.
+"""
+
+import mmap
+import re
+import struct
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from workspace.compile import device_code
+from workspace.compile.device_code import Cubins
+
+# The packages of the distribution with the libraries that the wheels take from the system.
+SYSTEM = ("libc6", "libgcc-s1", "libstdc++6", "libnuma1")
+_NAME = re.compile(r".+\.so(\.\d+)*")
+# e_machine, kinds of sections, entries of the dynamic section, and the binding of a symbol that may
+# stay undefined (elf(5)).
+_AARCH64, _SHT_DYNAMIC, _SHT_DYNSYM, _DT_NEEDED, _DT_SONAME, _STB_WEAK = 183, 6, 11, 1, 14, 2
+
+
+@dataclass(frozen=True)
+class Library:
+    """A shared library: its name for the loader, the libraries that it names, the symbols that it
+    needs (weak ones apart) and has, and its device code.
+    """
+
+    path: str
+    name: str
+    named: frozenset[str]
+    needs: frozenset[str]
+    has: frozenset[str]
+    code: Cubins
+
+
+def read(file: Path, path: str) -> Library:
+    """Read a library of aarch64. Raises ValueError for a file of another kind."""
+    own_name, named, needs, has = file.name, set(), set(), set()
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as view:
+        if view[:6] != b"\x7fELF\x02\x01" or view[18:20] != struct.pack("<H", _AARCH64):
+            raise ValueError(f"{path} is no library of aarch64")
+        (table,) = struct.unpack_from("<Q", view, 40)
+        size, count = struct.unpack_from("<HH", view, 58)
+        headers = [
+            struct.unpack_from("<IIQQQQIIQQ", view, table + at * size) for at in range(count)
+        ]
+
+        def text(link: int, at: int) -> str:
+            start = headers[link][4] + at
+            return view[start : view.find(b"\0", start)].decode()
+
+        for _, kind, _, _, start, length, link, *_ in headers:
+            content = view[start : start + length] if kind in (_SHT_DYNSYM, _SHT_DYNAMIC) else b""
+            if kind == _SHT_DYNSYM:
+                for name, binding, _, section, _, _ in struct.iter_unpack("<IBBHQQ", content):
+                    if section:
+                        has.add(text(link, name))
+                    elif name and binding >> 4 != _STB_WEAK:
+                        needs.add(text(link, name))
+            elif kind == _SHT_DYNAMIC:
+                for tag, value in struct.iter_unpack("<qQ", content):
+                    if tag == _DT_NEEDED:
+                        named.add(text(link, value))
+                    elif tag == _DT_SONAME:
+                        own_name = text(link, value)
+    sets = (frozenset(names) for names in (named, needs, has))
+    code = Cubins(path, device_code.architectures(file), units=device_code.units(file))
+    return Library(path, own_name, *sets, code)
+
+
+def in_wheel(wheel: Path) -> Iterator[Library]:
+    """Yield the libraries of a wheel, unpacked one at a time: torch's have 1 GB."""
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+        for member in archive.namelist():
+            if _NAME.fullmatch(Path(member).name):
+                file = Path(archive.extract(member, folder))
+                yield read(file, member)
+                file.unlink()
+
+
+def of_system(folder: Path) -> Iterator[Library]:
+    """Yield the libraries of the distribution for aarch64: apt fetches the packages into a folder,
+    with lists of its own, without root, and installs nothing.
+    """
+    for name in ("lists/partial", "archives/partial", "root"):
+        (folder / name).mkdir(parents=True)
+    options = {
+        "APT::Architecture": "arm64",
+        "APT::Architectures": "arm64",
+        "APT::Sandbox::User": "",
+        "Dir::State": folder,
+        "Dir::State::status": "/dev/null",
+        "Dir::Cache": folder,
+    }
+    argv = ["apt-get", "-qq", *(f"--option={name}={value}" for name, value in options.items())]
+    for verb in (["update"], ["download", *SYSTEM]):
+        subprocess.run([*argv, *verb], cwd=folder, check=True)
+    for package in folder.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "--extract", package, folder / "root"], check=True)
+    for file in sorted((folder / "root").rglob("*.so*")):
+        if _NAME.fullmatch(file.name) and not file.is_symlink():
+            yield read(file, file.name)
+
+
+def missing(library: Library, others: list[Library]) -> set[str]:
+    """Return the symbols of a library that none of the others has. The interpreter's own symbols,
+    which no library brings, do not count.
+    """
+    there = frozenset[str]().union(*(other.has for other in others))
+    return {
+        name for name in library.needs - there - library.has if not name.startswith(("Py", "_Py"))
+    }
