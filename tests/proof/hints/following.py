@@ -5,6 +5,7 @@ each of its hints there. tests/hints/table.py has all situations, and the hints 
 """
 
 import re
+import shlex
 import shutil
 import string
 import subprocess
@@ -18,6 +19,7 @@ from tests.small.world import HOSTILE_GIT, TIMEOUT_S, Ended, World
 from workspace.core import hints
 
 REMARK = re.compile(r"    |\s+# ")
+SESSION = re.compile(r"\./scripts/nox -s (\S+)(?: --)?")
 # The user has a name and a key, whatever the hostile configuration demands.
 IDENTITY = {
     f"GIT_{role}_{kind}": value
@@ -56,13 +58,16 @@ class User:
         (home / ".gitconfig").write_text(HOSTILE_GIT)
 
     def inv(self, *args: str, **env: str) -> Ended:
+        """Run a verb, or the command line of a session: `./scripts/nox`, `-s`, its name."""
+        if args[:1] == ("./scripts/nox",):
+            return self.type(shlex.join(args), **env)
         return self.world.run(*args, env=env)
 
     def type(self, command: str, **env: str) -> Ended:
         """Run a command line in the clone, with `./scripts/inv` of this interpreter."""
         tools = f"{sys.executable} -Es -B"
         typed = command.replace("./scripts/inv", f"{tools} tasks.py")
-        typed = typed.replace("./scripts/nox -s", f"{tools} -m workspace.cli.sessions")
+        typed = SESSION.sub(rf"{tools} -m workspace.cli.sessions \1", typed)
         typed = typed.replace(".workspace/tools/bin/uv", str(self.world.materials.bin / "uv"))
         done = subprocess.run(
             ["bash", "-c", typed],

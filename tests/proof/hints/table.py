@@ -3,27 +3,14 @@
 A new hint without an entry fails tests/test_hints.py.
 """
 
-from tests.proof.hints import (
-    build_situations,
-    index_situations,
-    machine_situations,
-    pin_situations,
-    settings_situations,
-    smoke_situations,
-    stack_situations,
-)
+import importlib
+from pathlib import Path
+
 from tests.proof.hints.following import SITUATIONS, Situation
 
 # Imported for their situations.
-_ALL = (
-    build_situations,
-    index_situations,
-    machine_situations,
-    pin_situations,
-    settings_situations,
-    smoke_situations,
-    stack_situations,
-)
+for _path in sorted(Path(__file__).parent.glob("*_situations.py")):
+    importlib.import_module(f"tests.proof.hints.{_path.stem}")
 
 _ROLLBACK = "tests/bump/test_rollback.py::"
 _FORCED = f"{_ROLLBACK}test_work_that_no_state_holds_leaves_by_force_only_and_can_be_brought_back"
@@ -99,51 +86,43 @@ _REASONS = {
     "it installs programs on the machine, or needs root": """
         bump.unmount install.triton_mounts machine.apt_ccache machine.apt_git machine.apt_gxx
         machine.apt_gxx_major machine.apt_headers machine.apt_patch machine.apt_procps
-        machine.apt_ptxas machine.apt_toolkit machine.as_owner
-        machine.close_folder_as_root machine.cuda_home_after machine.cuda_home_dotenv
-        machine.earlyoom machine.earlyoom_on_host machine.install_python
-        machine.own_files_of_root machine.own_folder machine.own_token machine.sudoers
-        machine.upgrade_driver machine.uv_python machine.uv_python_anew repo.trust_or_own""",
+        machine.apt_ptxas machine.apt_toolkit machine.as_owner machine.close_folder_as_root
+        machine.cuda_home_after machine.cuda_home_dotenv machine.earlyoom machine.earlyoom_on_host
+        machine.install_python machine.own_files_of_root machine.own_folder machine.own_token
+        machine.sudoers machine.upgrade_driver machine.uv_python machine.uv_python_anew
+        repo.trust_or_own""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
-        bench.ab_again bench.allow_busy bench.base bench.bisect_abort bench.bisect_more
-        bench.bisect_smoke bench.bring_back bench.commit_then_export bench.count_as_bad
-        bench.delete_tree bench.drop_series_line bench.each_patch bench.enforce_eager
-        bench.factor_limit bench.fetch_pin bench.fetch_tag bench.fix_patches_first
-        bench.git_fetch bench.git_pull bench.good_and_bad bench.good_example bench.inspect_both
-        bench.label_another bench.log_fix bench.log_range bench.measure_again
-        bench.measure_exported bench.measure_from_commit bench.metrics bench.no_history
-        bench.nothing_measured bench.older_good bench.other_bad bench.other_commit
-        bench.predicates bench.quote_command bench.read_log_arguments bench.read_newest_log
-        bench.repeat_both bench.repeat_or_label bench.report_plots bench.resume_other
+        bench.ab_again bench.bisect_abort bench.bisect_more bench.bisect_smoke bench.bring_back
+        bench.commit_then_export bench.count_as_bad bench.delete_tree bench.drop_series_line
+        bench.each_patch bench.factor_limit bench.fetch_pin bench.fetch_tag
+        bench.fix_patches_first bench.good_and_bad bench.good_example bench.inspect_both
+        bench.log_fix bench.log_range bench.metrics bench.no_history bench.older_good
+        bench.other_bad bench.other_commit bench.predicates bench.quote_command bench.resume_other
         bench.same_code bench.same_torch bench.search_upstream bump.test_present
         checks.buildkite_status checks.differs checks.only_named checks.origin
         checks.pytest_arguments checks.rebuild checks.reinstall checks.relative_paths
         checks.server_log checks.timeout_or_fewer install.build_for_gpu inv.serve_list
         inv.serve_logs inv.serve_status inv.serve_stop machine.cpu_native machine.cuda_index
-        machine.drop_max_jobs machine.export_archs machine.hf_login machine.nvidia_smi
-        machine.nvidia_smi_or_cpu machine.pip_triton machine.ps machine.set_archs
-        machine.set_ptxas machine.without_gpu nox.bench nox.upstream server.all_flags
+        machine.hf_login machine.pip_triton machine.set_ptxas nox.upstream server.all_flags
         server.api_key server.cpu_cache server.damaged_state server.disk_or_home
         server.drop_caches server.drop_caches_then server.edit_recipe server.edit_recipe_keys
         server.end_processes server.flags_of_config server.follow server.gate server.gpu_order
         server.gpus server.host server.install_plugin server.installed server.key_in_dotenv
-        server.keys server.last_lines server.less_memory server.logs_or_stop
-        server.max_model_len server.model_first server.needs_port server.network
-        server.online_dotenv server.or_force server.other_port server.port server.positive
-        server.ps_stuck server.read_or_tokenizer server.recipes_fit server.resume_fetch
-        server.run_headless server.serve_recipe server.started server.status_or_stop
-        server.stop_then server.token_in_dotenv server.tokenizer server.unset_offline
-        server.utilization server.utilization_least server.vllm_help server.who_listens""",
+        server.keys server.last_lines server.less_memory server.logs_or_stop server.max_model_len
+        server.model_first server.needs_port server.network server.online_dotenv server.or_force
+        server.other_port server.port server.positive server.ps_stuck server.read_or_tokenizer
+        server.recipes_fit server.resume_fetch server.run_headless server.serve_recipe
+        server.started server.status_or_stop server.stop_then server.token_in_dotenv
+        server.tokenizer server.unset_offline server.utilization server.utilization_least
+        server.vllm_help server.who_listens""",
     "it needs a build of the real tree, or of Triton": """
         bump.commit_triton bump.triton_again bump.triton_continue bump.triton_keep
         bump.triton_patch bump.triton_ref bump.triton_stash compile.check_place compile.defect
-        compile.delete_external compile.disk_then_resume
-        compile.doctor_cmake compile.doctor_compilers
-        compile.network_or_mirror compile.one_job
+        compile.delete_external compile.disk_then_resume compile.doctor_cmake
+        compile.doctor_compilers compile.network_or_mirror compile.one_job
         compile.override_external compile.rebuild_clean compile.rebuild_target compile.resume
-        compile.set_folder compile.then_resume compile.triton_edits
-        compile.triton_mirror compile.triton_origin
-        compile.unset_external compile.unset_override install.after_change
+        compile.set_folder compile.then_resume compile.triton_edits compile.triton_mirror
+        compile.triton_origin compile.unset_external compile.unset_override install.after_change
         install.again_or_native install.bootstrap_rebuild install.build_triton
         install.check_triton install.copy_or_pack install.delete_sandbox install.fix_triton
         install.judge_archs install.kernels_auto install.members_lack install.native
@@ -153,31 +132,28 @@ _REASONS = {
         machine.ccache_switch machine.no_sccache machine.pip_cmake machine.pip_ninja
         machine.sccache_size support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
-        bump.bump bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.disk_of_all
-        bump.doctor_or bump.edit_then_continue bump.export_then_again
+        bump.bump bump.checkout_former bump.commit_vllm bump.continue_then_rollback
+        bump.disk_of_all bump.doctor_or bump.edit_then_continue bump.export_then_again
         bump.fix_then_continue bump.git_continue bump.give_rollback_up bump.other_states
         bump.read_state bump.rollback_or bump.sandbox_commit bump.sandbox_operation
         bump.sandbox_reflog bump.stash_then_again inv.patch_continue inv.pin inv.pin_rollback""",
     "it needs another index, hub, proxy or host": """
-        core.network_resumes core.wrong_hash machine.doctor machine.ls_remote_plain
-        machine.set_index machine.set_torch_index repo.address_or_file repo.github_patch
-        repo.heads repo.import_url repo.index_that_has_it repo.net_change repo.network_or_copy
+        core.network_resumes core.wrong_hash repo.address_or_file repo.github_patch repo.heads
+        repo.import_url repo.index_that_has_it repo.net_change repo.network_or_copy
         repo.network_or_index repo.set_mirror repo.source_git repo.source_release
         repo.whole_commit""",
     "the machine or a disk has to be broken": """
-        cli.disk_full cli.look_further core.bootstrap_names core.cache_folder
-        core.disk_and_rights core.disk_of core.disk_or_cache core.list_all core.list_files
-        core.list_folder core.list_folders core.list_names core.read_log core.what_it_is
-        machine.bootstrap_checkout machine.cache_folder machine.control_group
-        machine.does_python_work machine.git_version machine.own_environment
-        machine.python_version machine.renew_tools machine.uv_pythons repo.delete_file_again
-        repo.delete_store repo.git_config repo.git_version repo.memory_again support.make_tools""",
+        cli.disk_full cli.look_further core.bootstrap_names core.cache_folder core.disk_and_rights
+        core.disk_of core.disk_or_cache core.list_all core.list_files core.list_folder
+        core.list_folders core.list_names core.read_log core.what_it_is machine.bootstrap_checkout
+        machine.cache_folder machine.control_group machine.does_python_work
+        machine.own_environment machine.python_version machine.renew_tools machine.uv_pythons
+        repo.delete_file_again repo.delete_store repo.git_config repo.git_version
+        repo.memory_again support.make_tools""",
     "no situation was written yet": """
         checks.bootstrap_then_hook checks.clone_first inv.env machine.drop_from_recipe
-        machine.drop_library_path machine.existing_torch machine.export_library_path
-        machine.pinned_torch machine.requirements_diff machine.restore_torch
-        machine.unset_library_path machine.uv_setting repo.archive_layout
-        repo.by_hand_reword repo.check_diff repo.other_patches repo.pins_changed""",
+        machine.restore_torch machine.uv_setting repo.archive_layout repo.by_hand_reword
+        repo.check_diff repo.other_patches repo.pins_changed""",
 }
 NOT_RUN = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
