@@ -349,7 +349,7 @@ def patch_status(_: Context, project: str = "vllm", json: bool = False) -> None:
     """List the patches: state, subject, Upstream-Status."""
     from workspace.repo import overview
 
-    overview.show(*main.opened(), project, console=main.console(), as_json=json)
+    overview.show(main.opened()[0], project, console=main.console(), as_json=json)
 
 
 @task(name="apply", help={"project": PROJECT, "wait": WAIT})
