@@ -174,8 +174,7 @@ def _targets(layout: Layout) -> Iterable[str]:
     from workspace.machine.machine import Case
 
     is_cpu = Case(main.machine()).device == "cpu"
-    listed = project.extensions(layout.vllm, "cpu" if is_cpu else "cuda")
-    return (extension.target for extension in listed)
+    return project.extensions(layout.vllm, "cpu" if is_cpu else "cuda")
 
 
 def _patches(layout: Layout) -> Iterable[str]:
