@@ -303,7 +303,7 @@ def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> 
         promote.require_unmoved(bump_sandbox)
         tree = staging.open_tree(bump_sandbox, settings, run_log=run_log)
         staging.apply_series(bump_sandbox, tree, run_log)
-        _export(bump_sandbox, tree, run_log)
+        _export(bump_sandbox, tree)
         tip = tree.head() or ""
         wanted = sandbox.as_built(settings, plan.observe(bump_sandbox.outer, settings))
         with _with_sandbox_hint(bump_sandbox):
@@ -315,7 +315,7 @@ def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> 
     return promote.finish(bump_sandbox, settings, run_log=run_log)
 
 
-def _export(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
+def _export(bump_sandbox: BumpSandbox, tree: Git) -> None:
     """Write the commits of the sandbox's tree as its patches.
 
     Raises CheckoutError for edits that are not committed.
