@@ -83,8 +83,7 @@ def moved(layout: Layout, pin: Pin, checkout: Checkout, stack: Stack) -> Row | N
     outer = checkouts.superproject(layout)
     link = outer.gitlink(shown) if outer else None
     # Upstream's commit is unknown for a pin from an archive alone, so no gitlink can name it.
-    is_archives = pin.archive is not None and pin.archive.commit == pin.commit
-    if link and link.commit != pin.commit and not is_archives:
+    if link and link.commit != pin.commit and not pin.is_from_archive:
         return _move(
             f"the superproject's index has {shown} at {link.commit[:12]}, vendor/pins.toml at"
             f" {pin.commit[:12]}",
