@@ -15,7 +15,7 @@ from invoke.parser import Parser
 from invoke.parser.context import ParserContext
 
 from workspace.cli import main
-from workspace.cli.verbs import task
+from workspace.cli.main import task
 from workspace.core import hints, paths
 from workspace.core.errors import SettingsError, WorkspaceError
 from workspace.core.known_settings import KNOWN
