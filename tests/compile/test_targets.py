@@ -384,7 +384,7 @@ def test_reasons_name_the_file_and_the_unit_that_includes_it(tree: Path) -> None
 
 
 def test_static_library_reaches_the_targets_that_link_it(tree: Path) -> None:
-    (found,) = targets.reached(tree, ["csrc/base.cpp"], PROJECT, build=tree, pinned=PROJECT)
+    (found,) = targets.follow(tree, ["csrc/base.cpp"], PROJECT, build=tree, pinned=PROJECT).targets
     assert (found.target, found.reason, len(found.units), found.is_complete) == (
         "_C",
         "csrc/base.cpp changed",
@@ -467,7 +467,7 @@ def test_requested_target_must_exist(tree: Path) -> None:
 
 
 def test_several_reasons_keep_the_first_of_each_target(tree: Path) -> None:
-    found = targets.reached(tree, ["csrc/a.cu"], PROJECT, build=tree, pinned=PROJECT)
+    found = targets.follow(tree, ["csrc/a.cu"], PROJECT, build=tree, pinned=PROJECT).targets
     more = targets.requested(("_moe_C", "_C"), "--target", tree, PROJECT, build=tree)
     assert {one.target: one.reason for one in targets.merged((found, more))} == {
         "_C": "csrc/a.cu changed",
@@ -500,7 +500,9 @@ def test_ninja_state_gives_the_units_of_a_change_and_their_dependencies(
     def output(*changed: str) -> dict[str, tuple[int, bool]]:
         return {
             one.target: (len(one.units), one.is_complete)
-            for one in targets.reached(site.tree, changed, project, build=build, pinned=project)
+            for one in targets.follow(
+                site.tree, changed, project, build=build, pinned=project
+            ).targets
         }
 
     # The first change in a target compiles all its units, and what CMake builds before it; a
@@ -554,9 +556,9 @@ def test_damaged_build_directory_costs_all_units_of_a_target_and_no_traceback(
     site: Site, compiled: tuple[Path, Project], damaged: Path, name: str, content: str
 ) -> None:
     (damaged / name).write_text(content)
-    (found,) = targets.reached(
+    (found,) = targets.follow(
         site.tree, ["csrc/spinloop.c"], compiled[1], build=damaged, pinned=compiled[1]
-    )
+    ).targets
     assert (found.target, len(found.units), found.is_complete) == ("spinloop", 1, True)
 
 
@@ -578,9 +580,9 @@ def test_missing_source_makes_only_its_own_target_unknown(
     build, project = compiled
     assert site.ninja(build, "spinloop").returncode == 0
     with written(site.tree / "csrc/c.c", None):
-        found = targets.reached(
+        found = targets.follow(
             site.tree, ["csrc/c.c", "csrc/spinloop.c"], project, build=build, pinned=project
-        )
+        ).targets
     assert [(one.target, one.reason, len(one.units)) for one in found] == [
         ("_C", "csrc/c.c deleted", 5),
         ("spinloop", "csrc/spinloop.c changed", 0),

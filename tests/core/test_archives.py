@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.strategies import fuzz
 from workspace.core.errors import WorkspaceError
-from workspace.install import editable
+from workspace.install import verify
 from workspace.repo import pins
 
 PARTS = ("a", "vllm", "..", ".", "", "b.so", ".git", ".GIT", ".git ", ".g\u200cit", "git~1", "x\0y")
@@ -87,7 +87,7 @@ def wheel(folder: Path, found: list[Member]) -> Path:
     (tree / "vllm").mkdir()
     (tree / "vllm" / "a").symlink_to(folder)
     named = [(f"{name}.so", kind, target, mode) for name, kind, target, mode in found]
-    editable.complete(as_zip(folder / "w.whl", named), tree)
+    verify.complete(as_zip(folder / "w.whl", named), tree)
     return tree
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.small.materials import git
 from workspace.core.paths import Layout
-from workspace.install import editable
+from workspace.install import stages
 
 IGNORED = """# generated
 /vllm/_version.py
@@ -52,9 +52,9 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def test_products_are_what_upstream_names_and_no_log_of_the_users(layout: Layout) -> None:
-    assert editable.build_products(layout.vllm) == BUILT
+    assert stages.build_products(layout.vllm) == BUILT
     (layout.vllm / ".gitignore").unlink()
-    assert editable.build_products(layout.vllm) == ()
+    assert stages.build_products(layout.vllm) == ()
 
 
 def test_products_that_exist_nowhere_else_are_moved_and_no_empty_package_stays(
@@ -64,10 +64,10 @@ def test_products_that_exist_nowhere_else_are_moved_and_no_empty_package_stays(
     (kept / "vllm").mkdir(parents=True)
     (kept / "vllm" / "_version.py").write_text("vllm/_version.py")
     (kept / "vllm" / "vllm-rs").write_text("another one")
-    editable.take_products_away(
-        layout, editable.build_products(layout.vllm), ours=("vllm/_C.so",), kept=kept, left=left
+    stages.take_products_away(
+        layout, stages.build_products(layout.vllm), ours=("vllm/_C.so",), kept=kept, left=left
     )
-    assert editable.build_products(layout.vllm) == ()
+    assert stages.build_products(layout.vllm) == ()
     assert all((layout.vllm / path).read_text() == path for path in MINE)
     found = {
         str(path.relative_to(left)): path.read_text() for path in left.rglob("*") if path.is_file()
@@ -76,4 +76,4 @@ def test_products_that_exist_nowhere_else_are_moved_and_no_empty_package_stays(
     assert not (layout.vllm / "vllm" / "third_party" / "kernels").exists()
     assert (layout.vllm / "vllm" / "flash" / "__init__.py").exists()
     # Again, as after a kill: what is gone is passed over.
-    editable.take_products_away(layout, BUILT, ours=(), kept=None, left=left)
+    stages.take_products_away(layout, BUILT, ours=(), kept=None, left=left)

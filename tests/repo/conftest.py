@@ -323,6 +323,12 @@ class Workspace:
             self.layout, "vllm", self.pin, self.observe(), how=how, run_log=self.run_log
         )
 
+    def rows(self) -> tuple[overview.Entry, ...]:
+        """The rows of `inv patch`."""
+        checkout, stack = self.observe(), self.stack()
+        move = overview.moved(self.layout, self.pin, checkout, stack)
+        return overview.entries(self.layout, "vllm", self.pin, checkout, stack, move)
+
     def series(self, content: Mapping[str, bytes], *, base: str | None = None) -> None:
         """Replace the series."""
         folder = self.layout.patches("vllm")

@@ -19,7 +19,7 @@ from workspace.core.errors import (
     SourceError,
     WorkspaceError,
 )
-from workspace.repo import importing, overview
+from workspace.repo import importing
 from workspace.repo.export import Export
 from workspace.repo.patches import State
 
@@ -398,7 +398,7 @@ def test_escape_sequences_of_a_mail_do_not_reach_the_terminal(
         take(applied, tmp_path / "esc.patch")
     except WorkspaceError as exc:
         console.error(exc)
-    entries = overview.entries(applied.layout, "vllm", applied.pin, applied.observe())
+    entries = applied.rows()
     console.table([(entry.state, entry.subject) for entry in entries])
     shown = out.getvalue() + err.getvalue() + applied.err.getvalue()
     assert "\x1b" not in shown

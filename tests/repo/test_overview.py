@@ -25,13 +25,11 @@ from workspace.repo import overview, patches
 
 
 def table(workspace: Workspace) -> tuple[overview.Entry, ...]:
-    return overview.entries(workspace.layout, "vllm", workspace.pin, workspace.observe())
+    return workspace.rows()
 
 
 def moved(workspace: Workspace) -> Row | None:
-    row = overview.moved(
-        workspace.layout, "vllm", workspace.pin, workspace.observe(), workspace.stack()
-    )
+    row = overview.moved(workspace.layout, workspace.pin, workspace.observe(), workspace.stack())
     assert row is None or row.text in table(workspace)[0].subject
     return row
 
@@ -280,14 +278,12 @@ def write_pins(applied: Workspace) -> None:
 def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied: Workspace) -> None:
     write_pins(applied)
     err, out = io.StringIO(), io.StringIO()
-    overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))
+    overview.show(applied.layout, "vllm", console=Console(out=out, err=err))
     lines = out.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["applied", "applied", "applied", "hint:"]
     assert lines[1] == "applied  [Bugfix] Größer: twenty in words  Pending  vllm/lines.py"
     out = io.StringIO()
-    overview.show(
-        applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err), as_json=True
-    )
+    overview.show(applied.layout, "vllm", console=Console(out=out, err=err), as_json=True)
     record = json.loads(out.getvalue())
     assert [row["state"] for row in record["rows"]] == ["applied", "applied", "applied"]
     assert (
@@ -296,7 +292,7 @@ def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied:
     )
     write(applied.vllm, {"README": "edited\n"})
     out = io.StringIO()
-    overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))
+    overview.show(applied.layout, "vllm", console=Console(out=out, err=err))
     assert out.getvalue().splitlines()[0].endswith("  edits: README")
     assert err.getvalue() == ""
 
@@ -317,13 +313,13 @@ def test_next_command_adds_the_trailer_without_which_the_export_refuses(
         commit(applied.vllm, message, {f"vllm/mine{index}.py": "mine\n"})
     err = io.StringIO()
     console = Console(out=err, err=err)
-    overview.show(applied.layout, applied.settings(), "vllm", console=console)
+    overview.show(applied.layout, "vllm", console=console)
     assert f"hint: {way}" in err.getvalue()
 
 
 def test_unknown_project_is_a_wrong_flag_and_not_a_missing_series(workspace: Workspace) -> None:
     with pytest.raises(SettingsError, match="--project: 'nope' is not one of vllm, triton"):
-        overview.show(workspace.layout, workspace.settings(), "nope", console=Console())
+        overview.show(workspace.layout, "nope", console=Console())
 
 
 def test_next_command_for_a_folder_without_git_does_not_touch_the_clone_around_it(

@@ -10,7 +10,7 @@ import pytest
 from tests.repo.conftest import Workspace, commit, sh_git, write
 from workspace.core.console import Console
 from workspace.install.status import patches_row
-from workspace.repo import export, overview, patches
+from workspace.repo import export, patches
 from workspace.repo.git import Git
 from workspace.repo.patches import State
 
@@ -77,7 +77,7 @@ def test_new_file_beside_a_commit_all_is_named_by_each_verb_and_taken(
 
 def test_row_of_the_stack_names_it(applied: Workspace) -> None:
     write(applied.vllm, {"vllm/mine.py": "new\n"})
-    first, *_ = overview.entries(applied.layout, "vllm", applied.pin, applied.observe())
+    first, *_ = applied.rows()
     assert "does not track are in no patch: vllm/mine.py" in first.subject
 
 

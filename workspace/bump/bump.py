@@ -1,15 +1,16 @@
 """`inv pin.bump`: move the pin in a sandbox beside the working tree, then promote it.
 
 The promotion needs a green smoke. Each step first checks what is done already. So the same command,
-or `inv patch.continue`, resumes a bump after a conflict, a failed smoke or a kill.
+or `inv patch.continue`, resumes a bump after a conflict, a failed smoke or a kill. A promotion
+fetches and compiles nothing: the sandbox becomes a known-good state, and the move to that is the
+same as of a rollback.
 """
 
 import contextlib
-import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from workspace.bump import forecast, known_good, promote, rollback, staging
+from workspace.bump import changes, forecast, known_good, rollback, staging
 from workspace.bump.known_good import KnownGood
 from workspace.bump.staging import BumpSandbox, BumpStart
 from workspace.core import hints
@@ -19,20 +20,22 @@ from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
     PatchDrift,
-    SettingsError,
     WorkspaceError,
 )
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, sandbox, stages
-from workspace.repo import checkout, pins
+from workspace.repo import checkout, pins, series
 from workspace.repo.checkout import Kind
 from workspace.repo.git import Git, worktree
 from workspace.repo.series import Stack, State
 from workspace.repo.upstream import Candidate
 
 How = Literal["continue", "skip", "abort"]
+SUBJECT_WIDTH = 72
+# Most lines of a range-diff in a commit message; a longer one needs a pager.
+LONGEST_RANGE_DIFF = 300
 
 
 def is_under_way(layout: Layout) -> bool:
@@ -93,7 +96,7 @@ def go_on(
         if bump_sandbox is None:
             raise CheckoutError("no bump is under way", hint=hints.text("inv.pin"))
         if not bump_sandbox.outer.promoting.exists():
-            promote.require_unmoved(bump_sandbox)
+            _require_unmoved(bump_sandbox)
             _resume(bump_sandbox, settings, how, run_log)
         promoted = _advance(bump_sandbox, settings, run_log)
     rollback.settle(layout, settings, promoted, console=console, is_bump=True)
@@ -118,7 +121,7 @@ def _begin(
     pin, base, stack = observed.pin, observed.checkout.base, _require_ready(layout, observed)
     assert base
     assert stack.head
-    if ref in (pin.tag, pin.version, pin.commit) and not promote.is_archives(pin):
+    if ref in (pin.tag, pin.version, pin.commit) and not pin.is_from_archive:
         run_log.console.info(f"nothing to do: {pin.tag} is pinned already")
         return None
     candidate = forecast.find_candidate(
@@ -128,7 +131,7 @@ def _begin(
         _repin_same_source(layout, pin, candidate.pin, run_log)
         return None
     if not allow_recent:
-        _require_min_age(candidate.pin.tag, candidate.published, settings)
+        changes.require_min_age(candidate, settings)
     staging.require_one_disk(layout)
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
     run_log.console.info(
@@ -179,27 +182,6 @@ def _require_ready(layout: Layout, observed: plan.Observation) -> Stack:
     return stack
 
 
-def _require_min_age(tag: str, published: datetime.datetime | None, settings: Settings) -> None:
-    """Raise SettingsError for a release younger than PIN_MIN_AGE_DAYS.
-
-    A withdrawn or harmful release is usually noticed within days.
-    """
-    required_days = settings.count("PIN_MIN_AGE_DAYS") or 0
-    hint = hints.text("bump.allow_recent", tag=tag)
-    if published is None:
-        raise SettingsError(
-            f"the publication date of {tag} is unknown; PIN_MIN_AGE_DAYS requires"
-            f" {required_days} days",
-            hint=hint,
-        )
-    age = (datetime.datetime.now(datetime.UTC) - published).total_seconds() / 86400
-    if age < required_days:
-        raise SettingsError(
-            f"{tag} was published {age:.1f} days ago; PIN_MIN_AGE_DAYS requires {required_days}",
-            hint=hint,
-        )
-
-
 def _fetch_base(layout: Layout, candidate: Candidate, settings: Settings, run_log: RunLog) -> None:
     """Fetch the new base into vendor/vllm and keep it under a reference."""
     git, pin, base = Git(layout.vllm), candidate.pin, candidate.base
@@ -223,7 +205,7 @@ def _fetch_base(layout: Layout, candidate: Candidate, settings: Settings, run_lo
 
 def _repin_same_source(layout: Layout, pin: pins.Pin, new: pins.Pin, run_log: RunLog) -> None:
     """Pin upstream's own commit if the pin had only the archive's commit of the same source."""
-    if pin.commit == new.commit or not promote.is_archives(pin):
+    if pin.commit == new.commit or not pin.is_from_archive:
         run_log.console.info(f"nothing to do: {pin.tag} is pinned already")
         return
     pins.save(layout.pins, new)
@@ -300,10 +282,10 @@ def _abort(layout: Layout, console: Console) -> None:
 def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> KnownGood:
     """Do all remaining steps, up to and including the promotion; return the new state."""
     if not bump_sandbox.outer.promoting.exists():
-        promote.require_unmoved(bump_sandbox)
+        _require_unmoved(bump_sandbox)
         tree = staging.open_tree(bump_sandbox, settings, run_log=run_log)
         staging.apply_series(bump_sandbox, tree, run_log)
-        _export(bump_sandbox, tree, run_log)
+        _export(bump_sandbox, tree)
         tip = tree.head() or ""
         wanted = sandbox.as_built(settings, plan.observe(bump_sandbox.outer, settings))
         with _with_sandbox_hint(bump_sandbox):
@@ -311,11 +293,11 @@ def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> 
                 sandbox.borrow_environment(bump_sandbox.outer, bump_sandbox.layout, run_log=run_log)
             sandbox.build_in(bump_sandbox.layout, wanted, console=run_log.console)
         _smoke(bump_sandbox, tree, wanted, run_log.console)
-        promote.begin(bump_sandbox, settings, tip=tip, run_log=run_log)
-    return promote.finish(bump_sandbox, settings, run_log=run_log)
+        _begin_promotion(bump_sandbox, settings, tip=tip, run_log=run_log)
+    return _finish_promotion(bump_sandbox, settings, run_log=run_log)
 
 
-def _export(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
+def _export(bump_sandbox: BumpSandbox, tree: Git) -> None:
     """Write the commits of the sandbox's tree as its patches.
 
     Raises CheckoutError for edits that are not committed.
@@ -369,3 +351,147 @@ def _smoke(bump_sandbox: BumpSandbox, tree: Git, settings: Settings, console: Co
         return
     with _with_sandbox_hint(bump_sandbox):
         known_good.run_smoke(bump_sandbox.layout, settings, console)
+
+
+def _require_unmoved(bump_sandbox: BumpSandbox) -> None:
+    """Raise CheckoutError or PatchDrift if the clone changed after the bump began.
+
+    A promotion would lose that change.
+    """
+    layout, start = bump_sandbox.outer, bump_sandbox.start
+    git, pin = Git(layout.vllm), pins.load(layout.pins).vllm
+    again = hints.text("bump.export_then_again", ref=start.ref)
+    if verb := git.under_way():
+        raise CheckoutError(
+            f"vendor/vllm is in the middle of a git {verb}; nothing was promoted",
+            hint=hints.text("bump.git_continue", verb=verb),
+        )
+    if git.head() != start.tip:
+        raise CheckoutError(
+            f"vendor/vllm is no longer at {start.tip[:12]}, where this bump began; nothing was"
+            " promoted",
+            hint=again,
+        )
+    if edited := git.edits():
+        raise CheckoutError(
+            f"vendor/vllm has edits ({', '.join(edited[:3])}); nothing was promoted",
+            hint=hints.text("bump.stash_then_again", shown="vendor/vllm"),
+        )
+    if staging.digest_of(layout.patches("vllm"), pin=pin.commit) != start.patches:
+        raise PatchDrift(
+            "patches/vllm changed after this bump began; nothing was promoted", hint=again
+        )
+
+
+def _begin_promotion(
+    bump_sandbox: BumpSandbox, settings: Settings, *, tip: str, run_log: RunLog
+) -> None:
+    """Record the sandbox as a known-good state, and write the redo log of the move to it.
+
+    From here on the promotion can only be finished. `tip` is the commit that was exported and
+    tested. Raises what _require_unmoved and require_way raise, and CheckoutError if the sandbox
+    changed.
+    """
+    layout, made = bump_sandbox.outer, Git(bump_sandbox.layout.vllm)
+    _require_unmoved(bump_sandbox)
+    if made.head() != tip or made.edits():
+        raise CheckoutError(
+            f"{bump_sandbox.shown} changed while its smoke ran; nothing was promoted",
+            hint=hints.text("bump.test_present"),
+        )
+    worktree.require_way(Git(layout.vllm), tip)
+    observed, left = plan.observe(layout, settings), known_good.timestamp()
+    if why := known_good.refusal(layout, observed):
+        run_log.console.info(f"{observed.pin.tag} is not kept as a known-good state: {why}")
+        known_good.keep_present(layout, f"Before the bump to {bump_sandbox.pin.tag}", name=left)
+    present = "" if why else known_good.keep(observed, run_log=run_log).name
+    # Only a commit of upstream's belongs into the superproject: nobody could fetch a commit that
+    # is made from an archive.
+    gitlink = None if bump_sandbox.pin.is_from_archive else bump_sandbox.pin.commit
+    tested = plan.observe(bump_sandbox.layout, settings)
+    wanted = known_good.keep(tested, run_log=run_log, outer=layout, gitlink=gitlink)
+    staging.begin_move(layout.promoting, layout, wanted, present=present, left=left)
+
+
+def _finish_promotion(
+    bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog
+) -> KnownGood:
+    """Do the remaining steps of a promotion, then remove the sandbox; return the new state."""
+    layout = bump_sandbox.outer
+    redo_log = staging.find_redo_log(layout.promoting)
+    assert redo_log is not None
+    wanted = staging.finish_move(layout.promoting, layout, settings, redo_log, run_log)
+    _write_message(bump_sandbox, redo_log.facts, wanted.head)
+    staging.remove(layout)
+    _report(bump_sandbox, redo_log.facts, run_log)
+    return wanted
+
+
+def _dropped(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> dict[str, str]:
+    """Return the patches that are no longer on the new base, each with the reason."""
+    names = series.read_series(
+        bump_sandbox.layout.patches("vllm"), pin=bump_sandbox.pin.commit
+    ).names
+    gone = [name for name in facts["names"].split("\n") if name and name not in names]
+    return {
+        name: (
+            "left out with --skip"
+            if name in bump_sandbox.skipped
+            else "upstream has it, or its subject changed"
+        )
+        for name in gone
+    }
+
+
+def _write_message(bump_sandbox: BumpSandbox, facts: Mapping[str, str], tip: str) -> None:
+    """Write the commit message of the bump: pins, dropped patches and range-diff."""
+    old, new = bump_sandbox.start, bump_sandbox.pin
+    kept = series.read_series(bump_sandbox.layout.patches("vllm"), pin=new.commit).names
+    compared = worktree.range_diff(
+        Git(bump_sandbox.outer.vllm), (old.base, old.tip), (old.new_base, tip)
+    ).splitlines()
+    more = (
+        [f"… {len(compared) - LONGEST_RANGE_DIFF} lines more"]
+        if len(compared) > LONGEST_RANGE_DIFF
+        else []
+    )
+    lines = [
+        f"pin: move vLLM from {old.tag} to {new.tag}"[:SUBJECT_WIDTH],
+        "",
+        f"Commit {new.commit}"
+        + (", made from the release archive." if new.is_from_archive else "."),
+        f"{len(kept)} {'patch' if len(kept) == 1 else 'patches'} on it; the smoke has passed.",
+        *(f"Dropped {name}: {why}." for name, why in _dropped(bump_sandbox, facts).items()),
+        *(
+            [
+                "",
+                (f"git range-diff {old.base[:12]}..{old.tip[:12]} {old.new_base[:12]}..{tip[:12]}"),
+                "",
+            ]
+            if compared
+            else []
+        ),
+        *(f"    {line}".rstrip() for line in [*compared[:LONGEST_RANGE_DIFF], *more]),
+    ]
+    write_atomic(
+        bump_sandbox.outer.bump_message, ("\n".join(lines) + "\n").encode(errors="surrogateescape")
+    )
+
+
+def _report(bump_sandbox: BumpSandbox, facts: Mapping[str, str], run_log: RunLog) -> None:
+    layout, console = bump_sandbox.outer, run_log.console
+    if bump_sandbox.pin.is_from_archive:
+        console.info(
+            "the gitlink of vendor/vllm is unchanged: this pin is a commit made from the release"
+            " archive, which upstream does not have"
+        )
+    if present := facts["present"]:
+        console.info(
+            f"{bump_sandbox.start.tag} is kept as {present}; ./scripts/inv pin.rollback returns to"
+            " it"
+        )
+    staging.report_leftovers(layout, facts, console=console)
+    # Do not name the submodule's path: the gitlink is staged already, and with the path git may
+    # stage the patched commit that is checked out.
+    message = layout.relative(layout.bump_message)
+    console.hint(hints.text("bump.commit_vllm_with", message=message))

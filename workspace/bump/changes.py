@@ -15,8 +15,8 @@ from typing import Literal
 
 from workspace.checks import coverage
 from workspace.compile import externals
-from workspace.core import records
-from workspace.core.errors import counted
+from workspace.core import hints, records
+from workspace.core.errors import SettingsError, counted
 from workspace.core.files import read_regular
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
@@ -385,9 +385,38 @@ def _smoke(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> Iterator[
         yield Change("smoke", shown, old.get((part, name)), new.get((part, name)), remark=remark)
 
 
+def require_min_age(candidate: Candidate, settings: Settings) -> None:
+    """Raise SettingsError for a release younger than PIN_MIN_AGE_DAYS.
+
+    A withdrawn or harmful release is usually noticed within days.
+    """
+    required_days, days = settings.count("PIN_MIN_AGE_DAYS") or 0, _days_since(candidate.published)
+    tag = candidate.pin.tag
+    hint = hints.text("bump.allow_recent", tag=tag)
+    if days is None:
+        raise SettingsError(
+            f"the publication date of {tag} is unknown; PIN_MIN_AGE_DAYS requires"
+            f" {required_days} days",
+            hint=hint,
+        )
+    if days < required_days:
+        raise SettingsError(
+            f"{tag} was published {days:.1f} days ago; PIN_MIN_AGE_DAYS requires {required_days}",
+            hint=hint,
+        )
+
+
+def _days_since(published: datetime.datetime | None) -> float | None:
+    """Return the age of a release, or None if its publication date is unknown."""
+    if published is None:
+        return None
+    return (datetime.datetime.now(datetime.UTC) - published).total_seconds() / 86400
+
+
 def _age(settings: Settings, candidate: Candidate) -> Iterator[Change]:
     required_days = settings.count("PIN_MIN_AGE_DAYS") or 0
-    if candidate.published is None:
+    days = _days_since(candidate.published)
+    if days is None:
         yield Change(
             "age",
             candidate.pin.tag,
@@ -398,7 +427,6 @@ def _age(settings: Settings, candidate: Candidate) -> Iterator[Change]:
             " (PIN_MIN_AGE_DAYS)",
         )
         return
-    days = (datetime.datetime.now(datetime.UTC) - candidate.published).total_seconds() / 86400
     remark = (
         f"younger than the {required_days} days that inv pin.bump requires (PIN_MIN_AGE_DAYS)"
         if days < required_days

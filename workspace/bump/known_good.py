@@ -19,7 +19,7 @@ from workspace.core.errors import CheckoutError
 from workspace.core.files import copy_files, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, precompiled, sandbox, stages, stamp
+from workspace.install import plan, precompiled, sandbox, stages, stamp
 from workspace.install.precompiled import KernelSource
 from workspace.machine import interpreter
 from workspace.repo import checkout, pins, series
@@ -197,7 +197,7 @@ def _copy_files(own: Layout, layout: Layout, name: str, *, is_stored: bool) -> N
     if not (is_stored and target.is_dir()):
         shutil.rmtree(target, ignore_errors=True)
         with files.folder_beside(target) as scratch:
-            copy_files(own.vllm, scratch / "kernels", editable.build_products(own.vllm))
+            copy_files(own.vllm, scratch / "kernels", stages.build_products(own.vllm))
             files.put_in_place(scratch / "kernels", target)
     with files.folder_beside(place) as scratch:
         _copy_pins(own, Layout(scratch / "files"))

@@ -27,7 +27,7 @@ from workspace.core.errors import (
 from workspace.core.files import copy_files, files_below, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, sandbox, stages, stamp, verify
+from workspace.install import plan, sandbox, stages, stamp, verify
 from workspace.repo import checkout, moves, pins, series
 from workspace.repo.git import Applied, Git, worktree
 from workspace.repo.pins import Pin
@@ -262,7 +262,7 @@ def begin_move(
         "back": back,
         "names": sandbox.names_of(layout.patches("vllm")),
         # All build products, and the compiled libraries that the stamp names, one path a line.
-        "products": "\n".join(editable.build_products(layout.vllm)),
+        "products": "\n".join(stages.build_products(layout.vllm)),
         "libraries": "\n".join(library.path for library in build.libraries) if build else "",
     }
     redo_log = RedoLog(facts)
@@ -368,7 +368,7 @@ def _install_here(layout: Layout, settings: Settings, run_log: RunLog) -> None:
     observed = plan.observe(layout, settings)
     with stages.step(run_log, "install") as view:
         try:
-            editable.install_built(observed, run_log=run_log)
+            stages.install_built(observed, run_log=run_log)
             verdict = verify.verify(observed)
             stages.write_stamp(
                 stages.Run(run_log, observed, dict(build.outcome)), verdict, build.kernels
@@ -389,7 +389,7 @@ def _remove_products(layout: Layout, facts: Mapping[str, str]) -> None:
     listed, ours = (
         tuple(filter(None, facts[name].split("\n"))) for name in ("products", "libraries")
     )
-    editable.take_products_away(
+    stages.take_products_away(
         layout,
         listed,
         ours=ours,

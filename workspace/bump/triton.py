@@ -110,7 +110,7 @@ def _write_message(layout: Layout, pin: Pin, new: Pin, found: Ahead, *, console:
         f"pin: move Triton to {new.commit[:12]}\n\n{new.commit} is what {new.tag} has now{further};"
         f" before it was {pin.commit}.\n"
     )
-    message = layout.state / "bump-message.txt"
+    message = layout.bump_message
     write_atomic(message, text.encode())
     console.info(
         f"triton {pin.commit[:12]} → {new.commit[:12]}"

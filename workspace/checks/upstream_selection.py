@@ -60,9 +60,9 @@ class Reach:
     unreached: tuple[Reached, ...]
 
 
-def rules(path: Path = RULES) -> Rules:
+def rules() -> Rules:
     """Read the rules that come with the workspace."""
-    table = records.convert(records.parse_toml(path.read_bytes()), dict[str, Any])
+    table = records.convert(records.parse_toml(RULES.read_bytes()), dict[str, Any])
 
     def listed(name: str) -> tuple[Rule, ...]:
         return tuple(

@@ -15,7 +15,7 @@ from invoke.parser import Parser
 from invoke.parser.context import ParserContext
 
 from workspace.cli import main
-from workspace.cli.verbs import task
+from workspace.cli.main import task
 from workspace.core import hints, paths
 from workspace.core.errors import SettingsError, WorkspaceError
 from workspace.core.known_settings import KNOWN
@@ -174,8 +174,7 @@ def _targets(layout: Layout) -> Iterable[str]:
     from workspace.machine.machine import Case
 
     is_cpu = Case(main.machine()).device == "cpu"
-    listed = project.extensions(layout.vllm, "cpu" if is_cpu else "cuda")
-    return (extension.target for extension in listed)
+    return project.extensions(layout.vllm, "cpu" if is_cpu else "cuda")
 
 
 def _patches(layout: Layout) -> Iterable[str]:

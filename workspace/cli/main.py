@@ -1,6 +1,6 @@
-"""What every command line shares: settings, printed failures, signals and exit codes.
+"""What every command line shares: settings, failures, signals, exit codes, the class of a verb.
 
-Used by tasks.py and by the sessions of nox. Knows no verb; imports core, and the machine for a
+Used by tasks.py and by the sessions of nox. Has no verb; imports core, and the machine for a
 verb that asks for it.
 """
 
@@ -15,7 +15,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+from invoke import tasks
 
 from workspace.core import files, hints, settings
 from workspace.core.console import Console
@@ -264,8 +266,19 @@ def _ending_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if arrived else handler)
 
 
+class Verb(tasks.Task[Any]):
+    """A verb. Its only short flag is -j for --jobs, as of make."""
+
+    def arg_opts(self, name: str, default: str, taken_names: set[str]) -> dict[str, Any]:
+        options = super().arg_opts(name, default, taken_names)
+        options["names"] += ["j"] if name == "jobs" else []
+        return options
+
+
+task = functools.partial(tasks.task, klass=Verb, auto_shortflags=False)
 WAIT = "wait for another verb instead of stopping"
 PROJECT = "vllm or triton"
+RECORD = "a record: its label, its file name, or a path"
 JSON = "print one JSON document instead of the table"
 
 

@@ -14,7 +14,7 @@ from invoke.exceptions import Exit, ParseError
 from invoke.parser.argument import Argument
 from invoke.program import Program
 
-from workspace.cli import bench_verbs, completion, main, verbs
+from workspace.cli import completion, main, verbs
 from workspace.cli.completion import LIST_FORMATS
 from workspace.core import hints, known_settings
 from workspace.core.errors import SettingsError
@@ -54,10 +54,10 @@ COLLECTIONS = {
         verbs.serve_fetch,
     ),
     "bench": (
-        bench_verbs.bench_list,
-        bench_verbs.bench_label,
-        bench_verbs.bench_compare,
-        bench_verbs.bench_report,
+        verbs.bench_list,
+        verbs.bench_label,
+        verbs.bench_compare,
+        verbs.bench_report,
     ),
 }
 

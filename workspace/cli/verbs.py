@@ -1,31 +1,17 @@
-"""Every verb of `inv` but those of benchmarks, which cli/bench_verbs.py has.
+"""Every verb of `inv`.
 
 A verb parses its arguments, calls one function of the library and prints nothing itself. Imports of
 the library stand inside the verbs, so that `inv --list` starts at once.
 """
 
-import functools
-from typing import Any, Literal
+from typing import Literal
 
-from invoke import tasks
 from invoke.context import Context
 
 from workspace.cli import main
-from workspace.cli.main import JSON, PROJECT, WAIT, after_dashes
+from workspace.cli.main import JSON, PROJECT, RECORD, WAIT, after_dashes, task
 from workspace.core import hints, paths
 from workspace.core.errors import SettingsError
-
-
-class Verb(tasks.Task[Any]):
-    """A verb. Its only short flag is -j for --jobs, as of make."""
-
-    def arg_opts(self, name: str, default: str, taken_names: set[str]) -> dict[str, Any]:
-        options = super().arg_opts(name, default, taken_names)
-        options["names"] += ["j"] if name == "jobs" else []
-        return options
-
-
-task = functools.partial(tasks.task, klass=Verb, auto_shortflags=False)
 
 
 @task(
@@ -349,7 +335,7 @@ def patch_status(_: Context, project: str = "vllm", json: bool = False) -> None:
     """List the patches: state, subject, Upstream-Status."""
     from workspace.repo import overview
 
-    overview.show(*main.opened(), project, console=main.console(), as_json=json)
+    overview.show(main.opened()[0], project, console=main.console(), as_json=json)
 
 
 @task(name="apply", help={"project": PROJECT, "wait": WAIT})
@@ -449,3 +435,62 @@ def patch_continue(
         bump.go_on(here, settings, how, console=main.console(), wait=wait)
     else:
         patching.resume(here, settings, project, how, console=main.console(), wait=wait)
+
+
+@task(default=True, name="list", help={"json": JSON})
+def bench_list(_: Context, json: bool = False) -> None:
+    """List the benchmark records, newest first."""
+    from workspace.bench import results
+
+    results.show_records(paths.here(), console=main.console(), as_json=json)
+
+
+@task(name="label", positional=["record", "text"], help={"record": RECORD, "text": "the new label"})
+def bench_label(_: Context, record: str, text: str) -> None:
+    """Give a record another label."""
+    from workspace.bench import results
+
+    results.relabel(paths.here(), record, text, console=main.console())
+
+
+@task(
+    name="compare",
+    positional=["first", "second"],
+    iterable=["across"],
+    help={
+        "first": RECORD,
+        "second": "the record that may be slower",
+        "factor": "ignore a change of up to this many percent",
+        "across": "compare although this field differs; may be repeated",
+        "json": JSON,
+    },
+)
+def bench_compare(
+    _: Context,
+    first: str,
+    second: str,
+    factor: str = "5",
+    across: list[str] | None = None,
+    json: bool = False,
+) -> None:
+    """Compare two records; fail if the second is slower."""
+    from workspace.bench import compare
+
+    console, fields = main.console(), across or ()
+    compare.show(
+        paths.here(), first, second, factor=factor, across=fields, console=console, as_json=json
+    )
+
+
+@task(
+    name="report",
+    help={
+        "first": "a record to compare with (default: the newest two)",
+        "second": "the record that may be slower",
+    },
+)
+def bench_report(_: Context, first: str = "", second: str = "") -> None:
+    """Draw all records: one HTML page and PNG plots."""
+    from workspace.bench import report as verb
+
+    verb.write(paths.here(), first, second, console=main.console())

@@ -4,11 +4,10 @@ This machine's own history comes first, then the shipped table (costs.tsv), then
 assumes rather too much memory than too little.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from workspace.core import records
 from workspace.core.files import read_regular
@@ -195,34 +194,6 @@ def _guess(known: Sequence[Entry], source: str) -> Cost:
 def _distance(one: str, other: str) -> int:
     """Return the number of folders in which two paths differ; their order may have changed."""
     return len({*PurePosixPath(one).parts[:-1]} ^ {*PurePosixPath(other).parts[:-1]})
-
-
-def derive(lines: Iterable[str]) -> tuple[Entry, ...]:
-    """Return entries from a trace, in the order of their start.
-
-    A line of a trace is a JSON object with target, source, start_s, wall_s and peak_rss_mib (cpu_s
-    is not used).
-    """
-    rows = sorted(
-        (records.decode(line, dict[str, Any]) for line in lines), key=lambda row: row["start_s"]
-    )
-    return tuple(
-        Entry(row["target"], row["source"], row["wall_s"], row["peak_rss_mib"] / _MIB)
-        for row in rows
-    )
-
-
-def encode(entries: Iterable[Entry], *, head: str) -> str:
-    """Return the text of a table: the head as comments, a line for each unit, seconds to a tenth,
-    memory in MiB.
-    """
-    comments = "".join(f"# {line}".rstrip() + "\n" for line in head.splitlines())
-    rows = "".join(
-        f"{entry.target}\t{entry.source}\t{max(entry.seconds, 0.1):.1f}"
-        f"\t{math.ceil(entry.peak_gib * _MIB)}\n"
-        for entry in entries
-    )
-    return f"{comments}{_COLUMNS}\n{rows}"
 
 
 def read_table(path: Path = TABLE) -> tuple[tuple[Entry, ...], tuple[str, ...]]:

@@ -209,7 +209,7 @@ def provide(
     """
     given: dict[str, str] = {}
     for external in (*wanted, *others):
-        own = _own(layout, settings, external)
+        own = _own(settings, external)
         if own:
             given |= own
         elif external in wanted:
@@ -359,7 +359,7 @@ def _files(name: str, steps: Sequence[cmake_inputs.Step]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _own(layout: Layout, settings: Settings, external: External) -> Mapping[str, str]:
+def _own(settings: Settings, external: External) -> Mapping[str, str]:
     """Return the user's own sources, from the environment, .env, or -D in CMAKE_ARGS."""
     environment = settings.child_environment("build")
     for name in dict.fromkeys((external.override, external.variable)):

@@ -56,7 +56,7 @@ FOLDER, LAUNCHER = "tickets", "ticket"
 STAND_INS = "compilers"
 
 
-def install(folder: Path, *, python: str = sys.executable) -> Path:
+def install(folder: Path) -> Path:
     """Write the compiler launcher into `folder`, and return its path. Keep one that is up to date:
     ninja compares the commands.
 
@@ -66,10 +66,8 @@ def install(folder: Path, *, python: str = sys.executable) -> Path:
     # Children of a compiler with a token need none: the stand-ins are for compilers without a
     # launcher.
     without = f'_stand_ins={shlex.quote(str(folder / STAND_INS))}; PATH="${{PATH#"$_stand_ins":}}"'
-    return _write_program(
-        folder / LAUNCHER,
-        f"{without}; exec {shlex.join([python, '-I', '-S', launcher.__file__, str(folder)])}",
-    )
+    argv = (sys.executable, "-I", "-S", launcher.__file__, str(folder))
+    return _write_program(folder / LAUNCHER, f"{without}; exec {shlex.join(argv)}")
 
 
 def stand_in(folder: Path, compilers: Mapping[str, Sequence[str]]) -> Path:

@@ -137,11 +137,10 @@ _FULL_GIB = 0.0625
 
 @dataclass(frozen=True)
 class Compiled:
-    """Result of a run of ninja. `trace` opens in a trace viewer; `summary` is a table."""
+    """Result of a run of ninja. `summary` is a table."""
 
     finished: tuple[Finished, ...]
     seconds: float
-    trace: Path | None
     summary: tuple[progress.Cells, ...]
 
 
@@ -252,7 +251,7 @@ def compile(
     interrupted build.
     """
     if not targets:
-        return Compiled((), 0.0, None, ())
+        return Compiled((), 0.0, ())
     for sentence in repair(work.build):
         run_log.console.warn(sentence)
     argv: list[process.Argument] = [
@@ -315,10 +314,10 @@ def under_job_server(
     except (BuildError, OSError) as exc:
         _write_trace(run_log, server.finished, meter, began)
         raise _explained(exc, server, failures, settings, work, run_log) from exc
+    _write_trace(run_log, server.finished, meter, began)
     return Compiled(
         server.finished,
         time.monotonic() - began,
-        _write_trace(run_log, server.finished, meter, began),
         progress.build_summary(server.finished, before),
     )
 
@@ -412,16 +411,11 @@ def _split_command(text: str) -> list[str]:
         return []
 
 
-def _write_trace(
-    run_log: RunLog, finished: Sequence[Finished], meter: Meter, began: float
-) -> Path | None:
+def _write_trace(run_log: RunLog, finished: Sequence[Finished], meter: Meter, began: float) -> None:
     """Write the trace of the build; a failure to write it does not fail the build."""
-    if run_log.path is None or not finished:
-        return None
-    try:
-        return progress.write_timeline(run_log.path, finished, meter.samples, began=began)
-    except OSError:
-        return None
+    if run_log.path is not None and finished:
+        with contextlib.suppress(OSError):
+            progress.write_timeline(run_log.path, finished, meter.samples, began=began)
 
 
 def _explained(

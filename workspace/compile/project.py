@@ -70,14 +70,6 @@ class Project:
     not_built: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Extension:
-    """A CMake target that the tree's setup.py builds, and whether it is optional."""
-
-    target: str
-    is_optional: bool
-
-
 def write_query(build: Path) -> None:
     """Request the reply that `read` and `files` need from the next configure in `build`."""
     folder = build / _API / "query"
@@ -278,9 +270,9 @@ def _load(build: Path, name: str) -> _Json:
     return records.decode((build / _API / "reply" / name).read_bytes(), dict[str, Any])
 
 
-def extensions(tree: Path, device: Device) -> tuple[Extension, ...]:
-    """Return the extensions that setup.py of `tree` lists for the device, in order; empty if it
-    cannot be read.
+def extensions(tree: Path, device: Device) -> tuple[str, ...]:
+    """Return the targets of the extensions that setup.py of `tree` lists for the device, in order;
+    empty if it cannot be read.
 
     An extension that depends on the compiler's version counts as listed: any toolkit that this
     workspace accepts is new enough.
@@ -289,11 +281,10 @@ def extensions(tree: Path, device: Device) -> tuple[Extension, ...]:
         body = ast.parse((tree / "setup.py").read_bytes()).body
     except (OSError, SyntaxError, ValueError):
         return ()
-    found = dict.fromkeys(_listed(body, device))
-    return tuple(found)
+    return tuple(dict.fromkeys(_listed(body, device)))
 
 
-def _listed(statements: Sequence[ast.stmt], device: Device) -> Iterator[Extension]:
+def _listed(statements: Sequence[ast.stmt], device: Device) -> Iterator[str]:
     for statement in statements:
         if isinstance(statement, ast.If):
             # An undecidable condition counts as true: list too much rather than too little.
@@ -311,13 +302,9 @@ def _listed(statements: Sequence[ast.stmt], device: Device) -> Iterator[Extensio
                     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
                     name = keywords.get("name", call.args[0] if call.args else None)
                     if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                        optional = keywords.get("optional")
                         # As in setup.py's target_name: vllm.vllm_flash_attn._vllm_fa2_C is built by
                         # _vllm_fa2_C.
-                        yield Extension(
-                            name.value.rpartition(".")[2],
-                            isinstance(optional, ast.Constant) and optional.value is True,
-                        )
+                        yield name.value.rpartition(".")[2]
 
 
 def _is_met(test: ast.expr, device: Device) -> bool | None:

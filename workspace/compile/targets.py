@@ -197,13 +197,6 @@ def is_compiled_input(path: str) -> bool:
     return place.parts[0] in COMPILED_BELOW or place.suffix in _SUFFIXES or is_cmake(path)
 
 
-def reached(
-    tree: Path, changed: Collection[str], project: Project, *, build: Path, pinned: Project | None
-) -> tuple[Reached, ...]:
-    """Return the targets of `follow` without its messages."""
-    return follow(tree, changed, project, build=build, pinned=pinned).targets
-
-
 def follow(
     tree: Path, changed: Collection[str], project: Project, *, build: Path, pinned: Project | None
 ) -> Reach:

@@ -105,10 +105,10 @@ ERRORS: tuple[type[WorkspaceError], ...] = (
 )
 
 
-def listed(names: Sequence[str], limit: int = 3) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return `a, b, c and 2 more`."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:

@@ -61,6 +61,11 @@ class Layout:
         return self.bump_sandbox / "promoting.json"
 
     @property
+    def bump_message(self) -> Path:
+        """The prepared commit message of the last move of a pin."""
+        return self.state / "bump-message.txt"
+
+    @property
     def returning(self) -> Path:
         """Redo log of a rollback; exists while one runs or was interrupted."""
         return self.state / "back.json"

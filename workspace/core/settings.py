@@ -351,9 +351,9 @@ def similar(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> tuple[s
     return tuple(difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff))
 
 
-def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | None:
+def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name most like `name`, or None where none is similar."""
-    return next(iter(similar(name, known, cutoff=cutoff)), None)
+    return next(iter(similar(name, known)), None)
 
 
 def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:

@@ -103,9 +103,7 @@ class Observation:
     environment: Layer
     kernels: Layer
     install: Layer
-    # Compiled sources that differ from the pin while the kernels come from a wheel, and all reasons
-    # of staleness that only a compiler can remove.
-    changed_sources: tuple[str, ...] = ()
+    # The reasons of staleness that only a compiler can remove.
     needs_compilation: tuple[str, ...] = ()
 
     def again(self) -> "Observation":
@@ -175,7 +173,6 @@ def observe_on(machine: Machine) -> Observation:
         environment,
         kernels,
         install,
-        changed_sources,
         needs_compilation,
     )
 

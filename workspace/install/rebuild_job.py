@@ -29,7 +29,7 @@ from workspace.compile.targets import Reached
 from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import BuildError
-from workspace.install import editable, plan, precompiled, stages, stamp, status, verify
+from workspace.install import plan, precompiled, stages, stamp, status, verify
 from workspace.install.plan import RebuildOptions
 from workspace.install.precompiled import KernelSource
 from workspace.machine import doctor, venv
@@ -195,9 +195,7 @@ class Job:
     def _reach_native(self) -> tuple[Reached, ...]:
         """Return the requested targets, or all targets of the tree's extensions."""
         tree = self.run.layout.vllm
-        listed = {
-            extension.target for extension in project.extensions(tree, self.run.observed.device)
-        }
+        listed = project.extensions(tree, self.run.observed.device)
         names = [
             target.name for target in targets.final_targets(self.project) if target.name in listed
         ]
@@ -291,7 +289,7 @@ class Job:
         if not self.is_native:
             stages.install_with_wheel(run)
             return
-        editable.install_alone(
+        stages.install_alone(
             run.observed,
             build={"CARGO_BUILD_JOBS": str(self.jobs.count)},
             run_log=run.run_log,

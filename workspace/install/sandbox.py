@@ -18,7 +18,7 @@ from workspace.core.errors import BuildError, CheckoutError, ToolchainError
 from workspace.core.files import copy_files, files_below, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
-from workspace.install import bootstrap, editable, plan, precompiled, stages, stamp
+from workspace.install import bootstrap, plan, precompiled, stages, stamp
 from workspace.machine import jit_caches
 from workspace.repo import moves, pins, series
 from workspace.repo.git import Git, command, worktree
@@ -447,13 +447,13 @@ def _why(sandbox: Sandbox) -> str:
 
 def _take_products_away(sandbox: Sandbox, tree: Git, head: str, tip: str) -> None:
     """Remove all build products: in a sandbox they belong to the workspace."""
-    listed = editable.build_products(tree.path)
+    listed = stages.build_products(tree.path)
     fit_both = tree.digest(_DECIDE_PRODUCTS, commit=head) == tree.digest(
         _DECIDE_PRODUCTS, commit=tip
     )
     if not listed or (fit_both and not tree.entries(listed, tip)):
         return
     stamp.withdraw(sandbox.layout.stamp("vllm"))
-    editable.take_products_away(
+    stages.take_products_away(
         sandbox.layout, listed, ours=listed, kept=None, left=sandbox.layout.quarantine
     )

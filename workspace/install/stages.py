@@ -1,24 +1,39 @@
 """The steps of a bootstrap, and the checks that bootstrap and rebuild share.
 
-Bootstrap decides when a step is due; the modules called here do the work.
+Bootstrap decides when a step is due; the modules called here do the work. The editable install uses
+the tree's own setup.py, without build isolation and without dependency resolution: torch does not
+change.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import filecmp
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import cast
 
 from workspace.core import hints, lock
 from workspace.core.console import Console, Row, RunLog, State, Step, failed
 from workspace.core.errors import BuildError, SourceError, ToolchainError
+from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, precompiled, stamp, status, verify
-from workspace.machine import check, dotenv, torch, venv
+from workspace.install import plan, precompiled, stamp, status, verify
+from workspace.machine import check, dotenv, interpreter, torch, venv
 from workspace.machine.machine import Machine
 from workspace.repo import checkout, export, patches
-from workspace.repo.git import Git
+from workspace.repo.git import Git, worktree
+
+# No program of this name exists: setuptools-rust then reports the optional frontend as not built,
+# at once and without a network.
+NO_CARGO = "/nonexistent/cargo"
+_NINJA_PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
 @dataclass
@@ -181,7 +196,7 @@ def install_accelerators(run: Run, view: Step) -> None:
 def fetch_kernels(run: Run, view: Step) -> None:
     """Fetch the wheel; the tree is not changed yet."""
     wheel = fetch_wheel(run, view)
-    members = editable.compiled_members(wheel)
+    members = verify.compiled_members(wheel)
     run.outcome["wheel"] = str(wheel)
     if run.observed.kernels_wanted.source.is_wheel_file and (packed := _fitting(run, wheel)):
         run.outcome[plan.PACKED_SOURCES] = packed
@@ -240,10 +255,73 @@ def install_vllm(run: Run, view: Step) -> None:
 def install_with_wheel(run: Run) -> None:
     """Install editable with the libraries of the fetched wheel, and check that all were taken."""
     wheel = Path(run.outcome["wheel"])
-    editable.install_with_wheel(run.observed, wheel, run_log=run.run_log)
+    extra = {
+        "VLLM_USE_PRECOMPILED": "1",
+        "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel),
+        "CARGO": NO_CARGO,
+    }
+    _install_editable(run.observed, extra, run_log=run.run_log)
     if run.is_sandbox:
-        editable.complete(wheel, run.layout.vllm)
-    editable.check_taken(wheel, run.layout.vllm)
+        verify.complete(wheel, run.layout.vllm)
+    verify.check_taken(wheel, run.layout.vllm)
+
+
+def install_alone(observed: plan.Observation, *, build: Mapping[str, str], run_log: RunLog) -> None:
+    """Install editable without libraries, which the caller compiles and installs afterwards.
+
+    `build` are variables that limit cargo. The tree's setup.py compiles in a new temporary folder
+    each time unless it gets a wheel; so it gets an empty one.
+    """
+    path = observed.machine.settings.child_environment("build").get("PATH", "")
+    # The frontend in Rust is optional: setuptools-rust leaves it out where there is no cargo.
+    cargo = {} if shutil.which("cargo", path=path) else {"CARGO": NO_CARGO}
+    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as folder:
+        wheel = Path(folder) / f"vllm-{observed.pin.version}-py3-none-any.whl"
+        zipfile.ZipFile(wheel, "w").close()
+        extra = {
+            "VLLM_USE_PRECOMPILED": "1",
+            "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel),
+            **build,
+            **cargo,
+        }
+        _install_editable(observed, extra, run_log=run_log)
+
+
+def install_built(observed: plan.Observation, *, run_log: RunLog) -> None:
+    """Install editable a tree that has its libraries. Raises BuildError with the first error."""
+    install_alone(observed, build={"CARGO": NO_CARGO}, run_log=run_log)
+
+
+def _install_editable(
+    observed: plan.Observation, extra: Mapping[str, str], *, run_log: RunLog
+) -> None:
+    layout, settings = observed.machine.layout, observed.machine.settings
+    environment = {
+        "VLLM_TARGET_DEVICE": observed.device,
+        "VLLM_VERSION_OVERRIDE": observed.version,
+        **extra,
+    }
+    # uv's cache of editable builds ignores these variables: always build again.
+    arguments = [
+        *("--no-build-isolation", "--no-deps", "--verbose"),
+        *("--reinstall-package", "vllm", "--refresh-package", "vllm"),
+        *("--editable", str(layout.vllm)),
+    ]
+
+    def show(line: str) -> None:
+        found = _NINJA_PROGRESS.match(line.strip().removeprefix("DEBUG ").strip())
+        if found and run_log.step:
+            run_log.step.progress(int(found[1]), int(found[2]), f"{found[1]} of {found[2]} steps")
+
+    interpreter.install(
+        layout,
+        settings,
+        arguments,
+        run_log=run_log,
+        phase_env=environment,
+        on_line=show,
+        failure=BuildError,
+    )
 
 
 def verify_vllm(run: Run, view: Step) -> None:
@@ -357,3 +435,52 @@ def check_device_code(
         )
     count = sum(row.state == "ok" for row in judged)
     return f"; {count} {'has' if count == 1 else 'have'} code for {wanted}"
+
+
+def build_products(tree: Path) -> tuple[str, ...]:
+    """Return the paths of the build products below a tree.
+
+    Files that general rules ignore, such as logs and editor files, belong to the user.
+    """
+    ignore = tree / ".gitignore"
+    text = read_regular(ignore).decode(errors="replace") if ignore.exists() else ""
+    lines = (line.strip().removeprefix("/") for line in text.splitlines())
+    named = [line.removesuffix("*").removesuffix("/") for line in lines if line.startswith("vllm/")]
+    patterns = ("*.so", "vllm.egg-info/*", *named, *(f"{name}/*" for name in named))
+    return tuple(
+        path
+        for path in worktree.products(Git(tree), "vllm", "vllm.egg-info")
+        if any(fnmatchcase(path, pattern) for pattern in patterns)
+    )
+
+
+def take_products_away(
+    layout: Layout, paths: Collection[str], *, ours: Collection[str], kept: Path | None, left: Path
+) -> None:
+    """Remove products from vendor/vllm: delete `ours` and copies of files in `kept`, move others.
+
+    The others go to the folder `left`.
+    """
+    for path in paths:
+        file = layout.vllm / path
+        if not os.path.lexists(file):
+            continue
+        if path in ours or (kept and _is_same(file, kept / path)):
+            file.unlink()
+        else:
+            (left / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, left / path)
+        _clear(file.parent, top=layout.vllm)
+
+
+def _is_same(file: Path, other: Path) -> bool:
+    if file.is_symlink() or other.is_symlink():
+        return file.is_symlink() and other.is_symlink() and os.readlink(file) == os.readlink(other)
+    return other.is_file() and filecmp.cmp(file, other, shallow=False)
+
+
+def _clear(folder: Path, *, top: Path) -> None:
+    """Remove folders that hold only bytecode: Python would import them as empty packages."""
+    while folder != top and {entry.name for entry in folder.iterdir()} <= {"__pycache__"}:
+        shutil.rmtree(folder)
+        folder = folder.parent

@@ -236,9 +236,7 @@ def _pin(layout: Layout, observed: plan.Observation) -> Row:
 
 def _source(layout: Layout, observed: plan.Observation) -> Row:
     current = observed.checkout
-    if observed.stack and (
-        row := overview.moved(layout, observed.pin.name, observed.pin, current, observed.stack)
-    ):
+    if observed.stack and (row := overview.moved(layout, observed.pin, current, observed.stack)):
         return row
     states = {checkout.Kind.MISSING: State.MISSING, checkout.Kind.FOREIGN: State.FAIL}
     state = states.get(current.kind, State.OK)

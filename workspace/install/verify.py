@@ -1,19 +1,23 @@
 """Verification of an editable install: the built interpreter imports vLLM and loads every library.
 
-After an edit of compiled sources alone, the changed libraries alone are loaded.
+After an edit of compiled sources alone, the changed libraries alone are loaded. What setup.py took
+of a wheel (VLLM_USE_PRECOMPILED) is compared with the wheel.
 """
 
 import mmap
 import re
 import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from workspace.core import hints, process, records
-from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.errors import BuildError, SourceError, ToolchainError
+from workspace.core.files import check_zip, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.plan import Observation
@@ -25,6 +29,8 @@ from workspace.machine.torch import TorchBuild
 # The import of vLLM takes 10 s on two cores; with a cold page cache and CUDA libraries of 800 MB it
 # took a minute.
 TIMEOUT_S = 600.0
+# The programs of the package that are compiled; a wheel has them beside the libraries.
+_BINARIES = ("vllm/vllm-rs",)
 # Kinds of sections and of an entry of the dynamic section (elf(5)).
 _SHT_DYNAMIC, _SHT_DYNSYM, _DT_NEEDED = 6, 11, 1
 
@@ -320,3 +326,85 @@ def _failed_import(done: process.Completed) -> BuildError:
         f" vllm: {last[-1] if last else 'no output'}",
         details=last,
     )
+
+
+def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
+    """Map each compiled file of the wheel to its bytes and CRC-32.
+
+    Raises SourceError for a file that is not a wheel of vLLM.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            # The tree's setup.py writes members where their names lead.
+            check_zip(archive)
+            members = {
+                item.filename: (item.file_size, item.CRC)
+                for item in archive.infolist()
+                if item.filename.startswith("vllm/")
+            }
+    except (zipfile.BadZipFile, ValueError, OSError) as exc:
+        raise SourceError(
+            f"{wheel.name} cannot be used as a wheel: {exc}",
+            hint=hints.text("install.precompiled"),
+        ) from exc
+    compiled = {
+        name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES
+    }
+    if not compiled:
+        raise SourceError(
+            f"{wheel.name} holds no compiled library of vLLM",
+            hint=hints.text("install.precompiled"),
+        )
+    return compiled
+
+
+def complete(wheel: Path, tree: Path) -> None:
+    """Extract the compiled files that the tree's setup.py left in the wheel.
+
+    The setup.py of a release without the fix in patches/vllm leaves some.
+    """
+    left = [
+        name
+        for name, (size, crc) in compiled_members(wheel).items()
+        if not _has_content(tree / name, size, crc)
+    ]
+    with zipfile.ZipFile(wheel) as archive:
+        for name in left:
+            folder = (tree / name).parent
+            if not folder.resolve().is_relative_to(tree.resolve()):
+                raise SourceError(
+                    f"{folder} is a link to a folder outside of {tree}: {wheel.name} was not used",
+                    hint=hints.text("core.list_folder", folder=folder),
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(tree / name, archive.read(name), mode=0o755)
+
+
+def check_taken(wheel: Path, tree: Path) -> None:
+    """Compare every library in the tree with the wheel, by size and CRC-32.
+
+    Raises BuildError with the names of the libraries that differ or are missing.
+    """
+    wrong = [
+        name
+        for name, (size, crc) in compiled_members(wheel).items()
+        if not _has_content(tree / name, size, crc)
+    ]
+    if wrong:
+        raise BuildError(
+            f"the tree's setup.py did not take {', '.join(wrong)} out of {wheel.name}",
+            hint=hints.text("install.members_lack"),
+        )
+
+
+def _has_content(path: Path, size: int, crc: int) -> bool:
+    try:
+        if path.stat().st_size != size:
+            return False
+        found = 0
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                found = zlib.crc32(chunk, found)
+    except OSError:
+        return False
+    return found == crc

@@ -11,7 +11,6 @@ from workspace.core.console import Console, Row, RunLog
 from workspace.core.console import State as RowState
 from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError, counted
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, moves, patches, pins, series
 from workspace.repo.checkout import Checkout
@@ -37,9 +36,7 @@ class Entry:
     files: tuple[str, ...]
 
 
-def show(
-    layout: Layout, settings: Settings, project: str, *, console: Console, as_json: bool = False
-) -> None:
+def show(layout: Layout, project: str, *, console: Console, as_json: bool = False) -> None:
     """Print a row for the stack, a row for each patch, and the next command; or all as JSON.
 
     Raises SettingsError for an unknown project.
@@ -49,8 +46,8 @@ def show(
     pin = pinned.triton if project == "triton" else pinned.vllm
     checkout = checkouts.observe(layout, pin)
     stack = patches.observe(layout, project, pin, checkout)
-    move = moved(layout, project, pin, checkout, stack)
-    found = _entries(layout, project, pin, checkout, stack, move)
+    move = moved(layout, pin, checkout, stack)
+    found = entries(layout, project, pin, checkout, stack, move)
     # The way back has priority over the next step.
     # A commit of which git can make no mail has no files here; the export says what it needs.
     lacking = [
@@ -74,7 +71,7 @@ def _columns(row: Entry) -> list[str]:
     return [row.subject, row.status or "no Upstream-Status", *([files] if files else [])]
 
 
-def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack) -> Row | None:
+def moved(layout: Layout, pin: Pin, checkout: Checkout, stack: Stack) -> Row | None:
     """Return what another program moved, checkout or pin, with the way back; None if nothing.
 
     A move by a verb of the workspace does not count.
@@ -86,8 +83,7 @@ def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Sta
     outer = checkouts.superproject(layout)
     link = outer.gitlink(shown) if outer else None
     # Upstream's commit is unknown for a pin from an archive alone, so no gitlink can name it.
-    is_archives = pin.archive is not None and pin.archive.commit == pin.commit
-    if link and link.commit != pin.commit and not is_archives:
+    if link and link.commit != pin.commit and not pin.is_from_archive:
         return _move(
             f"the superproject's index has {shown} at {link.commit[:12]}, vendor/pins.toml at"
             f" {pin.commit[:12]}",
@@ -164,19 +160,10 @@ def _move(text: str, hint: str) -> Row:
     return Row(RowState.WARN, "source", text, hint=hint)
 
 
-def entries(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> tuple[Entry, ...]:
-    """Return the stack, each patch in order, and the commits that are no patches.
-
-    Raises what patches.observe raises.
-    """
-    stack = patches.observe(layout, project, pin, checkout)
-    move = moved(layout, project, pin, checkout, stack)
-    return _entries(layout, project, pin, checkout, stack, move)
-
-
-def _entries(
+def entries(
     layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack, move: Row | None
 ) -> tuple[Entry, ...]:
+    """Return the stack, each patch in order, and the commits that are no patches."""
     contents = {name: (layout.patches(project) / name).read_bytes() for name in stack.names}
     commits = _commits(layout, pin, checkout, stack)
     table = [_stack_row(layout, pin, checkout, stack, move)]

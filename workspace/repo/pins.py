@@ -68,6 +68,11 @@ class Pin:
     archive: Archive | None
     precompiled: Mapping[str, PrecompiledWheel]
 
+    @property
+    def is_from_archive(self) -> bool:
+        """Whether the commit is made from the release archive; upstream does not have it then."""
+        return self.archive is not None and self.commit == self.archive.commit
+
 
 @dataclass(frozen=True)
 class Pins:

@@ -82,8 +82,6 @@ class Fit:
     free: Free
     sentence: str
     hint: str | None = None
-    utilization: float | None = None
-    kv_gib: float | None = None
 
 
 def observe(
@@ -305,7 +303,7 @@ def judge_one(
         least = min(1.0, math.ceil((needs + LEAST_KV_GIB) / free.total_gib * 100) / 100)
         hint = hints.text("server.utilization_least", model=_typed(recipe), value=least)
         sentence = f"the model gets too little: {given:.1f} GiB with these flags; {seen}{holding}"
-        return Fit("no", needs, given, free, sentence, hint, least)
+        return Fit("no", needs, given, free, sentence, hint)
     if takes <= free.available_gib:
         is_cached = (
             device == "cuda" and free.is_unified and takes > free.available_gib - free.droppable_gib
@@ -322,7 +320,7 @@ def judge_one(
     utilization, kv_gib = _suggestion(free, needs, fixed, device=device)
     hint = _hint(recipe, free, utilization, kv_gib, device=device)
     sentence = f"the model does not fit: {seen}{holding}"
-    return Fit("no", needs, takes, free, sentence, hint, utilization, kv_gib)
+    return Fit("no", needs, takes, free, sentence, hint)
 
 
 def _fixed_gib(recipe: Recipe) -> float:

@@ -17,7 +17,7 @@ from workspace.core import hints, lock, process
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import SourceError, ToolchainError
 from workspace.core.paths import Layout
-from workspace.install import precompiled
+from workspace.install import precompiled, stages
 from workspace.install.plan import Observation
 from workspace.machine import interpreter, requirements, torch
 from workspace.repo import checkout, export, index, patches, pins, series
@@ -44,9 +44,6 @@ CLONED = (
     ),
     *(".env", ".env.example", ".gitignore", "vendor/pins.toml"),
 )
-# This program does not exist, as in a bootstrap: otherwise a machine with Rust would build vLLM's
-# optional frontend on one side only.
-_NO_CARGO = "/nonexistent/cargo"
 
 
 @contextlib.contextmanager
@@ -168,7 +165,9 @@ def _build_variables(context: Context, observed: Observation) -> dict[str, str]:
         "VLLM_VERSION_OVERRIDE": observed.version,
         "VLLM_USE_PRECOMPILED": "1",
         "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel),
-        "CARGO": _NO_CARGO,
+        # As in a bootstrap: otherwise a machine with Rust would build the optional frontend on
+        # one side only.
+        "CARGO": stages.NO_CARGO,
         "PATH": os.pathsep.join(
             [str(context.layout.environment / "bin"), context.environment.get("PATH", "")]
         ),

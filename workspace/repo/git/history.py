@@ -268,7 +268,6 @@ class Candidate:
     """A commit that a bisection may test."""
 
     oid: str
-    parents: tuple[str, ...]
     subject: str
 
 
@@ -308,14 +307,10 @@ def commits_between(git: Git, good: str, bad: str) -> tuple[Candidate, ...]:
         "--no-color",
         "--no-notes",
         "-z",
-        "--format=%H%x01%P%x01%s",
+        "--format=%H%x01%s",
     )
-    records = (
-        record.split("\x01", 2) for record in split(git.look(*args, bad, f"^{good}", "--").out)
-    )
-    return tuple(
-        Candidate(oid, tuple(parents.split()), subject) for oid, parents, subject in records
-    )
+    records = split(git.look(*args, bad, f"^{good}", "--").out)
+    return tuple(Candidate(*record.split("\x01", 1)) for record in records)
 
 
 def forks(git: Git, first: str, second: str) -> tuple[str, ...]:
