@@ -97,6 +97,10 @@ def test_a_verb_does_not_pay_for_modules_that_it_does_not_use(ready: Clone) -> N
             ["bootstrap", "--device"],
             "error: --device needs a value\nhint: ./scripts/inv --help bootstrap\n",
         ),
+        (
+            ["rebuild", "--plan", "--target"],
+            "error: --target needs a value\nhint: ./scripts/inv --help rebuild\n",
+        ),
         (["--dry", "bootstrap"], "error: inv has no flag --dry\nhint: ./scripts/inv --help\n"),
         (
             ["--help", "bootstarp"],

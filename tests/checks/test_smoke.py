@@ -1,6 +1,7 @@
 """`nox -s smoke` in a small clone, whose stand-in vLLM loads libraries and computes nothing."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,8 @@ def test_vllm_that_computes_nothing_fails_with_8_and_both_records_are_the_same(
     edited.write_text(edited.read_text() + "# fixed\n")
     # As a verdict that passed: it is one on another tree.
     assert built.status()["smoke"] == "stale"
+    row = r"smoke +failed \d{4}-\d\d-\d\d \d\d:\d\d UTC, on another tree\n"
+    assert re.search(row, built.run("status").out)
 
 
 def test_edited_python_is_judged_and_named_by_a_digest(built: World) -> None:

@@ -321,7 +321,8 @@ def _known_good_states(layout: Layout) -> list[PinRow]:
             "smoke": state.smoke,
             "current": is_present,
         }
-        text = f"{state.name}, smoke {state.smoke}; {'in use' if is_present else kept}"
+        smoke = f"smoke {state.smoke[:16].replace('T', ' ')} UTC"
+        text = f"{state.name}, {smoke}; {'in use' if is_present else kept}"
         rows.append(PinRow(State.OK if is_present else State.KEPT, "good", text, facts=facts))
     return rows
 

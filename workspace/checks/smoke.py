@@ -471,7 +471,7 @@ def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:
 
 def _install(name: str, folder: Path, script: str, *, lints: bool) -> tuple[State, str, str]:
     hook, kept = folder / HOOK, folder / KEPT
-    text = "the gate runs before each push" + (", with vLLM's pre-commit" if lints else "")
+    text = f"checks {'lint, ' if lints else ''}patches, build and smoke before each push"
     if _is_ours(hook):
         if hook.read_text(encoding="utf-8") == script and os.access(hook, os.X_OK):
             return State.OK, name, text

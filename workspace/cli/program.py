@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from invoke.collection import Collection
 from invoke.config import Config
 from invoke.exceptions import Exit, ParseError
+from invoke.parser import Parser
 from invoke.parser.argument import Argument
 from invoke.program import Program
 
@@ -199,6 +200,14 @@ class WorkspaceProgram(Program):
 
         self.version = version("invoke")
         super().print_version()
+
+    def _make_parser(self) -> Parser:
+        parser = super()._make_parser()
+        for context in parser.contexts.values():
+            for argument in context.args.values():
+                # Invoke takes the empty list that it begins with for a value that was typed.
+                argument.raw_value = None
+        return parser
 
     def update_config(self, merge: bool = True) -> None:
         """Skip the core flags that this program does not have."""

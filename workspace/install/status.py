@@ -309,5 +309,6 @@ def _smoke(layout: Layout, observed: plan.Observation) -> Row:
         and plan.edits_digest(layout, observed.stack) == record.dirty
     )
     state, verb = (State.OK, "passed") if record.verdict == "pass" else (State.FAIL, "failed")
-    text = f"{verb} {record.time}" if same else f"{verb} {record.time}, on another tree"
+    text = f"{verb} {record.time[:16].replace('T', ' ')} UTC"
+    text += "" if same else ", on another tree"
     return Row(state if same else State.STALE, "smoke", text)
