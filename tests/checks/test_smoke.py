@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 from tests.small.world import Ended, World
+from workspace.checks.smoke import expect
+from workspace.core import settings
+from workspace.install import plan
+from workspace.machine.machine import Machine
 
 
 def smoke(world: World, *args: str | Path) -> Ended:
@@ -81,6 +85,17 @@ def test_vllm_that_computes_nothing_fails_with_8_and_both_records_are_the_same(
     edited.write_text(edited.read_text() + "# fixed\n")
     # As a verdict that passed: it is one on another tree.
     assert built.status()["smoke"] == "stale"
+
+
+def test_triton_beside_cpu_kernels_is_expected_as_any_torch_may_bring_it(built: World) -> None:
+    def expected() -> str | None:
+        machine = Machine(built.layout, settings.load(built.layout, environ=built.env))
+        return expect(plan.observe_on(machine)).triton
+
+    built.uv("install", "triton==3.7.1")
+    assert expected() == "3.7.1"
+    built.uv("uninstall", "triton")
+    assert expected() is None
 
 
 def test_edited_python_is_judged_and_named_by_a_digest(built: World) -> None:

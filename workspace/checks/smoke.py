@@ -97,7 +97,6 @@ def expect(observed: plan.Observation) -> Expected:
         "torch", f"{observed.torch.version} CUDA {observed.torch.cuda or 'none'}"
     ).partition(" CUDA ")
     libraries = {library.path: (library.size, library.sha256) for library in stamped.libraries}
-    packages = observed.machine.packages() if observed.device == "cuda" else {}
     return Expected(
         observed.machine.layout.vllm.resolve(),
         version,
@@ -105,7 +104,8 @@ def expect(observed: plan.Observation) -> Expected:
         observed.device,
         libraries,
         None if cuda in ("", "none") else cuda,
-        packages.get("triton"),
+        # Any build of torch may bring it, also one of the user's own beside CPU kernels.
+        observed.machine.packages().get("triton"),
     )
 
 
