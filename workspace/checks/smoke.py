@@ -119,13 +119,13 @@ def smoke(
 ) -> None:
     """Run the checks on the built tree; print and keep the record.
 
-    Raises SmokeError if a check fails or nothing is built.
+    Raises SmokeError if a check fails or nothing is built, ToolchainError where it cannot run.
     """
-    from workspace.install.status import require_built
+    from workspace.install.status import require_runnable
     from workspace.machine import check
 
     started = time.monotonic()
-    observed = require_built(Machine(layout, settings))
+    observed = require_runnable(Machine(layout, settings))
     check.require(observed.machine, console=console, device=observed.device)
     expected = expect(observed)
     look = functools.partial(_present_tree, layout, settings)
