@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 from tests.small.world import Ended, World
+from workspace.checks.smoke import expect
+from workspace.core import settings
+from workspace.install import plan
+from workspace.machine.machine import Machine
 
 
 def smoke(world: World, *args: str | Path) -> Ended:
@@ -84,6 +88,17 @@ def test_vllm_that_computes_nothing_fails_with_8_and_both_records_are_the_same(
     assert built.status()["smoke"] == "stale"
     row = r"smoke +failed \d{4}-\d\d-\d\d \d\d:\d\d UTC, on another tree\n"
     assert re.search(row, built.run("status").out)
+
+
+def test_triton_beside_cpu_kernels_is_expected_as_any_torch_may_bring_it(built: World) -> None:
+    def expected() -> str | None:
+        machine = Machine(built.layout, settings.load(built.layout, environ=built.env))
+        return expect(plan.observe_on(machine)).triton
+
+    built.uv("install", "triton==3.7.1")
+    assert expected() == "3.7.1"
+    built.uv("uninstall", "triton")
+    assert expected() is None
 
 
 def test_edited_python_is_judged_and_named_by_a_digest(built: World) -> None:

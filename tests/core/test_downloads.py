@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import http.server
+import ssl
 import threading
 import time
 import types
@@ -28,6 +29,8 @@ MANNERS = (
     "redirects for ever",
     "redirect without end",
 )
+# A key and its certificate for 127.0.0.1, of these tests only.
+CERTIFICATE = Path(__file__).with_name("localhost.pem")
 # The bounds of the tests: what a wrong answer may take on a busy machine.
 PATIENCE_S = 20
 
@@ -181,3 +184,39 @@ def test_proxy_that_points_nowhere_is_named_without_its_password(
     assert "127.0.0.1:1" in caught.value.message
     assert "HTTPS_PROXY" in caught.value.message
     assert "hunter2" not in caught.value.message
+
+
+class _Plain(_Handler):
+    def do_GET(self) -> None:
+        self._head(Content_Length="5")
+        self.wfile.write(b"whole")
+
+
+@pytest.fixture
+def secure_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server with a certificate that no authority of the system has signed."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Plain) as server:
+        server.daemon_threads = True
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"https://127.0.0.1:{server.server_port}/whole"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
+def test_certificate_that_uv_takes_counts_for_downloads_too(
+    name: str, secure_place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "whole"
+    with pytest.raises(SourceError, match="certificate"):
+        files.download(secure_place, place, expected_sha256=None, timeout_s=5)
+    monkeypatch.setenv(name, str(CERTIFICATE))
+    files.download(secure_place, place, expected_sha256=None, timeout_s=5)
+    assert place.read_bytes() == b"whole"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.small.world import World
 from workspace.core import settings
-from workspace.core.errors import SettingsError
+from workspace.core.errors import SettingsError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.install import bootstrap, plan, stamp, status
 from workspace.machine import gpu
@@ -277,6 +277,28 @@ def test_cpu_build_beside_a_driver_that_answered_is_meant(built: World, tmp_path
     assert recorded is not None
     stamp.write(path, replace(recorded, outcome={}))
     assert driver_rows(built, tmp_path, ANSWERS) == ([], [])
+
+
+def test_build_for_a_gpu_that_is_not_here_is_packed_and_not_smoked(
+    built: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cpu = observed(built)
+    for_gpu = replace(on_cpu, device="cuda")
+    monkeypatch.setattr(gpu, "is_installed", lambda _: False)
+    assert status.next_command(on_cpu) == "./scripts/nox -s smoke"
+    hint = status.next_command(for_gpu)
+    assert hint.split("    ")[0] == "./scripts/inv wheel"
+    monkeypatch.setattr(plan, "observe_on", lambda _: for_gpu)
+    with pytest.raises(ToolchainError, match="no NVIDIA driver") as caught:
+        status.require_runnable(for_gpu.machine)
+    assert caught.value.hint == hint
+    # What only reads the state, as serve --dry-run does, goes on.
+    assert status.require_built(for_gpu.machine) is for_gpu
+    # A driver that is installed and fails is a fault of its own, which the smoke meets.
+    monkeypatch.setattr(gpu, "is_installed", lambda _: True)
+    assert status.next_command(for_gpu) == "./scripts/nox -s smoke"
+    assert status.require_runnable(for_gpu.machine) is for_gpu
+    assert built.run(hint.split()[1]).code == 0
 
 
 def test_second_bootstrap_needs_less_disk_by_what_the_first_has_installed(tmp_path: Path) -> None:

@@ -97,7 +97,6 @@ def expect(observed: plan.Observation) -> Expected:
         "torch", f"{observed.torch.version} CUDA {observed.torch.cuda or 'none'}"
     ).partition(" CUDA ")
     libraries = {library.path: (library.size, library.sha256) for library in stamped.libraries}
-    packages = observed.machine.packages() if observed.device == "cuda" else {}
     return Expected(
         observed.machine.layout.vllm.resolve(),
         version,
@@ -105,7 +104,8 @@ def expect(observed: plan.Observation) -> Expected:
         observed.device,
         libraries,
         None if cuda in ("", "none") else cuda,
-        packages.get("triton"),
+        # Any build of torch may bring it, also one of the user's own beside CPU kernels.
+        observed.machine.packages().get("triton"),
     )
 
 
@@ -119,13 +119,13 @@ def smoke(
 ) -> None:
     """Run the checks on the built tree; print and keep the record.
 
-    Raises SmokeError if a check fails or nothing is built.
+    Raises SmokeError if a check fails or nothing is built, ToolchainError where it cannot run.
     """
-    from workspace.install.status import require_built
+    from workspace.install.status import require_runnable
     from workspace.machine import check
 
     started = time.monotonic()
-    observed = require_built(Machine(layout, settings))
+    observed = require_runnable(Machine(layout, settings))
     check.require(observed.machine, console=console, device=observed.device)
     expected = expect(observed)
     look = functools.partial(_present_tree, layout, settings)

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import ssl
 import stat
 import tempfile
 import threading
@@ -184,6 +185,15 @@ def _transfer(
             os.fsync(file.fileno())
 
 
+def own_certificates() -> str | None:
+    """Return the file of SSL_CERT_FILE, which uv and git's OpenSSL read and requests does not.
+
+    Where REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE is set, requests prefers those by itself.
+    """
+    paths = ssl.get_default_verify_paths()
+    return paths.cafile if paths.cafile != paths.openssl_cafile else None
+
+
 @contextlib.contextmanager
 def opened(
     url: str,
@@ -202,6 +212,7 @@ def opened(
 
     with contextlib.ExitStack() as stack:
         client = session or stack.enter_context(requests.Session())
+        client.verify = own_certificates() or client.verify
         targets: list[str | None] = []
 
         def take_target(reply: "requests.Response", **_: object) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from workspace.core import hints, records
 from workspace.core.console import Console, Row, State
-from workspace.core.errors import PatchDrift, SmokeError
+from workspace.core.errors import PatchDrift, SmokeError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.process import There
 from workspace.install import plan, precompiled, stamp
@@ -113,6 +113,27 @@ def require_built(machine: Machine) -> plan.Observation:
     return observed
 
 
+def require_runnable(machine: Machine) -> plan.Observation:
+    """Return the state of a built workspace whose vLLM can compute here.
+
+    Raises as `require_built` does, and ToolchainError for a GPU's build on a machine without a
+    driver.
+    """
+    observed = require_built(machine)
+    if _is_for_another_machine(observed):
+        raise ToolchainError(
+            "the build is for a GPU, and this machine has no NVIDIA driver",
+            hint=next_command(observed),
+        )
+    return observed
+
+
+def _is_for_another_machine(observed: plan.Observation) -> bool:
+    """Return whether the build needs a GPU of which nothing is here; a driver that fails is."""
+    environment = observed.machine.settings.child_environment("plain")
+    return observed.device == "cuda" and not gpu.is_installed(environment)
+
+
 def next_command(observed: plan.Observation) -> str:
     """Return the next command to type."""
     if observed.checkout.kind is checkout.Kind.FOREIGN:
@@ -130,6 +151,8 @@ def next_command(observed: plan.Observation) -> str:
         layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)
     ):
         return hints.text("inv.bootstrap")
+    if _is_for_another_machine(observed):
+        return hints.text("install.wheel_for_gpu")
     return hints.text("nox.smoke")
 
 

@@ -164,7 +164,7 @@ def install_torch(machine: Machine, *, device: str, run_log: RunLog) -> str:
     layout, settings = machine.layout, machine.settings
     there = torch.observe(layout, interpreter.installed(layout))
     if settings.switch("USE_EXISTING_TORCH"):
-        return _keep_torch(layout, settings, there)
+        return _keep_torch(layout, settings, there, device=device)
     needs = _needs(machine, device=device)
     wanted = torch.plan(needs.torch, device=device, settings=settings)
     # A CPU build satisfies `torch==2.13.0` for uv, and would stay when the device becomes cuda.
@@ -181,11 +181,15 @@ def install_torch(machine: Machine, *, device: str, run_log: RunLog) -> str:
     return f"{build.version}, CUDA {build.cuda or 'none'}; {source}"
 
 
-def _keep_torch(layout: Layout, settings: Settings, there: torch.TorchBuild | None) -> str:
+def _keep_torch(
+    layout: Layout, settings: Settings, there: torch.TorchBuild | None, *, device: str
+) -> str:
     if there is None:
+        # The plain index may have another device's build alone: for CPUs of aarch64, CUDA's.
+        source = torch.plan("torch", device=device, settings=settings)
         raise BuildError(
             "USE_EXISTING_TORCH=1, and .vllm holds no torch",
-            hint=hints.text("machine.pip_torch"),
+            hint=hints.text("machine.pip_torch", source=[*source.arguments]),
         )
     build = torch.load(layout, settings)
     return f"{build.version} is kept (USE_EXISTING_TORCH=1)"

@@ -73,6 +73,9 @@ ELSEWHERE = {
     "repo.trust": (
         "tests/repo/test_checkout.py::test_checkout_of_another_user_has_a_hint_to_trust_it"
     ),
+    "install.wheel_for_gpu": (
+        "tests/install/test_plan.py::test_build_for_a_gpu_that_is_not_here_is_packed_and_not_smoked"
+    ),
     "machine.apt_libnuma": (
         "tests/machine/test_doctor_shell.py::test_missing_libnuma_is_named_and_its_package_cures_it"
     ),
