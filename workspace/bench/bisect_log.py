@@ -6,6 +6,7 @@ so that the same command resumes a bisect that was killed at any point.
 
 import hashlib
 import math
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -291,7 +292,11 @@ def range_ends(layout: Layout, context: Context, options: BisectOptions) -> tupl
     if options.is_patches:
         return context.base, _tip(layout, git, context)
     bad = _resolved(git, "--bad", options.bad) if options.bad else context.base
-    good = _resolved(git, "--good", options.good) if options.good else _last_good(git, bad)
+    good = (
+        _resolved(git, "--good", options.good)
+        if options.good
+        else _last_good(git, bad, run=options.run)
+    )
     forks = history.forks(git, good, bad)
     good_name, bad_name = options.good or good[:12], options.bad or bad[:12]
     if not forks:
@@ -302,19 +307,19 @@ def range_ends(layout: Layout, context: Context, options: BisectOptions) -> tupl
     if bad in forks:
         raise SettingsError(
             f"{bad_name} is no later than {good_name}: there is no commit between them",
-            hint=hints.text("bench.good_and_bad"),
+            hint=hints.text("bench.good_and_bad", run=options.run),
         )
     return good, bad
 
 
-def _last_good(git: Git, bad: str) -> str:
+def _last_good(git: Git, bad: str, *, run: str) -> str:
     """Return the commit at which the last known-good state left the history of `bad`."""
     states = worktree.references(git, GOOD_REFS).values()
     found = history.last_in_common(git, states, bad)
     if found is None:
         raise SettingsError(
             f"there is no known-good state before {bad[:12]} from which to search",
-            hint=hints.text("bench.good_example"),
+            hint=hints.text("bench.good_example", run=run),
         )
     return found
 
@@ -350,7 +355,8 @@ def _resolved(git: Git, flag: str, ref: str) -> str:
     for name in (ref, f"v{ref}"):
         if found := git.resolve(name):
             return found
-    alike = nearest(ref, history.tags(git))
+    # A release that was not fetched yet is like a former one.
+    alike = None if re.match(r"v?\d", ref) else nearest(ref, history.tags(git))
     hint = (
         hints.text("core.did_you_mean", alike=alike)
         if alike

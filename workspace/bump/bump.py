@@ -302,7 +302,7 @@ def _export(bump_sandbox: BumpSandbox, tree: Git) -> None:
 
     Raises CheckoutError for edits that are not committed.
     """
-    from workspace.repo import export
+    from workspace.repo import export, mail
 
     if verb := tree.under_way():
         raise CheckoutError(
@@ -323,11 +323,15 @@ def _export(bump_sandbox: BumpSandbox, tree: Git) -> None:
             f" descend from {bump_sandbox.pin.tag}",
             hint=hints.text("bump.sandbox_reflog", folder=bump_sandbox.shown),
         )
-    made = (
-        export.series_of(tree, bump_sandbox.start.new_base, head)
-        if head != bump_sandbox.start.new_base
-        else ()
-    )
+    base = bump_sandbox.start.new_base
+    try:
+        made = export.series_of(tree, base, head) if head != base else ()
+    except mail.Unfit as exc:
+        # The hint of the export is for the clone's own tree.
+        exc.hint = hints.text(
+            "bump.reword_then_continue", folder=bump_sandbox.shown, start=base[:12]
+        )
+        raise
     export.write(bump_sandbox.layout.patches("vllm"), base=bump_sandbox.pin.commit, patches=made)
 
 

@@ -306,12 +306,14 @@ class NotOffered(SourceError):
     """The index answers and has no suitable version: a retry does not help."""
 
 
-# Settings of uv with which it refuses what the index has: what it prints, key, variable.
+_NEWER, _NEWER_VARIABLE = "exclude-newer", "UV_EXCLUDE_NEWER"
+# Settings of uv with which it refuses what the index has: what it prints, and the key. Of the first
+# only a variable reaches uv (core/settings.py); for no-index uv has none.
 _UV_SETTINGS = (
-    (re.compile(r"`?exclude-newer`?"), "exclude-newer", "UV_EXCLUDE_NEWER"),
-    (re.compile(r"`--require-hashes` mode"), "require-hashes", "UV_REQUIRE_HASHES"),
-    (re.compile(r"building from source is disabled"), "no-build", "UV_NO_BUILD"),
-    (re.compile(r"index lookups were disabled"), "no-index", "UV_NO_INDEX"),
+    (re.compile(r"`?exclude-newer`?"), _NEWER),
+    (re.compile(r"`--require-hashes` mode"), "require-hashes"),
+    (re.compile(r"building from source is disabled"), "no-build"),
+    (re.compile(r"index lookups were disabled"), "no-index"),
 )
 # Keys of uv.toml; the variables that say the same never reach uv (core/settings.py).
 _UV_CONSTRAINTS = (
@@ -341,16 +343,14 @@ def _place_of(names: Sequence[str], layout: Layout, environment: Mapping[str, st
 
 
 def _without(place: str, key: str) -> str:
-    """Return the hint for a setting of uv in a variable or in a file."""
-    if key == "exclude-newer":
-        return (
-            hints.text("machine.newer_in_file", path=place)
-            if "/" in place
-            else hints.text("machine.newer", name=place)
-        )
-    if "/" in place:
+    """Return the hint for a setting of uv in a file, or in a variable."""
+    if key != _NEWER:
         return hints.text("machine.uv_setting_in_file", key=key, path=place)
-    return hints.text("machine.uv_setting", name=place)
+    return (
+        hints.text("machine.newer_in_file", path=place)
+        if "/" in place
+        else hints.text("machine.newer", name=place)
+    )
 
 
 def _refused_by_setting(
@@ -361,17 +361,18 @@ def _refused_by_setting(
     otherwise: WorkspaceError,
 ) -> WorkspaceError | None:
     """Return the error for what a setting of uv leaves out, with uv's own line, or None."""
-    for pattern, key, variable in _UV_SETTINGS:
+    for pattern, key in _UV_SETTINGS:
         line = next((line for line in verdict if pattern.search(line)), None)
-        place = _place_of((variable, key), layout, environment) if line else None
+        names = (_NEWER_VARIABLE, key) if key == _NEWER else (key,)
+        place = _place_of(names, layout, environment) if line else None
         # Our own arguments may ask for the same, except for this one.
-        if line is None or (place is None and key != "exclude-newer"):
+        if line is None or (place is None and key != _NEWER):
             continue
         own = re.sub(r"^\w+: ", "", line)
         where = f" ({place})" if place else ""
         return ToolchainError(
             f"uv fails because of its setting {key}{where}: {own}",
-            hint=_without(place or variable, key),
+            hint=_without(place or _NEWER_VARIABLE, key),
             details=otherwise.details,
         )
     return None

@@ -21,7 +21,7 @@ from workspace.core.errors import (
     counted,
 )
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, moves, patches, pins
 from workspace.repo.checkout import Kind
@@ -31,6 +31,9 @@ from workspace.repo.patches import Session, Stack, State
 
 if TYPE_CHECKING:
     from workspace.repo.export import Export
+
+# git, of a remote that answers and lacks the branch.
+_NO_REF = "couldn't find remote ref"
 
 
 def put_on_upstream(session: Session, name: str, patch: str) -> Path:
@@ -129,17 +132,16 @@ def _main(session: Session, git: Git) -> str:
             remotes.fetch(git, _remote(session, view), (f"+refs/heads/main:{remotes.UPSTREAM}",))
     except SourceError as exc:
         if known is None:
+            if _NO_REF in exc.message:
+                url = checkouts.url_of(session.layout, session.pin, session.settings)
+                exc.hint = hints.text("repo.heads", url=without_user(url))
             raise
         session.run_log.console.warn(
             f"{exc.message}; using {remotes.UPSTREAM} as it was fetched last, {known[:12]}"
         )
         return known
     fetched = git.resolve(remotes.UPSTREAM)
-    if fetched is None:
-        raise SourceError(
-            f"upstream of {session.pin.name} has no branch main",
-            hint=hints.text("repo.heads", url=session.pin.url),
-        )
+    assert fetched, "git fails where the remote has no main"
     return fetched
 
 

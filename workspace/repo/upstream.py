@@ -331,7 +331,7 @@ class _Search:
             f"{without_user(self.url)} has no tag or branch {self.name}; nearest tags:"
             f" {', '.join(near) or 'none'}",
             hint=(
-                hints.text("repo.whole_commit", commit=self.name)
+                hints.text("repo.whole_commit")
                 if re.fullmatch(r"[0-9a-f]{7,39}", self.name)
                 else hints.text("repo.newer_releases")
             ),

@@ -88,7 +88,7 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
         (console.data if options.dry_run else console.info)(text)
     if not options.dry_run:
         facts = {
-            "typed": command.typed(options.name, line.extra),
+            "typed": command.typed(options.name, line.extra, detach=options.detach),
             "built": built(layout),
             "tree": command.tree_oid(layout),
             "device": device,

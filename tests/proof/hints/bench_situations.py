@@ -12,7 +12,6 @@ from tests.bench.test_measure import PROGRAM
 from tests.proof.hints.following import User, printed, runs
 from tests.proof.hints.machine_situations import measured
 from workspace.bench import results
-from workspace.core import settings
 from workspace.machine import interpreter
 from workspace.server import models
 

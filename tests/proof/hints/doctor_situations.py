@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from tests.machine.test_doctor_cuda import SMI
+from tests.machine.test_doctor_ptxas import NEW, OLD, PTXAS
 from tests.proof.hints.following import User, printed, runs
 from tests.small.index import Fault
 
@@ -177,3 +178,76 @@ def requirements_that_were_edited(user: User) -> None:
     with (user.vllm / "requirements" / "common.txt").open("a") as file:
         file.write("no requirement ===\n")
     user.look("machine.requirements_diff", "bootstrap", shows="no requirement ===", **shell)
+
+
+CCACHE = """file=$0.config
+case $1 in
+  --show-config) cat "$file";;
+  --set-config) sed -i "s/ ${2%%=*} = .*/ ${2%%=*} = ${2#*=}/" "$file";;
+  --print-stats) echo "cache_size_kibibyte 0";;
+esac"""
+
+
+@runs("machine.ccache_config", "machine.ccache_switch")
+def compiler_cache_that_never_hits(user: User) -> None:
+    config = program(user, "ccache", CCACHE).with_name("ccache.config")
+    config.write_text("(file) max_size = 90 GiB\n(file) disable = true\n")
+    verb = ("doctor", "--offline")
+    without_row(user, "machine.ccache_switch", user.meets("machine.ccache_switch", *verb), *verb)
+    config.write_text("nonsense\n")
+    user.look("machine.ccache_config", *verb, shows="nonsense")
+
+
+@runs("machine.no_sccache", "machine.sccache_size")
+def sccache_that_is_small_or_does_not_run(user: User) -> None:
+    verb = ("doctor", "--offline")
+    program(user, "sccache", "echo sccache 0.10.0")
+    command = user.meets("machine.sccache_size", *verb, SCCACHE_CACHE_SIZE="100M")
+    without_row(user, "machine.sccache_size", command, *verb)
+    program(user, "sccache", "exit 1")
+    without_row(user, "machine.no_sccache", user.meets("machine.no_sccache", *verb), *verb)
+
+
+def in_environment(user: User, name: str, script: str) -> Path:
+    path = user.world.layout.environment / "bin" / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@runs("machine.pip_cmake", "machine.pip_ninja")
+def tools_of_a_build_that_are_damaged(user: User) -> None:
+    verb = ("doctor", "--offline")
+    for name, hint in (("cmake", "machine.pip_cmake"), ("ninja", "machine.pip_ninja")):
+        broken = in_environment(user, name, "exit 1")
+        command = user.meets(hint, *verb, KERNELS="native")
+        # The small index has packages of these names, without programs.
+        broken.unlink()
+        done = user.type(command)
+        assert (done.code, f"{name}==" in done.err) == (0, True), done.output
+        user.followed.add(hint)
+
+
+def assembler(path: Path, release: str, known: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{PTXAS.format(release=release, known=known)}\n")
+    path.chmod(0o755)
+
+
+@runs("machine.set_ptxas", "machine.pip_triton")
+def assemblers_that_do_not_know_the_gpu(user: User) -> None:
+    driver(user)
+    user.world.uv("install", "--no-deps", "triton==3.7.1")
+    packages = next(user.world.layout.environment.glob("lib/python3*/site-packages"))
+    own = packages / "triton" / "backends" / "nvidia" / "bin"
+    assembler(own / "ptxas", "12.8", OLD)
+    assembler(own / "ptxas-blackwell", "12.8", OLD)
+    home = user.root / "cuda"
+    assembler(home / "bin" / "ptxas", "13.0", NEW)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text('#!/bin/sh\ntest "$1" = --version && echo "release 13.0, V13.0.1"\n')
+    nvcc.chmod(0o755)
+    user.world.env["CUDA_HOME"] = str(home)
+    without_row(user, "machine.set_ptxas", user.meets("machine.set_ptxas", "doctor"), "doctor")
+    (own / "ptxas").write_text("#!/bin/sh\nexit 1\n")
+    user.follow("machine.pip_triton", "doctor", then=False)

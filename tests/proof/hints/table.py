@@ -101,23 +101,13 @@ _REASONS = {
         bench.fix_patches_first bench.good_and_bad bench.good_example bench.inspect_both
         bench.log_fix bench.log_range bench.metrics bench.no_history bench.older_good
         bench.other_bad bench.other_commit bench.predicates bench.quote_command bench.resume_other
-        bench.same_code bench.same_torch bench.search_upstream bump.test_present
-        checks.buildkite_status checks.differs checks.only_named checks.origin
-        checks.pytest_arguments checks.rebuild checks.reinstall checks.relative_paths
-        checks.server_log checks.timeout_or_fewer install.build_for_gpu inv.serve_list
-        inv.serve_logs inv.serve_status inv.serve_stop machine.cpu_native machine.cuda_index
-        machine.hf_login machine.pip_triton machine.set_ptxas nox.upstream server.all_flags
-        server.api_key server.cpu_cache server.damaged_state server.disk_or_home
-        server.drop_caches server.drop_caches_then server.edit_recipe server.edit_recipe_keys
-        server.end_processes server.flags_of_config server.follow server.gate server.gpu_order
-        server.gpus server.host server.install_plugin server.installed server.key_in_dotenv
-        server.keys server.last_lines server.less_memory server.logs_or_stop server.max_model_len
-        server.model_first server.needs_port server.network server.online_dotenv server.or_force
-        server.other_port server.port server.positive server.ps_stuck server.read_or_tokenizer
-        server.recipes_fit server.resume_fetch server.run_headless server.serve_recipe
-        server.started server.status_or_stop server.stop_then server.token_in_dotenv
-        server.tokenizer server.unset_offline server.utilization server.utilization_least
-        server.vllm_help server.who_listens""",
+        bench.same_code bench.same_torch bench.search_upstream bump.test_present checks.only_named
+        checks.origin checks.pytest_arguments checks.rebuild checks.server_log
+        checks.timeout_or_fewer install.build_for_gpu inv.serve_status machine.cpu_native
+        machine.cuda_index machine.hf_login nox.upstream server.drop_caches
+        server.drop_caches_then server.end_processes server.follow server.gpu_order server.gpus
+        server.less_memory server.or_force server.ps_stuck server.recipes_fit
+        server.utilization_least server.who_listens""",
     "it needs a build of the real tree, or of Triton": """
         bump.commit_triton bump.triton_again bump.triton_continue bump.triton_keep
         bump.triton_patch bump.triton_ref bump.triton_stash compile.check_place compile.defect
@@ -125,38 +115,24 @@ _REASONS = {
         compile.doctor_compilers compile.network_or_mirror compile.one_job
         compile.override_external compile.rebuild_clean compile.rebuild_target compile.resume
         compile.set_folder compile.then_resume compile.triton_edits compile.triton_mirror
-        compile.triton_origin compile.unset_external compile.unset_override install.after_change
-        install.again_or_native install.bootstrap_rebuild install.build_triton
-        install.check_triton install.copy_or_pack install.delete_sandbox install.fix_triton
-        install.judge_archs install.kernels_auto install.members_lack install.native
-        install.pack_again install.plan_json install.precompiled install.rebuild_differs
-        install.rebuild_native install.status_defect install.triton_ref install.triton_source
-        install.twice_in_dotenv install.unset_then_fix install.verb machine.ccache_config
-        machine.ccache_switch machine.no_sccache machine.pip_cmake machine.pip_ninja
-        machine.sccache_size support.scheduler_defect""",
+        compile.triton_origin compile.unset_external compile.unset_override
+        install.again_or_native install.build_triton install.delete_sandbox install.fix_triton
+        install.judge_archs install.kernels_auto install.members_lack install.rebuild_native
+        install.status_defect install.triton_ref install.triton_source install.twice_in_dotenv
+        install.unset_then_fix support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
-        bump.bump bump.checkout_former bump.commit_vllm bump.continue_then_rollback
-        bump.disk_of_all bump.doctor_or bump.edit_then_continue bump.export_then_again
-        bump.fix_then_continue bump.git_continue bump.give_rollback_up bump.other_states
-        bump.read_state bump.rollback_or bump.sandbox_commit bump.sandbox_operation
-        bump.sandbox_reflog bump.stash_then_again inv.patch_continue inv.pin inv.pin_rollback""",
+        bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.disk_of_all
+        bump.other_states bump.rollback_or inv.pin_rollback""",
     "it needs another index, hub, proxy or host": """
-        core.network_resumes core.wrong_hash repo.address_or_file repo.github_patch repo.heads
-        repo.import_url repo.index_that_has_it repo.net_change repo.network_or_copy
-        repo.network_or_index repo.set_mirror repo.source_git repo.source_release
-        repo.whole_commit""",
+        repo.net_change repo.set_mirror repo.source_release""",
     "the machine or a disk has to be broken": """
-        cli.disk_full cli.look_further core.bootstrap_names core.cache_folder core.disk_and_rights
-        core.disk_of core.disk_or_cache core.list_all core.list_files core.list_folder
-        core.list_folders core.list_names core.read_log core.what_it_is machine.bootstrap_checkout
-        machine.cache_folder machine.control_group machine.does_python_work
-        machine.own_environment machine.python_version machine.renew_tools machine.uv_pythons
-        repo.delete_file_again repo.delete_store repo.git_config repo.git_version
+        cli.look_further core.bootstrap_names core.disk_and_rights core.disk_of core.disk_or_cache
+        core.list_all machine.bootstrap_checkout machine.cache_folder machine.control_group
+        machine.does_python_work machine.own_environment machine.python_version
+        machine.renew_tools machine.uv_pythons repo.delete_store repo.git_config repo.git_version
         repo.memory_again support.make_tools""",
     "no situation was written yet": """
-        checks.bootstrap_then_hook checks.clone_first inv.env machine.drop_from_recipe
-        machine.restore_torch machine.uv_setting repo.archive_layout repo.by_hand_reword
-        repo.check_diff repo.other_patches repo.pins_changed""",
+        inv.env machine.restore_torch repo.by_hand_reword repo.pins_changed""",
 }
 NOT_RUN = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
