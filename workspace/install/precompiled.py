@@ -22,7 +22,7 @@ from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings, Value
 from workspace.machine.arch import parse
 from workspace.repo import index, pins
-from workspace.repo.pins import Pin, PrecompiledWheel
+from workspace.repo.pins import SHA256, Pin, PrecompiledWheel
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["precompiled", "hybrid", "wheel", "native"]
 
-_SHA256 = re.compile("[0-9a-f]{64}")
 # The first edition's name for the precompiled wheel, in stamps and as a value of KERNELS.
 _FORMER_NAME = "donor"
 _FORMER_TEXT = re.compile(
@@ -59,7 +58,7 @@ class KernelSource:
         if (
             self.kind not in get_args(Kind)
             or not (self.wheel is None or str.isprintable(self.wheel))
-            or not (self.sha256 is None or _SHA256.fullmatch(self.sha256))
+            or not (self.sha256 is None or SHA256.fullmatch(self.sha256))
         ):
             raise ValueError(f"not a source of kernels: {self}")
 

@@ -372,7 +372,6 @@ def _advertised(making: _Making) -> Mapping[str, str]:
         (tag, f"{tag}^{{}}", f"refs/heads/{pin.tag}"),
         cwd=making.layout.root,
         settings=making.settings,
-        timeout_s=float(making.settings.count("CONNECT_TIMEOUT_S") or 5),
     )
     found = references.get(f"{tag}^{{}}", references.get(tag, pin.commit))
     if found != pin.commit:

@@ -326,7 +326,7 @@ def _fetched(url: str, settings: Settings) -> bytes:
 
     shown = without_user(url)
     hint = hints.text("repo.address_or_file")
-    timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or 5)
+    timeout_s = settings.connect_timeout_s
     try:
         with requests.Session() as session:
             check = functools.partial(_check_redirect, url)

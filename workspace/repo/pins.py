@@ -16,7 +16,7 @@ from workspace.core.paths import Layout
 from workspace.repo.git import Git
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 _TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 # Tag names that git accepts (git-check-ref-format(1)), restricted to the usual letters.
@@ -107,7 +107,7 @@ class _Table:
         return self.text(key, COMMIT, "40 lower-case hex digits")
 
     def sha256(self, key: str) -> str:
-        return self.text(key, _SHA256, "64 lower-case hex digits")
+        return self.text(key, SHA256, "64 lower-case hex digits")
 
     def filename(self, key: str) -> str:
         return self.text(key, _FILENAME, "a file name")
