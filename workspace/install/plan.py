@@ -111,6 +111,11 @@ class Observation:
         return observe_on(self.machine.reread())
 
     @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers in the order in which a build makes them."""
+        return self.environment, self.kernels, self.install
+
+    @property
     def version(self) -> str:
         """The version of the installed vLLM; `cpu` in it selects the platform (vllm/platforms)."""
         return version_of(self.pin, self.device, self.torch)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, get_args
 
 from workspace.core import hints, records
-from workspace.core.errors import SettingsError, SourceError
+from workspace.core.errors import SettingsError, SourceError, counted
 from workspace.core.files import sha256
 from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings, Value
@@ -401,9 +401,7 @@ def _other_torch(precompiled_wheel: _WheelFacts, installed: "Version", tree: Pat
     )
     fit = set(precompiled_wheel.libraries) & stable.keys() - set(unfit)
     others = (
-        f"; {len(fit)} {'other does' if len(fit) == 1 else 'others do'} (TORCH_TARGET_VERSION)"
-        if fit
-        else ""
+        f"; {counted(len(fit), 'other does', 'others do')} (TORCH_TARGET_VERSION)" if fit else ""
     )
     verb = "does" if len(unfit) == 1 else "do"
     return f"{built}: {names} {verb} not use torch's stable ABI{others}"

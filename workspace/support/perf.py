@@ -8,7 +8,6 @@ perf_pairs.py prepares the sides.
 """
 
 import contextlib
-import datetime
 import json
 import statistics
 import time
@@ -21,9 +20,9 @@ from typing import Literal
 from workspace.compile import scheduler
 from workspace.compile.costs import Cost, Entry, read_table
 from workspace.compile.scheduler import Bounds, Replayed
-from workspace.core import hints, process
+from workspace.core import hints, process, records
 from workspace.core.console import Console
-from workspace.core.errors import BuildError, WorkspaceError
+from workspace.core.errors import BuildError, WorkspaceError, counted
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -365,7 +364,7 @@ def encode(results: Sequence[Result], machine: Mapping[str, object]) -> str:
     """Return the JSON record: times in UTC, durations in ms, ratios and differences of pairs."""
     record = {
         "schema": SCHEMA,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": records.utc_now(),
         "machine": machine,
         "rows": [_row(result) for result in results],
     }
@@ -475,7 +474,7 @@ def run(
 def _measure(row: PerfPair, context: Context, pairs: int, console: Console) -> Result:
     try:
         with console.step(row.name) as view, row.prepare(context) as (measured, against):
-            view.reason = f"{pairs} {'pair' if pairs == 1 else 'pairs'}"
+            view.reason = counted(pairs, "pair")
             runs = compare(
                 measured,
                 against,
