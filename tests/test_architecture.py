@@ -95,7 +95,6 @@ MORE_PARAMETERS = {
     "workspace/cli/verbs.py:bootstrap",
     "workspace/cli/verbs.py:rebuild",
     "workspace/compile/job_server.py:__init__",
-    "workspace/compile/triton_build.py:build_wheel",
     "workspace/core/process.py:run",
     "workspace/install/sandbox.py:make",
     "workspace/machine/interpreter.py:install",

@@ -75,7 +75,7 @@ def working_tree(layout: Layout, observed: plan.Observation, *, sandbox_name: st
         # Each snapshot has its own time. The former commit of equal content lets a run resume.
         tip = existing.tip
     edits = "" if tip == stack.head else ", uncommitted edits included"
-    patches = layout.patches("vllm") if stack.state in (State.APPLIED, State.UNEXPORTED) else None
+    patches = layout.patches("vllm") if stack.has_patches else None
     return Tree(f"the working tree{edits}", observed.pin, patches, tip)
 
 

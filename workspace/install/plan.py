@@ -150,7 +150,7 @@ def observe_on(machine: Machine) -> Observation:
     build_stamp = stamp.read(layout.stamp("vllm"))
     device = _device(machine, environment_stamp)
     current = checkout.observe(layout, pin)
-    is_usable = current.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
+    is_usable = current.kind.is_pinned
     stack = patches.observe(layout, "vllm", pin, current) if is_usable else None
     python = machine.python()
     build = machine.torch() if python else None

@@ -81,6 +81,10 @@ class Pins:
     vllm: Pin
     triton: Pin
 
+    def of(self, project: str) -> Pin:
+        """Return the pin of a known project, vllm or triton."""
+        return self.triton if project == "triton" else self.vllm
+
 
 @dataclass(frozen=True)
 class _Table:
@@ -331,6 +335,16 @@ ARCHIVE_DATE = "2000-01-01T00:00:00+0000"
 _GENERATED = {"PKG-INFO", "setup.cfg"}
 
 
+def require_archive(pin: Pin) -> Archive:
+    """Return the pinned release archive. Raises SourceError where the pin has none."""
+    if pin.archive is None:
+        raise SourceError(
+            f"{pin.name} has no release archive in vendor/pins.toml",
+            hint=hints.text("repo.source_git"),
+        )
+    return pin.archive
+
+
 def make_from_archive(
     source: Path,
     destination: Path,
@@ -344,12 +358,7 @@ def make_from_archive(
     SourceError for an archive that is damaged, would write elsewhere, or gives another commit than
     pinned.
     """
-    archive = pin.archive
-    if archive is None:
-        raise SourceError(
-            f"{pin.name} has no release archive in vendor/pins.toml",
-            hint=hints.text("repo.source_git"),
-        )
+    archive = require_archive(pin)
     with files.folder_beside(destination) as folder:
         tree = folder / "tree"
         commit, found = build_archive(source, tree, pin, on_progress=on_progress)

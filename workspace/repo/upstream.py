@@ -86,7 +86,7 @@ def find(
     a name that does not exist, with the nearest, or that cannot be fetched or proven, and
     CheckoutError where there is no checkout to compare with.
     """
-    if there.base is None or there.kind not in (Kind.GIT, Kind.RELEASE):
+    if there.base is None or not there.kind.is_pinned:
         place = layout.relative(checkout.folder_of(layout, pin))
         raise CheckoutError(
             f"{place} is {there.detail}, so {ref} cannot be compared with it",
