@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from workspace.core.errors import BuildError, ToolchainError
-from workspace.support.perf import Aim
-from workspace.support.perf_measure import Command, Comparison, SelfTimed, compare, run
+from workspace.support.perf import Aim, Comparison, SelfTimed, compare, time_once
+from workspace.support.perf_pairs import Command
 
 
 def shell(folder: Path, script: str, *args: str, statuses: tuple[int, ...] = (0,)) -> Command:
@@ -46,7 +46,7 @@ def test_what_starting_a_program_costs_is_taken_off_both_sides(tmp_path: Path) -
     sleeping, slept = shell(tmp_path, "sleep 0.3"), SelfTimed(lambda: 0.3)
     found = compare(sleeping, slept, pairs=3, warm_ups=0)
     assert found.seam_s > 0
-    assert run(sleeping) > 0.3
+    assert time_once(sleeping) > 0.3
     assert found.measured_s.median < 0.3 + found.seam_s
 
 
@@ -79,18 +79,18 @@ def test_a_status_that_does_not_count_ends_the_row_with_the_verbs_message(tmp_pa
 
 def test_a_password_on_the_command_line_is_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(BuildError) as caught:
-        run(shell(tmp_path, "exit 1", "--index", "https://ada:hunter2@index.example"))
+        time_once(shell(tmp_path, "exit 1", "--index", "https://ada:hunter2@index.example"))
     assert "hunter2" not in str(caught.value)
     assert "it printed nothing" in str(caught.value)
 
 
 def test_a_status_may_be_named_as_one_that_counts(tmp_path: Path) -> None:
-    assert run(shell(tmp_path, "exit 6", statuses=(0, 6))) > 0
+    assert time_once(shell(tmp_path, "exit 6", statuses=(0, 6))) > 0
 
 
 def test_a_program_that_is_not_there_is_an_expected_failure(tmp_path: Path) -> None:
     with pytest.raises(ToolchainError, match="is missing"):
-        run(Command((tmp_path / "missing",), tmp_path, dict(os.environ)))
+        time_once(Command((tmp_path / "missing",), tmp_path, dict(os.environ)))
 
 
 def test_ratios_are_those_within_a_pair_so_that_a_slow_minute_does_not_count() -> None:

@@ -5,40 +5,38 @@ import pytest
 from workspace.compile.costs import read_table
 from workspace.compile.scheduler import Bounds
 from workspace.core.errors import BuildError
-from workspace.support import perf_measure
+from workspace.support import perf
 
 TRACE, _ = read_table()
 
 
 @pytest.mark.parametrize("budget_gib", [24.0, 48.0, 96.0])
 def test_the_recorded_build_is_within_a_tenth_of_what_no_order_can_beat(budget_gib: float) -> None:
-    bounds = Bounds(perf_measure.CORES, budget_gib)
-    found = perf_measure.simulate(TRACE, bounds)
+    bounds = Bounds(perf.CORES, budget_gib)
+    found = perf.simulate(TRACE, bounds)
     assert found.most_gib <= budget_gib
-    assert found.most_jobs <= perf_measure.CORES
-    assert found.seconds <= 1.10 * perf_measure.lower_bound(TRACE, bounds)
+    assert found.most_jobs <= perf.CORES
+    assert found.seconds <= 1.10 * perf.lower_bound(TRACE, bounds)
 
 
 def test_with_jobs_as_the_tighter_bound_all_of_them_are_used_all_the_time() -> None:
     bounds = Bounds(4, 96.0)
-    found = perf_measure.simulate(TRACE, bounds)
+    found = perf.simulate(TRACE, bounds)
     assert found.most_jobs == 4
-    assert found.seconds <= 1.02 * perf_measure.lower_bound(TRACE, bounds)
+    assert found.seconds <= 1.02 * perf.lower_bound(TRACE, bounds)
 
 
 @pytest.mark.parametrize("budget_gib", [2.0, 5.0, 9.0])
 def test_a_budget_below_the_largest_unit_builds_all_and_gives_that_one_the_machine_alone(
     budget_gib: float,
 ) -> None:
-    found = perf_measure.simulate(TRACE, Bounds(perf_measure.CORES, budget_gib))
+    found = perf.simulate(TRACE, Bounds(perf.CORES, budget_gib))
     assert found.most_gib == max(entry.peak_gib for entry in TRACE)
 
 
-@pytest.mark.parametrize(
-    "found", [perf_measure.Replayed(1.0, 24.1, 3), perf_measure.Replayed(1.0, 3.0, 5)]
-)
+@pytest.mark.parametrize("found", [perf.Replayed(1.0, 24.1, 3), perf.Replayed(1.0, 3.0, 5)])
 def test_bounds_that_were_not_kept_fail_the_row_however_quick_it_was(
-    found: perf_measure.Replayed,
+    found: perf.Replayed,
 ) -> None:
     with pytest.raises(BuildError, match="at once; the bounds are 4 and 24 GiB"):
-        perf_measure.checked(found, Bounds(4, 24.0))
+        perf.checked(found, Bounds(4, 24.0))

@@ -16,7 +16,7 @@ from workspace.bench import results
 from workspace.bench.results import Record
 from workspace.core import hints, process, records
 from workspace.core.console import Console
-from workspace.core.errors import BuildError, CheckoutError, PatchConflict, SettingsError
+from workspace.core.errors import BuildError, CheckoutError, PatchConflict, SettingsError, counted
 from workspace.core.files import read_regular, sha256
 from workspace.core.paths import Layout
 from workspace.install import plan
@@ -75,7 +75,7 @@ def working_tree(layout: Layout, observed: plan.Observation, *, sandbox_name: st
         # Each snapshot has its own time. The former commit of equal content lets a run resume.
         tip = existing.tip
     edits = "" if tip == stack.head else ", uncommitted edits included"
-    patches = layout.patches("vllm") if stack.state in (State.APPLIED, State.UNEXPORTED) else None
+    patches = layout.patches("vllm") if stack.has_patches else None
     return Tree(f"the working tree{edits}", observed.pin, patches, tip)
 
 
@@ -178,7 +178,7 @@ def _tree_of_commit(layout: Layout, outer: Git, commit: str, name: str, folder: 
     start = _base_of(layout, pin)
     files = [folder / patch for patch in names]
     tip = apply_series(layout, start, files, description=f"the series of {commit[:12]}")
-    count = f"{len(names)} {'patch' if len(names) == 1 else 'patches'}"
+    count = counted(len(names), "patch", "patches")
     return Tree(f"{name} ({commit[:12]}): {pin.tag} with {count}", pin, folder, tip, commit)
 
 

@@ -25,7 +25,7 @@ from workspace.bench.bisect_log import (
 from workspace.bench.bisect_predicate import Bounds, Outcome, Predicate, Trial
 from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog, State
-from workspace.core.errors import BuildError, SettingsError, WorkspaceError
+from workspace.core.errors import BuildError, SettingsError, WorkspaceError, counted
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -372,8 +372,7 @@ def _progress(searched: Range, log: BisectLog, state: SearchState) -> str:
 
 
 def _tries(log: BisectLog) -> str:
-    count = len(log.tries)
-    return f"{count} {'step' if count == 1 else 'steps'}, {log.seconds / 60:.1f} min"
+    return f"{counted(len(log.tries), 'step')}, {log.seconds / 60:.1f} min"
 
 
 @contextlib.contextmanager

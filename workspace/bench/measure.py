@@ -265,7 +265,7 @@ def measure_once(
             seen.add(_PASSING.sub("…", found[1]))
 
     before = observe_conditions(settings, has_gpu=has_gpu)
-    time_of_start, began = subject.utc_now(), time.monotonic()
+    time_of_start, began = records.utc_now(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         samples = _samples(benchmark, Path(neutral), run_log=run_log, look=look)
     seconds = round(time.monotonic() - began, 2)

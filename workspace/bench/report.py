@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from workspace.bench import compare, plots, results, subject
+from workspace.bench import compare, plots, results
 from workspace.bench.plots import Plot, Reference
 from workspace.bench.results import Record
 from workspace.core import hints
@@ -17,6 +17,7 @@ from workspace.core.console import Console
 from workspace.core.errors import SettingsError, counted
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
+from workspace.core.records import utc_now
 
 SHOWN_METRICS = 6
 # Characters of a cell that gets a wider column.
@@ -459,7 +460,7 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
             plots.published_figures(layout),
             pair=pair,
             problems=problems,
-            written=f"{subject.utc_now()[:16].replace('T', ' ')} UTC",
+            written=f"{utc_now()[:16].replace('T', ' ')} UTC",
         )
         for old in folder.glob("*.png"):
             old.unlink()

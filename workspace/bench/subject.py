@@ -4,7 +4,6 @@ description of tree, kernels, machine and software that a record holds.
 It measures nothing. Of files it writes only a missing built-in model.
 """
 
-import datetime
 import hashlib
 import math
 import platform
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from workspace.bench import results
 from workspace.bench.results import Kind, Record, Software, Source
-from workspace.core import hints
+from workspace.core import hints, records
 from workspace.core.console import RunLog
 from workspace.core.errors import SettingsError
 from workspace.core.files import sha256
@@ -291,7 +290,7 @@ def describe(
     return Record(
         kind=work.kind,
         label=label,
-        time=utc_now(),
+        time=records.utc_now(),
         workspace=Git(clone.root).head() if (clone.root / ".git").exists() else None,
         source=_source(layout, observed),
         machine=_recorded_machine(machine),
@@ -310,10 +309,6 @@ def describe(
         repeat=repeat,
         starts=(),
     )
-
-
-def utc_now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _recorded_variables(environment: Mapping[str, str], redactor: Redactor) -> dict[str, str]:

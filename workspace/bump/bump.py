@@ -21,6 +21,7 @@ from workspace.core.errors import (
     PatchConflict,
     PatchDrift,
     WorkspaceError,
+    counted,
 )
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
@@ -133,7 +134,7 @@ def _begin(
     if not allow_recent:
         changes.require_min_age(candidate, settings)
     staging.require_one_disk(layout)
-    count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
+    count = counted(len(stack.names), "patch", "patches")
     run_log.console.info(
         f"{pin.tag} → {candidate.pin.tag}, {count}: the new tree is built and tested in"
         f" {layout.relative(layout.bump_sandbox)}; nothing else changes until its smoke passes"
@@ -464,7 +465,7 @@ def _write_message(bump_sandbox: BumpSandbox, facts: Mapping[str, str], tip: str
         "",
         f"Commit {new.commit}"
         + (", made from the release archive." if new.is_from_archive else "."),
-        f"{len(kept)} {'patch' if len(kept) == 1 else 'patches'} on it; the smoke has passed.",
+        f"{counted(len(kept), 'patch', 'patches')} on it; the smoke has passed.",
         *(f"Dropped {name}: {why}." for name, why in _dropped(bump_sandbox, facts).items()),
         *(
             [

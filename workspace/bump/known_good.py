@@ -122,9 +122,7 @@ def refusal(layout: Layout, observed: plan.Observation) -> str | None:
         return f"vendor/vllm has edits ({', '.join(stack.dirty[:3])})"
     if stack.state is not State.APPLIED:
         return "vendor/vllm differs from what the series makes; ./scripts/inv patch shows how"
-    if any(
-        layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)
-    ):
+    if any(layer.state != "ok" for layer in observed.layers):
         return "the build is stale; ./scripts/inv status shows which layer"
     return None if smoke_passed(layout, stack.tree) else "the smoke has not passed on this tree"
 

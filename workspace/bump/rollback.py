@@ -243,7 +243,7 @@ def _checkout(layout: Layout, pin: Pin) -> tuple[PinRow, PinRow]:
         text = f"{pin.tag} {pin.commit[:12]}; {exc.message}"
         unknown = PinRow(State.FAIL, "patches", exc.message)
         return PinRow(State.FAIL, "pin", text, facts=facts), unknown
-    fits = found.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
+    fits = found.kind.is_pinned
     is_missing = found.kind is checkout.Kind.MISSING
     state = State.OK if fits else State.MISSING if is_missing else State.FAIL
     row = PinRow(

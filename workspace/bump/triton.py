@@ -52,13 +52,7 @@ def _advertised(layout: Layout, settings: Settings, pin: Pin, name: str) -> str:
     url = checkout.url_of(layout, pin, settings)
     # A branch first; of an annotated tag the commit and not the tag object.
     names = (f"refs/heads/{name}", f"refs/tags/{name}^{{}}", f"refs/tags/{name}")
-    found = git.advertised(
-        url,
-        names,
-        cwd=layout.root,
-        settings=settings,
-        timeout_s=float(settings.count("CONNECT_TIMEOUT_S") or 5),
-    )
+    found = git.advertised(url, names, cwd=layout.root, settings=settings)
     commit = next((found[wanted] for wanted in names if wanted in found), "")
     if not commit:
         raise SourceError(

@@ -5,7 +5,6 @@ own pre-commit.
 """
 
 import contextlib
-import datetime
 import functools
 import hashlib
 import io
@@ -204,7 +203,7 @@ def compose(
     vllm = parity.get("vllm")
     return {
         "schema": SCHEMA,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": records.utc_now(),
         "verdict": verdict(checks),
         "level": level,
         "pin": tree.pin,

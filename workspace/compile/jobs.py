@@ -83,7 +83,7 @@ def count(
     threads = settings.count("NVCC_THREADS") or 1
     wanted = settings.count("MAX_JOBS") if flag is None else None if flag == AUTO else int(flag)
     if wanted is None:
-        bound, origin = cores, f"auto: {cores} {'core' if cores == 1 else 'cores'}"
+        bound, origin = cores, f"auto: {counted(cores, 'core')}"
     elif flag is not None or settings.source("MAX_JOBS") == "flag":
         bound, origin = wanted, f"--jobs {wanted}"
     else:

@@ -2,7 +2,7 @@
 and what the machine has available. And the connection of a launcher to the job server.
 
 The scheduler only decides: its caller passes the time and the memory status. job_server.py runs it
-for real compilers, support/perf_measure.py for those of a recorded build.
+for real compilers, support/perf.py for those of a recorded build.
 """
 
 import contextlib

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from workspace.compile.includes import Scan
 from workspace.compile.project import Project, Target, Unit
 from workspace.core import hints, process
-from workspace.core.errors import SettingsError, ToolchainError
+from workspace.core.errors import SettingsError, ToolchainError, counted
 from workspace.repo.git import Git
 from workspace.repo.git.repository import differing
 
@@ -429,7 +429,7 @@ def _recipe(target: Target) -> tuple[object, ...]:
 
 def _reason(reasons: Sequence[str]) -> str:
     more = len(reasons) - 1
-    return reasons[0] + (f" (and {more} more {'file' if more == 1 else 'files'})" if more else "")
+    return reasons[0] + (f" (and {counted(more, 'more file')})" if more else "")
 
 
 def _is_of_interest(path: str) -> bool:

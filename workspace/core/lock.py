@@ -6,7 +6,6 @@ a killed verb have ended. filelock unlocks when it releases, which frees the loc
 """
 
 import contextlib
-import datetime
 import fcntl
 import os
 import time
@@ -77,7 +76,7 @@ def hold(
 
 def _recorder(file: TextIO, verb: str) -> Callable[[str], None]:
     """Return a function that writes holder and step into the lock file."""
-    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    since = records.utc_now()
     holder = _Holder(str(os.getpid()), verb, since)
 
     def note(doing: str) -> None:

@@ -5,6 +5,7 @@ damaged file counts as absent, and is reported. msgspec checks the types; it is 
 first typed record, because the import costs 30 ms.
 """
 
+import datetime
 import functools
 import json
 import sys
@@ -47,6 +48,11 @@ class Record:
 
     def validate(self) -> None:
         """Check what types cannot express. Raises DecodeError."""
+
+
+def utc_now() -> str:
+    """Return the present time as a record has it: ISO 8601 in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def parse(text: bytes | str) -> object:

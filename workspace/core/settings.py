@@ -107,6 +107,10 @@ class Settings:
         return typed(self.text(name)) if self.text(name) else None
 
     @property
+    def connect_timeout_s(self) -> float:
+        return float(self.count("CONNECT_TIMEOUT_S") or 5)
+
+    @property
     def cache(self) -> Path:
         """Downloads shared by all clones of this user, see paths.cache_home."""
         own = self.path("WORKSPACE_CACHE_DIR")

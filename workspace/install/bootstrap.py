@@ -122,7 +122,7 @@ def stages_of(observed: plan.Observation, *, is_sandbox: bool = False) -> tuple[
 
 def _source(settings: Settings, observed: plan.Observation) -> tuple[bool, str]:
     current, choice = observed.checkout, settings.text("SOURCE")
-    exists = current.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
+    exists = current.kind.is_pinned
     return not exists or choice not in ("auto", current.kind.name.lower()), current.detail
 
 

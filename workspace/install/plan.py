@@ -111,6 +111,11 @@ class Observation:
         return observe_on(self.machine.reread())
 
     @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers in the order in which a build makes them."""
+        return self.environment, self.kernels, self.install
+
+    @property
     def version(self) -> str:
         """The version of the installed vLLM; `cpu` in it selects the platform (vllm/platforms)."""
         return version_of(self.pin, self.device, self.torch)
@@ -145,7 +150,7 @@ def observe_on(machine: Machine) -> Observation:
     build_stamp = stamp.read(layout.stamp("vllm"))
     device = _device(machine, environment_stamp)
     current = checkout.observe(layout, pin)
-    is_usable = current.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
+    is_usable = current.kind.is_pinned
     stack = patches.observe(layout, "vllm", pin, current) if is_usable else None
     python = machine.python()
     build = machine.torch() if python else None

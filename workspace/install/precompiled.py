@@ -16,13 +16,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, get_args
 
 from workspace.core import hints, records
-from workspace.core.errors import SettingsError, SourceError
+from workspace.core.errors import SettingsError, SourceError, counted
 from workspace.core.files import sha256
 from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings, Value
 from workspace.machine.arch import parse
 from workspace.repo import index, pins
-from workspace.repo.pins import Pin, PrecompiledWheel
+from workspace.repo.pins import SHA256, Pin, PrecompiledWheel
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["precompiled", "hybrid", "wheel", "native"]
 
-_SHA256 = re.compile("[0-9a-f]{64}")
 # The first edition's name for the precompiled wheel, in stamps and as a value of KERNELS.
 _FORMER_NAME = "donor"
 _FORMER_TEXT = re.compile(
@@ -59,7 +58,7 @@ class KernelSource:
         if (
             self.kind not in get_args(Kind)
             or not (self.wheel is None or str.isprintable(self.wheel))
-            or not (self.sha256 is None or _SHA256.fullmatch(self.sha256))
+            or not (self.sha256 is None or SHA256.fullmatch(self.sha256))
         ):
             raise ValueError(f"not a source of kernels: {self}")
 
@@ -402,9 +401,7 @@ def _other_torch(precompiled_wheel: _WheelFacts, installed: "Version", tree: Pat
     )
     fit = set(precompiled_wheel.libraries) & stable.keys() - set(unfit)
     others = (
-        f"; {len(fit)} {'other does' if len(fit) == 1 else 'others do'} (TORCH_TARGET_VERSION)"
-        if fit
-        else ""
+        f"; {counted(len(fit), 'other does', 'others do')} (TORCH_TARGET_VERSION)" if fit else ""
     )
     verb = "does" if len(unfit) == 1 else "do"
     return f"{built}: {names} {verb} not use torch's stable ABI{others}"

@@ -355,7 +355,7 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
             hint=exc.hint,
             details=exc.details,
         ) from exc
-    for layer in (observed.environment, observed.kernels, observed.install):
+    for layer in observed.layers:
         if layer.state != "ok":
             hint = hints.text("install.kernels_auto")
             raise BuildError(

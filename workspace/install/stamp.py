@@ -17,6 +17,7 @@ from workspace.core.errors import SourceError
 from workspace.core.records import DecodeError, Document
 from workspace.install import precompiled
 from workspace.install.precompiled import DAMAGED, KernelSource
+from workspace.repo.pins import SHA256
 
 # The record in a wheel of `inv wheel`.
 RECORD = "workspace.json"
@@ -24,7 +25,6 @@ RECORD = "workspace.json"
 _LONGEST = 1 << 20
 # In the outcome of an environment for the CPU: no driver answered when it was made.
 DRIVER, AWAY = "driver", "away"
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _is_text(value: str) -> bool:
 def _is_library(library: Library) -> bool:
     place = PurePosixPath(library.path) if _is_text(library.path) else PurePosixPath("/")
     is_below = not place.is_absolute() and ".." not in place.parts and len(place.parts) > 0
-    return is_below and library.size >= 0 and bool(_SHA256.fullmatch(library.sha256))
+    return is_below and library.size >= 0 and bool(SHA256.fullmatch(library.sha256))
 
 
 def write(path: Path, stamp: Stamp) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from workspace.core import hints, records
 from workspace.core.console import Console, Row, State
-from workspace.core.errors import PatchDrift, SmokeError, ToolchainError
+from workspace.core.errors import PatchDrift, SmokeError, ToolchainError, counted
 from workspace.core.paths import Layout
 from workspace.core.process import There
 from workspace.install import plan, precompiled, stamp
@@ -105,7 +105,7 @@ def require_built(machine: Machine) -> plan.Observation:
     Raises SmokeError with the stale layer and the next command.
     """
     observed = plan.observe_on(machine)
-    for layer in (observed.environment, observed.kernels, observed.install):
+    for layer in observed.layers:
         if layer.state != "ok":
             raise SmokeError(
                 f"{layer.name} {layer.state}: {layer.why}", hint=next_command(observed)
@@ -147,9 +147,7 @@ def next_command(observed: plan.Observation) -> str:
     is_native_stale = observed.kernels_wanted.source.is_native and observed.kernels.state == "stale"
     if (observed.needs_compilation or is_native_stale) and observed.environment.state == "ok":
         return hints.text("inv.rebuild")
-    if any(
-        layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)
-    ):
+    if any(layer.state != "ok" for layer in observed.layers):
         return hints.text("inv.bootstrap")
     if _is_for_another_machine(observed):
         return hints.text("install.wheel_for_gpu")
@@ -170,7 +168,7 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
         ),
         "install": built.outcome.get("version", "") if built else "",
     }
-    for layer in (observed.environment, observed.kernels, observed.install):
+    for layer in observed.layers:
         rows.append(
             Row(
                 State(layer.state),
@@ -271,12 +269,8 @@ def patches_row(stack: patches.Stack | None) -> Row:
     """Return the row of the local patches; there is no stack without a checkout."""
     if stack is None:
         return Row(State.MISSING, "patches", "no checkout to apply them to")
-    count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
-    edited = (
-        f"; {len(stack.dirty)} edited {'file' if len(stack.dirty) == 1 else 'files'}"
-        if stack.dirty
-        else ""
-    )
+    count = counted(len(stack.names), "patch", "patches")
+    edited = f"; {counted(len(stack.dirty), 'edited file')}" if stack.dirty else ""
     if stack.untracked:
         edited += f"; {series.named_untracked(stack.untracked)}"
     texts: dict[patches.State, tuple[State, str]] = {

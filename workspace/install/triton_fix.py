@@ -4,10 +4,9 @@ The steps for each fix: observe, plan, show, act, verify. Triton is built from s
 fix helps, or on request. The caller passes `provide`, which moves vendor/triton to another ref.
 """
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,12 @@ from workspace.compile import jobs as bounds
 from workspace.compile import triton_build
 from workspace.compile.jobs import Jobs, Memory
 from workspace.core import hints, lock
-from workspace.core.console import Console, Row, RunLog, Step
-from workspace.core.errors import BuildError, SettingsError, ToolchainError
+from workspace.core.console import Console, Row, RunLog
+from workspace.core.errors import BuildError, SettingsError, ToolchainError, counted
 from workspace.core.files import sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import stamp, triton_fixes
+from workspace.install import stages, stamp, triton_fixes
 from workspace.install.triton_diagnosis import Diagnosis, Kernel, diagnose, try_kernel
 from workspace.install.triton_fixes import Context, Fix
 from workspace.machine import dotenv, hardware, interpreter, torch
@@ -186,7 +185,7 @@ def _apply(context: Context, found: Diagnosis, fix: Fix, planned: tuple[str, ...
         console.info(f"{fix.name}: {line}")
     before = {finding.name for finding in found.bad}
     with (
-        _step(context.run_log, fix.name) as view,
+        stages.step(context.run_log, fix.name) as view,
         torch.held(context.layout, step=fix.name),
     ):
         view.reason = fix.act(context, found)
@@ -198,14 +197,6 @@ def _apply(context: Context, found: Diagnosis, fix: Fix, planned: tuple[str, ...
         f" {', '.join(sorted(fixed)) + ' fixed' if fixed else 'nothing has improved'}"
     )
     return found
-
-
-@contextlib.contextmanager
-def _step(run_log: RunLog, name: str) -> Iterator[Step]:
-    """Show a step and log it as a phase."""
-    with run_log.console.step(name) as view:
-        run_log.phase(name, view)
-        yield view
 
 
 def _from_source(
@@ -242,17 +233,17 @@ def _build(
 ) -> tuple[triton_build.Source, triton_build.Wheel]:
     """Fetch the sources and downloads, install the requirements, and compile the wheel."""
     layout, settings = machine.layout, machine.settings
-    with _step(run_log, "source") as view:
+    with stages.step(run_log, "source") as view:
         tree = triton_build.prepare_source(layout, settings, run_log=run_log, step=view)
     triton_build.require_local_folders(settings.child_environment("build"))
     with (
-        _step(run_log, "requirements") as view,
+        stages.step(run_log, "requirements") as view,
         torch.held(layout, step="requirements"),
     ):
         view.reason = triton_build.install_requirements(layout, settings, tree, run_log=run_log)
     for limit in limits:
         run_log.console.info(limit.sentence)
-    with _step(run_log, "compile") as view, torch.held(layout, step="compile"):
+    with stages.step(run_log, "compile") as view, torch.held(layout, step="compile"):
         wheel = triton_build.build_wheel(
             machine, tree, jobs=limits[0], memory=limits[1], run_log=run_log, step=view
         )
@@ -289,11 +280,11 @@ def _install(
 ) -> Diagnosis:
     """Verify the wheel, then install it: a wheel whose test kernel fails replaces no Triton."""
     layout, settings, run_log = context.layout, context.settings, context.run_log
-    with _step(run_log, "verify") as view:
+    with stages.step(run_log, "verify") as view:
         view.reason = _prove(context, wheel.path)
     stamp.withdraw(layout.stamp("triton"))
     try:
-        with _step(run_log, "install") as view, torch.held(layout, step="install"):
+        with stages.step(run_log, "install") as view, torch.held(layout, step="install"):
             arguments = ["--no-deps", "--reinstall-package", "triton", str(wheel.path)]
             interpreter.install(layout, settings, arguments, run_log=run_log, failure=BuildError)
             view.reason = f"triton {interpreter.installed(layout).get('triton')}, torch unchanged"
@@ -341,9 +332,7 @@ def _stamp(
 ) -> stamp.Stamp:
     """Return the stamp of a verified Triton that was built here."""
     installed, build = context.machine.triton(), context.machine.torch()
-    patched = (
-        f"{tree.patches} {'patch' if tree.patches == 1 else 'patches'}" if tree.patches else ""
-    )
+    patched = counted(tree.patches, "patch", "patches") if tree.patches else ""
     return stamp.Stamp(
         inputs={
             "commit": tree.commit,

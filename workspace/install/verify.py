@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from workspace.core import hints, process, records
-from workspace.core.errors import BuildError, SourceError, ToolchainError
+from workspace.core.errors import BuildError, SourceError, ToolchainError, counted
 from workspace.core.files import check_zip, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -55,9 +55,7 @@ class Verdict:
             verb, needs = ("load", "need") if len(self.changed) > 1 else ("loads", "needs")
             return f"{names} {verb}, and {needs} the same symbols as before; nothing else changed"
         count = len(self.libraries) - len(self.undriven)
-        loaded = (
-            f"{count} {'library loads' if count == 1 else 'libraries load'} with all symbols bound"
-        )
+        loaded = f"{counted(count, 'library loads', 'libraries load')} with all symbols bound"
         if not self.platform:
             return f"{loaded}; the platform was not verified without a GPU" + (
                 f", and {len(self.undriven)} libraries need its driver" if self.undriven else ""

@@ -227,7 +227,7 @@ def proxy(case: Case) -> Iterator[Row]:
         shown = f"{name}: {address.hostname}:{address.port or 80}"
         try:
             place = (address.hostname or "", address.port or 80)
-            socket.create_connection(place, timeout=_connect_timeout_s(case)).close()
+            socket.create_connection(place, timeout=case.settings.connect_timeout_s).close()
         except OSError as exc:
             state = State.WARN if case.is_built else State.FAIL
             hint = hints.text("machine.unset", name=name)
@@ -373,7 +373,7 @@ def _ask_index(case: Case, endpoint: str) -> Answer[None]:
     if endpoint.startswith("file://"):
         folder = Path(unquote(urlsplit(endpoint).path))
         return There(None) if folder.is_dir() else Broken(f"{folder} does not exist")
-    url, timeout_s = f"{endpoint.rstrip('/')}/{SMALL_PROJECT}/", _connect_timeout_s(case)
+    url, timeout_s = f"{endpoint.rstrip('/')}/{SMALL_PROJECT}/", case.settings.connect_timeout_s
     try:
         with files.opened(url, timeout_s=timeout_s) as reply:
             if reply.ok:
@@ -383,10 +383,6 @@ def _ask_index(case: Case, endpoint: str) -> Answer[None]:
         return Slow(timeout_s)
     except requests.RequestException as exc:
         return Broken(without_user(files.reason_of(exc)))
-
-
-def _connect_timeout_s(case: Case) -> float:
-    return float(case.settings.count("CONNECT_TIMEOUT_S") or 5)
 
 
 def torch_index(case: Case) -> Iterator[Row]:
@@ -411,7 +407,7 @@ def torch_index(case: Case) -> Iterator[Row]:
 
 def _ask_for_torch(case: Case, requirement: str, arguments: tuple[str, ...]) -> Answer[None]:
     """Ask uv to resolve torch with these arguments."""
-    timeout_s = _connect_timeout_s(case)
+    timeout_s = case.settings.connect_timeout_s
     haste = {
         "UV_HTTP_TIMEOUT": f"{timeout_s:.0f}",
         "UV_HTTP_CONNECT_TIMEOUT": f"{timeout_s:.0f}",
@@ -446,7 +442,7 @@ def _ask_remote(case: Case, url: str) -> Answer[None]:
 
     git runs as it would for a fetch, with the user's own configuration and without prompts.
     """
-    timeout_s = _connect_timeout_s(case)
+    timeout_s = case.settings.connect_timeout_s
     answer = case.ask(
         ["git", "ls-remote", "--", url, "HEAD"],
         extra={"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"},

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import hints, records
-from workspace.core.errors import ToolchainError
+from workspace.core.errors import ToolchainError, counted
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -160,7 +160,7 @@ def written_since(environment: Mapping[str, str], start: float) -> str:
     names = ", ".join(sorted(path.parent.name for path in libraries)[:3])
     size = sum(path.stat().st_size for path in fresh("CUDA_CACHE_PATH", "*/*/*"))
     parts = (
-        f"Triton {kernels} {'kernel' if kernels == 1 else 'kernels'}" if kernels else "",
+        f"Triton {counted(kernels, 'kernel')}" if kernels else "",
         f"FlashInfer {names}" if names else "",
         f"the driver {size / 1e6:.1f} MB" if size else "",
     )

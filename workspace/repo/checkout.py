@@ -34,6 +34,11 @@ class Kind(enum.Enum):
     RELEASE = "release"
     FOREIGN = "foreign"
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the checkout is of the pin: from git, or from its release archive."""
+        return self in (Kind.GIT, Kind.RELEASE)
+
 
 @dataclass(frozen=True)
 class Checkout:
@@ -228,16 +233,12 @@ def _make_from_git(making: _Making, choice: Choice) -> bool:
 
 def _make_from_archive(making: _Making) -> None:
     pin, step = making.pin, making.step
-    if pin.archive is None:
-        raise SourceError(
-            f"{pin.name} has no release archive in vendor/pins.toml",
-            hint=hints.text("repo.source_git"),
-        )
-    name = pin.archive.filename
+    archive = pins.require_archive(pin)
+    name = archive.filename
     file = index.fetch(
         pin.name,
         name,
-        pin.archive.sha256,
+        archive.sha256,
         settings=making.settings,
         on_progress=lambda done, total: step.progress(done, total, f"bytes of {name}"),
     )
@@ -372,7 +373,6 @@ def _advertised(making: _Making) -> Mapping[str, str]:
         (tag, f"{tag}^{{}}", f"refs/heads/{pin.tag}"),
         cwd=making.layout.root,
         settings=making.settings,
-        timeout_s=float(making.settings.count("CONNECT_TIMEOUT_S") or 5),
     )
     found = references.get(f"{tag}^{{}}", references.get(tag, pin.commit))
     if found != pin.commit:

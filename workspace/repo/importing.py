@@ -105,7 +105,7 @@ def run(session: Session, source: str, *, stops: bool = False) -> export.Export:
     git = Git(checkouts.folder_of(layout, session.pin))
     shown = layout.relative(git.path)
     stack = patches.observe(layout, project, session.pin, session.checkout)
-    if stack.head is None or stack.state not in (State.APPLIED, State.UNEXPORTED) or stack.dirty:
+    if stack.head is None or not stack.has_patches or stack.dirty:
         verb = f"./scripts/inv patch.import {shlex.quote(source)}"
         raise _refusal(project, shown, git, stack, verb)
     origin = _origin(session, source)
@@ -147,7 +147,7 @@ def _refusal(project: str, shown: str, git: Git, stack: Stack, verb: str) -> Wor
             f" patches/{project}/series",
             hint=hints.text("inv.patch_apply"),
         )
-    if stack.dirty and stack.state in (State.APPLIED, State.UNEXPORTED):
+    if stack.dirty and stack.has_patches:
         return series.edited_files(shown, stack.dirty, "commits would be imported", verb=verb)
     return series.refusal(shown, git, stack, verb=verb)
 
@@ -326,7 +326,7 @@ def _fetched(url: str, settings: Settings) -> bytes:
 
     shown = without_user(url)
     hint = hints.text("repo.address_or_file")
-    timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or 5)
+    timeout_s = settings.connect_timeout_s
     try:
         with requests.Session() as session:
             check = functools.partial(_check_redirect, url)

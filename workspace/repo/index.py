@@ -105,10 +105,9 @@ def project_page(project: str, settings: Settings) -> "ProjectPage":
     endpoint = settings.index_url or PYPI_SIMPLE_ENDPOINT
     if endpoint.startswith("file://"):
         return _local_page(project, _local(endpoint))
-    connect_timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or READ_TIMEOUT_S)
     try:
         with PyPISimple(endpoint) as client:
-            return _page(client, project, min(connect_timeout_s, READ_TIMEOUT_S))
+            return _page(client, project, min(settings.connect_timeout_s, READ_TIMEOUT_S))
     except NoSuchProjectError as exc:
         raise _unavailable(f"the package index has no project {project}") from exc
     except requests.HTTPError as exc:

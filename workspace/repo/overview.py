@@ -42,8 +42,7 @@ def show(layout: Layout, project: str, *, console: Console, as_json: bool = Fals
     Raises SettingsError for an unknown project.
     """
     checkouts.require_project(project)
-    pinned = pins.load(layout.pins)
-    pin = pinned.triton if project == "triton" else pinned.vllm
+    pin = pins.load(layout.pins).of(project)
     checkout = checkouts.observe(layout, pin)
     stack = patches.observe(layout, project, pin, checkout)
     move = moved(layout, pin, checkout, stack)

@@ -57,7 +57,7 @@ class _Work:
 def next_command(layout: Layout, pin: Pin, stack: Stack, lacking: Sequence[str] = ()) -> str:
     """Return the command line to type next; the commits `lacking` have no Upstream-Status."""
     path = checkouts.folder_of(layout, pin)
-    if stack.untracked and stack.state in (State.APPLIED, State.UNEXPORTED):
+    if stack.untracked and stack.has_patches:
         return series.taking_hint(layout.relative(path), stack.untracked)
     if stack.state is State.APPLIED:
         return hints.text("repo.export_later", path=layout.relative(path))

@@ -24,7 +24,6 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, moves, patches, pins
-from workspace.repo.checkout import Kind
 from workspace.repo.git import AM_BY_HAND, Git, am, remotes, worktree
 from workspace.repo.git.am import Commit
 from workspace.repo.patches import Session, Stack, State
@@ -47,7 +46,7 @@ def put_on_upstream(session: Session, name: str, patch: str) -> Path:
     layout, checkout, run_log = session.layout, session.checkout, session.run_log
     git = Git(checkouts.folder_of(layout, session.pin))
     shown, path = layout.relative(git.path), layout.state / "branches" / name
-    if checkout.kind not in (Kind.GIT, Kind.RELEASE):
+    if not checkout.kind.is_pinned:
         raise CheckoutError(
             f"{shown} is {checkout.detail}; a branch needs the checkout of {session.pin.tag}",
             hint=hints.text("inv.bootstrap"),
@@ -309,8 +308,7 @@ def _opened(
     """Take the lock, open a run log, finish a killed move and yield the observed stack."""
     checkouts.require_project(project)
     pins.require_settled(layout)
-    pinned = pins.load(layout.pins)
-    pin = pinned.triton if project == "triton" else pinned.vllm
+    pin = pins.load(layout.pins).of(project)
     with (
         lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held,
         RunLog(

@@ -16,7 +16,7 @@ from workspace.core.paths import Layout
 from workspace.repo.git import Git
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 _TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 # Tag names that git accepts (git-check-ref-format(1)), restricted to the usual letters.
@@ -81,6 +81,10 @@ class Pins:
     vllm: Pin
     triton: Pin
 
+    def of(self, project: str) -> Pin:
+        """Return the pin of a known project, vllm or triton."""
+        return self.triton if project == "triton" else self.vllm
+
 
 @dataclass(frozen=True)
 class _Table:
@@ -107,7 +111,7 @@ class _Table:
         return self.text(key, COMMIT, "40 lower-case hex digits")
 
     def sha256(self, key: str) -> str:
-        return self.text(key, _SHA256, "64 lower-case hex digits")
+        return self.text(key, SHA256, "64 lower-case hex digits")
 
     def filename(self, key: str) -> str:
         return self.text(key, _FILENAME, "a file name")
@@ -331,6 +335,16 @@ ARCHIVE_DATE = "2000-01-01T00:00:00+0000"
 _GENERATED = {"PKG-INFO", "setup.cfg"}
 
 
+def require_archive(pin: Pin) -> Archive:
+    """Return the pinned release archive. Raises SourceError where the pin has none."""
+    if pin.archive is None:
+        raise SourceError(
+            f"{pin.name} has no release archive in vendor/pins.toml",
+            hint=hints.text("repo.source_git"),
+        )
+    return pin.archive
+
+
 def make_from_archive(
     source: Path,
     destination: Path,
@@ -344,12 +358,7 @@ def make_from_archive(
     SourceError for an archive that is damaged, would write elsewhere, or gives another commit than
     pinned.
     """
-    archive = pin.archive
-    if archive is None:
-        raise SourceError(
-            f"{pin.name} has no release archive in vendor/pins.toml",
-            hint=hints.text("repo.source_git"),
-        )
+    archive = require_archive(pin)
     with files.folder_beside(destination) as folder:
         tree = folder / "tree"
         commit, found = build_archive(source, tree, pin, on_progress=on_progress)

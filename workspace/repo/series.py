@@ -225,6 +225,11 @@ class Stack:
     untracked: tuple[str, ...] = ()
     operation: str = ""
 
+    @property
+    def has_patches(self) -> bool:
+        """Whether the checkout has the patches, with or without further commits."""
+        return self.state in (State.APPLIED, State.UNEXPORTED)
+
 
 _SHOWN_FILES = 3
 _NAMED_FILES = 20

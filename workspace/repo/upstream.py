@@ -86,7 +86,7 @@ def find(
     a name that does not exist, with the nearest, or that cannot be fetched or proven, and
     CheckoutError where there is no checkout to compare with.
     """
-    if there.base is None or there.kind not in (Kind.GIT, Kind.RELEASE):
+    if there.base is None or not there.kind.is_pinned:
         place = layout.relative(checkout.folder_of(layout, pin))
         raise CheckoutError(
             f"{place} is {there.detail}, so {ref} cannot be compared with it",
@@ -298,7 +298,6 @@ class _Search:
             (tag, f"{tag}^{{}}", branch),
             cwd=self.layout.root,
             settings=self.settings,
-            timeout_s=float(self.settings.count("CONNECT_TIMEOUT_S") or 5),
         )
         if tag in references:
             return _Named(
@@ -312,13 +311,8 @@ class _Search:
 
     def _unknown_name(self) -> SourceError:
         """Return the error for a name that the remote lacks, with the nearest tags."""
-        timeout_s = float(self.settings.count("CONNECT_TIMEOUT_S") or 5)
         known = git.advertised(
-            self.url,
-            ("refs/tags/*",),
-            cwd=self.layout.root,
-            settings=self.settings,
-            timeout_s=timeout_s,
+            self.url, ("refs/tags/*",), cwd=self.layout.root, settings=self.settings
         )
         tags = {name.removeprefix("refs/tags/") for name in known if not name.endswith("^{}")}
         near = [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import hints
+from workspace.core.errors import counted
 from workspace.machine import hardware
 from workspace.machine.failures import Lack
 from workspace.machine.gpu import Driver, Resident
@@ -271,8 +272,7 @@ def _too_few(recipe: Recipe, frees: Sequence[Free], split: _Split, args: Sequenc
         needs_gib(recipe, args),
         0.0,
         frees[0] if frees else Free(0.0, 0.0, 0.0, is_unified=False),
-        f"the model takes {split.local} {'GPU' if split.local == 1 else 'GPUs'}{factors},"
-        f" {visible}",
+        f"the model takes {counted(split.local, 'GPU')}{factors}, {visible}",
         hints.text("server.gpus"),
     )
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from workspace.core import hints, process
+from workspace.core import hints, process, records
 from workspace.core.child_variables import with_given
 from workspace.core.errors import ServeError
 from workspace.machine import failures, hardware
@@ -306,7 +306,7 @@ def _start(place: Path, launch: Launch, lock: int, *, is_detached: bool) -> Serv
         launch.address,
         tree,
         hardware.boot_id(),
-        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        records.utc_now(),
         launch.grace_s,
         facts=launch.facts,
         lifeline=lifeline,

@@ -49,7 +49,6 @@ WEIGHTS = {
     "*.pt": "pytorch_model.pt.index.json",
     "*.gguf": "gguf.index.json",
 }
-_COMMIT = re.compile("[0-9a-f]{40}")
 # The files are small: a server that needs longer does not send them.
 VOCABULARY_TIMEOUT_S = 30.0
 # Space besides the model's files, for other files that are written during the fetch.
@@ -220,7 +219,7 @@ def cached(cache: Path, name: str, revision: str | None = None) -> Path | None:
     try:
         commit = read_regular(repository / "refs" / revision).decode().strip()
     except (OSError, ValueError):
-        commit = revision if _COMMIT.fullmatch(revision) else ""
+        commit = revision if pins.COMMIT.fullmatch(revision) else ""
     folder = repository / "snapshots" / commit
     return folder if commit and commit.isalnum() and folder.is_dir() else None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from workspace.core import hints, lock, process, records
 from workspace.core.console import Console
-from workspace.core.errors import ServeError, SmokeError, SourceError, WorkspaceError
+from workspace.core.errors import ServeError, SourceError, WorkspaceError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -423,7 +423,7 @@ def _require_usable(folder: Path, line: Command) -> None:
 def _device(machine: Machine, console: Console, *, dry_run: bool) -> str:
     try:
         return str(require_built(machine).device)
-    except (SmokeError, WorkspaceError) as exc:
+    except WorkspaceError as exc:
         if not dry_run:
             raise
         console.warn(f"a start would fail now: {exc.message}", hint=exc.hint)

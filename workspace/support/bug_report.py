@@ -27,7 +27,7 @@ from pathlib import Path
 from workspace.core import hints, process
 from workspace.core import settings as core_settings
 from workspace.core.console import Console, State
-from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
+from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError, counted
 from workspace.core.files import write_atomic
 from workspace.core.known_settings import KNOWN, is_secret
 from workspace.core.paths import PROJECTS, Layout
@@ -112,7 +112,7 @@ def write(layout: Layout, settings: Settings, *, console: Console) -> Path:
         old.unlink(missing_ok=True)
     for part in parts:
         size = sum(len(content) for content in part.files.values())
-        files = f"{len(part.files)} {'file' if len(part.files) == 1 else 'files'}"
+        files = counted(len(part.files), "file")
         console.row(
             State.WARN if part.lack else State.OK,
             part.name,

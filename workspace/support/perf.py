@@ -1,31 +1,227 @@
 """nox -s perf: the rows, their measurement, the table and the JSON record.
 
-It runs with the Python of the tool environment. perf_measure.py times two sides and
-replays builds; perf_pairs.py prepares the other sides.
+It runs with the Python of the tool environment. Both sides of a row run in turn (A B, B A, …), so
+that a machine that becomes slower slows both; each comparison is within a pair. The time of the
+process seam itself, with its guard in Python, is measured too and subtracted. A recorded build is
+replayed through the real admission, with a clock that jumps from the end of a unit to the next.
+perf_pairs.py prepares the sides.
 """
 
 import contextlib
-import datetime
 import json
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.compile import scheduler
+from workspace.compile.costs import Cost, Entry, read_table
+from workspace.compile.scheduler import Bounds, Replayed
+from workspace.core import hints, process, records
 from workspace.core.console import Console
-from workspace.core.errors import BuildError, WorkspaceError
+from workspace.core.errors import BuildError, WorkspaceError, counted
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.support import perf_measure, perf_pairs
-from workspace.support.perf_measure import (
-    Comparison,
-    Context,
-    Sides,
-    Spread,
-    compare,
-)
+from workspace.support import perf_pairs
+from workspace.support.perf_pairs import Call, Command, Context
+
+_NOTHING = ("true",)
+_LEAST_S = 0.0001
+
+
+@dataclass(frozen=True)
+class SelfTimed:
+    """Work that returns its own seconds: a simulated build."""
+
+    seconds: Callable[[], float]
+
+
+Timed = Command | Call | SelfTimed
+Sides = tuple[Timed, Timed]
+
+
+@dataclass(frozen=True)
+class Spread:
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The seconds of both sides, in the order of the pairs.
+
+    `seam_s` is the time to start any program; it is subtracted from programs.
+    """
+
+    measured: tuple[float, ...]
+    against: tuple[float, ...]
+    seam_s: float
+
+    @property
+    def ratio(self) -> Spread:
+        """The ratios within a pair."""
+        return _spread_of([one / other for one, other in self._pairs()])
+
+    @property
+    def extra_s(self) -> Spread:
+        """The differences within a pair."""
+        return _spread_of([one - other for one, other in self._pairs()])
+
+    @property
+    def measured_s(self) -> Spread:
+        return _spread_of(self.measured)
+
+    @property
+    def against_s(self) -> Spread:
+        return _spread_of(self.against)
+
+    def _pairs(self) -> Iterator[tuple[float, float]]:
+        return zip(self.measured, self.against, strict=True)
+
+
+def compare(
+    measured: Timed,
+    against: Timed,
+    *,
+    pairs: int,
+    warm_ups: int,
+    on_run: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """Run both sides `warm_ups` times without counting, then in `pairs` pairs.
+
+    `on_run` gets the number of finished runs and of all runs. Raises BuildError where a run ends
+    with a status that does not count, ToolchainError where a program is missing.
+    """
+    sides = (measured, against)
+    program = next((side for side in sides if isinstance(side, Command)), None)
+    samples: tuple[list[float], list[float]] = ([], [])
+    seams = [0.0] if program is None else []
+    total = 2 * (warm_ups + pairs)
+    for index in range(warm_ups + pairs):
+        if program:
+            seams.append(time_once(Command(_NOTHING, Path(program.cwd.anchor), program.env)))
+        for place, side in enumerate((0, 1) if (index - warm_ups) % 2 == 0 else (1, 0), 1):
+            seconds = time_once(sides[side])
+            if index >= warm_ups:
+                samples[side].append(seconds)
+            on_run(2 * index + place, total)
+    seam = statistics.median(seams)
+    measured_s, against_s = (
+        # Positive, because ratios divide by it.
+        tuple(max(one - seam, _LEAST_S) if isinstance(side, Command) else one for one in taken)
+        for side, taken in zip(sides, samples, strict=True)
+    )
+    return Comparison(measured_s, against_s, seam)
+
+
+def time_once(timed: Timed) -> float:
+    """Run one side once, and return its seconds.
+
+    Raises BuildError with a program's message where its status does not count, and the errors of a
+    call.
+    """
+    if isinstance(timed, SelfTimed):
+        return max(timed.seconds(), _LEAST_S)
+    if timed.before:
+        timed.before()
+    started = time.perf_counter()
+    done = (
+        timed.work()
+        if isinstance(timed, Call)
+        else process.capture(timed.argv, env=timed.env, cwd=timed.cwd)
+    )
+    seconds = time.perf_counter() - started
+    if (
+        isinstance(timed, Command)
+        and isinstance(done, process.Completed)
+        and done.returncode not in timed.statuses
+    ):
+        raise _failed(timed, done)
+    return seconds
+
+
+def _failed(command: Command, done: process.Completed) -> BuildError:
+    """Return an error with the message and hint of a verb, or another program's last line."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    labelled = {
+        label: next((line for line in reversed(lines) if line.startswith(f"{label}: ")), "")
+        for label in ("error", "hint")
+    }
+    sentence = labelled["error"].removeprefix("error: ") or (
+        lines[-1].strip() if lines else "it printed nothing"
+    )
+    # Later arguments may be an index address with a password in it.
+    program = " ".join(
+        [Path(argument).name for argument in command.argv if not str(argument).startswith("-")][:2]
+    )
+    hint = labelled["hint"].removeprefix("hint: ") or None
+    return BuildError(
+        f"{program} {process.describe_status(done.returncode)}: {sentence}",
+        hint=hint,
+        details=tuple(lines[-8:]),
+    )
+
+
+def _spread_of(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+# The cores of a GB10.
+CORES = 20
+
+
+def lower_bound(entries: Sequence[Entry], bounds: Bounds) -> float:
+    """Return the seconds that every order needs at least.
+
+    The maximum of: all work on all cores, memory times seconds in the budget, the longest unit.
+    """
+    work = sum(entry.seconds for entry in entries) / bounds.jobs
+    memory = sum(entry.seconds * entry.peak_gib for entry in entries) / bounds.budget_gib
+    return max(work, memory, *(entry.seconds for entry in entries))
+
+
+def simulate(entries: Sequence[Entry], bounds: Bounds) -> Replayed:
+    """Request all entries at once, and advance the clock from the end of a unit to the next."""
+    return scheduler.simulate(
+        [Cost(entry.seconds, entry.peak_gib, "table") for entry in entries], bounds
+    )
+
+
+def checked(replayed: Replayed, bounds: Bounds) -> float:
+    """Return the seconds. Raises BuildError where the replay exceeded its bounds."""
+    if replayed.most_jobs > bounds.jobs or replayed.most_gib > bounds.budget_gib:
+        raise BuildError(
+            f"{replayed.most_jobs} compilers and {replayed.most_gib:.1f} GiB at once; the"
+            f" bounds are {bounds.jobs} and {bounds.budget_gib:g} GiB",
+            hint=hints.text("support.scheduler_defect"),
+        )
+    return replayed.seconds
+
+
+def simulated(budget_gib: float) -> Callable[[Context], AbstractContextManager[Sides]]:
+    """Prepare a row: the shipped trace, through the admission, against its lower bound."""
+
+    @contextlib.contextmanager
+    def prepare(_: Context) -> Iterator[Sides]:
+        entries, bounds = _trace(), Bounds(CORES, budget_gib)
+        yield (
+            SelfTimed(lambda: checked(simulate(entries, bounds), bounds)),
+            SelfTimed(lambda: lower_bound(entries, bounds)),
+        )
+
+    return prepare
+
+
+def _trace() -> tuple[Entry, ...]:
+    entries, trouble = read_table()
+    if trouble:
+        raise BuildError(trouble[0])
+    return entries
 
 
 @dataclass(frozen=True)
@@ -84,10 +280,10 @@ def _replays() -> Iterator[PerfPair]:
     for gib in (24.0, 48.0, 96.0):
         yield PerfPair(
             f"replay-{gib:g}",
-            f"the recorded build on {perf_measure.CORES} cores in {gib:g} GiB, by admission",
+            f"the recorded build on {CORES} cores in {gib:g} GiB, by admission",
             "the lower bound of any order",
             Aim("ratio", 1.1),
-            perf_measure.simulated(gib),
+            simulated(gib),
             pairs=1,
             warm_ups=0,
         )
@@ -168,7 +364,7 @@ def encode(results: Sequence[Result], machine: Mapping[str, object]) -> str:
     """Return the JSON record: times in UTC, durations in ms, ratios and differences of pairs."""
     record = {
         "schema": SCHEMA,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": records.utc_now(),
         "machine": machine,
         "rows": [_row(result) for result in results],
     }
@@ -278,7 +474,7 @@ def run(
 def _measure(row: PerfPair, context: Context, pairs: int, console: Console) -> Result:
     try:
         with console.step(row.name) as view, row.prepare(context) as (measured, against):
-            view.reason = f"{pairs} {'pair' if pairs == 1 else 'pairs'}"
+            view.reason = counted(pairs, "pair")
             runs = compare(
                 measured,
                 against,

@@ -6,17 +6,21 @@ Everything runs in copies: the user's tree and the built environment are not cha
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from workspace.core import hints, lock, process
 from workspace.core.console import Console, RunLog
-from workspace.core.errors import SourceError, ToolchainError
+from workspace.core.errors import BuildError, SourceError, ToolchainError
+from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
+from workspace.core.settings import Settings
 from workspace.install import precompiled, stages
 from workspace.install.plan import Observation
 from workspace.machine import interpreter, requirements, torch
@@ -25,8 +29,6 @@ from workspace.repo.checkout import Kind
 from workspace.repo.git import Git
 from workspace.repo.pins import Archive, Pin
 from workspace.repo.upstream import Candidate
-from workspace.support import perf_measure
-from workspace.support.perf_measure import Call, Command, Context
 
 SCRIPT = Path(__file__).with_name("by_hand.sh")
 # The files of a fresh clone that a bootstrap reads. They are copied and not cloned, because
@@ -46,6 +48,99 @@ CLONED = (
 )
 
 
+@dataclass(frozen=True)
+class Command:
+    """A program to time; `before` runs untimed before each start.
+
+    Only runs with an exit status in `statuses` count.
+    """
+
+    argv: tuple[process.Argument, ...]
+    cwd: Path
+    env: Mapping[str, str] = field(repr=False)
+    before: Callable[[], None] | None = None
+    statuses: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Work in this process, without the start of the command line; `before` runs untimed."""
+
+    work: Callable[[], object]
+    before: Callable[[], None] | None = None
+
+
+_BARE = """from invoke import task
+
+
+@task
+def nothing(_):
+    \"\"\"Do nothing.\"\"\"
+"""
+
+
+class Context:
+    """The context of one run; `folder` is a temporary folder on the file system of the clone."""
+
+    def __init__(self, layout: Layout, settings: Settings, folder: Path) -> None:
+        self.layout = layout
+        self.settings = settings
+        self.folder = folder
+
+    @functools.cached_property
+    def environment(self) -> dict[str, str]:
+        """The environment of both sides: that of a verb in the user's shell."""
+        chosen = {
+            name: self.settings.text(name)
+            for name in KNOWN
+            if self.settings.source(name) in ("shell", "flag")
+        }
+        return self.settings.child_environment("inv", chosen)
+
+    @functools.cached_property
+    def python(self) -> Path:
+        """The Python of the tool environment. Raises ToolchainError where it is missing."""
+        found = self.layout.tools / "bin" / "python"
+        if not found.exists():
+            raise ToolchainError(
+                f"{self.layout.relative(self.layout.tools)} does not exist",
+                hint=hints.text("support.make_tools"),
+            )
+        return found
+
+    @functools.cached_property
+    def built(self) -> Observation:
+        """The state of this clone. Raises BuildError where a stage of bootstrap is due."""
+        from workspace.install import bootstrap, plan
+
+        observed = plan.observe(self.layout, self.settings)
+        due = [
+            f"{stage.steps[0][0]}: {stage.reason}"
+            for stage in bootstrap.stages_of(observed)
+            if stage.is_due
+        ]
+        if due:
+            raise BuildError(
+                f"the tree is not built, or is not up to date ({'; '.join(due)})",
+                hint=hints.text("inv.bootstrap"),
+            )
+        return observed
+
+    def inv(self, *args: str, statuses: tuple[int, ...] = (0,)) -> Command:
+        """Return the command that scripts/inv runs in the end."""
+        return self.tool("-Es", self.layout.root / "tasks.py", *args, statuses=statuses)
+
+    def tool(self, *args: str | Path, statuses: tuple[int, ...] = (0,)) -> Command:
+        return Command((self.python, *args), self.layout.root, self.environment, statuses=statuses)
+
+    def bare(self) -> Command:
+        """Return the command of invoke alone on a file with one empty task."""
+        folder = self.folder / "bare"
+        folder.mkdir(exist_ok=True)
+        (folder / "tasks.py").write_text(_BARE, encoding="utf-8")
+        return Command((self.python, "-Es", "-m", "invoke", "--list"), folder, self.environment)
+
+
 @contextlib.contextmanager
 def installed_again(context: Context) -> Iterator[tuple[Command, Command]]:
     """Yield `inv bootstrap` with nothing to do, and a repeated editable install by uv of a copy."""
@@ -56,10 +151,9 @@ def installed_again(context: Context) -> Iterator[tuple[Command, Command]]:
         # It names the git directory of the user's tree, which has no second working tree.
         (tree / ".git").unlink()
     uv = interpreter.uv(layout)
-    _run(
-        (uv, "venv", "--quiet", "--no-project", "--python", layout.environment_python, environment),
-        context,
-    )
+    python = ("--python", layout.environment_python)
+    venv = (uv, "venv", "--quiet", "--no-project", *python, environment)
+    _run(Command(venv, layout.root, context.environment))
     for packages in environment.glob("lib/python3.*/site-packages"):
         # Build tools and torch come from the built environment; vLLM is installed into this one.
         (packages / "built.pth").write_text(
@@ -223,16 +317,17 @@ def _make_hand(context: Context, hand: Path, wanted: requirements.Requirements) 
 
 def _copy(origin: Path, target: Path, context: Context) -> None:
     """Copy with cp: it keeps times, so that bytecode stays valid, and shares blocks if possible."""
-    _run(("cp", "-a", "--reflink=auto", origin, target), context)
+    argv = ("cp", "-a", "--reflink=auto", origin, target)
+    _run(Command(argv, context.layout.root, context.environment))
 
 
-def _run(argv: tuple[process.Argument, ...], context: Context) -> None:
-    done = process.capture(argv, env=context.environment, cwd=context.layout.root)
+def _run(command: Command) -> None:
+    done = process.capture(command.argv, env=command.env, cwd=command.cwd)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [process.describe_status(done.returncode)])[-1]
         raise ToolchainError(
             f"the measurement could not be prepared: {last}",
-            hint=hints.text("core.disk_of", folder=context.layout.root),
+            hint=hints.text("core.disk_of", folder=command.cwd),
         )
 
 
@@ -329,7 +424,7 @@ class _PatchStack:
         )
 
     def run_command(self, verb: str) -> None:
-        perf_measure.run(self.command(verb))
+        _run(self.command(verb))
 
     def unapply(self) -> None:
         """Return to the base and forget the expected trees."""

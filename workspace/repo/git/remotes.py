@@ -19,17 +19,17 @@ from workspace.repo.git.repository import Git
 
 
 def advertised(
-    url: str, names: Sequence[str], *, cwd: Path, settings: Settings, timeout_s: float
+    url: str, names: Sequence[str], *, cwd: Path, settings: Settings
 ) -> Mapping[str, str]:
     """Return the references that a remote offers: name to OID, an annotated tag's commit as
     `NAME^{}`.
 
-    git has no connect time-out: after `timeout_s` seconds without an answer it is ended with all
-    its children. Raises SourceError where the remote cannot be reached.
+    git has no connect time-out: after CONNECT_TIMEOUT_S without an answer it is ended with all its
+    children. Raises SourceError where the remote cannot be reached.
     """
     argv = [executable(), "ls-remote", "--", url, *names]
     environment = settings.child_environment("git", command.git_environment(offline=False))
-    hint = hints.text("repo.network_or_mirror")
+    hint, timeout_s = hints.text("repo.network_or_mirror"), settings.connect_timeout_s
     try:
         answer = process.capture(argv, cwd=cwd, env=environment, timeout_s=timeout_s)
     except process.NoAnswer:
