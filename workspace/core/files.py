@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import ssl
 import stat
 import tempfile
 import threading
@@ -190,6 +189,8 @@ def own_certificates() -> str | None:
 
     Where REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE is set, requests prefers those by itself.
     """
+    import ssl
+
     paths = ssl.get_default_verify_paths()
     return paths.cafile if paths.cafile != paths.openssl_cafile else None
 

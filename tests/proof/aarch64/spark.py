@@ -66,9 +66,9 @@ def resolve(
     wanted, over = folder / "wanted.txt", folder / "overrides.txt"
     wanted.write_text(lines)
     over.write_text("\n".join(overrides))
-    argv = [interpreter.uv(LAYOUT), "pip", "compile", "--quiet", "--format", "pylock.toml"]
-    argv += ["--python-platform", PLATFORM, "--python-version", python]
-    argv += ["--only-binary", ":all:", "--no-python-downloads", "--overrides", over]
+    argv: list[str | Path] = [interpreter.uv(LAYOUT), "pip", "compile", "--quiet"]
+    argv += ["--format", "pylock.toml", "--only-binary", ":all:", "--no-python-downloads"]
+    argv += ["--python-platform", PLATFORM, "--python-version", python, "--overrides", over]
     index = ["--default-index", settings.index_url] if settings.index_url else []
     done = subprocess.run(
         [*argv, *index, "--output-file", answer, wanted],

@@ -39,7 +39,8 @@ class Library:
 
 def read(file: Path, path: str) -> Library:
     """Read a library of aarch64. Raises ValueError for a file of another kind."""
-    own_name, named, needs, has = file.name, set(), set(), set()
+    own_name = file.name
+    named, needs, has = set[str](), set[str](), set[str]()
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as view:
         if view[:6] != b"\x7fELF\x02\x01" or view[18:20] != struct.pack("<H", _AARCH64):
             raise ValueError(f"{path} is no library of aarch64")
@@ -67,9 +68,8 @@ def read(file: Path, path: str) -> Library:
                         named.add(text(link, value))
                     elif tag == _DT_SONAME:
                         own_name = text(link, value)
-    sets = (frozenset(names) for names in (named, needs, has))
     code = Cubins(path, device_code.architectures(file), units=device_code.units(file))
-    return Library(path, own_name, *sets, code)
+    return Library(path, own_name, frozenset(named), frozenset(needs), frozenset(has), code)
 
 
 def in_wheel(wheel: Path) -> Iterator[Library]:
