@@ -307,8 +307,8 @@ class NotOffered(SourceError):
 
 
 _NEWER, _NEWER_VARIABLE = "exclude-newer", "UV_EXCLUDE_NEWER"
-# Settings of uv with which it refuses what the index has: what it prints, and the key. Of the first
-# only a variable reaches uv (core/settings.py); for no-index uv has none.
+# Settings of uv with which it refuses what the index has: what it prints, and the key. A variable
+# reaches uv for the first only (core/settings.py); for no-index uv has none.
 _UV_SETTINGS = (
     (re.compile(r"`?exclude-newer`?"), _NEWER),
     (re.compile(r"`--require-hashes` mode"), "require-hashes"),
@@ -343,14 +343,16 @@ def _place_of(names: Sequence[str], layout: Layout, environment: Mapping[str, st
 
 
 def _without(place: str, key: str) -> str:
-    """Return the hint for a setting of uv in a file, or in a variable."""
-    if key != _NEWER:
+    """Return the hint for a setting of uv in a variable or in a file."""
+    if key == _NEWER:
+        return (
+            hints.text("machine.newer_in_file", path=place)
+            if "/" in place
+            else hints.text("machine.newer", name=place)
+        )
+    if "/" in place:
         return hints.text("machine.uv_setting_in_file", key=key, path=place)
-    return (
-        hints.text("machine.newer_in_file", path=place)
-        if "/" in place
-        else hints.text("machine.newer", name=place)
-    )
+    return hints.text("machine.uv_setting", name=place)
 
 
 def _refused_by_setting(

@@ -11,6 +11,8 @@ from tests.bench.materials import record
 from tests.bench.test_measure import PROGRAM
 from tests.proof.hints.following import User, printed, runs
 from tests.proof.hints.machine_situations import measured
+from tests.small import releases
+from tests.small.releases import CLEAN
 from workspace.bench import results
 from workspace.machine import interpreter
 from workspace.server import models
@@ -141,3 +143,23 @@ def machine_that_computes_for_others(user: User) -> None:
             other.kill()
             other.wait()
     user.followed |= {"bench.base", "bench.allow_busy"}
+
+
+@runs("bench.commit_then_export", "bench.fetch_pin")
+def trees_that_cannot_be_compared(user: User) -> None:
+    measures(user)
+    envs = user.vllm / "vllm" / "envs.py"
+    envs.write_text(envs.read_text() + "# mine\n")
+    user.follow("bench.commit_then_export", *AB, "--allow-busy", "--each-patch", then=False)
+    assert user.world.status()["patches"] == "ok"
+    made = releases.make(user.world.materials)
+    user.world.git("config", "remote.origin.url", made.upstream.as_uri())
+    files = (user.world.layout.pins, user.world.layout.patches("vllm") / "series")
+    for path in files:
+        text = path.read_text().replace(user.world.materials.commit, made.commit(CLEAN))
+        path.write_text(text.replace(user.world.materials.archive_commit, "1" * 40))
+    user.git("add", "--all", "vendor/pins.toml", "patches")
+    user.git("commit", "--quiet", "-m", "Another pin")
+    user.git("checkout", "HEAD~1", "--", "vendor/pins.toml", "patches/vllm/series")
+    user.follow("bench.fetch_pin", *AB, "--allow-busy", "--base", "HEAD", then=False)
+    assert user.world.git("rev-parse", f"{made.commit(CLEAN)}^{{commit}}")

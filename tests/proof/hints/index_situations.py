@@ -108,3 +108,10 @@ def conflict_that_is_skipped(user: User) -> None:
     assert (done := user.type("./scripts/inv patch.continue --skip")).code == 0, done.output
     assert user.world.git("rev-parse", "HEAD") == mine
     user.followed.add("repo.skip_or_abort")
+
+
+@runs("machine.uv_setting")
+def shell_in_which_uv_asks_no_index(user: User) -> None:
+    bare(user)
+    uv_cache = user.root / "no-packages"
+    again(user, "machine.uv_setting", UV_OFFLINE="1", UV_CACHE_DIR=str(uv_cache))

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.proof.hints.following import User, printed, runs
 from tests.server.test_request import FLAGS, MODEL, fill
 from tests.server.test_server import STANDIN
 from tests.small import wheels
+from tests.small.world import Ended
 from workspace.machine import hardware
 from workspace.server import lifecycle, observation
 
@@ -277,6 +279,27 @@ def server_whose_state_is_damaged_or_that_is_deaf(user: User) -> None:
     assert user.type(rest[1]).code == 0
     assert user.inv("serve.status").code == 0
     user.followed.add("server.damaged_state")
+
+
+@runs("server.follow", "inv.serve_status")
+def server_that_is_stopped_during_its_start(user: User) -> None:
+    serving(user)
+    manner(user, "slow")
+    with started(user) as verb, ThreadPoolExecutor(1) as typing:
+        starting = user.world.start(*verb)
+        while (there := observation.find(user.world.layout.server)) is None:
+            time.sleep(0.05)
+        while "engine started" not in there.log.read_text():
+            time.sleep(0.05)
+        followed = typing.submit(user.type, user.meets("server.follow", "serve.status"))
+        assert user.inv("serve.stop").code == 0
+        log = followed.result(timeout=60)
+        assert (log.code, "engine started" in log.out) == (0, True), log.output
+        out, err = starting.communicate(timeout=60)
+        command = printed("inv.serve_status", Ended(starting.returncode, out, err))
+        assert command, err
+        assert "no server runs" in user.type(command).out
+    user.followed |= {"server.follow", "inv.serve_status"}
 
 
 @runs("server.cpu_cache")

@@ -95,17 +95,12 @@ _REASONS = {
         machine.sudoers machine.upgrade_driver machine.uv_python machine.uv_python_anew
         repo.trust_or_own""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
-        bench.ab_again bench.bisect_abort bench.bisect_more bench.bisect_smoke bench.bring_back
-        bench.commit_then_export bench.count_as_bad bench.delete_tree bench.drop_series_line
-        bench.each_patch bench.factor_limit bench.fetch_pin bench.fetch_tag
-        bench.fix_patches_first bench.good_and_bad bench.good_example bench.inspect_both
-        bench.log_fix bench.log_range bench.metrics bench.no_history bench.older_good
-        bench.other_bad bench.other_commit bench.predicates bench.quote_command bench.resume_other
-        bench.same_code bench.same_torch bench.search_upstream bump.test_present checks.only_named
-        checks.origin checks.pytest_arguments checks.rebuild checks.server_log
-        checks.timeout_or_fewer install.build_for_gpu inv.serve_status machine.cpu_native
-        machine.cuda_index machine.hf_login nox.upstream server.drop_caches
-        server.drop_caches_then server.end_processes server.follow server.gpu_order server.gpus
+        bench.ab_again bench.bisect_more bench.delete_tree bench.drop_series_line bench.each_patch
+        bench.factor_limit bench.inspect_both bench.log_fix bench.log_range bench.same_code
+        bench.same_torch bump.test_present checks.only_named checks.origin checks.pytest_arguments
+        checks.rebuild checks.server_log checks.timeout_or_fewer install.build_for_gpu
+        machine.cpu_native machine.cuda_index machine.hf_login nox.upstream server.drop_caches
+        server.drop_caches_then server.end_processes server.gpu_order server.gpus
         server.less_memory server.or_force server.ps_stuck server.recipes_fit
         server.utilization_least server.who_listens""",
     "it needs a build of the real tree, or of Triton": """
