@@ -1,7 +1,10 @@
 """Shared fixtures: the small world. What it is made of is in tests/small."""
 
+import compileall
 import contextlib
+import gc
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 
 from tests.screens import recorded
 from tests.small.index import serve
-from tests.small.materials import Materials, gather, prepare
+from tests.small.materials import ROOT, Materials, gather, prepare
 from tests.small.world import World, make_world
 
 
@@ -22,11 +25,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    # Containers set PYTHONDONTWRITEBYTECODE; each worker would then compile all tests again, and
+    # each verb in a copy of this clone the library.
+    sys.dont_write_bytecode = False
+    if not hasattr(config, "workerinput"):
+        compileall.compile_dir(ROOT / "workspace", quiet=2)
     # A shell's background job ignores SIGINT, and so would the verbs that tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # nohup ignores this one, for every child.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect without looking for garbage: what is made here stays until the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.parsed import parse
+
 ROOT = Path(__file__).resolve().parents[1]
 # The rooms from the top down. A room may import what stands below it and nothing above; probes
 # import nothing of ours.
@@ -164,7 +166,7 @@ def attributes(tree: ast.AST) -> Iterator[str]:
 def wrong_arrows(source: str, path: str) -> list[str]:
     own = Path(path).with_suffix("").parts[1]
     complaints = []
-    for name in imports(ast.parse(source), path):
+    for name in imports(parse(source), path):
         parts = name.split(".")
         if parts[0] in ("tasks", "noxfile", "tests"):
             complaints.append(f"{path} imports {name}")
@@ -176,7 +178,7 @@ def wrong_arrows(source: str, path: str) -> list[str]:
 
 
 def wrong_entrances(source: str, path: str) -> list[str]:
-    tree = ast.parse(source)
+    tree = parse(source)
     if path.startswith("workspace/probes/"):
         # A program of its own in another environment: it can use none of our doors.
         return []
@@ -232,7 +234,7 @@ def _is_entrance(package: str, path: str) -> bool:
 
 
 def wrong_probe(source: str, path: str) -> list[str]:
-    names = {name.split(".")[0] for name in imports(ast.parse(source), path)}
+    names = {name.split(".")[0] for name in imports(parse(source), path)}
     return [
         f"{path} imports {name}"
         for name in sorted(names - PROBES_MAY_IMPORT - set(sys.stdlib_module_names))
@@ -240,7 +242,7 @@ def wrong_probe(source: str, path: str) -> list[str]:
 
 
 def heavy_at_the_top(source: str, path: str) -> list[str]:
-    tree = ast.parse(source)
+    tree = parse(source)
     at_import = [
         node
         for node in tree.body
@@ -261,15 +263,13 @@ def untidy(source: str, path: str) -> list[str]:
     complaints += [
         f"{path}: {match.group()}" for match in re.finditer(r"\b(TODO|FIXME|XXX)\b.*", source)
     ]
-    return complaints + (
-        [] if ast.get_docstring(ast.parse(source)) else [f"{path} has no docstring"]
-    )
+    return complaints + ([] if ast.get_docstring(parse(source)) else [f"{path} has no docstring"])
 
 
 def second_looks(source: str, path: str) -> list[str]:
     """Machines beyond those of MAKES_A_MACHINE, and questions beside the Machine's."""
     calls = [
-        ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
+        ast.unparse(node.func) for node in ast.walk(parse(source)) if isinstance(node, ast.Call)
     ]
     made = calls.count("Machine")
     complaints = [f"{path} makes {made} machines"] if made != MAKES_A_MACHINE.get(path, 0) else []
@@ -290,7 +290,7 @@ def circles(sources: dict[str, str]) -> list[list[str]]:
     }
     graph = {}
     for name, path in names.items():
-        found = set(imports(ast.parse(sources[path]), path))
+        found = set(imports(parse(sources[path]), path))
         # `from workspace.core.files import sha256` means the module; `from workspace.core import
         # files` the one that is named.
         graph[name] = {
@@ -318,7 +318,7 @@ def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
 def oversized(source: str, path: str) -> list[str]:
     """Functions with too many lines, their docstring not counted, or with too many parameters."""
     complaints = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         lines = (node.end_lineno or node.lineno) - node.lineno + 1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.parsed import parse
 from tests.small.materials import ROOT
 from tests.small.world import World
 from workspace.core import child_variables
@@ -229,7 +230,7 @@ def composed_in_place(source: str) -> list[int]:
     """Return the lines of calls that compose the environment of a child themselves."""
     return [
         node.value.lineno
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parse(source))
         if isinstance(node, ast.keyword) and node.arg == "env"
         if isinstance(node.value, ast.Dict | ast.DictComp | ast.BinOp)
     ]

@@ -20,6 +20,7 @@ from invoke.exceptions import Exit, ParseError
 from invoke.program import Program
 
 from scripts import docs
+from tests.parsed import parse
 from tests.proof.hints.table import ELSEWHERE, NOT_RUN, SITUATIONS
 from workspace.checks.registry import REGISTRY as CHECKS
 from workspace.cli.program import program
@@ -176,7 +177,7 @@ def hint_expressions(tree: ast.AST) -> Iterator[ast.expr]:
 
 
 def texts_in_code(source: str) -> list[str]:
-    found = hint_expressions(ast.parse(source))
+    found = hint_expressions(parse(source))
     return [f"line {node.lineno}: {ast.unparse(node)}" for node in found if is_text(node)]
 
 
@@ -189,7 +190,7 @@ def calls(tree: ast.AST) -> Iterator[ast.Call]:
 def wrong_calls(source: str) -> list[str]:
     """Complain about unknown names, and about values that the hint lacks or does not have."""
     wrong = []
-    for call in calls(ast.parse(source)):
+    for call in calls(parse(source)):
         match call.args:
             case [ast.Constant(value=str(name))] if name in REGISTRY:
                 given = {str(each.arg) for each in call.keywords}
@@ -386,7 +387,7 @@ def test_an_unknown_name_and_other_values_are_found() -> None:
 
 
 def test_every_hint_is_used() -> None:
-    trees = [ast.parse(source) for source in LIBRARY.values()]
+    trees = [parse(source) for source in LIBRARY.values()]
     used = {name for tree in trees for name in names_in_tables(tree)}
     used |= {str(node.value) for tree in trees for node in names_in_calls(tree)}
     assert set(REGISTRY) - used == set()
@@ -401,14 +402,14 @@ def test_only_those_tables_give_a_name_that_is_no_literal() -> None:
     others = [
         (path.name, ast.unparse(call.args[0]))
         for path, source in LIBRARY.items()
-        for call in calls(ast.parse(source))
+        for call in calls(parse(source))
         if not isinstance(call.args[0], ast.Constant)
     ]
     assert others == [("smoke.py", "entry.hint"), ("command.py", "refused")]
 
 
 def test_a_hint_of_a_table_gets_no_values() -> None:
-    named = set().union(*(names_in_tables(ast.parse(source)) for source in LIBRARY.values()))
+    named = set().union(*(names_in_tables(parse(source)) for source in LIBRARY.values()))
     assert named
     assert [name for name in sorted(named) if values(REGISTRY[name])] == []
 

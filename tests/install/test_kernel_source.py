@@ -12,6 +12,7 @@ from typing import get_args
 
 import pytest
 
+from tests.parsed import parse
 from workspace.install.precompiled import Kind
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +26,7 @@ def decisions_elsewhere(source: str, path: str) -> list[str]:
     """The expressions that compare the kind of a source or KERNELS, or handle its former text."""
     return [
         f"{path}:{node.lineno}: {ast.unparse(node).splitlines()[0]}"
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parse(source))
         if isinstance(node, ast.expr | ast.Match) and path != OWNER and _decides(node)
     ]
 

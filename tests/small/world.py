@@ -67,6 +67,8 @@ broken = Path(__file__).parents[2] / "no-token"
 print(json.dumps({"schema": 1, "error": broken.read_text() if broken.exists() else None}))
 """
 
+# What a world keeps and restores.
+PARTS = ("clone", "cache")
 Listing = dict[str, tuple[int, int, int, int]]
 
 
@@ -230,20 +232,21 @@ class World:
         """Keep clone, downloads and surroundings as they are now; `restore` brings them back to the
         same paths, where environments need them.
         """
-        for part in ("clone", "cache"):
+        for part in PARTS:
             _copy(self.folder / part, self._kept / part)
+            (self.folder / part).rename(Path(tempfile.mkdtemp(dir=self.folder)) / part)
+            # Without the links into the cache of uv, through which a test could write.
+            _copy(self._kept / part, self.folder / part)
         self.kept_env = dict(self.env)
+        self.kept_listing = _listing(self.folder, PARTS)
         self.restore()
 
     def restore(self) -> None:
-        if _listing(self.folder, ("clone", "cache")) != self.kept_listing:
-            # Renamed, for deleting takes ten times as long as copying on a disk that others sync.
-            gone = Path(tempfile.mkdtemp(dir=self.folder, prefix="gone-"))
-            for part in ("clone", "cache"):
-                if (self.folder / part).exists():
-                    (self.folder / part).rename(gone / part)
-                _copy(self._kept / part, self.folder / part)
-            self.kept_listing = _listing(self.folder, ("clone", "cache"))
+        # Moved, not deleted, which takes ten times as long on a disk that others sync.
+        now = _listing(self.folder, PARTS)
+        if now != self.kept_listing:
+            self._restore_paths({path for path, _ in now.items() ^ self.kept_listing.items()})
+            self.kept_listing = _listing(self.folder, PARTS)
         self.env = dict(self.kept_env)
         self.index.files = dict(self.materials.index.files)
         self.index.faults.clear()
@@ -260,6 +263,29 @@ class World:
                 self.kill(child)
         self.started.clear()
 
+    def _restore_paths(self, changed: set[str]) -> None:
+        """Replace what was changed, and give the folders around it their times again."""
+        folders = {str(folder) for path in changed for folder in Path(path).parents[:-1]}
+        for path in sorted(changed):
+            kept, place = self._kept / path, self.folder / path
+            is_kept = path in self.kept_listing
+            if is_kept and _is_folder(kept) and _is_folder(place):
+                # At once, because its mode may forbid to write in it.
+                shutil.copystat(kept, place)
+                folders.add(path)
+                continue
+            # What was below a folder has left with it, and a link in its place leads elsewhere.
+            inside = all(_is_folder(self.folder / parent) for parent in Path(path).parents)
+            if inside and os.path.lexists(place):
+                place.rename(Path(tempfile.mkdtemp(dir=self.folder, prefix="gone-")) / "it")
+            if is_kept and _is_folder(kept):
+                place.mkdir()
+                folders.add(path)
+            elif is_kept:
+                shutil.copy2(kept, place, follow_symlinks=False)
+        for path in folders & self.kept_listing.keys() | set(PARTS):
+            shutil.copystat(self._kept / path, self.folder / path)
+
     @property
     def _kept(self) -> Path:
         return self.folder / "kept"
@@ -267,21 +293,11 @@ class World:
 
 def make_world(materials: Materials, folder: Path, *, source: str = "release") -> World:
     """Make a fresh clone in `folder`: committed, the submodule's folder empty, nothing built."""
-    root = folder / "clone"
-    root.mkdir(parents=True)
-    for name in COPIED:
-        origin = ROOT / name
-        if origin.is_dir():
-            shutil.copytree(
-                origin, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
-            )
-        elif origin.exists():
-            shutil.copy2(origin, root / name)
-    layout = Layout(root)
-    (layout.probes / "real_model.py").write_text(FIRST_TOKEN)
-    _write_pins(layout, materials)
-    _write_series(layout, materials)
-    _commit(layout, materials)
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = Layout(folder / "clone")
+    _copy(_template(materials), layout.root)
+    # The files of a copy have other inodes than the index records.
+    git(layout.root, "update-index", "-q", "--refresh")
     home = folder / "home"
     home.mkdir()
     (home / ".gitconfig").write_text(HOSTILE_GIT)
@@ -306,6 +322,29 @@ def make_world(materials: Materials, folder: Path, *, source: str = "release") -
     }
     (folder / "cache").mkdir()
     return World(materials, folder, layout, view, env)
+
+
+def _template(materials: Materials) -> Path:
+    """Make the clone that all others are copies of, once for the same materials.
+
+    With the byte code of this clone: without it a verb takes half as long again.
+    """
+    root = materials.folder / "template"
+    if root.exists():
+        return root
+    root.mkdir()
+    for name in COPIED:
+        origin = ROOT / name
+        if origin.is_dir():
+            shutil.copytree(origin, root / name)
+        elif origin.exists():
+            shutil.copy2(origin, root / name)
+    layout = Layout(root)
+    (layout.probes / "real_model.py").write_text(FIRST_TOKEN)
+    _write_pins(layout, materials)
+    _write_series(layout, materials)
+    _commit(layout, materials)
+    return root
 
 
 def _write_pins(layout: Layout, materials: Materials) -> None:
@@ -377,6 +416,10 @@ def _commit(layout: Layout, materials: Materials) -> None:
         f"160000,{materials.commit},vendor/vllm",
     )
     git(layout.root, "commit", "--quiet", "-m", "The workspace")
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _listing(folder: Path, parts: Sequence[str]) -> Listing:
