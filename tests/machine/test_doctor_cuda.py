@@ -7,15 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.machine.programs import SMI
 from workspace.core.console import Row
 from workspace.machine import doctor_toolchain
 from workspace.machine.machine import Case
-
-SMI = """case "$*" in
-*--query-gpu*) echo '{gpu}';;
-*--query-compute-apps*) {apps};;
-*-x*) {xml};;
-esac"""
 
 
 def smi(house, *, gpu="NVIDIA GB10, 12.1, 580.95.05", cuda="13.0", apps="true", xml=None) -> None:

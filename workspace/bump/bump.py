@@ -16,13 +16,7 @@ from workspace.bump.staging import BumpSandbox, BumpStart
 from workspace.core import hints
 from workspace.core.console import Console, RunLog
 from workspace.core.console import State as RowState
-from workspace.core.errors import (
-    CheckoutError,
-    PatchConflict,
-    PatchDrift,
-    WorkspaceError,
-    counted,
-)
+from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, WorkspaceError, counted
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings

@@ -7,8 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.machine.test_doctor_cuda import SMI
-from tests.machine.test_doctor_ptxas import NEW, OLD, PTXAS
+from tests.machine.programs import NEW, OLD, PTXAS, SMI
 from tests.proof.hints.following import User, printed, runs
 from tests.small.index import Fault
 
@@ -175,8 +174,8 @@ def requirements_that_were_edited(user: User) -> None:
     done = user.type(f"{command} && ./scripts/inv bootstrap")
     assert done.code == 0, done.output
     user.followed.add("machine.existing_torch")
-    with (user.vllm / "requirements" / "common.txt").open("a") as file:
-        file.write("no requirement ===\n")
+    with (user.vllm / "requirements" / "common.txt").open("a") as common:
+        common.write("no requirement ===\n")
     user.look("machine.requirements_diff", "bootstrap", shows="no requirement ===", **shell)
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from tests.proof.hints.following import User, printed, runs
 from tests.server.test_request import FLAGS, MODEL, fill
-from tests.server.test_server import STANDIN
 from tests.small import wheels
 from tests.small.world import Ended
 from workspace.machine import hardware
 from workspace.server import lifecycle, observation
+
+STANDIN = Path(__file__).parents[2] / "server" / "standin.py"
 
 MORE = (
     "gpu-memory-utilization max-num-seqs max-model-len api-key hf-token model config uds headless"
