@@ -312,7 +312,8 @@ def commits_that_cannot_be_patches(user: User) -> None:
     user.commit("[Core] Two", vllm__two_py="two = 1\n")
     user.world.git("merge", "--quiet", "--no-ff", "-m", "Merge", one)
     user.follow("repo.rebase", "patch.export")
-    user.world.git("commit", "--quiet", "--allow-empty", "-m", "[Core] Nothing")
+    nothing = "[Core] Nothing\n\nUpstream-Status: None"
+    user.world.git("commit", "--quiet", "--allow-empty", "-m", nothing)
     command = user.meets("repo.rebase_interactive", "patch.export")
     ended = user.type(command, GIT_SEQUENCE_EDITOR="sed -i '$d;/Nothing/d'")
     assert ended.code == 0, ended.output
