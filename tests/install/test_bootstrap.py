@@ -288,6 +288,8 @@ def test_bootstrap_ended_in_the_middle_is_completed_by_the_next(built: World) ->
     common = built.layout.vllm / "requirements" / "common.txt"
     common.write_text(common.read_text() + "triton\n")
     assert built.status()["environment"] == "stale"
+    # The tests share uv's cache, which may have the file already.
+    built.env["UV_CACHE_DIR"] = str(built.folder / "empty-uv-cache")
     gate = built.index.gate("triton-3.7.1-py3-none-any.whl")
     child = built.start("bootstrap")
     gate.wait()
