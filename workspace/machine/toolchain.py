@@ -3,19 +3,18 @@ the Pythons that it finds or fetches, and the causes of its failures.
 """
 
 import contextlib
-import functools
 import itertools
 import re
 import shlex
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from workspace.core import hints, process, records
+from workspace.core import hints, process
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
@@ -167,35 +166,22 @@ def is_cache_on(text: str) -> bool:
     return text.strip().lower() in ("1", "true", "yes", "on")
 
 
-def installed_pythons(uv: Path, settings: Settings) -> Iterator[tuple[str, Path]]:
-    """Yield version and path of each ordinary CPython that uv finds.
+def find_python(uv: Path, settings: Settings, request: str) -> Path | None:
+    """Return an installed Python that uv finds for a version or a range of versions, None without.
 
-    uv only warns of a shim that leads nowhere. Raises ToolchainError where uv prints no list.
+    Raises ToolchainError where uv fails, NoAnswer where it is slow or was killed.
     """
-    done = _list_pythons(uv, tuple(sorted(settings.child_environment("plain").items())))
-    try:
-        listed = records.decode(done.stdout, list[dict[str, Any]])
-    except records.DecodeError as exc:
-        _list_pythons.cache_clear()
-        raise ToolchainError(
-            f"uv python list printed no list: {done.stderr.strip()[-200:] or 'no output'}",
-            hint=hints.text("machine.uv_pythons", uv=uv),
-        ) from exc
-    for python in listed:
-        is_ordinary = (
-            python.get("implementation") == "cpython"
-            and python.get("variant", "default") == "default"
-        )
-        if is_ordinary and python.get("path") and re.fullmatch(r"\d+(\.\d+)+", python["version"]):
-            yield python["version"], Path(python["path"])
-
-
-# Cached, because preflight and environment both need the list.
-@functools.cache
-def _list_pythons(uv: Path, environment: tuple[tuple[str, str], ...]) -> process.Completed:
-    argv: list[process.Argument] = [uv, "python", "list", "--only-installed"]
-    return process.capture(
-        [*argv, "--output-format", "json"], env=dict(environment), timeout_s=LIST_S
+    argv = [str(uv), "python", "find", "--system", "--no-python-downloads", request]
+    done = process.capture(argv, env=settings.child_environment("plain"), timeout_s=LIST_S)
+    process.require_not_killed(done, "uv python find")
+    if done.returncode == 0:
+        return Path(done.stdout.strip())
+    # uv stops at a shim on PATH that leads to no interpreter.
+    if re.search(r"No interpreter found|Failed to inspect Python interpreter", done.stderr):
+        return None
+    raise ToolchainError(
+        f"uv python find fails: {done.stderr.strip()[-200:] or 'no output'}",
+        hint=hints.text("machine.uv_pythons", uv=uv),
     )
 
 
@@ -217,7 +203,6 @@ def fetch_python(uv: Path, settings: Settings, version: str, *, state: Path) -> 
     argv = [str(uv), "python", "install", "--no-bin", version]
     with contextlib.suppress(ToolchainError):
         if process.capture(argv, env=environment, timeout_s=FETCH_S).returncode == 0:
-            _list_pythons.cache_clear()
             return True
     with contextlib.suppress(OSError):
         write_atomic(tried, b"")
