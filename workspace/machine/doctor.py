@@ -133,7 +133,6 @@ CHECKS: tuple[Check, ...] = (
     _check(doctor_host.vllm, "network"),
     _check(doctor_host.triton, "network"),
     _check(doctor_host.index, "network"),
-    _check(doctor_host.torch_index, "network"),
 )
 
 

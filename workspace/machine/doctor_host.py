@@ -5,8 +5,6 @@ memory, disk, remotes and package indexes. They only read.
 import os
 import re
 import socket
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from workspace.core.known_settings import has_login, is_secret
 from workspace.core.paths import open_place, user_name
 from workspace.core.process import Absent, Answer, Broken, Slow, There
 from workspace.core.settings import without_user
-from workspace.machine import hardware, interpreter, torch
+from workspace.machine import hardware
 from workspace.machine.machine import Case, Place, hub_home, verdict
 
 # The processors for which PyTorch and the precompiled wheels are released.
@@ -34,8 +32,6 @@ INITS = ("systemd", "init")
 LARGEST_PROGRAMS = "ps -eo pid,rss,args --sort=-rss | head"
 # A small page that every package index has.
 SMALL_PROJECT = "packaging"
-# Beyond the connection: uv requests a page and the metadata of one file.
-UV_ANSWER_S = 3.0
 
 
 def architecture(case: Case) -> Iterator[Row]:
@@ -383,58 +379,6 @@ def _ask_index(case: Case, endpoint: str) -> Answer[None]:
         return Slow(timeout_s)
     except requests.RequestException as exc:
         return Broken(without_user(files.reason_of(exc)))
-
-
-def torch_index(case: Case) -> Iterator[Row]:
-    """Check the source of torch with a dry run of uv that resolves torch only."""
-    wanted, there = torch.plan("torch", device=case.device, settings=case.settings), case.torch()
-    answer = _ask_for_torch(case, wanted.requirement, wanted.arguments)
-    hint = hints.text("machine.set_torch_index")
-    source = wanted.description.removeprefix("from ")
-    row = Row(State.FAIL, "torch index", source, "torch is installed from there", hint)
-    if there and not isinstance(answer, There):
-        why = f"{there.version} is in .vllm; no other version can be installed"
-        row = replace(row, state=State.WARN, why=why)
-    judged = _judged(row, answer, look=hints.text("machine.doctor"))
-    if judged.state is not State.OK and any(
-        isinstance(_ask_for_torch(case, wanted.requirement, other), There)
-        for other in wanted.alternatives
-    ):
-        why = "another index that has torch is used"
-        judged = replace(judged, state=State.OK, why=why, hint=None)
-    yield judged
-
-
-def _ask_for_torch(case: Case, requirement: str, arguments: tuple[str, ...]) -> Answer[None]:
-    """Ask uv to resolve torch with these arguments."""
-    timeout_s = case.settings.connect_timeout_s
-    haste = {
-        "UV_HTTP_TIMEOUT": f"{timeout_s:.0f}",
-        "UV_HTTP_CONNECT_TIMEOUT": f"{timeout_s:.0f}",
-        "UV_HTTP_RETRIES": "0",
-    }
-    with tempfile.TemporaryDirectory(prefix="torch-") as folder:
-        options = ["--dry-run", "--no-deps", "--quiet", "--python", sys.executable]
-        # uv's cache of an index proves nothing. With its own offline mode uv refuses the flag.
-        if not case.settings.shell.get("UV_OFFLINE"):
-            options += ["--refresh-package", "torch"]
-        program = interpreter.uv(case.layout)
-        answer = case.ask(
-            [program, "pip", "install", *options, "--target", folder, *arguments, requirement],
-            extra=haste,
-            timeout_s=timeout_s + UV_ANSWER_S,
-        )
-    if not isinstance(answer, There):
-        return answer
-    if answer.value.returncode == 0:
-        return There(None)
-    lines = [
-        re.sub(r"^(error|cause|Caused by): ", "", line.strip(" ×╰─▶├│"))
-        for line in answer.value.stderr.splitlines()
-    ]
-    # uv prints the cause last, and hints after it.
-    causes = [line for line in lines if line and not line.startswith(("hint:", "warning:"))]
-    return Broken(without_user(causes[-1] if causes else "uv prints no cause"))
 
 
 def _ask_remote(case: Case, url: str) -> Answer[None]:

@@ -128,17 +128,13 @@ def libraries_that_come_before_those_of_torch(user: User) -> None:
     without_row(user, "machine.drop_library_path", command, *verb)
 
 
-@runs("machine.doctor", "machine.set_index", "machine.set_torch_index", "machine.ls_remote_plain")
+@runs("machine.doctor", "machine.set_index", "machine.ls_remote_plain")
 def network_that_refuses_or_is_slow(user: User) -> None:
     url = user.world.index.url
     nowhere = "http://127.0.0.1:9/simple"
-    shell = {"UV_DEFAULT_INDEX": nowhere, "PIP_INDEX_URL": nowhere, "TORCH_INDEX_URL": nowhere}
+    shell = {"UV_DEFAULT_INDEX": nowhere, "PIP_INDEX_URL": nowhere}
     command = user.meets("machine.set_index", "doctor", **shell)
     without_row(user, "machine.set_index", command.replace("URL", url), "doctor")
-    del user.world.env["TORCH_INDEX_URL"]
-    user.world.layout.dotenv.write_text(f"TORCH_INDEX_URL={nowhere}\n")
-    command = user.meets("machine.set_torch_index", "doctor")
-    without_row(user, "machine.set_torch_index", command.replace("=URL", f"={url}"), "doctor")
     user.world.index.faults["packaging"] = Fault(delay_s=8)
     shown = user.type(user.meets("machine.doctor", "doctor", CONNECT_TIMEOUT_S="1"))
     assert re.search(r"warn +index", shown.out), shown.output
