@@ -201,20 +201,6 @@ def test_values_are_judged_by_the_functions_of_the_tree(
             "FAIL",
             "this machine",
         ),
-        (
-            "cpu",
-            {"HF_HUB_OFFLINE": "1", "VLLM_USE_MODELSCOPE": "1"},
-            "VLLM_USE_MODELSCOPE",
-            "warn",
-            "another hub",
-        ),
-        (
-            "cpu",
-            {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "0"},
-            "TRANSFORMERS_OFFLINE",
-            "warn",
-            "has the opposite value",
-        ),
         ("cuda", {"MAX_JOBS": "900"}, "MAX_JOBS", "warn", "flashinfer#3634"),
         (
             "cpu",

@@ -38,7 +38,6 @@ _OF_INTEREST = re.compile(
 _HIDES = re.compile(r"(?P<name>\w+)(=.*)? in the shell hides ", re.DOTALL)
 _UNKNOWN = re.compile(rf"\.env, line (?P<line>\d+): (?P<name>\w+) {UNKNOWN}")
 _REPEATED = re.compile(rf"\.env, line (?P<line>\d+): (?P<name>\w+) {AGAIN}")
-_ON = ("1", "true", "yes", "on")
 # Variables that name a file or folder to read, without those that vLLM creates itself.
 _NAMES_A_FILE = re.compile(r"VLLM_(?!\w*(CACHE|DUMP|RPC|RUST|XLA))\w+_(PATH|FILE|FOLDER)")
 # The Triton that introduced the second assembler, and the first GPU that uses it
@@ -62,7 +61,7 @@ def conflict_findings(case: Case, given: Mapping[str, str]) -> Iterator[Finding]
     `given` has the values that the user or a recipe sets, by name, without defaults.
     """
     given = {name: text for name, text in given.items() if text}
-    for look in (_toolkit, _assemblers, _files, _vocabularies, _memory, _hub, _compilers, _torch):
+    for look in (_toolkit, _assemblers, _files, _vocabularies, _memory, _compilers, _torch):
         yield from look(case, given)
 
 
@@ -145,29 +144,6 @@ def _memory(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
             name,
             f"this machine, or its control group, has {case.host().memory_gib:.1f} GiB",
             is_error=True,
-        )
-
-
-def _hub(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    is_offline = given.get("HF_HUB_OFFLINE", "").lower() in _ON
-    if is_offline and given.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
-        yield Finding(
-            "VLLM_USE_MODELSCOPE",
-            "HF_HUB_OFFLINE=1 forbids every hub, and this variable selects another hub",
-        )
-    if (
-        "TRANSFORMERS_OFFLINE" in given
-        and (given["TRANSFORMERS_OFFLINE"].lower() in _ON) != is_offline
-    ):
-        yield Finding(
-            "TRANSFORMERS_OFFLINE",
-            f"HF_HUB_OFFLINE has the opposite value ({'on' if is_offline else 'off'}), and only"
-            " that one counts",
-        )
-    other = given.get("HUGGING_FACE_HUB_TOKEN")
-    if other and given.get("HF_TOKEN") and other != given["HF_TOKEN"]:
-        yield Finding(
-            "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN has another token, which is the one in use"
         )
 
 
