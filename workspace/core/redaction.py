@@ -79,14 +79,7 @@ _FLAG = re.compile(rf"(--[a-z-]{{0,40}}?{SECRET_TERM}[a-z-]{{0,40}}[ \t]+)(?!-)\
 _HEADER = re.compile(
     r"((?:authorization|(?:set-)?cookie)\\*[\"']?[ \t]*[:=][ \t]*\\*[\"']?)[^\"'\\]*", re.IGNORECASE
 )
-# A line of ~/.netrc.
-_NETRC = re.compile(
-    r"(\b(?:login|machine)[ \t]+\S+[ \t]+(?:account[ \t]+\S+[ \t]+)?password[ \t]+"
-    r"|^[ \t]*password[ \t]+(?=\S+$))\S+",
-    re.IGNORECASE,
-)
 _BEARER = re.compile(r"(bearer[ \t]+)[\w.~+/=-]{6,}", re.IGNORECASE)
-_CURL_USER = re.compile(r"((?:^|\s)(?:-u|--user|--proxy-user)[ \t=]+)[^\s:]+:\S+")
 _NUMBER = re.compile(r"[\[(]?-?[\d.,]{0,9}[\])]?")
 # Tokens that bear their maker's mark: Hugging Face, GitHub, GitLab, OpenAI and its like, Slack,
 # NVIDIA, AWS, Google, npm, JSON web tokens.
@@ -121,8 +114,6 @@ _BEFORE_VERSION = re.compile(
     r"(?:[=<>~!]=|[A-Za-z][\w.]*(?<!ip)[-_]|(?<!\\)[A-Za-z+]|\.so\.|versions?\W{0,3})\Z",
     re.IGNORECASE,
 )
-_UUID = re.compile(rf"(?:\b|{_ESCAPE})" r"(GPU|MIG)-[0-9a-f]{8}-[0-9a-f-]{27}\b", re.IGNORECASE)
-_HOLE = re.compile(rb"\0{16,}")
 
 
 @dataclass(frozen=True)
@@ -178,8 +169,6 @@ class Redactor:
 
     def content(self, content: bytes) -> bytes | None:
         """Return a file's content without private data, None where it is not text."""
-        # A power cut leaves zeros in the place of what was not written.
-        content = _HOLE.sub(b"", content)
         if b"\0" in content:
             return None
         return self.text(content.decode("utf-8", "replace")).encode("utf-8", "replace")
@@ -222,8 +211,8 @@ class Redactor:
         if ":" in line and "/" in line:
             line = _URL_HOST.sub(_url_host, _URL_USER.sub(rf"\g<1>{MASK}@", line))
         if _HAS_SECRET_TERM.search(line):
-            line = _PAIR.sub(_pair, _masked(line, _HEADER, _BEARER, _FLAG, _NETRC))
-        line = _TOKEN.sub(MASK, _masked(line, _CURL_USER))
+            line = _PAIR.sub(_pair, _masked(line, _HEADER, _BEARER, _FLAG))
+        line = _TOKEN.sub(MASK, line)
         if "@" in line:
             line = _EMAIL.sub(
                 lambda match: match[0] if _is_reserved(match[1]) else "<email>",
@@ -236,10 +225,7 @@ class Redactor:
 
     def _addresses(self, line: str) -> str:
         if ":" in line or "-" in line:
-            line = _UUID.sub(
-                r"\1-<uuid>",
-                _MAC.sub(lambda match: match[0] if not match[0].strip("0:-") else "<mac>", line),
-            )
+            line = _MAC.sub(lambda match: match[0] if not match[0].strip("0:-") else "<mac>", line)
             line = _IPV6.sub(_ipv6, line)
         return _IPV4.sub(self._ipv4, line)
 
