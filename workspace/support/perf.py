@@ -8,7 +8,7 @@ perf_pairs.py prepares the sides.
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -311,17 +311,19 @@ def run(
         f" aims missed: {', '.join(missed) or 'none'}"
     )
     if errors:
-        first = next(iter(errors.values()))
-        raise BuildError(
-            f"{len(errors)} of {len(results)} rows could not be measured: {', '.join(errors)}:"
-            f" {first.message}",
-            hint=first.hint,
-            details=tuple(
-                line
-                for name, error in errors.items()
-                for line in (*error.details, f"{name}: {error}")
-            ),
-        )
+        raise _not_measured(errors, len(results))
+
+
+def _not_measured(errors: Mapping[str, WorkspaceError], count: int) -> BuildError:
+    first = next(iter(errors.values()))
+    return BuildError(
+        f"{len(errors)} of {count} rows could not be measured: {', '.join(errors)}:"
+        f" {first.message}",
+        hint=first.hint,
+        details=tuple(
+            line for name, error in errors.items() for line in (*error.details, f"{name}: {error}")
+        ),
+    )
 
 
 def _measure(row: PerfPair, context: Context, pairs: int, console: Console) -> Result:
