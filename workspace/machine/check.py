@@ -18,8 +18,6 @@ from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import SettingsError
 from workspace.core.known_settings import KNOWN, SETTINGS, is_secret
 from workspace.core.settings import (
-    AGAIN,
-    UNKNOWN,
     Settings,
     is_for,
     is_set_by_the_workspace,
@@ -35,9 +33,6 @@ _OF_INTEREST = re.compile(
     r"VLLM_\w+|HF_\w+|HUGGING_FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+|TRITON_\w+|FLASHINFER_\w+"
     r"|TORCHINDUCTOR_\w+|PYTORCH_\w+|VERBOSE|(UV|PIP)_(CONSTRAINT|OVERRIDE|REQUIRE_HASHES)"
 )
-_HIDES = re.compile(r"(?P<name>\w+)(=.*)? in the shell hides ", re.DOTALL)
-_UNKNOWN = re.compile(rf"\.env, line (?P<line>\d+): (?P<name>\w+) {UNKNOWN}")
-_REPEATED = re.compile(rf"\.env, line (?P<line>\d+): (?P<name>\w+) {AGAIN}")
 # Variables that name a file or folder to read, without those that vLLM creates itself.
 _NAMES_A_FILE = re.compile(r"VLLM_(?!\w*(CACHE|DUMP|RPC|RUST|XLA))\w+_(PATH|FILE|FOLDER)")
 # The Triton that introduced the second assembler, and the first GPU that uses it
@@ -249,7 +244,7 @@ def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Setti
                 is_sentence=False,
             )
     # The tree's own list takes 20 ms to read: only where the settings do not know a name.
-    is_judged = any(map(_UNKNOWN.match, settings.warnings)) and bool(
+    is_judged = any(notice.kind == "unknown" for notice in settings.warnings) and bool(
         run_environment.known_variables(case.layout)
     )
     return tuple(
@@ -359,23 +354,10 @@ def _with_warning(settings: Settings, row: SettingRow, *, is_judged: bool) -> Se
     """
     if row.state != State.OK:
         return row
-    for warning in settings.warnings:
-        hidden, repeated = _HIDES.match(warning), _REPEATED.match(warning)
-        unknown = None if is_judged else _UNKNOWN.match(warning)
-        found = hidden or repeated or unknown
-        if found and found["name"] == row.name:
-            # An unknown name may be right: nothing removes it, an editor shows it.
-            hint = (
-                hints.text("core.edit_dotenv", line=unknown["line"])
-                if unknown
-                else hints.text("machine.unset", name=row.name)
-            )
+    for notice in settings.warnings:
+        if notice.name == row.name and not (is_judged and notice.kind == "unknown"):
             return replace(
-                row,
-                state=State.WARN,
-                text=re.sub(r"; `unset .*$", "", warning),
-                hint=hints.text("machine.drop_line", line=repeated["line"]) if repeated else hint,
-                is_sentence=True,
+                row, state=State.WARN, text=notice.sentence, hint=notice.hint, is_sentence=True
             )
     return row if row.text else replace(row, text=f"for {_phase(row.name)}")
 

@@ -272,15 +272,13 @@ def token(case: Case) -> Iterator[Row]:
 
 def settings(case: Case) -> Iterator[Row]:
     """Check .env for unknown names, repeated names, and lines that the shell hides."""
-    for warning in case.settings.warnings:
-        seen = re.sub(r"; `unset .*$", "", warning)
-        if found := re.search(r"`unset (\w+)`", warning):
-            why = "the value in .env is not the value in use"
-            yield Row(State.WARN, "settings", seen, why, hints.text("machine.unset", name=found[1]))
-        else:
-            line = re.match(r"\.env, line (\d+)", warning)
-            hint = hints.text("core.edit_dotenv", line=line[1] if line else 1)
-            yield Row(State.WARN, "settings", seen, "such a line has no effect", hint)
+    for notice in case.settings.warnings:
+        why = (
+            "the value in .env is not the value in use"
+            if notice.kind == "hidden"
+            else "such a line has no effect"
+        )
+        yield Row(State.WARN, "settings", notice.sentence, why, notice.hint)
     if not case.settings.warnings:
         exists = case.layout.dotenv.exists()
         seen = "the shell hides no line of .env" if exists else "no .env yet; bootstrap writes one"
