@@ -131,9 +131,7 @@ def choose(
         and _minor(preferred) not in wheel_pythons
     )
     is_fetch_useful = (choice is None or choice.reason) and not is_bound and preferred in supported
-    if is_fetch_useful and toolchain.fetch_python(
-        uv(layout), settings, preferred, state=layout.state
-    ):
+    if is_fetch_useful and toolchain.fetch_python(uv(layout), settings, preferred):
         choice = foresee(layout, settings, supported=supported, wheel_pythons=wheel_pythons)
     if choice is None:
         wanted = preferred if preferred in supported else "3.12"

@@ -6,7 +6,6 @@ import contextlib
 import re
 import shlex
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from workspace.core import hints, process
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.process import Absent, Answer, Broken, Slow, There
 from workspace.core.settings import Settings
@@ -30,7 +29,6 @@ LIST_S = 120.0
 # Without a network uv gives up within this time, twice: on its own mirror, then on GitHub.
 FETCH_ANSWER_S = 4
 FETCH_S = 240.0
-FETCH_AGAIN_S = 24 * 3600.0
 _VERSION_LINE = re.compile(r"^(\d+(?:\.\d+)+)$", re.MULTILINE)
 _RELEASE = re.compile(r"release (\d+\.\d+)")
 # A dry run prints nvcc's own home, whatever script or link is in front of it; the source file need
@@ -177,15 +175,8 @@ def find_python(uv: Path, settings: Settings, request: str) -> Path | None:
     )
 
 
-def fetch_python(uv: Path, settings: Settings, version: str, *, state: Path) -> bool:
-    """Fetch a Python through uv and return whether that succeeds.
-
-    After a failure the next attempt is a day later; a file in the folder `state` has the time.
-    """
-    tried = state / f"python-{version}-not-fetched"
-    with contextlib.suppress(OSError):
-        if 0 <= time.time() - tried.stat().st_mtime < FETCH_AGAIN_S:
-            return False
+def fetch_python(uv: Path, settings: Settings, version: str) -> bool:
+    """Fetch a Python through uv and return whether that succeeds."""
     haste = {
         "UV_HTTP_TIMEOUT": str(FETCH_ANSWER_S),
         "UV_HTTP_CONNECT_TIMEOUT": str(FETCH_ANSWER_S),
@@ -194,10 +185,7 @@ def fetch_python(uv: Path, settings: Settings, version: str, *, state: Path) -> 
     environment = settings.child_environment("plain", haste)
     argv = [str(uv), "python", "install", "--no-bin", version]
     with contextlib.suppress(ToolchainError):
-        if process.capture(argv, env=environment, timeout_s=FETCH_S).returncode == 0:
-            return True
-    with contextlib.suppress(OSError):
-        write_atomic(tried, b"")
+        return process.capture(argv, env=environment, timeout_s=FETCH_S).returncode == 0
     return False
 
 
