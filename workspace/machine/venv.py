@@ -5,9 +5,8 @@ Each step acts and returns a sentence on the result. Whether a step is due is de
 """
 
 import platform
-import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +26,6 @@ _NEEDED = ("METADATA", "RECORD", "INSTALLER")
 # uv's names for files that it has not renamed yet.
 _UNFINISHED = ".tmp??????"
 CUDA_MAJOR = "13"
-# uv's lines on a large download, off a terminal: `Downloading torch (502.3MiB)`, later
-# ` Downloaded torch`.
-_ANNOUNCED = re.compile(r"^\s*Downloading (\S+) \(([\d.]+)([KMG])iB\)")
-_FINISHED = re.compile(r"^\s*Downloaded (\S+)")
-_MEBIBYTES = {"K": 1 / 1024, "M": 1.0, "G": 1024.0}
 
 
 def repair(
@@ -160,7 +154,6 @@ def _install_from_sources(
                 [*again, *arguments, wanted.requirement],
                 run_log=run_log,
                 overrides=torch.kept_triton(layout),
-                on_line=_bar(run_log),
             )
             break
         except SourceError as exc:
@@ -187,7 +180,6 @@ def install_requirements(machine: Machine, *, device: str, run_log: RunLog) -> s
         run_log=run_log,
         constraints=torch.constraints(layout),
         overrides=_overrides(layout, needs),
-        on_line=_bar(run_log),
     )
     for requirement, why in needs.left_out:
         run_log.write(f"left out: {requirement}: {why}")
@@ -229,25 +221,6 @@ def _overrides(layout: Layout, needs: requirements.Requirements) -> tuple[str, .
         *(line for line in needs.overrides if not own or line.split(" ")[0] != "triton"),
         *own,
     )
-
-
-def _bar(run_log: RunLog) -> Callable[[str], None]:
-    """Return a callback that moves the step's bar by the downloads in uv's output."""
-    announced: dict[str, float] = {}
-    finished: set[str] = set()
-
-    def show(line: str) -> None:
-        if found := _ANNOUNCED.match(line):
-            announced[found[1]] = float(found[2]) * _MEBIBYTES[found[3]]
-        elif found := _FINISHED.match(line):
-            finished.add(found[1])
-        if found and run_log.step:
-            done = sum(size for name, size in announced.items() if name in finished)
-            run_log.step.progress(
-                done, sum(announced.values()), f"{done:.0f} of {sum(announced.values()):.0f} MiB"
-            )
-
-    return show
 
 
 def _needs(
