@@ -108,7 +108,6 @@ CHECKS: tuple[Check, ...] = (
     _check(doctor_host.memory, "native"),
     _check(doctor_host.swap, "native"),
     _check(doctor_host.oom_daemon, "native"),
-    _check(doctor_toolchain.python, "cpu", "cuda", "native"),
     _check(doctor_toolchain.git, "cpu", "cuda", "native"),
     _check(doctor_toolchain.git_identity),
     _check(doctor_toolchain.uv, "cpu", "cuda", "native"),
