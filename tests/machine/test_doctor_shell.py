@@ -133,7 +133,7 @@ def test_repeated_setting_is_reported_with_the_line_without_effect(house):
         "warn",
         ".env, line 2: MAX_JOBS is set again in line 3, which counts",
     )
-    assert found.hint.endswith("+2 .env")
+    assert found.hint == "sed -i '2s/^/# /' .env"
 
 
 def test_misspelt_setting_is_reported_with_its_line(house):

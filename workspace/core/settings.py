@@ -451,30 +451,24 @@ def _with_braces(string: str, name: str, line: int, earlier: Collection[str]) ->
 
 def _dotenv_text(raw: bytes) -> str:
     """Return .env as text. Raises SettingsError for bytes that a shell or a program misreads."""
+
+    def fault(at: int, message: str, hint: str) -> SettingsError:
+        line = raw[:at].count(b"\n") + 1
+        return SettingsError(f".env, line {line} {message}", hint=hint)
+
     if raw.startswith(b"\xef\xbb\xbf"):
-        raise SettingsError(
-            ".env, line 1 begins with a byte order mark, which hides the first name",
-            hint=hints.text("core.without_bom"),
-        )
-    if b"\r" in raw:
-        line = raw[: raw.index(b"\r")].count(b"\n") + 1
-        raise SettingsError(
-            f".env, line {line} has Windows line ends, which a shell takes into the value",
-            hint=hints.text("core.without_cr"),
-        )
-    if b"\0" in raw:
-        line = raw[: raw.index(b"\0")].count(b"\n") + 1
-        raise SettingsError(
-            f".env, line {line} has a zero byte, which no program accepts",
-            hint=hints.text("core.begin_dotenv"),
-        )
+        message = "begins with a byte order mark, which hides the first name"
+        raise fault(0, message, hints.text("core.without_bom"))
+    if (at := raw.find(b"\r")) >= 0:
+        message = "has Windows line ends, which a shell takes into the value"
+        raise fault(at, message, hints.text("core.without_cr"))
+    if (at := raw.find(b"\0")) >= 0:
+        message = "has a zero byte, which no program accepts"
+        raise fault(at, message, hints.text("core.begin_dotenv"))
     try:
         return raw.decode()
     except UnicodeDecodeError as exc:
-        raise SettingsError(
-            f".env, line {raw[: exc.start].count(bytes([10])) + 1} is not UTF-8",
-            hint=hints.text("core.begin_dotenv"),
-        ) from exc
+        raise fault(exc.start, "is not UTF-8", hints.text("core.begin_dotenv")) from exc
 
 
 def _presentable(text: str, secrets: Iterable[str]) -> str:
