@@ -495,11 +495,6 @@ def _hidden(name: str, shell_text: str, text: str) -> Notice:
 
 def _unknown(name: str, line: int, known: Iterable[str]) -> Notice:
     like = nearest(name, {*known, *usual_names()})
-    follows = (
-        "./scripts/inv env shows how it is used."
-        if name.startswith("VLLM_")
-        else "It is passed on unchanged."
-    )
-    meant = f"; did you mean {like}?" if like else "."
-    sentence = f".env, line {line}: {name} is not a known setting{meant} {follows}"
+    meant = f"; did you mean {like}?" if like else ""
+    sentence = f".env, line {line}: {name} is not a known setting{meant}"
     return Notice("unknown", name, sentence, line)

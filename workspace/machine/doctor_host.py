@@ -272,13 +272,13 @@ def token(case: Case) -> Iterator[Row]:
 
 def settings(case: Case) -> Iterator[Row]:
     """Check .env for unknown names, repeated names, and lines that the shell hides."""
+    why = {
+        "hidden": "the value in .env is not the value in use",
+        "repeated": "such a line has no effect",
+        "unknown": "it is passed on unchanged",
+    }
     for notice in case.settings.warnings:
-        why = (
-            "the value in .env is not the value in use"
-            if notice.kind == "hidden"
-            else "such a line has no effect"
-        )
-        yield Row(State.WARN, "settings", notice.sentence, why, notice.hint)
+        yield Row(State.WARN, "settings", notice.sentence, why[notice.kind], notice.hint)
     if not case.settings.warnings:
         exists = case.layout.dotenv.exists()
         seen = "the shell hides no line of .env" if exists else "no .env yet; bootstrap writes one"
