@@ -4,6 +4,7 @@ import pytest
 
 from tests.machine.test_doctor import tree
 from workspace.core import process
+from workspace.core.console import Console
 from workspace.core.process import Absent, Broken, Completed, NoAnswer, Slow, There
 from workspace.machine import (
     doctor,
@@ -190,15 +191,8 @@ def test_slow_pip_does_not_change_the_source_of_torch(house, impatient):
 def test_slow_sudo_is_not_a_refusal(house, impatient):
     impatient()
     house.program("sudo", SLOW)
-    environment = house.settings().child_environment("plain")
-    with pytest.raises(NoAnswer, match="sudo -n -l"):
-        hardware._sudo_fault(["sudo", "-n", "sysctl"], environment)
-
-
-def test_refusal_of_sudo_is_in_its_own_words(house):
-    environment = house.settings().child_environment("plain")
-    house.program("sudo", "echo 'sorry, no' >&2; exit 1")
-    assert "sorry, no" in (hardware._sudo_fault(["sudo", "-n", "sysctl"], environment) or "")
+    with pytest.raises(NoAnswer, match="sudo gave no answer"):
+        hardware.drop_caches(house.settings(), console=Console(), is_root=False)
 
 
 def test_limits_leave_a_loaded_machine_its_time():
