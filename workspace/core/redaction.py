@@ -2,8 +2,7 @@
 
 Pure: text in, text out. The caller names what is known to be private (`Private`); other private
 data is known by its form. A secret is known as it is written and as JSON writes it; what else goes
-into a report is the caller's choice. Masking is idempotent and never raises; a line that does not
-settle is masked whole.
+into a report is the caller's choice. Masking never raises.
 """
 
 import ipaddress
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from workspace.core.known_settings import SECRET_NOUNS, SECRET_PARTS, SECRET_TERM
 
 MASK = "****"
-ROUNDS = 8
 SHORTEST_SECRET = 4
 SHORTEST_NAME = 2
 # Names that say nothing about anybody; as words they are what a report is about, and some are
@@ -78,6 +76,12 @@ _PAIR = re.compile(
 _FLAG = re.compile(rf"(--[a-z-]{{0,40}}?{SECRET_TERM}[a-z-]{{0,40}}[ \t]+)(?!-)\S+", re.IGNORECASE)
 _HEADER = re.compile(
     r"((?:authorization|(?:set-)?cookie)\\*[\"']?[ \t]*[:=][ \t]*\\*[\"']?)[^\"'\\]*", re.IGNORECASE
+)
+# A line of ~/.netrc.
+_NETRC = re.compile(
+    r"(\b(?:login|machine)[ \t]+\S+[ \t]+(?:account[ \t]+\S+[ \t]+)?password[ \t]+"
+    r"|^[ \t]*password[ \t]+(?=\S+$))\S+",
+    re.IGNORECASE,
 )
 _BEARER = re.compile(r"(bearer[ \t]+)[\w.~+/=-]{6,}", re.IGNORECASE)
 _NUMBER = re.compile(r"[\[(]?-?[\d.,]{0,9}[\])]?")
@@ -157,15 +161,12 @@ class Redactor:
 
     def text(self, text: str) -> str:
         """Return the text without private data. Line ends stay, colours are removed."""
-        text = _TERMINAL.sub("", text)
-        settled: dict[str, str] = {}
-        for _ in range(ROUNDS):
-            masked = self._blocks(text)
-            masked = "\n".join(self._settle(line, settled) for line in masked.split("\n"))
-            if masked == text:
-                return text
-            text = masked
-        return MASK
+        masked: dict[str, str] = {}
+        lines = self._blocks(_TERMINAL.sub("", text)).split("\n")
+        for line in lines:
+            if line not in masked:
+                masked[line] = self._line(line)
+        return "\n".join(masked[line] for line in lines)
 
     def content(self, content: bytes) -> bytes | None:
         """Return a file's content without private data, None where it is not text."""
@@ -188,19 +189,6 @@ class Redactor:
             text = _KEY_END.sub("<private key>", _KEY_BLOCK.sub("<private key>", text))
         return text
 
-    def _settle(self, line: str, settled: dict[str, str]) -> str:
-        if (known := settled.get(line)) is not None:
-            return known
-        masked = line
-        for _ in range(ROUNDS):
-            before, masked = masked, self._line(masked)
-            if masked == before:
-                break
-        else:
-            masked = MASK
-        settled[line] = settled[masked] = masked
-        return masked
-
     def _line(self, line: str) -> str:
         for secret in self._secrets:
             if secret in line:
@@ -211,7 +199,7 @@ class Redactor:
         if ":" in line and "/" in line:
             line = _URL_HOST.sub(_url_host, _URL_USER.sub(rf"\g<1>{MASK}@", line))
         if _HAS_SECRET_TERM.search(line):
-            line = _PAIR.sub(_pair, _masked(line, _HEADER, _BEARER, _FLAG))
+            line = _PAIR.sub(_pair, _masked(line, _HEADER, _BEARER, _FLAG, _NETRC))
         line = _TOKEN.sub(MASK, line)
         if "@" in line:
             line = _EMAIL.sub(

@@ -41,7 +41,6 @@ from workspace.repo.git import Git
 KEPT_REPORTS = 5
 SHOWN_LOGS = 5
 SHOWN_CONFIGURES = 3
-SHOWN_COMMITS = 5
 SHOWN_NAMES = 100
 ANSWER_S = 8.0
 # The import of torch from a cold disk takes most of it.
@@ -432,13 +431,6 @@ def _repository(layout: Layout, path: Path, pinned: set[str]) -> Iterator[str]:
         origin = "none" if url is None else "pinned" if url in pinned else "not the pinned one"
         yield f"HEAD {head or 'has no commit'}; origin: {origin}"
         yield f"under way: {git.under_way() or 'nothing'}"
-        if link := git.gitlink("vendor/vllm"):
-            yield f"gitlink vendor/vllm {link.commit}"
-        for index in range(SHOWN_COMMITS if head else 0):
-            commit, parent = git.resolve(f"HEAD~{index}"), git.resolve(f"HEAD~{index + 1}")
-            if commit:
-                subject = git.slugs(parent, commit)[-1] if parent else "(the first commit)"
-                yield f"  {commit[:12]} {subject}"
         edited = git.edits()
         new = (
             [name for name in git.changed_files("HEAD") if name not in set(edited)] if head else []
