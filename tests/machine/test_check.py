@@ -96,11 +96,7 @@ def test_ptxas_of_the_guide_is_not_the_one_that_triton_uses_on_a_spark(house: Ho
         "nvidia-smi",
         'case "$*" in *name,compute_cap*) echo "NVIDIA GB10, 12.1, 580.95";; *) exit 1;; esac',
     )
-    described = (
-        house.layout.environment / "lib" / "python3.12" / "site-packages" / "triton-3.7.1.dist-info"
-    )
-    described.mkdir(parents=True)
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3.7.1\n")
+    house.package("triton", "3.7.1")
     ptxas = house.program("ptxas", "exit 0")
     row = judged(house, device="cuda", TRITON_PTXAS_PATH=str(ptxas))["TRITON_PTXAS_PATH"]
     assert (

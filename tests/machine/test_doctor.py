@@ -354,11 +354,8 @@ def test_preflight_is_a_selection_from_the_doctors_own_rows(house, built, tree):
 
 
 def test_unknown_device_is_the_one_that_the_torch_in_the_environment_is_built_for(house, tree):
-    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
-    (packages / "torch").mkdir(parents=True)
-    (packages / "torch" / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")
-    (packages / "torch-2.13.0.dist-info").mkdir()
-    (packages / "torch-2.13.0.dist-info" / "METADATA").touch()
+    text = "__version__ = '2.13.0'\ncuda = '13.0'\n"
+    house.package("torch", "2.13.0", {"torch/version.py": text})
     # Its driver no longer answers: a fault, not a machine without a GPU.
     out, _, _ = shown(house, house.settings(), as_json=True)
     assert {row["name"]: row["state"] for row in json.loads(out)["rows"]}["driver"] == "FAIL"
