@@ -197,22 +197,6 @@ def test_values_are_judged_by_the_functions_of_the_tree(
             "FAIL",
             "this machine",
         ),
-        ("cuda", {"MAX_JOBS": "900"}, "MAX_JOBS", "warn", "flashinfer#3634"),
-        (
-            "cpu",
-            {"MAX_JOBS": "2", "NVCC_THREADS": "8"},
-            "NVCC_THREADS",
-            "warn",
-            "more than MAX_JOBS=2",
-        ),
-        ("cpu", {"TORCH_CUDA_ARCH_LIST": "12.1a"}, "TORCH_CUDA_ARCH_LIST", "warn", "not used"),
-        (
-            "cpu",
-            {"USE_EXISTING_TORCH": "1", "TORCH_INDEX_URL": "https://a.example/whl"},
-            "TORCH_INDEX_URL",
-            "warn",
-            "not used: USE_EXISTING_TORCH=1",
-        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_found(

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.core import hints
-from workspace.core.child_variables import fitting_jobs
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import SettingsError
 from workspace.core.known_settings import KNOWN, SETTINGS, is_secret
@@ -56,7 +55,7 @@ def conflict_findings(case: Case, given: Mapping[str, str]) -> Iterator[Finding]
     `given` has the values that the user or a recipe sets, by name, without defaults.
     """
     given = {name: text for name, text in given.items() if text}
-    for look in (_toolkit, _assemblers, _files, _vocabularies, _memory, _compilers, _torch):
+    for look in (_toolkit, _assemblers, _files, _vocabularies, _memory):
         yield from look(case, given)
 
 
@@ -140,29 +139,6 @@ def _memory(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
             f"this machine, or its control group, has {case.host().memory_gib:.1f} GiB",
             is_error=True,
         )
-
-
-def _compilers(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    jobs, threads = case.settings.count("MAX_JOBS"), case.settings.count("NVCC_THREADS")
-    if jobs and threads and threads > jobs:
-        yield Finding(
-            "NVCC_THREADS", f"more than MAX_JOBS={jobs}: one compiler runs, with {jobs} threads"
-        )
-    if jobs and "MAX_JOBS" in given and case.device == "cuda":
-        fitting = fitting_jobs(case.host().cores, case.host().memory_gib)
-        if jobs > fitting:
-            message = (
-                "FlashInfer starts as many compilers while vLLM runs; this memory is enough for"
-                f" {fitting} (flashinfer-ai/flashinfer#3634)"
-            )
-            yield Finding("MAX_JOBS", message)
-    if "TORCH_CUDA_ARCH_LIST" in given and case.device == "cpu":
-        yield Finding("TORCH_CUDA_ARCH_LIST", "not used: the device is cpu")
-
-
-def _torch(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    if "TORCH_INDEX_URL" in given and case.settings.switch("USE_EXISTING_TORCH"):
-        yield Finding("TORCH_INDEX_URL", "not used: USE_EXISTING_TORCH=1 keeps the installed torch")
 
 
 @dataclass(frozen=True)
