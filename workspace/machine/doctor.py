@@ -106,7 +106,6 @@ CHECKS: tuple[Check, ...] = (
     _check(doctor_host.architecture),
     _check(doctor_host.cores, "native"),
     _check(doctor_host.memory, "native"),
-    _check(doctor_host.swap, "native"),
     _check(doctor_host.oom_daemon, "native"),
     _check(doctor_toolchain.git, "cpu", "cuda", "native"),
     _check(doctor_toolchain.git_identity),
@@ -130,7 +129,6 @@ CHECKS: tuple[Check, ...] = (
     _check(completion),
     _check(doctor_host.proxy, "network"),
     _check(doctor_host.vllm, "network"),
-    _check(doctor_host.triton, "network"),
     _check(doctor_host.index, "network"),
 )
 

@@ -93,21 +93,6 @@ def _limit_fault() -> str | None:
     return None
 
 
-def swap(case: Case) -> Iterator[Row]:
-    """Check how much of the swap is in use."""
-    import psutil
-
-    state = psutil.swap_memory()
-    used_gib, total_gib = state.used / hardware.GIB, state.total / hardware.GIB
-    seen = f"{used_gib:.1f} of {total_gib:.1f} GiB in use" if state.total else "none"
-    if state.total and state.used > state.total / 2:
-        why = "memory is already short; a build would make the machine very slow"
-        yield Row(State.WARN, "swap", seen, why, LARGEST_PROGRAMS)
-    else:
-        why = "it only delays the failure: a machine that swaps compilers does not respond"
-        yield Row(State.OK, "swap", seen, why)
-
-
 def oom_daemon(case: Case) -> Iterator[Row]:
     """Check that a service stops the largest program before memory runs out.
 
@@ -294,35 +279,25 @@ def vllm(case: Case) -> Iterator[Row]:
         else "without it the release archive on the package index is used"
     )
     is_needed = is_git and not (case.layout.vllm / ".git").exists()
-    yield from _remote(
-        case, "vllm", "VLLM_MIRROR", why=why, failed_state=State.FAIL if is_needed else State.WARN
-    )
-
-
-def triton(case: Case) -> Iterator[Row]:
-    """Check the sources of Triton's tree; only a build of Triton needs them."""
-    why = "only a build of Triton needs it"
-    yield from _remote(case, "triton", "TRITON_MIRROR", why=why, failed_state=State.WARN)
-
-
-def _remote(case: Case, name: str, setting: str, *, why: str, failed_state: State) -> Iterator[Row]:
-    mirror, url = case.settings.text(setting), _pinned(case.layout.pins, name)
+    failed_state = State.FAIL if is_needed else State.WARN
+    setting = "VLLM_MIRROR"
+    mirror, url = case.settings.text(setting), _pinned(case.layout.pins)
     if url is None:
         seen = "vendor/pins.toml names no readable remote"
         hint = hints.text("core.restore_pins")
-        yield Row(State.FAIL, f"{name} git", seen, "the pins name the remote", hint)
+        yield Row(State.FAIL, "vllm git", seen, "the pins name the remote", hint)
         return
     if mirror:
         shown, used = without_user(mirror), f"{setting} is used before any other source"
         hint = hints.text("machine.ls_remote", url=shown, setting=setting)
-        row = Row(failed_state, f"{name} mirror", shown, used, hint)
+        row = Row(failed_state, "vllm mirror", shown, used, hint)
         yield (judged := _judged(row, _ask_remote(case, mirror), look=hint))
         if judged.state is State.OK:
             return
     shown = without_user(url)
     hint = hints.text("machine.set_url", setting=setting)
     # With a mirror set, git never contacts the pinned remote.
-    row = Row(State.WARN if mirror else failed_state, f"{name} git", shown, why, hint)
+    row = Row(State.WARN if mirror else failed_state, "vllm git", shown, why, hint)
     yield _judged(
         row, _ask_remote(case, url), look=hints.text("machine.ls_remote_plain", url=shown)
     )
@@ -407,10 +382,10 @@ def _ask_remote(case: Case, url: str) -> Answer[None]:
     return Broken(shown)
 
 
-def _pinned(pins: Path, name: str) -> str | None:
-    """Return a remote's address from the pins; the repo room verifies the rest of them."""
+def _pinned(pins: Path) -> str | None:
+    """Return the address of vLLM's remote from the pins; the repo room verifies the rest."""
     try:
-        table = records.parse_toml(pins.read_bytes()).get(name)
+        table = records.parse_toml(pins.read_bytes()).get("vllm")
     except (OSError, records.DecodeError):
         return None
     url = table.get("url") if isinstance(table, dict) else None
