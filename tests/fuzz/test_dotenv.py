@@ -68,7 +68,9 @@ def are_usable(found: settings.Settings) -> None:
         for name, text in found.child_environment(phase).items():
             assert b"\0" not in os.fsencode(name) + os.fsencode(text)
         assert phase == "run" or "HF_TOKEN" not in found.child_environment(phase)
-    assert not any(SECRET in warning or "hunter2" in warning for warning in found.warnings)
+    assert not any(
+        SECRET in repr(warning) or "hunter2" in repr(warning) for warning in found.warnings
+    )
 
 
 @fuzz(fast=80, deep=6000)

@@ -78,6 +78,15 @@ class House:
         path.chmod(0o755)
         return path
 
+    def package(self, name: str, version: str, files: Mapping[str, str] | None = None) -> Path:
+        """Make an installed package as far as its folders show it; return the packages' folder."""
+        packages = self.layout.environment / "lib" / "python3.11" / "site-packages"
+        info = f"{name}-{version}.dist-info"
+        for path, text in {f"{info}/METADATA": "", **(files or {})}.items():
+            (packages / path).parent.mkdir(parents=True, exist_ok=True)
+            (packages / path).write_text(text)
+        return packages
+
     def wheel(
         self,
         name: str,

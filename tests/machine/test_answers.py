@@ -4,6 +4,7 @@ import pytest
 
 from tests.machine.test_doctor import tree
 from workspace.core import process
+from workspace.core.console import Console
 from workspace.core.process import Absent, Broken, Completed, NoAnswer, Slow, There
 from workspace.machine import (
     doctor,
@@ -155,8 +156,7 @@ def test_slow_python_does_not_make_way_for_another_version(house, tree, tmp_path
     impatient()
     listed = tmp_path / "python3.12"
     house.program("python3.12", SLOW, folder=tmp_path)
-    entry = f'{{"version": "3.12.3", "path": "{listed}", "implementation": "cpython"}}'
-    fake(house, "uv", f"echo '[{entry}]'")
+    fake(house, "uv", f"echo '{listed}'")
     with pytest.raises(NoAnswer, match=r"python3\.12 gave no answer"):
         interpreter.foresee(
             house.layout,
@@ -165,7 +165,7 @@ def test_slow_python_does_not_make_way_for_another_version(house, tree, tmp_path
         )
 
 
-def test_list_of_pythons_that_takes_long_is_a_warning_of_the_headers(house, tree, impatient):
+def test_search_for_a_python_that_takes_long_is_a_warning_of_the_headers(house, tree, impatient):
     impatient()
     fake(house, "uv", SLOW)
     row = row_of(house, doctor_toolchain.headers)
@@ -191,15 +191,8 @@ def test_slow_pip_does_not_change_the_source_of_torch(house, impatient):
 def test_slow_sudo_is_not_a_refusal(house, impatient):
     impatient()
     house.program("sudo", SLOW)
-    environment = house.settings().child_environment("plain")
-    with pytest.raises(NoAnswer, match="sudo -n -l"):
-        hardware._sudo_fault(["sudo", "-n", "sysctl"], environment)
-
-
-def test_refusal_of_sudo_is_in_its_own_words(house):
-    environment = house.settings().child_environment("plain")
-    house.program("sudo", "echo 'sorry, no' >&2; exit 1")
-    assert "sorry, no" in (hardware._sudo_fault(["sudo", "-n", "sysctl"], environment) or "")
+    with pytest.raises(NoAnswer, match="sudo gave no answer"):
+        hardware.drop_caches(house.settings(), console=Console(), is_root=False)
 
 
 def test_limits_leave_a_loaded_machine_its_time():

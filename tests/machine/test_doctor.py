@@ -57,20 +57,20 @@ def fake_python(house, version: str, *, headers: bool, base: str = "/usr") -> No
         "executable": "",
     }
     path = house.program("python", f"echo '{json.dumps(output)}'", folder=home / "bin")
-    listed = json.dumps(
-        [{"version": version, "path": str(path), "implementation": "cpython", "variant": "default"}]
-    )
+    missing = "echo 'error: No interpreter found' >&2; exit 2"
+    minor = version.rpartition(".")[0]
+    found = f'case "$*" in *{minor}|*">="*) echo "{path}";; *) {missing};; esac'
     uv = house.layout.tools / "bin" / "uv"
     uv.unlink(missing_ok=True)
     house.program(
-        "uv", f'[ "$1" = --version ] && echo "uv 0.0.0" || echo \'{listed}\'', folder=uv.parent
+        "uv", f'[ "$1" = --version ] && echo "uv 0.0.0" && exit\n{found}', folder=uv.parent
     )
 
 
 def test_working_machine_passes_for_a_precompiled_wheel_on_cpu(house, built, tree):
     settings = built()
     found = rows(house, settings)
-    assert {found[name].state for name in ("disk", "python", "git", "uv")} == {"ok"}
+    assert {found[name].state for name in ("disk", "git", "uv")} == {"ok"}
     assert not {"driver", "toolkit", "compiler"} & set(found)
 
 
@@ -354,11 +354,8 @@ def test_preflight_is_a_selection_from_the_doctors_own_rows(house, built, tree):
 
 
 def test_unknown_device_is_the_one_that_the_torch_in_the_environment_is_built_for(house, tree):
-    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
-    (packages / "torch").mkdir(parents=True)
-    (packages / "torch" / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")
-    (packages / "torch-2.13.0.dist-info").mkdir()
-    (packages / "torch-2.13.0.dist-info" / "METADATA").touch()
+    text = "__version__ = '2.13.0'\ncuda = '13.0'\n"
+    house.package("torch", "2.13.0", {"torch/version.py": text})
     # Its driver no longer answers: a fault, not a machine without a GPU.
     out, _, _ = shown(house, house.settings(), as_json=True)
     assert {row["name"]: row["state"] for row in json.loads(out)["rows"]}["driver"] == "FAIL"

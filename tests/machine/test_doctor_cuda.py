@@ -48,13 +48,8 @@ def rows(check, *args, **options) -> dict[str, Row]:
 
 
 def torch(house, cuda="13.0") -> None:
-    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
-    (packages / "torch").mkdir(parents=True)
-    (packages / "torch" / "version.py").write_text(
-        f"__version__ = '2.13.0'\ncuda: str = '{cuda}'\n"
-    )
-    (packages / "torch-2.13.0.dist-info").mkdir()
-    (packages / "torch-2.13.0.dist-info" / "METADATA").touch()
+    text = f"__version__ = '2.13.0'\ncuda: str = '{cuda}'\n"
+    house.package("torch", "2.13.0", {"torch/version.py": text})
 
 
 def test_gpu_and_driver_are_shown_with_the_cuda_that_the_driver_serves(house):

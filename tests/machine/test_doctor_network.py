@@ -135,19 +135,3 @@ def test_index_in_a_folder_exists_or_fails(house, tmp_path):
         rows(doctor_host.index, house, UV_DEFAULT_INDEX=(tmp_path / "gone").as_uri())["index"].state
         == "FAIL"
     )
-
-
-def test_torch_that_lies_in_a_local_folder_needs_no_index(house):
-    # uv then looks into the folder alone.
-    house.torch("2.13.0+cpu")
-    assert rows(doctor_host.torch_index, house)["torch index"].state == "ok"
-
-
-def test_unavailable_torch_fails_and_only_warns_where_one_is_installed(house):
-    assert rows(doctor_host.torch_index, house)["torch index"].state == "FAIL"
-    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
-    (packages / "torch-2.13.0.dist-info").mkdir(parents=True)
-    (packages / "torch-2.13.0.dist-info" / "METADATA").touch()
-    (packages / "torch").mkdir()
-    (packages / "torch" / "version.py").write_text("__version__ = '2.13.0'\n")
-    assert rows(doctor_host.torch_index, house)["torch index"].state == "warn"

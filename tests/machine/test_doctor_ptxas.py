@@ -11,12 +11,8 @@ from workspace.machine.machine import Case
 
 
 def triton(house, version, *, first=OLD, second=None) -> None:
-    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
-    (packages / f"triton-{version}.dist-info").mkdir(parents=True)
-    (packages / f"triton-{version}.dist-info" / "METADATA").touch()
+    packages = house.package("triton", version, {"triton/__init__.py": ""})
     folder = packages / "triton" / "backends" / "nvidia" / "bin"
-    folder.mkdir(parents=True)
-    (packages / "triton" / "__init__.py").touch()
     house.program("ptxas", PTXAS.format(release="12.8", known=first), folder=folder)
     if second is not None:
         house.program("ptxas-blackwell", PTXAS.format(release="13.1", known=second), folder=folder)

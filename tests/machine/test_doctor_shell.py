@@ -18,16 +18,11 @@ def row(check, house, *, device="cpu", **shell) -> Row:
 @pytest.fixture
 def torchs(house):
     """An environment whose torch brings libraries of its own."""
-    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
-    for place in (
-        "nvidia/cu13/lib/libcublas.so.13",
-        "nvidia/nccl/lib/libnccl.so.2",
-        "torch/lib/libc10.so",
-        "torch/lib/libtorch_python.so",
-    ):
-        (packages / place).parent.mkdir(parents=True, exist_ok=True)
-        (packages / place).touch()
-    return packages
+    names = ("nvidia/cu13/lib/libcublas.so.13", "nvidia/nccl/lib/libnccl.so.2")
+    names += ("torch/lib/libc10.so", "torch/lib/libtorch_python.so")
+    text = "__version__ = '2.13.0'\ncuda = '13.0'\n"
+    files = dict.fromkeys(names, "") | {"torch/version.py": text}
+    return house.package("torch", "2.13.0", files)
 
 
 def libraries(folder, *names):
@@ -73,9 +68,6 @@ def test_folders_without_such_libraries_are_no_fault(house, torchs, tmp_path):
 def test_cuda_home_is_a_fault_only_where_it_is_not_of_torchs_cuda(
     house, torchs, tmp_path, version, state
 ):
-    (torchs / "torch" / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")
-    (torchs / "torch-2.13.0.dist-info").mkdir()
-    (torchs / "torch-2.13.0.dist-info" / "METADATA").touch()
     libraries(tmp_path / "cuda" / "lib64", "libcublas.so.13")
     house.program(
         "nvcc",
@@ -133,7 +125,7 @@ def test_repeated_setting_is_reported_with_the_line_without_effect(house):
         "warn",
         ".env, line 2: MAX_JOBS is set again in line 3, which counts",
     )
-    assert found.hint.endswith("+2 .env")
+    assert found.hint == "sed -i '2s/^/# /' .env"
 
 
 def test_misspelt_setting_is_reported_with_its_line(house):

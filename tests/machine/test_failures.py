@@ -36,44 +36,6 @@ FOLLOWS = (
     [
         (
             [
-                f"{ENGINE}torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
-                FOLLOWS,
-            ],
-            "torch.OutOfMemoryError: CUDA out of memory.",
-            "memory",
-        ),
-        (
-            [
-                (
-                    f"{ENGINE}ValueError: Free memory on device cuda:0 (3/119 GiB) on startup is"
-                    " less than desired GPU memory utilization (0.7, 83 GiB)."
-                ),
-                FOLLOWS,
-            ],
-            "ValueError: Free memory on device",
-            "memory",
-        ),
-        (
-            [
-                (
-                    f"{ENGINE}ValueError: To serve at least one request with the models's max seq"
-                    " len (32000), (4 GiB KV cache is needed, which is larger"
-                ),
-                FOLLOWS,
-            ],
-            "ValueError: To serve",
-            "cache",
-        ),
-        (
-            [
-                f"{ENGINE}ValueError: No available memory for the cache blocks. Try increasing",
-                FOLLOWS,
-            ],
-            "ValueError: No available",
-            "memory",
-        ),
-        (
-            [
                 (
                     f"{FRONT}pydantic_core._pydantic_core.ValidationError: 1 validation error for"
                     " ModelConfig"

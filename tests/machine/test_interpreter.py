@@ -1,7 +1,5 @@
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,23 +9,21 @@ from workspace.core.errors import SettingsError, ToolchainError
 from workspace.machine import interpreter
 
 SUPPORTED = SpecifierSet(">=3.10,<3.15")
+FIND = """import sys
+from packaging.specifiers import SpecifierSet
+request = sys.argv[-1]
+wanted = SpecifierSet(request if request[0] in "<>=" else "==" + request + ".*")
+found = [path for version, path in {paths} if version in wanted]
+sys.exit(print(found[0]) if found else "error: No interpreter found for " + request)"""
 FETCH = "echo fetch >> {record}; exit 1"
 
 
-def listed(version: str, path: Path, **more: str) -> dict[str, object]:
-    return {
-        "version": version,
-        "path": str(path),
-        "implementation": "cpython",
-        "variant": "default",
-    } | more
-
-
 class Pythons:
-    """A fake uv that lists the given Pythons, and fake interpreters that answer."""
+    """A fake uv that finds the first fitting of the given Pythons, and fake interpreters."""
 
     def __init__(self, house) -> None:
-        self.house, self.rows, self.record = house, [], house.layout.root.parent / "fetched"
+        self.house, self.record = house, house.layout.root.parent / "fetched"
+        self.paths: list[tuple[str, str]] = []
         (house.layout.tools / "bin" / "uv").unlink()
         self.install = FETCH.format(record=self.record)
         self.write()
@@ -40,7 +36,6 @@ class Pythons:
         headers: bool = True,
         runs: bool = True,
         level: str = "final",
-        **more: str,
     ) -> Path:
         home = self.house.layout.root.parent / (name or f"python-{version}")
         (home / "include").mkdir(parents=True, exist_ok=True)
@@ -63,18 +58,16 @@ class Pythons:
             ),
             folder=home / "bin",
         )
-        self.rows.append(listed(version, path, **more))
+        self.paths.append((version, str(path)))
         self.write()
         return path
 
     def write(self) -> None:
-        answer = (
-            "echo 'warning: Failed to inspect Python interpreter' >&2; cat"
-            f" <<'END'\n{json.dumps(self.rows)}\nEND"
-        )
+        script = FIND.format(paths=self.paths, install=self.install)
         self.house.program(
             "uv",
-            f'if [ "$2" = install ]; then {self.install}\nfi\n{answer}',
+            f'if [ "$2" = install ]; then {self.install}\nfi\n'
+            f"exec {sys.executable} - \"$@\" <<'END'\n{script}\nEND",
             folder=self.house.layout.tools / "bin",
         )
 
@@ -108,33 +101,27 @@ def test_preferred_python_is_taken_without_a_reason_beside_a_newer_one(pythons):
     assert pythons.fetches() == 0
 
 
-def test_missing_preferred_python_is_fetched_once_a_day_and_the_reason_names_it(pythons, house):
+def test_missing_preferred_python_is_fetched_and_the_reason_names_it(pythons):
     pythons.add("3.11.9")
     pythons.add("3.10.1")
-    for _ in range(2):
-        choice = pythons.choose()
-        assert choice.version == "3.11.9"
-        assert "instead of 3.12" in choice.reason
+    choice = pythons.choose()
+    assert choice.version == "3.11.9"
+    assert "instead of 3.12" in choice.reason
     assert pythons.fetches() == 1
-    tried = next(house.layout.state.glob("python-3.12-*"))
-    os.utime(tried, (time.time() - 90000,) * 2)
-    pythons.choose()
-    assert pythons.fetches() == 2
 
 
 def test_fetched_python_is_preferred_and_needs_no_reason(pythons):
     pythons.add("3.11.9")
     wanted = pythons.add("3.12.7")
-    row = json.dumps(pythons.rows)
-    del pythons.rows[1:]
-    pythons.install = f"touch {pythons.record}; exit 0"
-    pythons.write()
+    fetched = pythons.paths.pop()
     uv = pythons.house.layout.tools / "bin" / "uv"
-    uv.write_text(
-        uv.read_text().replace(
-            "cat <<'END'", f"[ -e {pythons.record} ] && echo '{row}' && exit\ncat <<'END'"
-        )
-    )
+    later = str(uv) + ".later"
+    pythons.paths.append(fetched)
+    pythons.write()
+    uv.rename(later)
+    pythons.paths.remove(fetched)
+    pythons.install = f'mv "{later}" "$0"; exit 0'
+    pythons.write()
     assert pythons.choose() == interpreter.Choice(wanted, "3.12.7", "")
 
 
@@ -152,22 +139,12 @@ def test_local_torch_wheel_for_a_missing_python_does_not_decide(pythons):
     assert pythons.choose(wheels=frozenset({"3.10"})).reason == ""
 
 
-def test_broken_shims_prereleases_and_odd_builds_are_skipped(pythons):
-    pythons.add("3.12.9", name="shim", runs=False)
-    pythons.add("3.12.8", name="free", variant="freethreaded")
-    pythons.add("3.12.7", name="pypy", implementation="pypy")
-    pythons.add("3.13.0rc1")
-    pythons.add("3.12.6", name="candidate", level="candidate")
-    pythons.rows.append(
-        {"version": "3.12.5", "path": None, "implementation": "cpython", "variant": "default"}
-    )
-    wanted = pythons.add("3.12.1")
-    assert pythons.choose().path == wanted
-
-
-def test_of_two_pythons_of_a_version_the_one_with_headers_is_taken(pythons):
-    pythons.add("3.12.3", name="without", headers=False)
-    wanted = pythons.add("3.12.3", name="with")
+@pytest.mark.parametrize("broken", [{"runs": False}, {"level": "candidate"}])
+def test_python_that_does_not_run_or_is_no_final_release_is_skipped(pythons, broken):
+    pythons.add("3.12.9", **broken)
+    wanted = pythons.add("3.13.1")
+    pythons.paths.sort(reverse=True)
+    pythons.write()
     assert pythons.choose().path == wanted
 
 
@@ -192,9 +169,10 @@ def test_python_version_that_is_no_version_is_a_settings_error(pythons):
         pythons.choose(PYTHON_VERSION="latest")
 
 
-def test_uv_that_lists_nothing_readable_is_an_error_and_no_traceback(pythons):
-    pythons.house.program("uv", "echo broken", folder=pythons.house.layout.tools / "bin")
-    with pytest.raises(ToolchainError, match="uv python list"):
+def test_uv_that_fails_is_an_error_with_its_own_line(pythons):
+    broken = "echo 'a library is damaged' >&2; exit 1"
+    pythons.house.program("uv", broken, folder=pythons.house.layout.tools / "bin")
+    with pytest.raises(ToolchainError, match="uv python find fails: a library is damaged"):
         pythons.choose()
 
 

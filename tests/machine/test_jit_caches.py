@@ -18,12 +18,9 @@ INSTALLED_AT = 1_700_000_000.0
 
 def installed(house, name="torch", version="2.13.0") -> Path:
     """A package as uv leaves it: old files, a RECORD of now."""
-    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
-    info = packages / f"{name}-{version}.dist-info"
-    info.mkdir(parents=True)
-    for file in ("METADATA", "RECORD"):
-        (info / file).touch()
-    os.utime(info / "RECORD", (INSTALLED_AT, INSTALLED_AT))
+    record = f"{name}-{version}.dist-info/RECORD"
+    packages = house.package(name, version, {record: ""})
+    os.utime(packages / record, (INSTALLED_AT, INSTALLED_AT))
     return packages
 
 

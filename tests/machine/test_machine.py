@@ -14,15 +14,6 @@ def test_gpu_with_unified_memory_is_seen_though_its_memory_is_not_available(hous
     assert house.machine().gpus == (Gpu("NVIDIA GB10", "12.1", "580.95.05"),)
 
 
-def test_driver_too_old_for_compute_cap_still_shows_its_gpu(house):
-    house.program(
-        "nvidia-smi",
-        'case "$*" in *compute_cap*) echo "Field \\"compute_cap\\" is not a valid field to query.";'
-        ' exit 2;; *) echo "Old, 470.1";; esac',
-    )
-    assert house.machine().gpus == (Gpu("Old", None, "470.1"),)
-
-
 def test_field_that_the_driver_does_not_report_is_none(house):
     house.program("nvidia-smi", 'echo "NVIDIA X, [N/A], [Not Supported]"')
     assert house.machine().gpus == (Gpu("NVIDIA X", None, None),)

@@ -20,7 +20,7 @@ def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays
     rows = {row["name"]: row for row in json.loads(record.read_text())["rows"]}
     assert list(rows) == ["status", "no-op", "warm"]
     for row in rows.values():
-        ratio, samples = row["ratio"], row["samples_ms"]
+        ratio, samples = row["ratio"], row["samples_s"]
         assert isinstance(ratio, dict)
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
         assert isinstance(samples, dict)
@@ -29,15 +29,3 @@ def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays
     assert kept(built) == before
     assert built.status()["install"] == "ok"
     assert not list(built.layout.state.glob(".perf*"))
-
-
-def test_a_tree_whose_git_directory_lies_elsewhere_is_measured_without_touching_that(
-    built: World,
-) -> None:
-    link, elsewhere = built.layout.vllm / ".git", built.folder / "elsewhere.git"
-    link.rename(elsewhere)
-    link.write_text(f"gitdir: {elsewhere}\n")
-    before = {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")}
-    ended = perf(built, "--row", "no-op", "--repeat", "1")
-    assert ended.code == 0, ended.output
-    assert {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")} == before

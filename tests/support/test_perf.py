@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.small.world import Ended, World
-from workspace.core import lock
 from workspace.core.console import NAME_WIDTH
 from workspace.support.perf import ROWS
 
@@ -84,14 +83,6 @@ def test_cheap_rows_are_measured_in_an_unbuilt_clone_and_the_others_name_bootstr
     assert "not built" in str(rows["no-op"]["error"])
     assert json.loads((world.layout.state / "perf.json").read_text()) == json.loads(ended.out)
     assert not list(world.layout.state.glob(".perf*"))
-
-
-def test_a_verb_that_is_changing_the_workspace_keeps_the_no_op_from_being_measured(
-    built: World,
-) -> None:
-    with lock.hold(built.layout.lock, verb="rebuild"):
-        ended = perf(built, "--row", "no-op", "--repeat", "1")
-    assert "changing this workspace" in ended.error(7)
 
 
 def test_a_wrong_row_or_count_is_misuse(world: World) -> None:

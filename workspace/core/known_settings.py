@@ -320,6 +320,8 @@ _USUAL_NAMES = Path(__file__).with_name("library_names.txt")
 # A name of such a family that is nearer to a known name than this is a typing error. Measured on 40
 # real names: TRITON_HOME is at 0.76 to TRITON_REF.
 _TYPING_ERROR = 0.77
+# So near are two names that differ in one letter, or in the order of two.
+_ONE_LETTER = 0.935
 
 
 def is_of_library(name: str, known: Iterable[str]) -> bool:
@@ -328,33 +330,16 @@ def is_of_library(name: str, known: Iterable[str]) -> bool:
     if not OF_LIBRARIES.match(name) or name in usual:
         return name in usual
     others = [each for each in known if not each.startswith("VLLM_")]
-    is_near = difflib.get_close_matches(name, others, n=1, cutoff=_TYPING_ERROR)
-    return not is_near and not any(_is_typing_error(name, each) for each in usual)
+    return not (
+        difflib.get_close_matches(name, others, n=1, cutoff=_TYPING_ERROR)
+        or difflib.get_close_matches(name, usual, n=1, cutoff=_ONE_LETTER)
+    )
 
 
 @functools.cache
 def usual_names() -> frozenset[str]:
     """Return the variables of libraries that people set most: few typing errors lead elsewhere."""
     return frozenset(_USUAL_NAMES.read_text(encoding="ascii").split())
-
-
-def _is_typing_error(typed: str, meant: str) -> bool:
-    """Return whether one letter is missing, added, wrong, or has changed its place with the next.
-
-    A digit counts as right: names of a series differ in it.
-    """
-    start = _alike(typed, meant)
-    end = _alike(typed[start:][::-1], meant[start:][::-1])
-    one, other = typed[start : len(typed) - end], meant[start : len(meant) - end]
-    is_swapped = len(one) == 2 and one == other[::-1]
-    is_one = max(len(one), len(other)) == 1 and not (one + other).isdigit()
-    return typed != meant and (is_swapped or is_one)
-
-
-def _alike(one: str, other: str) -> int:
-    """Return how many letters two names have in common at their beginnings."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 # Read by CMake, setup.py, cargo and the build of Triton only (setup.py, cmake/, tools/).

@@ -3,7 +3,7 @@
 import os
 import pwd
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,31 +193,18 @@ def user_name(uid: int) -> str:
         return f"#{uid}"
 
 
-def is_changed_only_by(path: Path, owners: Collection[int]) -> bool:
-    """Return whether only these users, by ID, can change or replace a file or a folder."""
-    return open_place(path, owners=owners, by_others=0o022) is None
-
-
-def open_place(
-    path: Path, *, owners: Collection[int] | None = None, by_others: int = 0o002
-) -> Path | None:
-    """Return where others can change or replace a path: itself, its target, or a folder above.
-
-    `by_others` are the bits of a mode that let others write; `owners` None accepts every owner.
-    """
+def open_place(path: Path) -> Path | None:
+    """Return where others can change or replace a path: itself, its target, or a folder above."""
     real = path.resolve()
     # A link of others on the way would point elsewhere later.
     places = (path, real, *path.parents, *real.parents)
-    return next(
-        (place for place in places if not _is_kept(os.lstat(place), owners, by_others)), None
-    )
+    return next((place for place in places if _is_open(os.lstat(place).st_mode)), None)
 
 
-def _is_kept(place: os.stat_result, owners: Collection[int] | None, by_others: int) -> bool:
+def _is_open(mode: int) -> bool:
     # In a sticky folder such as /tmp, only the owner of a file replaces it; a link has no mode.
-    is_sticky = stat.S_ISDIR(place.st_mode) and place.st_mode & stat.S_ISVTX
-    is_open = place.st_mode & by_others and not is_sticky and not stat.S_ISLNK(place.st_mode)
-    return (owners is None or place.st_uid in owners) and not is_open
+    is_sticky = stat.S_ISDIR(mode) and mode & stat.S_ISVTX
+    return bool(mode & stat.S_IWOTH and not is_sticky and not stat.S_ISLNK(mode))
 
 
 def cache_home(environment: Mapping[str, str]) -> Path:

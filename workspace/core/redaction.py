@@ -2,8 +2,7 @@
 
 Pure: text in, text out. The caller names what is known to be private (`Private`); other private
 data is known by its form. A secret is known as it is written and as JSON writes it; what else goes
-into a report is the caller's choice. Masking is idempotent and never raises; a line that does not
-settle is masked whole.
+into a report is the caller's choice. Masking never raises.
 """
 
 import ipaddress
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from workspace.core.known_settings import SECRET_NOUNS, SECRET_PARTS, SECRET_TERM
 
 MASK = "****"
-ROUNDS = 8
 SHORTEST_SECRET = 4
 SHORTEST_NAME = 2
 # Names that say nothing about anybody; as words they are what a report is about, and some are
@@ -86,7 +84,6 @@ _NETRC = re.compile(
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"(bearer[ \t]+)[\w.~+/=-]{6,}", re.IGNORECASE)
-_CURL_USER = re.compile(r"((?:^|\s)(?:-u|--user|--proxy-user)[ \t=]+)[^\s:]+:\S+")
 _NUMBER = re.compile(r"[\[(]?-?[\d.,]{0,9}[\])]?")
 # Tokens that bear their maker's mark: Hugging Face, GitHub, GitLab, OpenAI and its like, Slack,
 # NVIDIA, AWS, Google, npm, JSON web tokens.
@@ -121,8 +118,6 @@ _BEFORE_VERSION = re.compile(
     r"(?:[=<>~!]=|[A-Za-z][\w.]*(?<!ip)[-_]|(?<!\\)[A-Za-z+]|\.so\.|versions?\W{0,3})\Z",
     re.IGNORECASE,
 )
-_UUID = re.compile(rf"(?:\b|{_ESCAPE})" r"(GPU|MIG)-[0-9a-f]{8}-[0-9a-f-]{27}\b", re.IGNORECASE)
-_HOLE = re.compile(rb"\0{16,}")
 
 
 @dataclass(frozen=True)
@@ -166,20 +161,15 @@ class Redactor:
 
     def text(self, text: str) -> str:
         """Return the text without private data. Line ends stay, colours are removed."""
-        text = _TERMINAL.sub("", text)
-        settled: dict[str, str] = {}
-        for _ in range(ROUNDS):
-            masked = self._blocks(text)
-            masked = "\n".join(self._settle(line, settled) for line in masked.split("\n"))
-            if masked == text:
-                return text
-            text = masked
-        return MASK
+        masked: dict[str, str] = {}
+        lines = self._blocks(_TERMINAL.sub("", text)).split("\n")
+        for line in lines:
+            if line not in masked:
+                masked[line] = self._line(line)
+        return "\n".join(masked[line] for line in lines)
 
     def content(self, content: bytes) -> bytes | None:
         """Return a file's content without private data, None where it is not text."""
-        # A power cut leaves zeros in the place of what was not written.
-        content = _HOLE.sub(b"", content)
         if b"\0" in content:
             return None
         return self.text(content.decode("utf-8", "replace")).encode("utf-8", "replace")
@@ -199,19 +189,6 @@ class Redactor:
             text = _KEY_END.sub("<private key>", _KEY_BLOCK.sub("<private key>", text))
         return text
 
-    def _settle(self, line: str, settled: dict[str, str]) -> str:
-        if (known := settled.get(line)) is not None:
-            return known
-        masked = line
-        for _ in range(ROUNDS):
-            before, masked = masked, self._line(masked)
-            if masked == before:
-                break
-        else:
-            masked = MASK
-        settled[line] = settled[masked] = masked
-        return masked
-
     def _line(self, line: str) -> str:
         for secret in self._secrets:
             if secret in line:
@@ -223,7 +200,7 @@ class Redactor:
             line = _URL_HOST.sub(_url_host, _URL_USER.sub(rf"\g<1>{MASK}@", line))
         if _HAS_SECRET_TERM.search(line):
             line = _PAIR.sub(_pair, _masked(line, _HEADER, _BEARER, _FLAG, _NETRC))
-        line = _TOKEN.sub(MASK, _masked(line, _CURL_USER))
+        line = _TOKEN.sub(MASK, line)
         if "@" in line:
             line = _EMAIL.sub(
                 lambda match: match[0] if _is_reserved(match[1]) else "<email>",
@@ -236,10 +213,7 @@ class Redactor:
 
     def _addresses(self, line: str) -> str:
         if ":" in line or "-" in line:
-            line = _UUID.sub(
-                r"\1-<uuid>",
-                _MAC.sub(lambda match: match[0] if not match[0].strip("0:-") else "<mac>", line),
-            )
+            line = _MAC.sub(lambda match: match[0] if not match[0].strip("0:-") else "<mac>", line)
             line = _IPV6.sub(_ipv6, line)
         return _IPV4.sub(self._ipv4, line)
 

@@ -49,8 +49,28 @@ _EXAMPLES = {
     "path": "/a/folder",
 }
 _SHOWN = 120
-# Parts of warnings, by which the doctor and env.check find the row that one is about.
-UNKNOWN, AGAIN = "is not a known setting", "is set again in line"
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A sentence on a line of .env that has not the effect which its writer expects.
+
+    `line` is the number of that line, None where the shell hides the name.
+    """
+
+    kind: Literal["hidden", "repeated", "unknown"]
+    name: str
+    sentence: str
+    line: int | None = None
+
+    @property
+    def hint(self) -> str:
+        if self.kind == "hidden":
+            return hints.text("machine.unset", name=self.name)
+        if self.kind == "repeated":
+            return hints.text("machine.drop_line", line=self.line)
+        # An unknown name may be right: nothing removes it, an editor shows it.
+        return hints.text("core.edit_dotenv", line=self.line)
 
 
 @dataclass(frozen=True)
@@ -83,12 +103,12 @@ _GIT_LOCAL = re.compile(
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one run. `warnings` are sentences that the command line prints."""
+    """The settings of one run. `warnings` are for the doctor and for `inv env`."""
 
     values: Mapping[str, Value]
     passed: Mapping[str, Value]
     shell: Mapping[str, str] = field(repr=False)
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Notice, ...] = ()
 
     def text(self, name: str) -> str:
         return self.values[name].text
@@ -271,13 +291,14 @@ def _warnings(
     written: Mapping[str, tuple[str, list[int]]],
     known: Collection[str],
     secrets: Sequence[str],
-) -> Iterator[str]:
-    """Yield sentences on lines of .env that have no effect, and on unknown names."""
+) -> Iterator[Notice]:
+    """Yield notices of lines of .env that have no effect, and of unknown names."""
     for name, (text, lines) in written.items():
         if name in shell and shell[name] != text:
             yield _hidden(name, _presentable(shell[name], secrets), _presentable(text, secrets))
         for line in lines[:-1]:
-            yield f".env, line {line}: {name} {AGAIN} {lines[-1]}, which counts"
+            sentence = f".env, line {line}: {name} is set again in line {lines[-1]}, which counts"
+            yield Notice("repeated", name, sentence, line)
     for name, (_, lines) in written.items():
         if name not in known and not BUILD_ONLY.match(name) and not is_of_library(name, known):
             yield _unknown(name, lines[-1], known)
@@ -430,30 +451,24 @@ def _with_braces(string: str, name: str, line: int, earlier: Collection[str]) ->
 
 def _dotenv_text(raw: bytes) -> str:
     """Return .env as text. Raises SettingsError for bytes that a shell or a program misreads."""
+
+    def fault(at: int, message: str, hint: str) -> SettingsError:
+        line = raw[:at].count(b"\n") + 1
+        return SettingsError(f".env, line {line} {message}", hint=hint)
+
     if raw.startswith(b"\xef\xbb\xbf"):
-        raise SettingsError(
-            ".env, line 1 begins with a byte order mark, which hides the first name",
-            hint=hints.text("core.without_bom"),
-        )
-    if b"\r" in raw:
-        line = raw[: raw.index(b"\r")].count(b"\n") + 1
-        raise SettingsError(
-            f".env, line {line} has Windows line ends, which a shell takes into the value",
-            hint=hints.text("core.without_cr"),
-        )
-    if b"\0" in raw:
-        line = raw[: raw.index(b"\0")].count(b"\n") + 1
-        raise SettingsError(
-            f".env, line {line} has a zero byte, which no program accepts",
-            hint=hints.text("core.begin_dotenv"),
-        )
+        message = "begins with a byte order mark, which hides the first name"
+        raise fault(0, message, hints.text("core.without_bom"))
+    if (at := raw.find(b"\r")) >= 0:
+        message = "has Windows line ends, which a shell takes into the value"
+        raise fault(at, message, hints.text("core.without_cr"))
+    if (at := raw.find(b"\0")) >= 0:
+        message = "has a zero byte, which no program accepts"
+        raise fault(at, message, hints.text("core.begin_dotenv"))
     try:
         return raw.decode()
     except UnicodeDecodeError as exc:
-        raise SettingsError(
-            f".env, line {raw[: exc.start].count(bytes([10])) + 1} is not UTF-8",
-            hint=hints.text("core.begin_dotenv"),
-        ) from exc
+        raise fault(exc.start, "is not UTF-8", hints.text("core.begin_dotenv")) from exc
 
 
 def _presentable(text: str, secrets: Iterable[str]) -> str:
@@ -472,27 +487,14 @@ def shortened(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _hidden(name: str, shell_text: str, text: str) -> str:
+def _hidden(name: str, shell_text: str, text: str) -> Notice:
     if is_secret(name):
-        return (
-            f"{name} in the shell hides another value in .env; `unset {name}` to use the value in"
-            " .env"
-        )
-    return (
-        f"{name}={shell_text} in the shell hides {name}={text} in .env; `unset {name}` to use"
-        " the value in .env"
-    )
+        return Notice("hidden", name, f"{name} in the shell hides another value in .env")
+    return Notice("hidden", name, f"{name}={shell_text} in the shell hides {name}={text} in .env")
 
 
-def _unknown(name: str, line: int, known: Iterable[str]) -> str:
+def _unknown(name: str, line: int, known: Iterable[str]) -> Notice:
     like = nearest(name, {*known, *usual_names()})
-    follows = (
-        "./scripts/inv env shows how it is used."
-        if name.startswith("VLLM_")
-        else "It is passed on unchanged."
-    )
-    return (
-        f".env, line {line}: {name} {UNKNOWN}"
-        + (f"; did you mean {like}?" if like else ".")
-        + f" {follows}"
-    )
+    meant = f"; did you mean {like}?" if like else ""
+    sentence = f".env, line {line}: {name} is not a known setting{meant}"
+    return Notice("unknown", name, sentence, line)

@@ -13,13 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.core import hints
-from workspace.core.child_variables import fitting_jobs
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import SettingsError
 from workspace.core.known_settings import KNOWN, SETTINGS, is_secret
 from workspace.core.settings import (
-    AGAIN,
-    UNKNOWN,
     Settings,
     is_for,
     is_set_by_the_workspace,
@@ -35,10 +32,6 @@ _OF_INTEREST = re.compile(
     r"VLLM_\w+|HF_\w+|HUGGING_FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+|TRITON_\w+|FLASHINFER_\w+"
     r"|TORCHINDUCTOR_\w+|PYTORCH_\w+|VERBOSE|(UV|PIP)_(CONSTRAINT|OVERRIDE|REQUIRE_HASHES)"
 )
-_HIDES = re.compile(r"(?P<name>\w+)(=.*)? in the shell hides ", re.DOTALL)
-_UNKNOWN = re.compile(rf"\.env, line (?P<line>\d+): (?P<name>\w+) {UNKNOWN}")
-_REPEATED = re.compile(rf"\.env, line (?P<line>\d+): (?P<name>\w+) {AGAIN}")
-_ON = ("1", "true", "yes", "on")
 # Variables that name a file or folder to read, without those that vLLM creates itself.
 _NAMES_A_FILE = re.compile(r"VLLM_(?!\w*(CACHE|DUMP|RPC|RUST|XLA))\w+_(PATH|FILE|FOLDER)")
 # The Triton that introduced the second assembler, and the first GPU that uses it
@@ -62,7 +55,7 @@ def conflict_findings(case: Case, given: Mapping[str, str]) -> Iterator[Finding]
     `given` has the values that the user or a recipe sets, by name, without defaults.
     """
     given = {name: text for name, text in given.items() if text}
-    for look in (_toolkit, _assemblers, _files, _vocabularies, _memory, _hub, _compilers, _torch):
+    for look in (_toolkit, _assemblers, _files, _vocabularies, _memory):
         yield from look(case, given)
 
 
@@ -148,52 +141,6 @@ def _memory(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-def _hub(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    is_offline = given.get("HF_HUB_OFFLINE", "").lower() in _ON
-    if is_offline and given.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
-        yield Finding(
-            "VLLM_USE_MODELSCOPE",
-            "HF_HUB_OFFLINE=1 forbids every hub, and this variable selects another hub",
-        )
-    if (
-        "TRANSFORMERS_OFFLINE" in given
-        and (given["TRANSFORMERS_OFFLINE"].lower() in _ON) != is_offline
-    ):
-        yield Finding(
-            "TRANSFORMERS_OFFLINE",
-            f"HF_HUB_OFFLINE has the opposite value ({'on' if is_offline else 'off'}), and only"
-            " that one counts",
-        )
-    other = given.get("HUGGING_FACE_HUB_TOKEN")
-    if other and given.get("HF_TOKEN") and other != given["HF_TOKEN"]:
-        yield Finding(
-            "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN has another token, which is the one in use"
-        )
-
-
-def _compilers(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    jobs, threads = case.settings.count("MAX_JOBS"), case.settings.count("NVCC_THREADS")
-    if jobs and threads and threads > jobs:
-        yield Finding(
-            "NVCC_THREADS", f"more than MAX_JOBS={jobs}: one compiler runs, with {jobs} threads"
-        )
-    if jobs and "MAX_JOBS" in given and case.device == "cuda":
-        fitting = fitting_jobs(case.host().cores, case.host().memory_gib)
-        if jobs > fitting:
-            message = (
-                "FlashInfer starts as many compilers while vLLM runs; this memory is enough for"
-                f" {fitting} (flashinfer-ai/flashinfer#3634)"
-            )
-            yield Finding("MAX_JOBS", message)
-    if "TORCH_CUDA_ARCH_LIST" in given and case.device == "cpu":
-        yield Finding("TORCH_CUDA_ARCH_LIST", "not used: the device is cpu")
-
-
-def _torch(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    if "TORCH_INDEX_URL" in given and case.settings.switch("USE_EXISTING_TORCH"):
-        yield Finding("TORCH_INDEX_URL", "not used: USE_EXISTING_TORCH=1 keeps the installed torch")
-
-
 @dataclass(frozen=True)
 class SettingRow(Row):
     """One setting.
@@ -273,7 +220,7 @@ def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Setti
                 is_sentence=False,
             )
     # The tree's own list takes 20 ms to read: only where the settings do not know a name.
-    is_judged = any(map(_UNKNOWN.match, settings.warnings)) and bool(
+    is_judged = any(notice.kind == "unknown" for notice in settings.warnings) and bool(
         run_environment.known_variables(case.layout)
     )
     return tuple(
@@ -383,23 +330,10 @@ def _with_warning(settings: Settings, row: SettingRow, *, is_judged: bool) -> Se
     """
     if row.state != State.OK:
         return row
-    for warning in settings.warnings:
-        hidden, repeated = _HIDES.match(warning), _REPEATED.match(warning)
-        unknown = None if is_judged else _UNKNOWN.match(warning)
-        found = hidden or repeated or unknown
-        if found and found["name"] == row.name:
-            # An unknown name may be right: nothing removes it, an editor shows it.
-            hint = (
-                hints.text("core.edit_dotenv", line=unknown["line"])
-                if unknown
-                else hints.text("machine.unset", name=row.name)
-            )
+    for notice in settings.warnings:
+        if notice.name == row.name and not (is_judged and notice.kind == "unknown"):
             return replace(
-                row,
-                state=State.WARN,
-                text=re.sub(r"; `unset .*$", "", warning),
-                hint=hints.text("machine.drop_line", line=repeated["line"]) if repeated else hint,
-                is_sentence=True,
+                row, state=State.WARN, text=notice.sentence, hint=notice.hint, is_sentence=True
             )
     return row if row.text else replace(row, text=f"for {_phase(row.name)}")
 

@@ -5,7 +5,6 @@ A preflight selects from the one table of checks. Checks only read, and run in p
 """
 
 import contextlib
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import hints, process
+from workspace.core import hints
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import ToolchainError, WorkspaceError
 from workspace.core.process import There
-from workspace.core.settings import without_user
 from workspace.machine import (
     doctor_host,
     doctor_toolchain,
@@ -34,162 +32,39 @@ __all__ = ["CHECKS", "examine", "preflight", "required_compiler", "show"]
 # `network` only without --offline.
 Purpose = Literal["cpu", "cuda", "native", "network"]
 SCHEMA = 1
-# Compressed objects of two builds: an estimate, not a measurement.
-CACHE_GIB = {"cpu": 1.0, "cuda": 10.0}
-_UNITS = {
-    "": 1e9,
-    "k": 1e3,
-    "m": 1e6,
-    "g": 1e9,
-    "t": 1e12,
-    "ki": 1024.0,
-    "mi": 1024.0**2,
-    "gi": 1024.0**3,
-    "ti": 1024.0**4,
-}
-_SCCACHE_REMOTES = re.compile(
-    r"SCCACHE_(BUCKET|REDIS\w*|MEMCACHED\w*|GCS_BUCKET|AZURE_CONNECTION_STRING|GHA_ENABLED"
-    r"|WEBDAV_ENDPOINT|OSS_BUCKET)$"
-)
 # The start-up file of a shell, and the line in it that evaluates what `inv completion` prints.
 _START_UP = {
     "bash": (".bashrc", 'eval "$({} completion bash)"'),
     "zsh": (".zshrc", 'eval "$({} completion zsh)"'),
     "fish": (".config/fish/config.fish", "{} completion fish | source"),
 }
-_CONFIG_LINE = re.compile(r"^\((?P<origin>[^)]*)\) (?P<key>\w+) = ?(?P<value>.*)$", re.MULTILINE)
 
 
 def ccache(case: Case) -> Iterator[Row]:
-    """Check the compiler cache as a build configures it: size, limit, and what prevents hits."""
+    """Check that the compiler cache of a build runs, and show the limit of its size."""
     cache = toolchain.find_cache(case.settings)
+    why = "a build takes objects of former builds from it"
     if cache is None:
         state = State.WARN if case.is_native else State.OK
         why = "without it every build from an empty folder compiles everything again"
         yield Row(state, "ccache", "none", why, hints.text("machine.apt_ccache"))
-    elif cache.kind == "sccache":
-        yield _sccache(case, str(cache.program))
-    else:
-        yield _ccache(case, str(cache.program))
-
-
-def _ccache(case: Case, program: str) -> Row:
-    environment = toolchain.cache_configuration(case.layout, case.settings)
-    listed = process.output_of(case.ask([program, "--show-config"], extra=environment))
-    lines = _CONFIG_LINE.finditer(listed.value) if isinstance(listed, There) else ()
-    config = {line["key"]: (line["value"].strip(), line["origin"]) for line in lines}
-    why = "a build takes objects of former builds from it"
-    if not config:
-        seen = f"{program} does not print its configuration"
-        look = hints.text("machine.ccache_config", program=program)
-        row = Row(State.WARN, "ccache", seen, why, look)
-        return row if isinstance(listed, There) else unanswered(row, listed, look=look)
-    limit_gib = size_gib(config.get("max_size", ("", ""))[0])
-    facts = ", ".join(_ccache_facts(case, program, config, limit_gib))
-    seen = f"{case.layout.relative(Path(program))}: {facts}"
-    faults = tuple(_ccache_faults(case, config, limit_gib))
-    if not faults:
-        return Row(State.OK, "ccache", seen, why)
-    harms, commands = zip(*faults, strict=True)
-    return Row(State.WARN, "ccache", seen, "; ".join(harms), " && ".join(commands))
-
-
-def _ccache_facts(
-    case: Case, program: str, config: Mapping[str, tuple[str, str]], limit_gib: float | None
-) -> Iterator[str]:
-    """Yield the facts that decide about hits: size, limit, and the settings of the hash."""
-    done = case.ask([program, "--print-stats"])
-    printed = done.value.stdout if isinstance(done, There) else ""
-    stats = dict(re.findall(r"^(\w+)\t(\d+)$", printed, re.MULTILINE))
-    value = {name: text for name, (text, _) in config.items()}
-    used_gib = int(stats.get("cache_size_kibibyte", "0")) / 1024**2
-    if "cache_size_kibibyte" not in stats:
-        yield "size unknown"
-    else:
-        yield f"{used_gib:.1f} GiB" if used_gib else "empty"
-    yield "no limit" if limit_gib == 0 else f"limit {value.get('max_size') or 'unknown'}"
-    yield f"hash_dir {value.get('hash_dir', '?')}"
-    yield f"base_dir {value.get('base_dir') or 'none'}"
-    yield f"sloppiness {value.get('sloppiness') or 'none'}"
-    if remote := value.get("remote_storage") or value.get("secondary_storage"):
-        urls = (without_user(place.split("|")[0]) for place in remote.split())
-        yield "remote " + " ".join(urls)
-
-
-def _ccache_faults(
-    case: Case, config: Mapping[str, tuple[str, str]], limit_gib: float | None
-) -> Iterator[tuple[str, str]]:
-    """Yield what prevents hits in ccache, each with the command that fixes it."""
-    value = {name: text for name, (text, _) in config.items()}
-    yield from _ccache_switches(config)
-    folder = Path(value.get("cache_dir", ""))
-    if value.get("cache_dir") and folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        hint = hints.text("machine.own_folder", folder=folder)
-        yield f"{folder} is not writable, so it keeps nothing", hint
-    need = CACHE_GIB[case.device]
-    if limit_gib is not None and 0 < limit_gib < need * 0.9:
-        yield _too_small(need), f"ccache --set-config max_size={2 * need:.0f}G"
-    if toolchain.is_cache_on(value.get("hash_dir", "")):
-        harm = "with debug information an object counts for one clone only (hash_dir)"
-        yield harm, "unset CCACHE_HASHDIR"
-    base = value.get("base_dir", "")
-    if base and not case.layout.root.is_relative_to(base):
-        harm = f"objects count for this clone only: it is not below {base} (base_dir)"
-        yield harm, "unset CCACHE_BASEDIR"
-
-
-def _ccache_switches(config: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    for name, variable, harm in (
-        ("disable", "CCACHE_DISABLE", "it is switched off"),
-        ("read_only", "CCACHE_READONLY", "it never keeps what it compiles"),
-        ("recache", "CCACHE_RECACHE", "it never uses what it has"),
-    ):
-        text, origin = config.get(name, ("", ""))
-        if toolchain.is_cache_on(text):
-            in_shell = origin == "environment"
-            hint = (
-                hints.text("machine.unset", name=variable)
-                if in_shell
-                else hints.text("machine.ccache_switch", name=name)
-            )
-            yield f"{harm} ({name})", hint
-
-
-def _too_small(need_gib: float) -> str:
-    return f"a build may need {need_gib:.0f} GiB and would evict its own objects"
-
-
-def _sccache(case: Case, program: str) -> Row:
-    """Check sccache, without its statistics: they would start its server.
-
-    vLLM's own setup.py uses sccache too.
-    """
-    environment = case.settings.child_environment("build")
-    version = case.first_line([program, "--version"])
-    why = (
-        "a build takes objects of former builds from it; with ccache instead, the workspace"
-        " measures compilers and lowers their priority"
-    )
+        return
+    version = case.first_line([cache.program, "--version"])
+    place = case.layout.relative(cache.program)
     if not isinstance(version, There):
-        seen = f"{program} does not run, and vLLM would compile through it"
-        look = hints.text("machine.no_sccache")
-        return unanswered(Row(State.WARN, "ccache", seen, why, look), version, look=look)
-    limit = environment.get("SCCACHE_CACHE_SIZE") or "10G"
-    remotes = sorted(name for name in environment if _SCCACHE_REMOTES.match(name))
-    folder = environment.get("SCCACHE_DIR") or case.cache_home / "sccache"
-    seen = f"{version.value}: limit {limit}, {folder}"
-    seen += f", remote by {', '.join(remotes)}" if remotes else ""
-    limit_gib, need = size_gib(limit), CACHE_GIB[case.device]
-    if not remotes and limit_gib is not None and limit_gib < need * 0.9:
-        hint = hints.text("machine.sccache_size", gib=2 * need)
-        return Row(State.WARN, "ccache", seen, _too_small(need), hint)
-    return Row(State.OK, "ccache", seen, why)
-
-
-def size_gib(text: str) -> float | None:
-    """Return a size of ccache(1) or sccache, such as 5.0G or 500 MiB, in GiB, else None."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
-    return float(found[1]) * _UNITS[found[2]] / 1024**3 if found and found[2] in _UNITS else None
+        look = (
+            hints.text("machine.ccache_config", program=cache.program)
+            if cache.kind == "ccache"
+            else hints.text("machine.no_sccache")
+        )
+        yield unanswered(Row(State.WARN, "ccache", place, why, look), version, look=look)
+        return
+    seen = f"{version.value}, {place}"
+    # The statistics of sccache would start its server.
+    if cache.kind == "ccache":
+        limit = case.first_line([cache.program, "--get-config", "max_size"])
+        seen += f", limit {limit.value}" if isinstance(limit, There) else ""
+    yield Row(State.OK, "ccache", seen, why)
 
 
 def completion(case: Case) -> Iterator[Row]:
@@ -231,9 +106,7 @@ CHECKS: tuple[Check, ...] = (
     _check(doctor_host.architecture),
     _check(doctor_host.cores, "native"),
     _check(doctor_host.memory, "native"),
-    _check(doctor_host.swap, "native"),
     _check(doctor_host.oom_daemon, "native"),
-    _check(doctor_toolchain.python, "cpu", "cuda", "native"),
     _check(doctor_toolchain.git, "cpu", "cuda", "native"),
     _check(doctor_toolchain.git_identity),
     _check(doctor_toolchain.uv, "cpu", "cuda", "native"),
@@ -256,9 +129,7 @@ CHECKS: tuple[Check, ...] = (
     _check(completion),
     _check(doctor_host.proxy, "network"),
     _check(doctor_host.vllm, "network"),
-    _check(doctor_host.triton, "network"),
     _check(doctor_host.index, "network"),
-    _check(doctor_host.torch_index, "network"),
 )
 
 

@@ -5,8 +5,6 @@ memory, disk, remotes and package indexes. They only read.
 import os
 import re
 import socket
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from workspace.core.known_settings import has_login, is_secret
 from workspace.core.paths import open_place, user_name
 from workspace.core.process import Absent, Answer, Broken, Slow, There
 from workspace.core.settings import without_user
-from workspace.machine import hardware, interpreter, torch
+from workspace.machine import hardware
 from workspace.machine.machine import Case, Place, hub_home, verdict
 
 # The processors for which PyTorch and the precompiled wheels are released.
@@ -34,8 +32,6 @@ INITS = ("systemd", "init")
 LARGEST_PROGRAMS = "ps -eo pid,rss,args --sort=-rss | head"
 # A small page that every package index has.
 SMALL_PROJECT = "packaging"
-# Beyond the connection: uv requests a page and the metadata of one file.
-UV_ANSWER_S = 3.0
 
 
 def architecture(case: Case) -> Iterator[Row]:
@@ -95,21 +91,6 @@ def _limit_fault() -> str | None:
         except OSError as exc:
             return f"{exc.filename} cannot be read: {exc.strerror}"
     return None
-
-
-def swap(case: Case) -> Iterator[Row]:
-    """Check how much of the swap is in use."""
-    import psutil
-
-    state = psutil.swap_memory()
-    used_gib, total_gib = state.used / hardware.GIB, state.total / hardware.GIB
-    seen = f"{used_gib:.1f} of {total_gib:.1f} GiB in use" if state.total else "none"
-    if state.total and state.used > state.total / 2:
-        why = "memory is already short; a build would make the machine very slow"
-        yield Row(State.WARN, "swap", seen, why, LARGEST_PROGRAMS)
-    else:
-        why = "it only delays the failure: a machine that swaps compilers does not respond"
-        yield Row(State.OK, "swap", seen, why)
 
 
 def oom_daemon(case: Case) -> Iterator[Row]:
@@ -276,15 +257,13 @@ def token(case: Case) -> Iterator[Row]:
 
 def settings(case: Case) -> Iterator[Row]:
     """Check .env for unknown names, repeated names, and lines that the shell hides."""
-    for warning in case.settings.warnings:
-        seen = re.sub(r"; `unset .*$", "", warning)
-        if found := re.search(r"`unset (\w+)`", warning):
-            why = "the value in .env is not the value in use"
-            yield Row(State.WARN, "settings", seen, why, hints.text("machine.unset", name=found[1]))
-        else:
-            line = re.match(r"\.env, line (\d+)", warning)
-            hint = hints.text("core.edit_dotenv", line=line[1] if line else 1)
-            yield Row(State.WARN, "settings", seen, "such a line has no effect", hint)
+    why = {
+        "hidden": "the value in .env is not the value in use",
+        "repeated": "such a line has no effect",
+        "unknown": "it is passed on unchanged",
+    }
+    for notice in case.settings.warnings:
+        yield Row(State.WARN, "settings", notice.sentence, why[notice.kind], notice.hint)
     if not case.settings.warnings:
         exists = case.layout.dotenv.exists()
         seen = "the shell hides no line of .env" if exists else "no .env yet; bootstrap writes one"
@@ -300,35 +279,25 @@ def vllm(case: Case) -> Iterator[Row]:
         else "without it the release archive on the package index is used"
     )
     is_needed = is_git and not (case.layout.vllm / ".git").exists()
-    yield from _remote(
-        case, "vllm", "VLLM_MIRROR", why=why, failed_state=State.FAIL if is_needed else State.WARN
-    )
-
-
-def triton(case: Case) -> Iterator[Row]:
-    """Check the sources of Triton's tree; only a build of Triton needs them."""
-    why = "only a build of Triton needs it"
-    yield from _remote(case, "triton", "TRITON_MIRROR", why=why, failed_state=State.WARN)
-
-
-def _remote(case: Case, name: str, setting: str, *, why: str, failed_state: State) -> Iterator[Row]:
-    mirror, url = case.settings.text(setting), _pinned(case.layout.pins, name)
+    failed_state = State.FAIL if is_needed else State.WARN
+    setting = "VLLM_MIRROR"
+    mirror, url = case.settings.text(setting), _pinned(case.layout.pins)
     if url is None:
         seen = "vendor/pins.toml names no readable remote"
         hint = hints.text("core.restore_pins")
-        yield Row(State.FAIL, f"{name} git", seen, "the pins name the remote", hint)
+        yield Row(State.FAIL, "vllm git", seen, "the pins name the remote", hint)
         return
     if mirror:
         shown, used = without_user(mirror), f"{setting} is used before any other source"
         hint = hints.text("machine.ls_remote", url=shown, setting=setting)
-        row = Row(failed_state, f"{name} mirror", shown, used, hint)
+        row = Row(failed_state, "vllm mirror", shown, used, hint)
         yield (judged := _judged(row, _ask_remote(case, mirror), look=hint))
         if judged.state is State.OK:
             return
     shown = without_user(url)
     hint = hints.text("machine.set_url", setting=setting)
     # With a mirror set, git never contacts the pinned remote.
-    row = Row(State.WARN if mirror else failed_state, f"{name} git", shown, why, hint)
+    row = Row(State.WARN if mirror else failed_state, "vllm git", shown, why, hint)
     yield _judged(
         row, _ask_remote(case, url), look=hints.text("machine.ls_remote_plain", url=shown)
     )
@@ -385,58 +354,6 @@ def _ask_index(case: Case, endpoint: str) -> Answer[None]:
         return Broken(without_user(files.reason_of(exc)))
 
 
-def torch_index(case: Case) -> Iterator[Row]:
-    """Check the source of torch with a dry run of uv that resolves torch only."""
-    wanted, there = torch.plan("torch", device=case.device, settings=case.settings), case.torch()
-    answer = _ask_for_torch(case, wanted.requirement, wanted.arguments)
-    hint = hints.text("machine.set_torch_index")
-    source = wanted.description.removeprefix("from ")
-    row = Row(State.FAIL, "torch index", source, "torch is installed from there", hint)
-    if there and not isinstance(answer, There):
-        why = f"{there.version} is in .vllm; no other version can be installed"
-        row = replace(row, state=State.WARN, why=why)
-    judged = _judged(row, answer, look=hints.text("machine.doctor"))
-    if judged.state is not State.OK and any(
-        isinstance(_ask_for_torch(case, wanted.requirement, other), There)
-        for other in wanted.alternatives
-    ):
-        why = "another index that has torch is used"
-        judged = replace(judged, state=State.OK, why=why, hint=None)
-    yield judged
-
-
-def _ask_for_torch(case: Case, requirement: str, arguments: tuple[str, ...]) -> Answer[None]:
-    """Ask uv to resolve torch with these arguments."""
-    timeout_s = case.settings.connect_timeout_s
-    haste = {
-        "UV_HTTP_TIMEOUT": f"{timeout_s:.0f}",
-        "UV_HTTP_CONNECT_TIMEOUT": f"{timeout_s:.0f}",
-        "UV_HTTP_RETRIES": "0",
-    }
-    with tempfile.TemporaryDirectory(prefix="torch-") as folder:
-        options = ["--dry-run", "--no-deps", "--quiet", "--python", sys.executable]
-        # uv's cache of an index proves nothing. With its own offline mode uv refuses the flag.
-        if not case.settings.shell.get("UV_OFFLINE"):
-            options += ["--refresh-package", "torch"]
-        program = interpreter.uv(case.layout)
-        answer = case.ask(
-            [program, "pip", "install", *options, "--target", folder, *arguments, requirement],
-            extra=haste,
-            timeout_s=timeout_s + UV_ANSWER_S,
-        )
-    if not isinstance(answer, There):
-        return answer
-    if answer.value.returncode == 0:
-        return There(None)
-    lines = [
-        re.sub(r"^(error|cause|Caused by): ", "", line.strip(" ×╰─▶├│"))
-        for line in answer.value.stderr.splitlines()
-    ]
-    # uv prints the cause last, and hints after it.
-    causes = [line for line in lines if line and not line.startswith(("hint:", "warning:"))]
-    return Broken(without_user(causes[-1] if causes else "uv prints no cause"))
-
-
 def _ask_remote(case: Case, url: str) -> Answer[None]:
     """Ask a remote for its HEAD; a broken one has git's own message.
 
@@ -465,10 +382,10 @@ def _ask_remote(case: Case, url: str) -> Answer[None]:
     return Broken(shown)
 
 
-def _pinned(pins: Path, name: str) -> str | None:
-    """Return a remote's address from the pins; the repo room verifies the rest of them."""
+def _pinned(pins: Path) -> str | None:
+    """Return the address of vLLM's remote from the pins; the repo room verifies the rest."""
     try:
-        table = records.parse_toml(pins.read_bytes()).get(name)
+        table = records.parse_toml(pins.read_bytes()).get("vllm")
     except (OSError, records.DecodeError):
         return None
     url = table.get("url") if isinstance(table, dict) else None

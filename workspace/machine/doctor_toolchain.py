@@ -4,7 +4,6 @@ CMake, ninja, driver, toolkit, architectures, and the programs that hold the GPU
 
 import os
 import re
-import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ from workspace.machine.machine import Case, unanswered, verdict
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
-OLDEST_TOOLS_PYTHON = (3, 11)
 # vLLM's requirement (pyproject.toml), and Triton's upper bound: both build in one environment.
 CMAKE_FROM, CMAKE_BELOW = "3.26.1", "4"
 CUDA_MAJOR = "13"
@@ -31,18 +29,6 @@ DRIVER = "580"
 NOT_NEEDED = "not needed: the device is cpu"
 # "GCC >= 11.3 is required to build vLLM", "X86 backend requires gcc/g++ >= 12.3".
 _COMPILER_REQUIREMENT = re.compile(r"(?:GCC|gcc/g\+\+|g\+\+)\s*>=\s*(\d+(?:\.\d+)*)")
-
-
-def python(case: Case) -> Iterator[Row]:
-    """Check the version of the Python that runs the tools."""
-    version = ".".join(str(part) for part in sys.version_info[:3])
-    oldest = ".".join(str(part) for part in OLDEST_TOOLS_PYTHON)
-    why, hint = (
-        f"the tools need {oldest} or newer",
-        hints.text("machine.uv_python", uv=case.uv, version="3.12"),
-    )
-    is_new = sys.version_info[:2] >= OLDEST_TOOLS_PYTHON
-    yield verdict(is_new, Row(State.FAIL, "python", version, why, hint))
 
 
 def git(case: Case) -> Iterator[Row]:

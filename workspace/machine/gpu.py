@@ -32,7 +32,7 @@ _CHILD = (
     " gpu.print_report()"
 )
 _ROOT = Path(__file__).resolve().parents[2]
-_NOT_REPORTED = ("n/a", "not supported", "unknown error", "not found")
+_NOT_REPORTED = ("", "n/a", "not supported", "unknown error", "not found")
 # GPUs without memory of their own: Xavier, Orin, Thor and GB10 (CUDA GPU compute capability).
 _UNIFIED_CAPABILITIES = ("7.2", "8.7", "10.1", "11.0", "12.1")
 # Every GPU of these has its own, however much memory its machine has: Volta to RTX 50, with GH200
@@ -41,9 +41,7 @@ _OWN_CAPABILITIES = ("7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "
 _UNIFIED_NAMES = re.compile(r"\b(GB10|Xavier|Orin|Thor)\b")
 # A GPU that reports so nearly the machine's own memory reports the machine's own memory.
 _SAME_MEMORY = 0.1
-_SENSORS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-# Drivers before 535 have only the second name.
-_LIMITS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+_SENSORS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_event_reasons.active"
 _Value = TypeVar("_Value")
 
 
@@ -144,23 +142,11 @@ class Driver:
         return Broken("the driver shows no GPU") if answer == There(()) else answer
 
     def _listed(self) -> Answer[tuple[Gpu, ...]]:
-        # Drivers before 510 do not support compute_cap and refuse the whole query. Memory is not
-        # queried: on unified memory it is N/A.
-        answer: Answer[tuple[Gpu, ...]] = Absent()
-        for fields in (("name", "compute_cap", "driver_version"), ("name", "driver_version")):
-            rows = self._rows(f"--query-gpu={','.join(fields)}")
-            if isinstance(rows, There):
-                return There(
-                    tuple(
-                        _gpu(dict(zip(fields, row, strict=False)))
-                        for row in rows.value
-                        if not row[0].startswith("No devices")
-                    )
-                )
-            answer = rows
-            if not (isinstance(rows, Broken) and "not a valid field" in rows.message):
-                break
-        return answer
+        # Memory is not queried: on unified memory it is N/A.
+        rows = self._rows("--query-gpu=name,compute_cap,driver_version")
+        if not isinstance(rows, There):
+            return rows
+        return There(tuple(_gpu(row) for row in rows.value if not row[0].startswith("No devices")))
 
     def _cuda(self) -> str | None:
         """Return the newest CUDA that the driver supports, such as 13.0.
@@ -221,11 +207,8 @@ class Driver:
         """Return clocks, temperature and power of each GPU."""
         if isinstance(report := self._report(), There):
             return report.value.sensors
-        for limits in _LIMITS:
-            answer = self._rows(f"--query-gpu={','.join((*_SENSORS, limits))}", nounits=True)
-            if not isinstance(answer, Broken):
-                return tuple(_read_sensors(row) for row in _value_of(answer, ()))
-        return ()
+        rows = _value_of(self._rows(f"--query-gpu={_SENSORS}", nounits=True), ())
+        return tuple(_read_sensors(row) for row in rows)
 
     def _rows(self, query: str, *, nounits: bool = False) -> Answer[tuple[list[str], ...]]:
         answer = self._program(query, f"--format=csv,noheader{',nounits' if nounits else ''}")
@@ -275,13 +258,11 @@ def _decoded(text: str) -> Answer[_Report]:
     return Absent() if printed.is_absent else Broken(printed.error)
 
 
-def _gpu(reported: dict[str, str]) -> Gpu:
-    known = {
-        field: text
-        for field, text in reported.items()
-        if text and text.strip("[]").lower() not in _NOT_REPORTED
-    }
-    return Gpu(known.get("name", "GPU"), known.get("compute_cap"), known.get("driver_version"))
+def _gpu(row: Sequence[str]) -> Gpu:
+    """Read one row of nvidia-smi: name, capability and driver."""
+    known = [None if text.strip("[]").lower() in _NOT_REPORTED else text for text in row]
+    name, capability, driver = [*known, None, None][:3]
+    return Gpu(name or "GPU", capability, driver)
 
 
 def _read_sensors(row: Sequence[str]) -> Sensors:
@@ -380,8 +361,7 @@ def _sensors_of_nvml(nvml: ModuleType, handle: object) -> Sensors:
         _known(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
         _known(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
         None if milliwatts is None else milliwatts / 1000,
-        _known(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
-        or _known(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle),
+        _known(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle),
     )
 
 

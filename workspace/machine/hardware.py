@@ -11,7 +11,6 @@ import platform
 import pwd
 import re
 import shlex
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.known_settings import secrets_of
-from workspace.core.paths import Layout, is_changed_only_by
+from workspace.core.paths import Layout
 from workspace.core.process import Broken
 from workspace.core.settings import Settings
 
@@ -50,7 +49,6 @@ ASSIGNMENT = "vm.drop_caches=3"
 PATIENCE_S = 120.0
 # Root's own PATH (sudoers(5), secure_path), without /usr/local, into which staff may write.
 ROOT_PATH = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
-SUDOERS = "/etc/sudoers.d/vllm-workspace"
 _ASSIGNMENT = re.compile(
     r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=[ \t]*(.*?)\s*$", re.MULTILINE
 )
@@ -246,63 +244,36 @@ def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[floa
 
 
 def drop_caches(
-    settings: Settings,
-    *,
-    console: Console,
-    is_agreed: bool = False,
-    is_root: bool | None = None,
-    sysctl: str | None = None,
+    settings: Settings, *, console: Console, is_agreed: bool = False, is_root: bool | None = None
 ) -> None:
     """Write dirty pages to the disk, drop the page cache, and report how much memory that frees.
 
-    Root is asked first unless `is_agreed`. Raises ToolchainError where root does not agree, or this
-    user may not; nothing is changed then. `sysctl` is the program, by default that of root.
+    Root is asked first unless `is_agreed`, and finds sysctl in ROOT_PATH only; sudo has such a path
+    of its own. Raises ToolchainError where root does not agree, or this user may not; nothing is
+    dropped then.
     """
-    environment = settings.child_environment("plain")
-    sysctl = sysctl or root_program("sysctl")
-    if sysctl is None:
-        raise ToolchainError(
-            f"there is no sysctl that only root can change in {', '.join(ROOT_PATH)}",
-            hint=hints.text("machine.apt_procps"),
-        )
-    argv = command(sysctl, is_root=os.geteuid() == 0 if is_root is None else is_root)
-    harm = "every program of this machine then reads its files from the disk again"
-    if not (is_agreed or argv[0] == "sudo" or console.is_confirmed(f"drop caches? {harm}")):
-        message = f"nothing was dropped: {harm}, so root confirms it on a terminal or by --yes"
-        raise ToolchainError(message, hint=hints.text("machine.drop_caches_yes"))
+    environment, argv = settings.child_environment("plain"), ["sysctl", "-w", ASSIGNMENT]
+    if os.geteuid() == 0 if is_root is None else is_root:
+        environment["PATH"] = os.pathsep.join(ROOT_PATH)
+        harm = "every program of this machine then reads its files from the disk again"
+        if not (is_agreed or console.is_confirmed(f"drop caches? {harm}")):
+            message = f"nothing was dropped: {harm}, so root confirms it on a terminal or by --yes"
+            raise ToolchainError(message, hint=hints.text("machine.drop_caches_yes"))
+    else:
+        argv = ["sudo", "-n", *argv]
     before = free_memory_gib(read_meminfo())
-    if argv[0] == "sudo" and (why := _sudo_fault(argv, environment)):
-        raise _refused(sysctl, why)
     # A dirty page cannot be dropped.
     os.sync()
     console.command(shlex.join(argv))
-    done = process.capture(argv, env=environment, timeout_s=PATIENCE_S)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        raise _refused(sysctl, lines[-1] if lines else process.describe_status(done.returncode))
+    answer = process.output_of(process.ask(argv, env=environment, limit_s=PATIENCE_S))
+    if process.certain(answer, argv[0]) is None:
+        why = answer.message if isinstance(answer, Broken) else f"there is no {argv[0]}"
+        raise ToolchainError(
+            f"the page cache was not dropped: {why}", hint=hints.text("machine.drop_as_root")
+        )
     after = free_memory_gib(read_meminfo())
     freed = max(0.0, after - before)
     console.info(f"freed {freed:.1f} GiB: {after:.1f} GiB are free now, {before:.1f} before")
-
-
-def root_program(name: str, folders: Iterable[str] = ROOT_PATH) -> str | None:
-    """Return the path of a program that root alone can change, None where there is none.
-
-    Only such a program may get a right by sudo: whoever can write it would become root.
-    """
-    found = (shutil.which(name, path=folder) for folder in folders)
-    return next((path for path in found if path and is_changed_only_by(Path(path), {0})), None)
-
-
-def command(sysctl: str, *, is_root: bool) -> list[str]:
-    """Return the command line that drops the page cache, exactly as sudoers allows it."""
-    argv = [sysctl, "-w", ASSIGNMENT]
-    return argv if is_root else ["sudo", "-n", *argv]
-
-
-def sudoers_line(user: str, sysctl: str) -> str:
-    """Return the narrow right (sudoers(5)): this user, this one command, nothing else."""
-    return f"{user} ALL=(root) NOPASSWD: {sysctl} -w {ASSIGNMENT.replace('=', chr(92) + '=')}"
 
 
 def read_meminfo() -> Mapping[str, int]:
@@ -332,30 +303,6 @@ def droppable_gib(meminfo: Mapping[str, int]) -> float:
         - meminfo.get("Dirty", 0)
     )
     return max(0, held + meminfo.get("SReclaimable", 0)) * 1024 / GIB
-
-
-def _sudo_fault(argv: list[str], environment: Mapping[str, str]) -> str | None:
-    """Return why sudo does not run the command without a password; `-l` only lists the right.
-
-    Raises NoAnswer where sudo is slow.
-    """
-    query = ["sudo", "-n", "-l", *argv[2:]]
-    answer = process.output_of(process.ask(query, env=environment, limit_s=PATIENCE_S))
-    if process.certain(answer, "sudo -n -l") is not None:
-        return None
-    if isinstance(answer, Broken):
-        return f"sudo does not allow it without a password: {answer.message}"
-    return "there is no sudo"
-
-
-def _refused(sysctl: str, why: str) -> ToolchainError:
-    # A name could be one that sudoers(5) reads as a group, as everybody, or not at all.
-    line = sudoers_line(f"#{os.getuid()}", sysctl)
-    return ToolchainError(
-        f"the page cache was not dropped: {why}",
-        hint=hints.text("machine.sudoers", line=line, path=SUDOERS),
-        details=(f"it needs this one right in {SUDOERS}:", line),
-    )
 
 
 def private(layout: Layout, settings: Settings) -> "Private":

@@ -117,7 +117,7 @@ def choose(
     wheel_pythons: frozenset[str] | None = None,
 ) -> Choice:
     """Choose the Python for `.vllm`: PYTHON_VERSION where it is installed or can be fetched, else
-    the newest supported one.
+    the supported one that uv finds first.
 
     `wheel_pythons` are the minor versions, such as 3.11, that a local torch wheel fits; they bind
     where one of them is installed. Raises ToolchainError without any supported Python.
@@ -131,9 +131,7 @@ def choose(
         and _minor(preferred) not in wheel_pythons
     )
     is_fetch_useful = (choice is None or choice.reason) and not is_bound and preferred in supported
-    if is_fetch_useful and toolchain.fetch_python(
-        uv(layout), settings, preferred, state=layout.state
-    ):
+    if is_fetch_useful and toolchain.fetch_python(uv(layout), settings, preferred):
         choice = foresee(layout, settings, supported=supported, wheel_pythons=wheel_pythons)
     if choice is None:
         wanted = preferred if preferred in supported else "3.12"
@@ -157,31 +155,19 @@ def foresee(
     Fetches nothing.
     """
     preferred = settings.text("PYTHON_VERSION")
-    installed = toolchain.installed_pythons(uv(layout), settings)
-    there = [found for found in installed if found[0] in supported]
-    fitting = [
-        found for found in there if wheel_pythons is None or _minor(found[0]) in wheel_pythons
-    ]
-    ranked = sorted(
-        fitting or there,
-        key=lambda found: (_is_version(found[0], preferred), key(found[0])),
-        reverse=True,
-    )
-    for version in dict.fromkeys(found[0] for found in ranked):
-        # A shim gives way to its interpreter: the choice must not depend on the folder that a
-        # version manager reads.
-        paths = [path for candidate, path in ranked if candidate == version]
-        answers = [(path, _facts(path, settings, follow=True)) for path in paths]
-        running = [answer.value[0] for _, answer in answers if isinstance(answer, There)]
-        if not running:
-            # A slow Python does not make way for another version.
-            for path, answer in answers:
-                process.certain(answer, path)
-        else:
-            best = next((facts for facts in running if facts.headers), running[0])
-            bound = wheel_pythons if fitting else None
-            reason = _reason(best.version, preferred, supported, bound)
-            return Choice(best.path, best.version, reason, best.headers)
+    minors = sorted(wheel_pythons or (), key=key, reverse=True)
+    first = [preferred] if _minor(preferred) in minors else minors
+    versions = [version for version in (*first, *minors, preferred) if version in supported]
+    for request in dict.fromkeys((*versions, str(supported))):
+        path = toolchain.find_python(uv(layout), settings, request)
+        # The path of a shim gives way to that of its interpreter: the choice must not depend on the
+        # folder that a version manager reads. A slow Python does not make way for another version.
+        facts = process.certain(_facts(path, settings, follow=True), path) if path else None
+        if facts:
+            found = facts[0]
+            bound = wheel_pythons if _minor(found.version) in minors else None
+            reason = _reason(found.version, preferred, supported, bound)
+            return Choice(found.path, found.version, reason, found.headers)
     return None
 
 
@@ -296,22 +282,19 @@ def install(
     shown, secret = _without_credentials(arguments)
     environment = settings.child_environment(phase, {**(phase_env or {}), **secret}, layout=layout)
     lists = _written_lists(layout, constraints=constraints, overrides=overrides)
-    output, watch = deque[str](maxlen=KEPT_LINES), toolchain.StallWatch()
+    output = deque[str](maxlen=KEPT_LINES)
     argv = (uv(layout), "pip", "install", "--python", layout.environment_python)
     try:
         # uv reads [tool.uv] in its working directory: never vLLM's, wherever the person works.
-        with watch:
-            process.run(
-                [*argv, *lists, *shown],
-                env=environment,
-                cwd=layout.root,
-                run_log=run_log,
-                on_line=_keeping(output, watch.line, on_line),
-                failure=failure,
-            )
+        process.run(
+            [*argv, *lists, *shown],
+            env=environment,
+            cwd=layout.root,
+            run_log=run_log,
+            on_line=_keeping(output, on_line),
+            failure=failure,
+        )
     except failure as exc:
-        if watch.stalled:
-            raise toolchain.stalled_error(settings, shown, exc.details) from exc
         known = toolchain.classify_uv_failure(
             output, layout=layout, env=environment, is_build=phase == "install", otherwise=exc
         )
@@ -320,13 +303,13 @@ def install(
         raise known from exc
 
 
-def _keeping(output: deque[str], *callbacks: Callable[[str], None] | None) -> Callable[[str], None]:
+def _keeping(output: deque[str], on_line: Callable[[str], None] | None) -> Callable[[str], None]:
     """Return a callback that keeps each line and passes it on."""
 
     def keep(line: str) -> None:
         output.append(line)
-        for callback in filter(None, callbacks):
-            callback(line)
+        if on_line:
+            on_line(line)
 
     return keep
 

@@ -3,27 +3,23 @@ the Pythons that it finds or fetches, and the causes of its failures.
 """
 
 import contextlib
-import functools
-import itertools
 import re
 import shlex
 import shutil
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from workspace.core import hints, process, records
+from workspace.core import hints, process
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.process import Absent, Answer, Broken, Slow, There
-from workspace.core.settings import Settings, without_user
+from workspace.core.settings import Settings
 
 if TYPE_CHECKING:
-    import psutil
+    pass
 
 USUAL_HOME = Path("/usr/local/cuda")
 # What decides how vLLM is built gets more time than it needs even on a loaded machine.
@@ -33,13 +29,6 @@ LIST_S = 120.0
 # Without a network uv gives up within this time, twice: on its own mirror, then on GitHub.
 FETCH_ANSWER_S = 4
 FETCH_S = 240.0
-FETCH_AGAIN_S = 24 * 3600.0
-# UV_HTTP_TIMEOUT bounds one read: an index that sends a byte a second is never given up. In this
-# time uv must print a line, start a program, or do this much work.
-STALL_S = 600.0
-STALL_CPU_S = 5.0
-STALL_BYTES = 10 << 20
-_INDEX_FLAGS = ("--default-index", "--index", "--index-url", "--extra-index-url", "--find-links")
 _VERSION_LINE = re.compile(r"^(\d+(?:\.\d+)+)$", re.MULTILINE)
 _RELEASE = re.compile(r"release (\d+\.\d+)")
 # A dry run prints nvcc's own home, whatever script or link is in front of it; the source file need
@@ -167,47 +156,27 @@ def is_cache_on(text: str) -> bool:
     return text.strip().lower() in ("1", "true", "yes", "on")
 
 
-def installed_pythons(uv: Path, settings: Settings) -> Iterator[tuple[str, Path]]:
-    """Yield version and path of each ordinary CPython that uv finds.
+def find_python(uv: Path, settings: Settings, request: str) -> Path | None:
+    """Return an installed Python that uv finds for a version or a range of versions, None without.
 
-    uv only warns of a shim that leads nowhere. Raises ToolchainError where uv prints no list.
+    Raises ToolchainError where uv fails, NoAnswer where it is slow or was killed.
     """
-    done = _list_pythons(uv, tuple(sorted(settings.child_environment("plain").items())))
-    try:
-        listed = records.decode(done.stdout, list[dict[str, Any]])
-    except records.DecodeError as exc:
-        _list_pythons.cache_clear()
-        raise ToolchainError(
-            f"uv python list printed no list: {done.stderr.strip()[-200:] or 'no output'}",
-            hint=hints.text("machine.uv_pythons", uv=uv),
-        ) from exc
-    for python in listed:
-        is_ordinary = (
-            python.get("implementation") == "cpython"
-            and python.get("variant", "default") == "default"
-        )
-        if is_ordinary and python.get("path") and re.fullmatch(r"\d+(\.\d+)+", python["version"]):
-            yield python["version"], Path(python["path"])
-
-
-# Cached, because preflight and environment both need the list.
-@functools.cache
-def _list_pythons(uv: Path, environment: tuple[tuple[str, str], ...]) -> process.Completed:
-    argv: list[process.Argument] = [uv, "python", "list", "--only-installed"]
-    return process.capture(
-        [*argv, "--output-format", "json"], env=dict(environment), timeout_s=LIST_S
+    argv = [str(uv), "python", "find", "--system", "--no-python-downloads", request]
+    done = process.capture(argv, env=settings.child_environment("plain"), timeout_s=LIST_S)
+    process.require_not_killed(done, "uv python find")
+    if done.returncode == 0:
+        return Path(done.stdout.strip())
+    # uv stops at a shim on PATH that leads to no interpreter.
+    if re.search(r"No interpreter found|Failed to inspect Python interpreter", done.stderr):
+        return None
+    raise ToolchainError(
+        f"uv python find fails: {done.stderr.strip()[-200:] or 'no output'}",
+        hint=hints.text("machine.uv_pythons", uv=uv),
     )
 
 
-def fetch_python(uv: Path, settings: Settings, version: str, *, state: Path) -> bool:
-    """Fetch a Python through uv and return whether that succeeds.
-
-    After a failure the next attempt is a day later; a file in the folder `state` has the time.
-    """
-    tried = state / f"python-{version}-not-fetched"
-    with contextlib.suppress(OSError):
-        if 0 <= time.time() - tried.stat().st_mtime < FETCH_AGAIN_S:
-            return False
+def fetch_python(uv: Path, settings: Settings, version: str) -> bool:
+    """Fetch a Python through uv and return whether that succeeds."""
     haste = {
         "UV_HTTP_TIMEOUT": str(FETCH_ANSWER_S),
         "UV_HTTP_CONNECT_TIMEOUT": str(FETCH_ANSWER_S),
@@ -216,90 +185,8 @@ def fetch_python(uv: Path, settings: Settings, version: str, *, state: Path) -> 
     environment = settings.child_environment("plain", haste)
     argv = [str(uv), "python", "install", "--no-bin", version]
     with contextlib.suppress(ToolchainError):
-        if process.capture(argv, env=environment, timeout_s=FETCH_S).returncode == 0:
-            _list_pythons.cache_clear()
-            return True
-    with contextlib.suppress(OSError):
-        write_atomic(tried, b"")
+        return process.capture(argv, env=environment, timeout_s=FETCH_S).returncode == 0
     return False
-
-
-class StallWatch:
-    """Ends a uv that waits for an index which sends next to nothing; `stalled` is then true."""
-
-    def __init__(self) -> None:
-        self.stalled = False
-        self._lines = 0
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "StallWatch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def line(self, _: str) -> None:
-        """Count a line of uv: a sign of progress."""
-        self._lines += 1
-
-    def _watch(self) -> None:
-        since, before = time.monotonic(), _Work(0, 0.0, 0)
-        while not self._is_over.wait(min(5.0, STALL_S / 4)):
-            uv, now = _work_of_uv(self._lines)
-            if uv is None or now.is_progress_after(before):
-                since, before = time.monotonic(), now
-            elif time.monotonic() - since >= STALL_S:
-                self.stalled = True
-                uv.terminate()
-                return
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a uv has done: its lines, CPU seconds and written bytes, and programs that it runs."""
-
-    lines: int
-    cpu_s: float
-    written: int
-    programs: int = 0
-
-    def is_progress_after(self, before: "_Work") -> bool:
-        return (
-            bool(self.programs)
-            or self.lines > before.lines
-            or self.cpu_s - before.cpu_s >= STALL_CPU_S
-            or self.written - before.written >= STALL_BYTES
-        )
-
-
-def _work_of_uv(lines: int) -> "tuple[psutil.Process | None, _Work]":
-    """Return the uv that this process runs, if any, and its work so far."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        for child in psutil.Process().children(recursive=True):
-            if child.name() == "uv":
-                times, written = child.cpu_times(), child.io_counters().write_chars
-                work = _Work(lines, times.user + times.system, written, len(child.children()))
-                return child, work
-    return None, _Work(lines, 0.0, 0)
-
-
-def stalled_error(
-    settings: Settings, arguments: Sequence[str], details: tuple[str, ...]
-) -> SourceError:
-    """Return the error for a stalled uv, with the indexes that its command line names."""
-    named = [after for flag, after in itertools.pairwise(arguments) if flag in _INDEX_FLAGS]
-    indexes = list(dict.fromkeys([*named, settings.index_url or "the default index of uv"]))
-    return SourceError(
-        f"the package index answers too slowly: uv did nothing for {STALL_S:g} s while it waited"
-        f" for {' or '.join(map(without_user, indexes))}",
-        hint=hints.text("machine.network_or_index"),
-        details=details,
-    )
 
 
 class NotOffered(SourceError):

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 import tarfile
 import traceback
@@ -35,14 +34,13 @@ from workspace.core.process import Slow, There
 from workspace.core.redaction import Redactor
 from workspace.core.settings import Settings
 from workspace.install import status
-from workspace.machine import doctor, hardware, interpreter, run_environment
+from workspace.machine import doctor, hardware, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
 
 KEPT_REPORTS = 5
 SHOWN_LOGS = 5
 SHOWN_CONFIGURES = 3
-SHOWN_COMMITS = 5
 SHOWN_NAMES = 100
 ANSWER_S = 8.0
 # The import of torch from a cold disk takes most of it.
@@ -334,7 +332,7 @@ def _configures(machine: Machine) -> Files:
 
 
 def _versions(machine: Machine) -> Files:
-    """Return facts of the machine, and the versions and paths of its programs and packages."""
+    """Return facts of the machine, and the packages; the doctor has the versions of programs."""
     release = hardware.read_small(Path("/etc/os-release")).decode("utf-8", "replace")
     memory = [
         f"{name}: {kib} kB"
@@ -348,8 +346,6 @@ def _versions(machine: Machine) -> Files:
     cores = f"{os.cpu_count()} CPUs, {len(os.sched_getaffinity(0))} usable"
     python = f"python of the tools {sys.version}"
     lines = [kernel, cores, *release.splitlines()[:6], *memory, python]
-    for argv in _programs(machine):
-        lines += _version(argv, machine.settings)
     driver = machine.driver
     lines += ["", f"{driver.gpus()}, CUDA {driver.cuda()}, own memory: {driver.memories()}"]
     packages = "".join(
@@ -359,36 +355,6 @@ def _versions(machine: Machine) -> Files:
         "versions.txt": "\n".join(lines) + "\n",
         "packages.txt": packages or "there are no packages in .vllm\n",
     }
-
-
-def _programs(machine: Machine) -> Iterator[tuple[str, ...]]:
-    """Yield the command that shows a version, for each program of a build."""
-    layout = machine.layout
-    with contextlib.suppress(ToolchainError):
-        yield str(interpreter.uv(layout)), "--version"
-    yield "git", "version"
-    own = [str(layout.environment / "bin" / name) for name in ("cmake", "ninja")]
-    for name in ("gcc", "g++", "ld", "cmake", "ninja", *own, "ccache"):
-        yield name, "--version"
-    if toolkit := machine.toolkit():
-        yield str(toolkit.nvcc), "--version"
-    yield str(layout.environment_python), "-VV"
-
-
-def _version(argv: Sequence[str], settings: Settings) -> Iterator[str]:
-    place = shutil.which(argv[0], path=settings.child_environment("build").get("PATH", ""))
-    yield f"\n$ {' '.join(argv)}" + (f"    # {place}" if place and place != argv[0] else "")
-    try:
-        output = _output(argv, settings).strip().splitlines() if place else ["not installed"]
-    except ToolchainError as exc:
-        output = [exc.message]
-    # Lines with digits: the other lines are licences. A broken program may print no digit.
-    versions = [
-        line
-        for line in output
-        if re.search(r"\d", line) and "Copyright" not in line and "License" not in line
-    ]
-    yield from (versions or output)[:4]
 
 
 def _kernel(machine: Machine) -> Files:
@@ -465,13 +431,6 @@ def _repository(layout: Layout, path: Path, pinned: set[str]) -> Iterator[str]:
         origin = "none" if url is None else "pinned" if url in pinned else "not the pinned one"
         yield f"HEAD {head or 'has no commit'}; origin: {origin}"
         yield f"under way: {git.under_way() or 'nothing'}"
-        if link := git.gitlink("vendor/vllm"):
-            yield f"gitlink vendor/vllm {link.commit}"
-        for index in range(SHOWN_COMMITS if head else 0):
-            commit, parent = git.resolve(f"HEAD~{index}"), git.resolve(f"HEAD~{index + 1}")
-            if commit:
-                subject = git.slugs(parent, commit)[-1] if parent else "(the first commit)"
-                yield f"  {commit[:12]} {subject}"
         edited = git.edits()
         new = (
             [name for name in git.changed_files("HEAD") if name not in set(edited)] if head else []

@@ -1,18 +1,14 @@
 """nox -s perf: the rows, their measurement, the table and the JSON record.
 
 It runs with the Python of the tool environment. Both sides of a row run in turn (A B, B A, …), so
-that a machine that becomes slower slows both; each comparison is within a pair. The time of the
-process seam itself, with its guard in Python, is measured too and subtracted. A recorded build is
+that a machine that becomes slower slows both; each ratio is one within a pair. A recorded build is
 replayed through the real admission, with a clock that jumps from the end of a unit to the next.
 perf_pairs.py prepares the sides.
 """
 
-import contextlib
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,28 +16,20 @@ from typing import Literal
 from workspace.compile import scheduler
 from workspace.compile.costs import Cost, Entry, read_table
 from workspace.compile.scheduler import Bounds, Replayed
-from workspace.core import hints, process, records
+from workspace.core import hints, records
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, WorkspaceError, counted
-from workspace.core.files import write_atomic
+from workspace.core.files import folder_beside, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.support import perf_pairs
-from workspace.support.perf_pairs import Call, Command, Context
+from workspace.support.perf_pairs import Context, Side, Sides
 
-_NOTHING = ("true",)
-_LEAST_S = 0.0001
-
-
-@dataclass(frozen=True)
-class SelfTimed:
-    """Work that returns its own seconds: a simulated build."""
-
-    seconds: Callable[[], float]
-
-
-Timed = Command | Call | SelfTimed
-Sides = tuple[Timed, Timed]
+# The cores of a GB10.
+CORES = 20
+SCHEMA = 3
+RECORD = "perf.json"
+_HEAD = ("", "row", "ratio", "from..to", "measured", "against", "aim", "")
 
 
 @dataclass(frozen=True)
@@ -53,40 +41,22 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The seconds of both sides, in the order of the pairs.
-
-    `seam_s` is the time to start any program; it is subtracted from programs.
-    """
+    """The seconds of both sides, in the order of the pairs."""
 
     measured: tuple[float, ...]
     against: tuple[float, ...]
-    seam_s: float
 
     @property
     def ratio(self) -> Spread:
         """The ratios within a pair."""
-        return _spread_of([one / other for one, other in self._pairs()])
-
-    @property
-    def extra_s(self) -> Spread:
-        """The differences within a pair."""
-        return _spread_of([one - other for one, other in self._pairs()])
-
-    @property
-    def measured_s(self) -> Spread:
-        return _spread_of(self.measured)
-
-    @property
-    def against_s(self) -> Spread:
-        return _spread_of(self.against)
-
-    def _pairs(self) -> Iterator[tuple[float, float]]:
-        return zip(self.measured, self.against, strict=True)
+        pairs = zip(self.measured, self.against, strict=True)
+        ratios = [one / other for one, other in pairs]
+        return Spread(statistics.median(ratios), min(ratios), max(ratios))
 
 
 def compare(
-    measured: Timed,
-    against: Timed,
+    measured: Side,
+    against: Side,
     *,
     pairs: int,
     warm_ups: int,
@@ -94,85 +64,16 @@ def compare(
 ) -> Comparison:
     """Run both sides `warm_ups` times without counting, then in `pairs` pairs.
 
-    `on_run` gets the number of finished runs and of all runs. Raises BuildError where a run ends
-    with a status that does not count, ToolchainError where a program is missing.
+    `on_run` gets the number of finished runs and of all runs. Raises the errors of a side.
     """
-    sides = (measured, against)
-    program = next((side for side in sides if isinstance(side, Command)), None)
     samples: tuple[list[float], list[float]] = ([], [])
-    seams = [0.0] if program is None else []
-    total = 2 * (warm_ups + pairs)
-    for index in range(warm_ups + pairs):
-        if program:
-            seams.append(time_once(Command(_NOTHING, Path(program.cwd.anchor), program.env)))
-        for place, side in enumerate((0, 1) if (index - warm_ups) % 2 == 0 else (1, 0), 1):
-            seconds = time_once(sides[side])
-            if index >= warm_ups:
-                samples[side].append(seconds)
-            on_run(2 * index + place, total)
-    seam = statistics.median(seams)
-    measured_s, against_s = (
-        # Positive, because ratios divide by it.
-        tuple(max(one - seam, _LEAST_S) if isinstance(side, Command) else one for one in taken)
-        for side, taken in zip(sides, samples, strict=True)
-    )
-    return Comparison(measured_s, against_s, seam)
-
-
-def time_once(timed: Timed) -> float:
-    """Run one side once, and return its seconds.
-
-    Raises BuildError with a program's message where its status does not count, and the errors of a
-    call.
-    """
-    if isinstance(timed, SelfTimed):
-        return max(timed.seconds(), _LEAST_S)
-    if timed.before:
-        timed.before()
-    started = time.perf_counter()
-    done = (
-        timed.work()
-        if isinstance(timed, Call)
-        else process.capture(timed.argv, env=timed.env, cwd=timed.cwd)
-    )
-    seconds = time.perf_counter() - started
-    if (
-        isinstance(timed, Command)
-        and isinstance(done, process.Completed)
-        and done.returncode not in timed.statuses
-    ):
-        raise _failed(timed, done)
-    return seconds
-
-
-def _failed(command: Command, done: process.Completed) -> BuildError:
-    """Return an error with the message and hint of a verb, or another program's last line."""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    labelled = {
-        label: next((line for line in reversed(lines) if line.startswith(f"{label}: ")), "")
-        for label in ("error", "hint")
-    }
-    sentence = labelled["error"].removeprefix("error: ") or (
-        lines[-1].strip() if lines else "it printed nothing"
-    )
-    # Later arguments may be an index address with a password in it.
-    program = " ".join(
-        [Path(argument).name for argument in command.argv if not str(argument).startswith("-")][:2]
-    )
-    hint = labelled["hint"].removeprefix("hint: ") or None
-    return BuildError(
-        f"{program} {process.describe_status(done.returncode)}: {sentence}",
-        hint=hint,
-        details=tuple(lines[-8:]),
-    )
-
-
-def _spread_of(values: Sequence[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
-
-
-# The cores of a GB10.
-CORES = 20
+    for index in range(-warm_ups, pairs):
+        for place, at in enumerate((0, 1) if index % 2 == 0 else (1, 0), 1):
+            seconds = (measured, against)[at]()
+            if index >= 0:
+                samples[at].append(seconds)
+            on_run(2 * (index + warm_ups) + place, 2 * (warm_ups + pairs))
+    return Comparison(tuple(samples[0]), tuple(samples[1]))
 
 
 def lower_bound(entries: Sequence[Entry], bounds: Bounds) -> float:
@@ -203,25 +104,20 @@ def checked(replayed: Replayed, bounds: Bounds) -> float:
     return replayed.seconds
 
 
-def simulated(budget_gib: float) -> Callable[[Context], AbstractContextManager[Sides]]:
+def _replayed(budget_gib: float) -> Callable[[Context], Sides]:
     """Prepare a row: the shipped trace, through the admission, against its lower bound."""
 
-    @contextlib.contextmanager
-    def prepare(_: Context) -> Iterator[Sides]:
-        entries, bounds = _trace(), Bounds(CORES, budget_gib)
-        yield (
-            SelfTimed(lambda: checked(simulate(entries, bounds), bounds)),
-            SelfTimed(lambda: lower_bound(entries, bounds)),
+    def prepare(_: Context) -> Sides:
+        entries, trouble = read_table()
+        if trouble:
+            raise BuildError(trouble[0])
+        bounds = Bounds(CORES, budget_gib)
+        return (
+            lambda: checked(simulate(entries, bounds), bounds),
+            lambda: lower_bound(entries, bounds),
         )
 
     return prepare
-
-
-def _trace() -> tuple[Entry, ...]:
-    entries, trouble = read_table()
-    if trouble:
-        raise BuildError(trouble[0])
-    return entries
 
 
 @dataclass(frozen=True)
@@ -231,9 +127,9 @@ class Aim:
     kind: Literal["ratio", "wall"]
     limit: float
 
-    def is_met(self, comparison: Comparison) -> bool:
-        found = comparison.ratio if self.kind == "ratio" else comparison.measured_s
-        return found.median <= self.limit
+    def is_met(self, runs: Comparison) -> bool:
+        found = runs.ratio.median if self.kind == "ratio" else statistics.median(runs.measured)
+        return found <= self.limit
 
     def __str__(self) -> str:
         return f"{self.limit:g}{'x' if self.kind == 'ratio' else ' s'}"
@@ -241,39 +137,26 @@ class Aim:
 
 @dataclass(frozen=True)
 class PerfPair:
-    """One comparison; `prepare` yields the two sides, the measured side first."""
+    """One comparison; `prepare` returns the two sides, the measured side first."""
 
     name: str
     measured: str
     against: str
     aim: Aim | None
-    prepare: Callable[[Context], AbstractContextManager[Sides]]
+    prepare: Callable[[Context], Sides]
     pairs: int = 10
     warm_ups: int = 1
 
 
-@contextlib.contextmanager
-def _list(context: Context) -> Iterator[Sides]:
-    yield context.inv("--list"), context.bare()
+def _verb(*args: str, statuses: tuple[int, ...] = (0,)) -> Callable[[Context], Sides]:
+    """Prepare a row: a verb in the built tree, against invoke itself."""
 
+    def prepare(context: Context) -> Sides:
+        # An unbuilt tree would take less time.
+        _ = context.built
+        return context.inv(*args, statuses=statuses), context.bare()
 
-@contextlib.contextmanager
-def _status(context: Context) -> Iterator[Sides]:
-    # Only a built tree counts: the status of an unbuilt tree takes less time.
-    _ = context.built
-    yield context.inv("status"), context.bare()
-
-
-@contextlib.contextmanager
-def _rebuild(context: Context) -> Iterator[Sides]:
-    _ = context.built
-    yield context.inv("rebuild"), context.bare()
-
-
-@contextlib.contextmanager
-def _doctor(context: Context) -> Iterator[Sides]:
-    # 6: the machine lacks a part; the doctor takes the same time.
-    yield context.inv("doctor", "--offline", statuses=(0, 6)), context.bare()
+    return prepare
 
 
 def _replays() -> Iterator[PerfPair]:
@@ -283,25 +166,28 @@ def _replays() -> Iterator[PerfPair]:
             f"the recorded build on {CORES} cores in {gib:g} GiB, by admission",
             "the lower bound of any order",
             Aim("ratio", 1.1),
-            simulated(gib),
+            _replayed(gib),
             pairs=1,
             warm_ups=0,
         )
 
 
 _BARE = "a bare invoke with one empty task"
+_HALF_A_SECOND = Aim("wall", 0.5)
 ROWS: tuple[PerfPair, ...] = (
-    PerfPair("list", "inv --list", _BARE, Aim("ratio", 1.2), _list),
-    PerfPair("status", "inv status", _BARE, None, _status),
-    PerfPair("rebuild", "inv rebuild with nothing to do", _BARE, Aim("wall", 0.5), _rebuild),
-    PerfPair("doctor", "inv doctor --offline", _BARE, Aim("wall", 3.0), _doctor),
+    PerfPair("list", "inv --list", _BARE, Aim("ratio", 1.2), perf_pairs.listed),
+    PerfPair("status", "inv status", _BARE, None, _verb("status")),
+    PerfPair("rebuild", "inv rebuild with nothing to do", _BARE, _HALF_A_SECOND, _verb("rebuild")),
     PerfPair(
-        "no-op",
-        "inv bootstrap with nothing to do",
-        "a repeated uv pip install --no-build-isolation --no-deps -e",
-        Aim("ratio", 0.1),
-        perf_pairs.installed_again,
-        pairs=3,
+        "no-op", "inv bootstrap with nothing to do", _BARE, _HALF_A_SECOND, _verb("bootstrap")
+    ),
+    PerfPair(
+        "doctor",
+        "inv doctor --offline",
+        _BARE,
+        Aim("wall", 3.0),
+        # 6: the machine lacks a part; the doctor takes the same time.
+        _verb("doctor", "--offline", statuses=(0, 6)),
     ),
     PerfPair(
         "warm",
@@ -339,91 +225,54 @@ ROWS: tuple[PerfPair, ...] = (
     *_replays(),
 )
 
-SCHEMA = 2
-_HEAD = ("", "row", "ratio", "from..to", "measured", "against", "more", "aim", "")
-
 
 @dataclass(frozen=True)
 class Result:
     """A row with its comparison, or with the error that prevented it."""
 
     row: PerfPair
-    comparison: Comparison | None
+    runs: Comparison | None
     error: WorkspaceError | None = None
 
     @property
     def verdict(self) -> str:
-        if self.comparison is None:
+        if self.runs is None:
             return "not measured"
         if self.row.aim is None:
             return "no aim"
-        return "met" if self.row.aim.is_met(self.comparison) else "missed"
+        return "met" if self.row.aim.is_met(self.runs) else "missed"
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The verdict, the figures (medians of the pairs), and both sides."""
+        sides = f"{self.row.measured}, against {self.row.against}"
+        if self.runs is None:
+            return (self.verdict, self.row.name, *[""] * (len(_HEAD) - 3), sides)
+        ratio = self.runs.ratio
+        medians = map(statistics.median, (self.runs.measured, self.runs.against))
+        return (
+            self.verdict,
+            self.row.name,
+            f"{ratio.median:.2f}x",
+            f"{ratio.low:.2f}..{ratio.high:.2f}",
+            *(f"{seconds * 1000:.0f} ms" for seconds in medians),
+            str(self.row.aim or ""),
+            sides,
+        )
 
-def encode(results: Sequence[Result], machine: Mapping[str, object]) -> str:
-    """Return the JSON record: times in UTC, durations in ms, ratios and differences of pairs."""
-    record = {
-        "schema": SCHEMA,
-        "time": records.utc_now(),
-        "machine": machine,
-        "rows": [_row(result) for result in results],
-    }
-    return json.dumps(record, indent=1, allow_nan=False)
-
-
-def _cells(result: Result) -> tuple[str, ...]:
-    """Return the verdict, the figures (medians of the pairs), and both sides."""
-    sides = f"{result.row.measured}, against {result.row.against}"
-    if (runs := result.comparison) is None:
-        return (result.verdict, result.row.name, *[""] * (len(_HEAD) - 3), sides)
-    ratio = runs.ratio
-    return (
-        result.verdict,
-        result.row.name,
-        f"{ratio.median:.2f}x",
-        f"{ratio.low:.2f}..{ratio.high:.2f}",
-        *(
-            f"{seconds * 1000:.0f} ms"
-            for seconds in (runs.measured_s.median, runs.against_s.median, runs.extra_s.median)
-        ),
-        str(result.row.aim or ""),
-        sides,
-    )
-
-
-def _row(result: Result) -> dict[str, object]:
-    row, runs = result.row, result.comparison
-    aim = {"kind": row.aim.kind, "limit": row.aim.limit} if row.aim else None
-    head: dict[str, object] = {
-        "name": row.name,
-        "measured": row.measured,
-        "against": row.against,
-        "aim": aim,
-        "verdict": result.verdict,
-    }
-    if runs is None:
-        return head | {"error": result.error.message if result.error else None}
-    return head | {
-        "pairs": len(runs.measured),
-        "ratio": _spread(runs.ratio),
-        "extra_ms": _spread(runs.extra_s, scale=1000),
-        "seam_ms": _ms(runs.seam_s),
-        "samples_ms": {
-            "measured": [_ms(seconds) for seconds in runs.measured],
-            "against": [_ms(seconds) for seconds in runs.against],
-        },
-    }
-
-
-def _spread(spread: Spread, *, scale: float = 1) -> dict[str, float]:
-    return {name: round(value * scale, 4) for name, value in asdict(spread).items()}
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 2)
-
-
-RECORD = "perf.json"
+    def record(self) -> dict[str, object]:
+        """Return the row of the JSON record, with all samples in seconds."""
+        row, runs = self.row, self.runs
+        head: dict[str, object] = {
+            "name": row.name,
+            "measured": row.measured,
+            "against": row.against,
+            "aim": str(row.aim or ""),
+            "verdict": self.verdict,
+        }
+        if runs is None:
+            return head | {"error": self.error.message if self.error else None}
+        return head | {"ratio": asdict(runs.ratio), "samples_s": asdict(runs)}
 
 
 def run(
@@ -440,44 +289,49 @@ def run(
     A missed aim is not a failure: machines are noisy. Raises BuildError where a row could not be
     measured, after all other rows are done.
     """
-    from workspace.core import files
     from workspace.machine.machine import Machine
 
-    with files.folder_beside(layout.state / "perf") as folder:
+    with folder_beside(layout.state / "perf") as folder:
         context = Context(layout, settings, folder)
         results = [_measure(row, context, pairs or row.pairs, console) for row in rows]
-    console.table([_HEAD, *(_cells(result) for result in results)], right=range(2, 8))
-    text = encode(results, Machine(layout, settings).record())
+    console.table([_HEAD, *(result.cells for result in results)], right=range(2, 7))
+    record = {
+        "schema": SCHEMA,
+        "time": records.utc_now(),
+        "machine": Machine(layout, settings).record(),
+        "rows": [result.record() for result in results],
+    }
+    text = json.dumps(record, indent=1, allow_nan=False)
     write_atomic(layout.state / RECORD, f"{text}\n".encode())
     console.record(text, json_file)
     missed = [result.row.name for result in results if result.verdict == "missed"]
-    failed = [result for result in results if result.error]
+    errors = {result.row.name: result.error for result in results if result.error}
     console.sentence(
-        f"{len(results) - len(failed)} of {len(results)} rows measured;"
+        f"{len(results) - len(errors)} of {len(results)} rows measured;"
         f" aims missed: {', '.join(missed) or 'none'}"
     )
-    if failed and (first := failed[0].error):
-        details = tuple(
-            line
-            for result in failed
-            if result.error
-            for line in (*result.error.details, f"{result.row.name}: {result.error}")
-        )
-        names = ", ".join(result.row.name for result in failed)
-        raise BuildError(
-            f"{len(failed)} of {len(results)} rows could not be measured: {names}: {first.message}",
-            hint=first.hint,
-            details=details,
-        )
+    if errors:
+        raise _not_measured(errors, len(results))
+
+
+def _not_measured(errors: Mapping[str, WorkspaceError], count: int) -> BuildError:
+    first = next(iter(errors.values()))
+    return BuildError(
+        f"{len(errors)} of {count} rows could not be measured: {', '.join(errors)}:"
+        f" {first.message}",
+        hint=first.hint,
+        details=tuple(
+            line for name, error in errors.items() for line in (*error.details, f"{name}: {error}")
+        ),
+    )
 
 
 def _measure(row: PerfPair, context: Context, pairs: int, console: Console) -> Result:
     try:
-        with console.step(row.name) as view, row.prepare(context) as (measured, against):
+        with console.step(row.name) as view:
             view.reason = counted(pairs, "pair")
             runs = compare(
-                measured,
-                against,
+                *row.prepare(context),
                 pairs=pairs,
                 warm_ups=row.warm_ups,
                 on_run=lambda done, total: view.progress(done, total, f"{done} of {total} runs"),

@@ -30,7 +30,7 @@ ELSEWHERE = {
     "bump.rollback_force": _FORCED,
     "bump.smoke_or_force": _FORCED,
     "machine.drop_caches_yes": (
-        "tests/machine/test_page_cache.py::test_root_that_was_not_asked_drops_nothing_without_yes"
+        "tests/machine/test_page_cache.py::test_root_agrees_first_and_takes_no_program_of_the_users_path"
     ),
     "server.try_it": (
         "tests/server/test_server.py::"
@@ -88,11 +88,12 @@ ELSEWHERE = {
 _REASONS = {
     "it installs programs on the machine, or needs root": """
         bump.unmount install.triton_mounts machine.apt_ccache machine.apt_git machine.apt_gxx
-        machine.apt_gxx_major machine.apt_headers machine.apt_patch machine.apt_procps
+        machine.apt_gxx_major machine.apt_headers machine.apt_patch
         machine.apt_ptxas machine.apt_toolkit machine.as_owner machine.close_folder_as_root
-        machine.cuda_home_after machine.cuda_home_dotenv machine.earlyoom machine.earlyoom_on_host
+        machine.cuda_home_after machine.cuda_home_dotenv machine.drop_as_root machine.earlyoom
+        machine.earlyoom_on_host
         machine.install_python machine.own_files_of_root machine.own_folder machine.own_token
-        machine.sudoers machine.upgrade_driver machine.uv_python machine.uv_python_anew
+        machine.upgrade_driver machine.uv_python machine.uv_python_anew
         repo.trust_or_own""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
         bench.ab_again bench.bisect_more bench.delete_tree bench.drop_series_line bench.each_patch
