@@ -15,7 +15,7 @@ from tests.bench.materials import record
 from tests.small.materials import git
 from tests.small.world import World
 from workspace.bench import ab_trees, results
-from workspace.core import settings
+from workspace.core import records, settings
 from workspace.core.errors import CheckoutError, PatchConflict, SettingsError
 from workspace.install import plan
 
@@ -93,7 +93,7 @@ def test_record_is_a_base_only_where_its_tree_can_be_made_again(built: World) ->
     def base_of(source: dict[str, str] | None = None, **other: str | None) -> str:
         parts = {"dirty": None, **(source or {})}
         edited = replace(good.source, **parts)  # type: ignore[arg-type]
-        results.write(path, replace(good, source=edited, **other))  # type: ignore[arg-type]
+        records.write(path, replace(good, source=edited, **other))  # type: ignore[arg-type]
         with ab_trees.base_tree(
             built.layout, observed(built), "mine" if source is None else str(path)
         ) as base:

@@ -16,7 +16,7 @@ from workspace.bench.ab_trees import Hashes, Tree
 from workspace.bench.compare import FACTOR, MIN_STARTS, Judgement, MetricDifference
 from workspace.bench.results import Kind, Record
 from workspace.bench.subject import Benchmark, WorkloadOptions
-from workspace.core import hints
+from workspace.core import hints, records
 from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import BuildError, PatchConflict, PatchDrift, Regression, SettingsError
 from workspace.core.paths import Layout
@@ -121,19 +121,19 @@ def run_interleaved(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record,
         label = f"ab-{session.options.kind}-{arm.name}-{comparison}"
         arms.append(replace(arm, fresh=replace(arm.fresh, label=label)))
         paths.append(results.record_path(session.layout, arms[-1].fresh))
-    records = [
+    measured = [
         _record_to_resume(session.layout, path, arm.fresh)
         for path, arm in zip(paths, arms, strict=True)
     ]
-    if all(record.is_complete for record in records):
+    if all(record.is_complete for record in measured):
         session.console.info(
             f"both arms have their {session.options.repeat} starts; a larger --repeat adds starts"
         )
     else:
-        with _report_kept(session, records):
-            _measure(session, arms, records, paths)
-    count = min(len(record.starts) for record in records)
-    first, second = (replace(record, starts=record.starts[:count]) for record in records)
+        with _report_kept(session, measured):
+            _measure(session, arms, measured, paths)
+    count = min(len(record.starts) for record in measured)
+    first, second = (replace(record, starts=record.starts[:count]) for record in measured)
     for path in paths:
         session.console.data(str(path))
     return first, second
@@ -223,12 +223,12 @@ def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
 
 
 @contextlib.contextmanager
-def _report_kept(session: Session, records: list[Record]) -> Iterator[None]:
+def _report_kept(session: Session, measured: list[Record]) -> Iterator[None]:
     """Report how many starts are kept if the run ends early."""
     try:
         yield
     except BaseException:
-        counts = " and ".join(str(len(record.starts)) for record in records)
+        counts = " and ".join(str(len(record.starts)) for record in measured)
         session.console.info(
             f"{counts} of {session.options.repeat} starts are kept; run the same command again to"
             " resume"
@@ -236,7 +236,7 @@ def _report_kept(session: Session, records: list[Record]) -> Iterator[None]:
         raise
 
 
-def _measure(session: Session, arms: list[Arm], records: list[Record], paths: list[Path]) -> None:
+def _measure(session: Session, arms: list[Arm], measured: list[Record], paths: list[Path]) -> None:
     """Measure until both records are complete.
 
     In each run the first start of each arm fills caches, and does not count.
@@ -255,10 +255,10 @@ def _measure(session: Session, arms: list[Arm], records: list[Record], paths: li
         console=session.console,
     )
     took: list[float] = []
-    while not all(record.is_complete for record in records):
-        index = _next_arm(records)
-        arm, so_far = arms[index], records[index]
-        left = sum(record.repeat - len(record.starts) for record in records)
+    while not all(record.is_complete for record in measured):
+        index = _next_arm(measured)
+        arm, so_far = arms[index], measured[index]
+        left = sum(record.repeat - len(record.starts) for record in measured)
         title = f"{arm.name.upper()} {len(so_far.starts) + 1}/{so_far.repeat}"
         single, libraries = _start(
             session, arm, title, left_s=left * sum(took) / len(took) if took else None
@@ -269,18 +269,18 @@ def _measure(session: Session, arms: list[Arm], records: list[Record], paths: li
                 hint=hints.text("bench.inspect_both"),
             )
         took.append(single.starts[0].seconds)
-        records[index] = replace(
+        measured[index] = replace(
             so_far,
             source=replace(so_far.source, libraries=libraries),
             starts=(*so_far.starts, *single.starts),
             backends=tuple(sorted({*so_far.backends, *single.backends})),
         )
-        results.write(paths[index], records[index])
+        records.write(paths[index], measured[index])
 
 
-def _next_arm(records: list[Record]) -> int:
+def _next_arm(measured: list[Record]) -> int:
     """Return the arm to start: the second of a pair that is begun, or the first of a new pair."""
-    counts = [len(record.starts) for record in records]
+    counts = [len(record.starts) for record in measured]
     return compare.first_arm(counts[0]) if counts[0] == counts[1] else counts.index(min(counts))
 
 
@@ -318,9 +318,9 @@ def _compare_with_base(session: Session, base: Tree, ours: Tree) -> None:
     _print_next(session, verdicts)
 
 
-def _judge(session: Session, records: tuple[Record, Record]) -> Verdicts:
+def _judge(session: Session, measured: tuple[Record, Record]) -> Verdicts:
     """Print a row for each metric, then the effects of the measuring itself."""
-    (a, b), factor = records, session.options.factor
+    (a, b), factor = measured, session.options.factor
     rows = compare.judge_records(a, b, factor=factor)
     noise = {
         row.metric: compare.judge_noise(a.values(row.metric), b.values(row.metric), factor=factor)

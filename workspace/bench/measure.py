@@ -230,7 +230,7 @@ def _measure(
                 starts=(*so_far.starts, start),
                 backends=tuple(sorted({*so_far.backends, *backends})),
             )
-            results.write(path, so_far)
+            records.write(path, so_far)
             took.append(start.seconds)
             left_s = (so_far.repeat - count) * sum(took) / len(took)
             view.reason = start_summary(replace(so_far, starts=(start,)), left_s)
