@@ -1,5 +1,5 @@
-"""The trees of `nox -s ab`: a commit of the workspace, a record, the working tree, and the series
-without a patch; and the misuse that it refuses.
+"""The trees of `nox -s ab`: a commit of the workspace, a record, the working tree; and the
+misuse that it refuses.
 """
 
 import json
@@ -145,7 +145,6 @@ def test_working_tree_has_edits_and_new_files_and_equal_content_is_the_same_comm
     [
         ("--repeat", "5"),
         ("--factor", "0"),
-        ("--each-patch", "--base", "HEAD"),
         ("speed",),
         ("--base", "nowhere"),
         ("--repeat=x",),
@@ -165,17 +164,3 @@ def test_tree_with_a_git_operation_in_progress_is_refused(built: World) -> None:
     (Path(built.git("rev-parse", "--absolute-git-dir")) / "MERGE_HEAD").write_text("")
     with pytest.raises(CheckoutError, match="operation in progress"):
         ab_trees.working_tree(built.layout, observed(built), sandbox_name="ab-b")
-
-
-def test_patch_that_another_patch_needs_cannot_be_left_out(built: World) -> None:
-    setup = built.layout.vllm / "setup.py"
-    setup.write_text(setup.read_text().replace("_C_AVX2", "_C_AVX3"))
-    git(built.layout.vllm, "commit", "--quiet", "--all", "-m", "On top\n\nUpstream-Status: Pending")
-    assert built.run("patch.export").code == 0
-    with (
-        pytest.raises(PatchConflict, match=r"On-top\.patch does not apply: setup\.py"),
-        ab_trees.tree_without(built.layout, observed(built), built.materials.patch.name),
-    ):
-        pass
-    with ab_trees.tree_without(built.layout, observed(built), "On-top.patch") as without:
-        assert without.tip == built.git("rev-parse", "HEAD~1")

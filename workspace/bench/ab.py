@@ -6,8 +6,7 @@ An arm is the A or the B of the comparison: a tree that is built in a sandbox of
 import contextlib
 import hashlib
 import json
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from workspace.bench.results import Kind, Record
 from workspace.bench.subject import Benchmark, WorkloadOptions
 from workspace.core import hints, records
 from workspace.core.console import Console, RunLog, State
-from workspace.core.errors import BuildError, PatchConflict, PatchDrift, Regression, SettingsError
+from workspace.core.errors import BuildError, Regression, SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stages
@@ -26,7 +25,7 @@ from workspace.install import sandbox as sandboxes
 from workspace.install.sandbox import Sandbox
 from workspace.machine import check, interpreter
 from workspace.machine.machine import Machine
-from workspace.repo import pins, series
+from workspace.repo import pins
 
 ID_DIGITS = 8
 SHOWN_PACKAGES = 5
@@ -41,7 +40,6 @@ class AbOptions:
     model: str = subject.TINY
     repeat: int = MIN_STARTS
     factor: float = FACTOR
-    is_each_patch: bool = False
     allow_busy: bool = False
     vllm_args: tuple[str, ...] = ()
 
@@ -85,7 +83,7 @@ class Verdicts:
 
 
 def run(layout: Layout, settings: Settings, options: AbOptions, *, console: Console) -> None:
-    """Compare the working tree with the base, or the series with itself without each patch.
+    """Compare the working tree with the base.
 
     Raises Regression where something is slower, and the error of an arm that cannot be made, built
     or measured.
@@ -98,12 +96,9 @@ def run(layout: Layout, settings: Settings, options: AbOptions, *, console: Cons
         if options.allow_busy:
             console.warn("the load of other programs is measured too (--allow-busy)")
         session = Session(layout, settings, options, run_log)
-        if options.is_each_patch:
-            _compare_each_patch(session, observed)
-        else:
-            ours = ab_trees.working_tree(layout, observed, sandbox_name="ab-b")
-            with ab_trees.base_tree(layout, observed, options.base) as base:
-                _compare_with_base(session, base, ours)
+        ours = ab_trees.working_tree(layout, observed, sandbox_name="ab-b")
+        with ab_trees.base_tree(layout, observed, options.base) as base:
+            _compare(session, base, ours)
 
 
 def run_interleaved(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record, Record]:
@@ -306,16 +301,17 @@ def _start(
     return single, libraries
 
 
-def _compare_with_base(session: Session, base: Tree, ours: Tree) -> None:
+def _compare(session: Session, base: Tree, ours: Tree) -> None:
     verdicts = _judge(session, run_interleaved(session, (base, ours)))
     if verdicts.is_noise:
         return
     if names := compare.worse(verdicts.rows):
         raise Regression(
             f"{ours.description} is slower than {base.description}: {names}",
-            hint=hints.text("bench.each_patch", factor=session.options.factor),
+            hint=hints.text("bench.report_plots", percent=session.options.factor * 100),
         )
-    _print_next(session, verdicts)
+    if needed := compare.most_needed(verdicts.rows):
+        session.console.hint(hints.text("bench.ab_again", needed=needed))
 
 
 def _judge(session: Session, measured: tuple[Record, Record]) -> Verdicts:
@@ -359,74 +355,3 @@ def _print_effects(
     console.row(
         State.WARN if order.is_seen else State.OK, "order", f"{name}: {order.sentence}{seen}"
     )
-
-
-def _print_next(session: Session, verdicts: Verdicts) -> None:
-    if needed := compare.most_needed(verdicts.rows):
-        session.console.hint(
-            hints.text("bench.ab_again", command=command(session.options, repeat=needed))
-        )
-
-
-def command(options: AbOptions, *, repeat: int) -> str:
-    """Return the command line of the same comparison with `repeat` starts."""
-    argv = ["./scripts/nox", "-s", "ab", "--", options.kind]
-    if options.is_each_patch:
-        argv += ["--each-patch"]
-    elif options.base != ab_trees.PIN:
-        argv += ["--base", options.base]
-    argv += ["--model", options.model] if options.model != subject.TINY else []
-    argv += ["--repeat", str(repeat)] if repeat != MIN_STARTS else []
-    argv += ["--factor", f"{options.factor * 100:g}"] if options.factor != FACTOR else []
-    argv += ["--allow-busy"] if options.allow_busy else []
-    return shlex.join([*argv, *(["--", *options.vllm_args] if options.vllm_args else [])])
-
-
-def _compare_each_patch(session: Session, observed: plan.Observation) -> None:
-    """Compare the whole series with the series without each patch in turn.
-
-    Reports and skips a patch that cannot be left out.
-    """
-    layout, console = session.layout, session.console
-    ours = ab_trees.working_tree(layout, observed, sandbox_name="ab-b")
-    stack = observed.stack
-    assert stack is not None
-    if stack.state is not series.State.APPLIED or stack.dirty or observed.checkout.base is None:
-        raise PatchDrift(
-            "--each-patch leaves patches out of the series, but vendor/vllm differs from the tree"
-            " that the series makes",
-            hint=hints.text("bench.commit_then_export"),
-        )
-    if not stack.names:
-        console.info("the series is empty: there is no patch to leave out")
-        return
-    found: dict[str, Verdicts] = {}
-    for name in stack.names:
-        console.info(f"without {name}")
-        try:
-            with ab_trees.tree_without(layout, observed, name) as tree:
-                found[name] = _judge(session, run_interleaved(session, (tree, ours)))
-        except (PatchConflict, BuildError) as exc:
-            console.row(State.SKIPPED, name, f"cannot be left out: {exc.message}")
-    _conclude(session, stack.names, found)
-
-
-def _conclude(session: Session, names: Sequence[str], found: Mapping[str, Verdicts]) -> None:
-    """Print the cost of each patch: the whole series against the series without the patch."""
-    console = session.console
-    console.info("cost of each patch: the whole series against the series without it")
-    for name in names:
-        if name in found:
-            compare.print_rows(found[name].rows, console=console, title=name)
-        else:
-            console.row(State.SKIPPED, name, "cannot be left out, see above")
-    for verdicts in found.values():
-        _print_next(session, verdicts)
-    slow = [
-        f"{name} costs {worse}"
-        for name, verdicts in found.items()
-        if not verdicts.is_noise and (worse := compare.worse(verdicts.rows))
-    ]
-    if slow:
-        hint = hints.text("bench.factor_limit", percent=session.options.factor * 100)
-        raise Regression("; ".join(slow), hint=hint)

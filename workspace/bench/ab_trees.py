@@ -17,7 +17,7 @@ from workspace.bench.results import Record
 from workspace.core import hints, process, records
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, CheckoutError, PatchConflict, SettingsError, counted
-from workspace.core.files import read_regular, sha256
+from workspace.core.files import sha256
 from workspace.core.paths import Layout
 from workspace.install import plan
 from workspace.install import sandbox as sandboxes
@@ -199,26 +199,6 @@ def _base_of(layout: Layout, pin: Pin) -> str:
             hint=hints.text("bench.fetch_pin", url=url, commit=pin.commit),
         )
     return found
-
-
-@contextlib.contextmanager
-def tree_without(layout: Layout, observed: plan.Observation, left_out: str) -> Iterator[Tree]:
-    """Yield the series without one patch. Raises PatchConflict where another patch needs it."""
-    assert observed.stack is not None
-    assert observed.checkout.base is not None
-    names = [name for name in observed.stack.names if name != left_out]
-    with TemporaryDirectory(prefix=_PREFIX) as place:
-        folder = Path(place) / "vllm"
-        folder.mkdir()
-        for name in names:
-            (folder / name).write_bytes(read_regular(layout.patches("vllm") / name))
-        (folder / series.SERIES_FILE).write_text(
-            "".join(f"{line}\n" for line in (f"# base: {observed.pin.commit}", *names))
-        )
-        description = f"the series without {left_out}"
-        files = [folder / name for name in names]
-        tip = apply_series(layout, observed.checkout.base, files, description=description)
-        yield Tree(description, observed.pin, folder, tip)
 
 
 def apply_series(layout: Layout, start: str, files: Sequence[Path], *, description: str) -> str:

@@ -206,16 +206,14 @@ def show(
         )
 
 
-def print_rows(
-    rows: Sequence[MetricDifference], *, console: Console, title: str | None = None
-) -> None:
-    """Print the verdict of each metric, with `title` in the place of the metric's name."""
+def print_rows(rows: Sequence[MetricDifference], *, console: Console) -> None:
+    """Print the verdict of each metric."""
     shown = []
     for one in rows:
-        state, metric = STATES[one.judgement.verdict], f"{one.metric} " if title else ""
+        state = STATES[one.judgement.verdict]
         # The state has the verdict, but for an inconclusive one.
         text = sentence(one) if state is State.WARN else _figures(one)
-        shown.append(Row(state, title or one.metric, f"{metric}{text}"))
+        shown.append(Row(state, one.metric, text))
     console.rows(shown)
 
 

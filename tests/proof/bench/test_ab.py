@@ -143,20 +143,6 @@ def test_arm_that_does_not_run_its_own_libraries_is_refused(
     assert records(compared) == {}
 
 
-def test_each_patch_is_left_out_in_turn_and_the_slow_patch_is_named(
-    compared: World,
-) -> None:
-    slow_edit(compared)
-    compared.git("commit", "--quiet", "--all", "-m", "A slow one\n\nUpstream-Status: Pending")
-    assert "differs from the tree that the series makes" in ab(compared, "--each-patch").error(5)
-    assert compared.run("patch.export").code == 0
-    ended = ab(compared, "--each-patch")
-    assert re.search(r"^error: A-slow-one\.patch costs latency \+\d", ended.error(9))
-    assert compared.materials.patch.name not in ended.error(9)
-    costs = ended.err.partition("cost of each patch")[2]
-    assert re.search(rf"{re.escape(compared.materials.patch.name)} +latency pass: ", costs)
-
-
 def test_two_arms_of_one_tree_pass_and_are_reported_as_such(compared: World) -> None:
     ended = ab(compared, "--base", "HEAD")
     assert ended.code == 0, ended.output

@@ -146,13 +146,9 @@ def machine_that_computes_for_others(user: User) -> None:
     user.followed |= {"bench.base", "bench.allow_busy"}
 
 
-@runs("bench.commit_then_export", "bench.fetch_pin")
+@runs("bench.fetch_pin")
 def trees_that_cannot_be_compared(user: User) -> None:
     measures(user)
-    envs = user.vllm / "vllm" / "envs.py"
-    envs.write_text(envs.read_text() + "# mine\n")
-    user.follow("bench.commit_then_export", *AB, "--allow-busy", "--each-patch", then=False)
-    assert user.world.status()["patches"] == "ok"
     made = releases.make(user.world.materials)
     user.world.git("config", "remote.origin.url", made.upstream.as_uri())
     files = (user.world.layout.pins, user.world.layout.patches("vllm") / "series")
