@@ -197,7 +197,7 @@ def _ab_parser() -> argparse.ArgumentParser:
     )
     _add_workload(parser)
     add = parser.add_argument
-    base_help = "pin: the pinned tag without patches (default); a workspace commit; a record"
+    base_help = "pin: the pinned tag without patches (default); or a commit of the workspace"
     add("--base", default=ab_trees.PIN, metavar="BASE", help=base_help)
     repeat_help = f"starts of each tree (default {MIN_STARTS}, at least {MIN_STARTS})"
     add("--repeat", type=int, default=MIN_STARTS, metavar="N", help=repeat_help)

@@ -108,25 +108,6 @@ def records_that_differ(user: User) -> None:
     assert Path(done.out.strip()).exists()
 
 
-@runs("bench.measure_from_commit", "bench.git_fetch", "bench.measure_exported")
-def base_that_cannot_be_made(user: User) -> None:
-    measures(user)
-    path = own_record(user)
-    made = records.decode(path.read_bytes(), results.Record)
-    records.write(path, replace(made, source=replace(made.source, dirty="d" * 64)))
-    verb = (*AB, "--allow-busy", "--base", "latency")
-    (user.root / "mine").write_text("mine")
-    user.git("add", "mine")
-    user.follow("bench.measure_from_commit", *verb, then=False)
-    records.write(path, replace(made, workspace="3" * 40))
-    remote(user)
-    user.follow("bench.git_fetch", *verb, then=False)
-    changed = replace(made.source, tree="b" * 40)
-    records.write(path, replace(made, source=changed))
-    user.commit("[Core] Mine", vllm__mine_py="mine = 1\n")
-    user.follow("bench.measure_exported", *verb, then=False)
-
-
 @runs("bench.base", "bench.allow_busy")
 def machine_that_computes_for_others(user: User) -> None:
     measures(user)
