@@ -276,7 +276,7 @@ def _measure(session: Session, arms: list[Arm], measured: list[Record], paths: l
 def _next_arm(measured: list[Record]) -> int:
     """Return the arm to start: the second of a pair that is begun, or the first of a new pair."""
     counts = [len(record.starts) for record in measured]
-    return compare.first_arm(counts[0]) if counts[0] == counts[1] else counts.index(min(counts))
+    return counts[0] % 2 if counts[0] == counts[1] else counts.index(min(counts))
 
 
 def _start(
@@ -315,7 +315,7 @@ def _compare(session: Session, base: Tree, ours: Tree) -> None:
 
 
 def _judge(session: Session, measured: tuple[Record, Record]) -> Verdicts:
-    """Print a row for each metric, then the effects of the measuring itself."""
+    """Print a row for each metric, then the noise: one tree against itself."""
     (a, b), factor = measured, session.options.factor
     rows = compare.judge_records(a, b, factor=factor)
     noise = {
@@ -327,8 +327,12 @@ def _judge(session: Session, measured: tuple[Record, Record]) -> Verdicts:
         rows = tuple(replace(row, judgement=_without_verdict(row.judgement)) for row in rows)
     compare.print_rows(rows, console=session.console)
     for name, judgement in noise.items():
-        order = compare.order_effect(a.values(name), b.values(name))
-        _print_effects(session.console, name, judgement, order)
+        session.console.row(
+            State.FAIL if judgement.verdict == "fail" else State.OK,
+            "A/A",
+            f"{name}: odd against even starts of one tree {compare.percent(judgement.ratio)}"
+            f"{compare.interval_text(judgement)}",
+        )
     if noisy:
         session.console.info(
             f"inconclusive: two halves of the starts of one tree differ in {', '.join(noisy)};"
@@ -340,18 +344,3 @@ def _judge(session: Session, measured: tuple[Record, Record]) -> Verdicts:
 def _without_verdict(judgement: Judgement) -> Judgement:
     reason = "two halves of the starts of one tree differ by more than the factor"
     return replace(judgement, verdict="inconclusive", needed=None, reason=reason)
-
-
-def _print_effects(
-    console: Console, name: str, noise: Judgement, order: compare.OrderEffect
-) -> None:
-    console.row(
-        State.FAIL if noise.verdict == "fail" else State.OK,
-        "A/A",
-        f"{name}: odd against even starts of one tree {compare.percent(noise.ratio)}"
-        f"{compare.interval_text(noise)}",
-    )
-    seen = "; both arms are affected alike" if order.is_seen else ""
-    console.row(
-        State.WARN if order.is_seen else State.OK, "order", f"{name}: {order.sentence}{seen}"
-    )
