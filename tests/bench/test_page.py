@@ -17,7 +17,7 @@ from workspace.core.errors import SettingsError
 from workspace.core.paths import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
-VOID = ("meta", "br", "hr", "img", "link")
+VOID = ("meta", "br", "hr", "img", "link", "wbr")
 
 
 class Balanced(HTMLParser):
