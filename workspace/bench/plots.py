@@ -38,7 +38,6 @@ VARIABLES: Mapping[str, str] = {
 }
 SHOWN_SAMPLES = 400
 SHOWN_LABEL = 18
-PERCENTILES = (50, 75, 90, 95, 99)
 _RC: Mapping[str, Mapping[str, object]] = {
     "svg": {"fonttype": "none"},
     "font": {"family": ["sans-serif"], "size": 8},
@@ -253,37 +252,6 @@ def _draw_medians(axes: "Axes", row: int, values: Sequence[float]) -> None:
         color=COLOURS[row],
         linewidth=1,
     )
-
-
-def percentile(numbers: Sequence[float], percent: int) -> float:
-    """Interpolate between the two nearest numbers, as numpy does by default."""
-    if len(numbers) == 1:
-        return numbers[0]
-    return statistics.quantiles(numbers, n=100, method="inclusive")[percent - 1]
-
-
-def percentiles(name: str, metric: str, records: Sequence[tuple[str, Record]]) -> Plot:
-    """Plot percentiles of all samples of a metric, a line for each record."""
-    known = results.known(metric)
-
-    def draw(axes: "Axes") -> None:
-        for index, (label, record) in enumerate(records):
-            samples = _all_samples(record, metric)
-            curve = [percentile(samples, percent) for percent in PERCENTILES]
-            axes.plot(
-                range(len(PERCENTILES)),
-                curve,
-                f"-{MARKERS[index % len(MARKERS)]}",
-                color=COLOURS[index % len(COLOURS)],
-                markersize=4,
-                label=label,
-            )
-        axes.set_xticks(range(len(PERCENTILES)), [f"p{percent}" for percent in PERCENTILES])
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel(f"{metric}, {known.unit}")
-        axes.legend()
-
-    return _drawn(name, f"percentiles of {metric}: {known.meaning}", draw)
 
 
 def throughput(name: str, records: Sequence[tuple[str, Record]]) -> Plot:

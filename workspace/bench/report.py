@@ -27,7 +27,6 @@ SHOWN_METRICS = 6
 LONG_CELL = 60
 # A plot with more rows, or a table, is no page for a colleague; each record keeps its file.
 SHOWN_RECORDS = 20
-PERCENTILE_METRICS = ("ttft", "itl")
 TEMPLATE = Path(__file__).with_name("report.html")
 # Metrics with the worst verdict first.
 _VERDICTS: Sequence[compare.Verdict] = ("fail", "inconclusive", "pass")
@@ -252,9 +251,7 @@ class _Section:
 
     def _distributions(self) -> str:
         if self._pair is None or not self._verdicts:
-            newest = self._group[-1]
-            named = [(self._label(newest), newest)]
-            return self._figures("", self._percentiles(named))
+            return ""
         named = [(self._label(record), record) for record in self._pair]
         shared = [row.metric for row in self._verdicts]
         figures = [
@@ -262,15 +259,7 @@ class _Section:
             for metric in self._shown
             if metric in shared
         ]
-        return self._figures("Samples", [*figures, *self._percentiles(named)])
-
-    def _percentiles(self, records: Sequence[tuple[str, Record]]) -> list[Plot]:
-        return [
-            plots.percentiles(f"{self._name}-percentiles-{name}", name, records)
-            for name in self._shown
-            if name.partition("@")[0] in PERCENTILE_METRICS
-            and all(name in record.metrics for _, record in records)
-        ]
+        return self._figures("Samples", figures)
 
     def _sweeps(self) -> str:
         swept = [

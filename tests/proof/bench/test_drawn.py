@@ -23,14 +23,15 @@ def test_page_is_complete_fetches_nothing_and_shows_every_kind_of_plot() -> None
     kinds = {
         kind
         for plot in made.plots
-        for kind in ("history", "ab", "percentiles", "concurrency")
+        for kind in ("history", "ab", "concurrency")
         if f"-{kind}" in f"-{plot.name}"
     }
-    assert kinds == {"history", "ab", "percentiles", "concurrency"}
+    assert kinds == {"history", "ab", "concurrency"}
     assert "fail: " in made.html
     for plot in made.plots:
         assert plot.png.startswith(b"\x89PNG")
-        assert min(struct.unpack(">II", plot.png[16:24])) >= 300
+        width, height = struct.unpack(">II", plot.png[16:24])
+        assert (width >= 1900, height >= 200) == (True, True)
 
 
 def test_only_comparable_records_are_compared_by_default() -> None:
