@@ -154,7 +154,6 @@ def _build_arm(session: Session, name: str, tree: Tree) -> Arm:
     # Measured with the settings of the session, not with those that the sandbox was built with.
     machine = Machine(sandbox.layout, session.settings)
     benchmark = subject.prepare(machine, wanted, run_log=run_log)
-    ab_trees.require_own_vllm(sandbox, benchmark.environment)
     fresh = subject.describe(
         benchmark, observed, label=f"ab-{name}", repeat=options.repeat, outer=layout
     )

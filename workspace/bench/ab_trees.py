@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from workspace.core import hints, process, records
+from workspace.core import hints
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, CheckoutError, PatchConflict, SettingsError, counted
 from workspace.core.files import sha256
@@ -29,7 +29,6 @@ from workspace.server import process_tree
 
 PIN = "pin"
 LOOK_EVERY_S = 0.5
-_PROBE_TIMEOUT_S = 60.0
 _PINS, _SERIES = "vendor/pins.toml", "patches/vllm"
 _PREFIX = "vllm-workspace-"
 
@@ -273,27 +272,3 @@ def require_different_libraries(
     if not others:
         raise BuildError(sentence, hint=hints.text("bench.same_code"))
     console.warn(f"{sentence}; only the other changes are compared")
-
-
-def require_own_vllm(sandbox: Sandbox, environment: Mapping[str, str]) -> Path:
-    """Return the file of the vLLM that a process of the sandbox imports.
-
-    Raises BuildError where that file is not in the sandbox's tree.
-    """
-    with TemporaryDirectory(prefix=_PREFIX) as neutral:
-        done = process.capture(
-            [sandbox.layout.environment_python, sandbox.layout.probes / "imports.py", "origin"],
-            env=environment,
-            cwd=Path(neutral),
-            timeout_s=_PROBE_TIMEOUT_S,
-        )
-    try:
-        origin = records.decode(done.stdout, dict[str, str | None]).get("vllm")
-    except records.DecodeError:
-        origin = None
-    if origin is None or not Path(origin).resolve().is_relative_to(sandbox.layout.vllm.resolve()):
-        raise BuildError(
-            f"{sandbox.shown} imports vllm from {origin or 'nowhere'}, not from its own tree",
-            hint=hints.text("install.delete_sandbox", folder=sandbox.shown),
-        )
-    return Path(origin)
