@@ -3,16 +3,15 @@
 An arm is the A or the B of the comparison: a tree that is built in a sandbox of its own.
 """
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workspace.bench import ab_trees, compare, measure, results, subject
 from workspace.bench.ab_trees import Hashes, Tree
-from workspace.bench.compare import FACTOR, MIN_STARTS, Judgement, MetricDifference
+from workspace.bench.compare import FACTOR, MIN_STARTS, MetricDifference
 from workspace.bench.results import Kind, Record
 from workspace.bench.subject import Benchmark, WorkloadOptions
 from workspace.core import hints, records
@@ -74,14 +73,6 @@ class Session:
         return self.run_log.console
 
 
-@dataclass(frozen=True)
-class Verdicts:
-    """A row for each metric. With `is_noise` the same tree differs from itself: no row counts."""
-
-    rows: tuple[MetricDifference, ...]
-    is_noise: bool
-
-
 def run(layout: Layout, settings: Settings, options: AbOptions, *, console: Console) -> None:
     """Compare the working tree with the base.
 
@@ -98,7 +89,14 @@ def run(layout: Layout, settings: Settings, options: AbOptions, *, console: Cons
         session = Session(layout, settings, options, run_log)
         ours = ab_trees.working_tree(layout, observed, sandbox_name="ab-b")
         with ab_trees.base_tree(layout, observed, options.base) as base:
-            _compare(session, base, ours)
+            rows = _judge(session, run_interleaved(session, (base, ours)))
+        if names := compare.worse(rows):
+            raise Regression(
+                f"{ours.description} is slower than {base.description}: {names}",
+                hint=hints.text("bench.report_plots", percent=options.factor * 100),
+            )
+        if needed := compare.most_needed(rows):
+            console.hint(hints.text("bench.ab_again", needed=needed))
 
 
 def run_interleaved(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record, Record]:
@@ -125,7 +123,7 @@ def run_interleaved(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record,
             f"both arms have their {session.options.repeat} starts; a larger --repeat adds starts"
         )
     else:
-        with _report_kept(session, measured):
+        with measure.kept_reported(session.console, lambda: _kept(session, measured)):
             _measure(session, arms, measured, paths)
     count = min(len(record.starts) for record in measured)
     first, second = (replace(record, starts=record.starts[:count]) for record in measured)
@@ -216,18 +214,9 @@ def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
     )
 
 
-@contextlib.contextmanager
-def _report_kept(session: Session, measured: list[Record]) -> Iterator[None]:
-    """Report how many starts are kept if the run ends early."""
-    try:
-        yield
-    except BaseException:
-        counts = " and ".join(str(len(record.starts)) for record in measured)
-        session.console.info(
-            f"{counts} of {session.options.repeat} starts are kept; run the same command again to"
-            " resume"
-        )
-        raise
+def _kept(session: Session, measured: list[Record]) -> str:
+    counts = " and ".join(str(len(record.starts)) for record in measured)
+    return f"{counts} of {session.options.repeat} starts are kept"
 
 
 def _measure(session: Session, arms: list[Arm], measured: list[Record], paths: list[Path]) -> None:
@@ -300,21 +289,11 @@ def _start(
     return single, libraries
 
 
-def _compare(session: Session, base: Tree, ours: Tree) -> None:
-    verdicts = _judge(session, run_interleaved(session, (base, ours)))
-    if verdicts.is_noise:
-        return
-    if names := compare.worse(verdicts.rows):
-        raise Regression(
-            f"{ours.description} is slower than {base.description}: {names}",
-            hint=hints.text("bench.report_plots", percent=session.options.factor * 100),
-        )
-    if needed := compare.most_needed(verdicts.rows):
-        session.console.hint(hints.text("bench.ab_again", needed=needed))
+def _judge(session: Session, measured: tuple[Record, Record]) -> tuple[MetricDifference, ...]:
+    """Print and return a row for each metric, then print the noise: one tree against itself.
 
-
-def _judge(session: Session, measured: tuple[Record, Record]) -> Verdicts:
-    """Print a row for each metric, then the noise: one tree against itself."""
+    Where the same tree differs from itself, no verdict counts, and no number of starts settles it.
+    """
     (a, b), factor = measured, session.options.factor
     rows = compare.judge_records(a, b, factor=factor)
     noise = {
@@ -323,7 +302,16 @@ def _judge(session: Session, measured: tuple[Record, Record]) -> Verdicts:
     }
     noisy = [name for name, judgement in noise.items() if judgement.verdict == "fail"]
     if noisy:
-        rows = tuple(replace(row, judgement=_without_verdict(row.judgement)) for row in rows)
+        reason = "two halves of the starts of one tree differ by more than the factor"
+        rows = tuple(
+            replace(
+                row,
+                judgement=replace(
+                    row.judgement, verdict="inconclusive", needed=None, reason=reason
+                ),
+            )
+            for row in rows
+        )
     compare.print_rows(rows, console=session.console)
     for name, judgement in noise.items():
         session.console.row(
@@ -337,9 +325,4 @@ def _judge(session: Session, measured: tuple[Record, Record]) -> Verdicts:
             f"inconclusive: two halves of the starts of one tree differ in {', '.join(noisy)};"
             " measure again when the machine is idle"
         )
-    return Verdicts(rows, bool(noisy))
-
-
-def _without_verdict(judgement: Judgement) -> Judgement:
-    reason = "two halves of the starts of one tree differ by more than the factor"
-    return replace(judgement, verdict="inconclusive", needed=None, reason=reason)
+    return rows

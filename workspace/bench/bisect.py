@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from workspace.bench import bisect_log, bisect_predicate, compare
+from workspace.bench import bisect_log, bisect_predicate, compare, measure
 from workspace.bench.bisect_log import BisectLog, BisectOptions, Range, Try, Verdict
 from workspace.bench.bisect_predicate import Bounds, Outcome, Predicate, Trial
 from workspace.core import hints, lock
@@ -70,7 +70,7 @@ def run(
         log = begin(layout, searched, options, console=console)
         wanted = sandboxes.as_built(settings, observed)
         runner = _Runner(layout, wanted, observed.pin, searched, predicate, bounds, run_log)
-        with _report_kept(layout, console):
+        with measure.kept_reported(console, lambda: _kept(layout)):
             found = Search(layout, searched, runner.attempt, console, log).run()
         if json_file:
             text = json.dumps(found.document(), indent=1, allow_nan=False) + "\n"
@@ -344,16 +344,9 @@ def _contradiction(searched: Range, log: BisectLog, wrong: Try) -> SettingsError
     )
 
 
-@contextlib.contextmanager
-def _report_kept(layout: Layout, console: Console) -> Iterator[None]:
-    """Report how many tries are kept if the search ends early."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(WorkspaceError, OSError):
-            if log := bisect_log.read_log(layout):
-                console.info(f"kept: {log.summary}; run the same command again to resume")
-        raise
+def _kept(layout: Layout) -> str:
+    log = bisect_log.read_log(layout)
+    return f"kept: {log.summary}" if log else ""
 
 
 def _remove(layout: Layout, console: Console) -> None:

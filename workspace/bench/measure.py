@@ -97,7 +97,7 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
         so_far = _record_to_resume(layout, path, fresh)
         if so_far.starts:
             console.info(f"{layout.relative(path)} has {len(so_far.starts)} starts; resuming")
-        with _report_kept(layout, path, console):
+        with kept_reported(console, lambda: _kept(layout, path)):
             done, loads = _measure(benchmark, so_far, path=path, run_log=run_log)
     console.data(str(path))
     _show_result(layout, options, done, loads, console=console)
@@ -189,18 +189,20 @@ def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
 
 
 @contextlib.contextmanager
-def _report_kept(layout: Layout, path: Path, console: Console) -> Iterator[None]:
-    """Report how many starts are kept if the run ends early."""
+def kept_reported(console: Console, kept: Callable[[], str]) -> Iterator[None]:
+    """Report what is kept if the block ends early; `kept` returns nothing where nothing is."""
     try:
         yield
     except BaseException:
         with contextlib.suppress(WorkspaceError, OSError):
-            kept = results.read(path, place=layout.relative(path))
-            console.info(
-                f"{layout.relative(path)} keeps {len(kept.starts)} of {kept.repeat} starts; run the"
-                " same command again to resume"
-            )
+            if text := kept():
+                console.info(f"{text}; run the same command again to resume")
         raise
+
+
+def _kept(layout: Layout, path: Path) -> str:
+    found, shown = results.read(path, place=layout.relative(path)), layout.relative(path)
+    return f"{shown} keeps {len(found.starts)} of {found.repeat} starts"
 
 
 def _measure(
