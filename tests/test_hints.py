@@ -529,9 +529,7 @@ def test_few_hints_are_advice() -> None:
 def test_a_value_is_one_word_for_a_shell() -> None:
     assert hints.text("core.read_log", path=Path("/a b/log")) == "less '/a b/log'"
     assert hints.text("core.list_folders", folders=["a b", "c"]) == "ls -ld 'a b' c"
-    assert hints.text("bench.factor_limit", percent=3.14159).startswith(
-        "./scripts/nox -s ab -- --each-patch --factor 3.14 "
-    )
+    assert hints.text("bench.report_plots", percent=3.14159).endswith("the factor is 3.14%")
 
 
 def test_every_hint_is_run_once_or_has_the_reason_why_not() -> None:

@@ -19,6 +19,7 @@ from tests.clone import Clone, make_clone
 from tests.screens import screen
 from tests.small.world import World
 from workspace.bench import results
+from workspace.core import records
 
 # Rows of the doctor on the machine itself.
 _OF_THE_MACHINE = re.compile(
@@ -73,7 +74,7 @@ def test_bench(built: World, snapshot: SnapshotAssertion) -> None:
             label=label,
             tree=tree * 40,
         )
-        results.write(results.record_path(built.layout, made), made)
+        records.write(results.record_path(built.layout, made), made)
     assert shown(built, "bench") == snapshot(name="records")
     assert shown(built, "bench.compare", "before", "after") == snapshot(name="compare")
 

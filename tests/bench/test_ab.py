@@ -1,20 +1,16 @@
-"""The trees of `nox -s ab`: a commit of the workspace, a record, the working tree, and the series
-without a patch; and the misuse that it refuses.
-"""
+"""The trees of `nox -s ab`: a commit of the workspace, the working tree; and refused misuse."""
 
 import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.bench.materials import record
 from tests.small.materials import git
 from tests.small.world import World
-from workspace.bench import ab_trees, results
+from workspace.bench import ab_trees
 from workspace.core import settings
 from workspace.core.errors import CheckoutError, PatchConflict, SettingsError
 from workspace.install import plan
@@ -85,46 +81,6 @@ def test_base_with_an_unknown_pin_or_with_patches_that_do_not_apply_is_refused(
         pass
 
 
-def test_record_is_a_base_only_where_its_tree_can_be_made_again(built: World) -> None:
-    here, tree = git(built.root, "rev-parse", "HEAD"), built.git("rev-parse", "HEAD^{tree}")
-    good = replace(record(label="mine", tree=tree), workspace=here)
-    path = results.record_path(built.layout, good)
-
-    def base_of(source: dict[str, str] | None = None, **other: str | None) -> str:
-        parts = {"dirty": None, **(source or {})}
-        edited = replace(good.source, **parts)  # type: ignore[arg-type]
-        results.write(path, replace(good, source=edited, **other))  # type: ignore[arg-type]
-        with ab_trees.base_tree(
-            built.layout, observed(built), "mine" if source is None else str(path)
-        ) as base:
-            return base.tip
-
-    assert base_of() == built.git("rev-parse", "HEAD")
-    for source, says in (
-        ({"dirty": "d" * 64}, "uncommitted edits"),
-        ({"tree": "b" * 40}, "pins and patches of its commit"),
-    ):
-        with pytest.raises(SettingsError, match=says):
-            base_of(source)
-    for workspace, says in (
-        (None, "does not hold the commit"),
-        ("3" * 40, "which this clone does not have"),
-    ):
-        with pytest.raises(SettingsError, match=says):
-            base_of(workspace=workspace)
-    path.write_text(path.read_text()[:300])
-    with (
-        pytest.raises(SettingsError, match="is not a complete record"),
-        ab_trees.base_tree(built.layout, observed(built), str(path)),
-    ):
-        pass
-    with (
-        pytest.raises(SettingsError, match="is neither a commit of the workspace nor a record"),
-        ab_trees.base_tree(built.layout, observed(built), "nowhere"),
-    ):
-        pass
-
-
 def test_working_tree_has_edits_and_new_files_and_equal_content_is_the_same_commit(
     built: World,
 ) -> None:
@@ -145,7 +101,6 @@ def test_working_tree_has_edits_and_new_files_and_equal_content_is_the_same_comm
     [
         ("--repeat", "5"),
         ("--factor", "0"),
-        ("--each-patch", "--base", "HEAD"),
         ("speed",),
         ("--base", "nowhere"),
         ("--repeat=x",),
@@ -165,17 +120,3 @@ def test_tree_with_a_git_operation_in_progress_is_refused(built: World) -> None:
     (Path(built.git("rev-parse", "--absolute-git-dir")) / "MERGE_HEAD").write_text("")
     with pytest.raises(CheckoutError, match="operation in progress"):
         ab_trees.working_tree(built.layout, observed(built), sandbox_name="ab-b")
-
-
-def test_patch_that_another_patch_needs_cannot_be_left_out(built: World) -> None:
-    setup = built.layout.vllm / "setup.py"
-    setup.write_text(setup.read_text().replace("_C_AVX2", "_C_AVX3"))
-    git(built.layout.vllm, "commit", "--quiet", "--all", "-m", "On top\n\nUpstream-Status: Pending")
-    assert built.run("patch.export").code == 0
-    with (
-        pytest.raises(PatchConflict, match=r"On-top\.patch does not apply: setup\.py"),
-        ab_trees.tree_without(built.layout, observed(built), built.materials.patch.name),
-    ):
-        pass
-    with ab_trees.tree_without(built.layout, observed(built), "On-top.patch") as without:
-        assert without.tip == built.git("rev-parse", "HEAD~1")

@@ -11,7 +11,7 @@ from scipy.stats import mannwhitneyu
 
 from tests.bench.materials import arm
 from workspace.bench import compare
-from workspace.bench.compare import MIN_STARTS, judge_samples
+from workspace.bench.compare import MIN_STARTS, judge_noise, judge_samples
 from workspace.bench.results import Better
 
 STARTS = 30
@@ -169,3 +169,18 @@ def test_change_equal_to_the_factor_is_not_worth_more_starts() -> None:
     judgement = judge_samples(a, [value * 1.05 for value in a], better="lower")
     assert (judgement.verdict, judgement.needed) == ("inconclusive", None)
     assert "will hardly settle it" in judgement.reason
+
+
+def test_same_tree_is_slower_than_itself_only_where_every_other_start_is_slower() -> None:
+    drawn = [
+        judge_noise(arm(seed, 6), arm(seed + 1000, 6, slow=0.08), factor=0.05).verdict
+        for seed in range(100)
+    ]
+    assert drawn.count("fail") <= 1
+    every_other = [value * (1.2 if index % 2 else 1.0) for index, value in enumerate(arm(1, 6))]
+    for halves in (every_other, every_other[1:] + every_other[:1]):
+        assert judge_noise(halves, halves, factor=0.05).verdict == "fail"
+
+
+def test_equal_starts_have_no_noise_and_no_nan() -> None:
+    assert judge_noise([1.0] * 6, [1.0] * 6, factor=0.05).verdict == "pass"

@@ -3,22 +3,20 @@
 An arm is the A or the B of the comparison: a tree that is built in a sandbox of its own.
 """
 
-import contextlib
 import hashlib
 import json
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workspace.bench import ab_trees, compare, measure, results, subject
 from workspace.bench.ab_trees import Hashes, Tree
-from workspace.bench.compare import FACTOR, MIN_STARTS, Judgement, MetricDifference
+from workspace.bench.compare import FACTOR, MIN_STARTS, MetricDifference
 from workspace.bench.results import Kind, Record
 from workspace.bench.subject import Benchmark, WorkloadOptions
-from workspace.core import hints
+from workspace.core import hints, records
 from workspace.core.console import Console, RunLog, State
-from workspace.core.errors import BuildError, PatchConflict, PatchDrift, Regression, SettingsError
+from workspace.core.errors import BuildError, Regression, SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stages
@@ -26,7 +24,7 @@ from workspace.install import sandbox as sandboxes
 from workspace.install.sandbox import Sandbox
 from workspace.machine import check, interpreter
 from workspace.machine.machine import Machine
-from workspace.repo import pins, series
+from workspace.repo import pins
 
 ID_DIGITS = 8
 SHOWN_PACKAGES = 5
@@ -41,7 +39,6 @@ class AbOptions:
     model: str = subject.TINY
     repeat: int = MIN_STARTS
     factor: float = FACTOR
-    is_each_patch: bool = False
     allow_busy: bool = False
     vllm_args: tuple[str, ...] = ()
 
@@ -76,16 +73,8 @@ class Session:
         return self.run_log.console
 
 
-@dataclass(frozen=True)
-class Verdicts:
-    """A row for each metric. With `is_noise` the same tree differs from itself: no row counts."""
-
-    rows: tuple[MetricDifference, ...]
-    is_noise: bool
-
-
 def run(layout: Layout, settings: Settings, options: AbOptions, *, console: Console) -> None:
-    """Compare the working tree with the base, or the series with itself without each patch.
+    """Compare the working tree with the base.
 
     Raises Regression where something is slower, and the error of an arm that cannot be made, built
     or measured.
@@ -98,12 +87,16 @@ def run(layout: Layout, settings: Settings, options: AbOptions, *, console: Cons
         if options.allow_busy:
             console.warn("the load of other programs is measured too (--allow-busy)")
         session = Session(layout, settings, options, run_log)
-        if options.is_each_patch:
-            _compare_each_patch(session, observed)
-        else:
-            ours = ab_trees.working_tree(layout, observed, sandbox_name="ab-b")
-            with ab_trees.base_tree(layout, observed, options.base) as base:
-                _compare_with_base(session, base, ours)
+        ours = ab_trees.working_tree(layout, observed, sandbox_name="ab-b")
+        with ab_trees.base_tree(layout, observed, options.base) as base:
+            rows = _judge(session, run_interleaved(session, (base, ours)))
+        if names := compare.worse(rows):
+            raise Regression(
+                f"{ours.description} is slower than {base.description}: {names}",
+                hint=hints.text("bench.report_plots", percent=options.factor * 100),
+            )
+        if needed := compare.most_needed(rows):
+            console.hint(hints.text("bench.ab_again", needed=needed))
 
 
 def run_interleaved(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record, Record]:
@@ -121,19 +114,19 @@ def run_interleaved(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record,
         label = f"ab-{session.options.kind}-{arm.name}-{comparison}"
         arms.append(replace(arm, fresh=replace(arm.fresh, label=label)))
         paths.append(results.record_path(session.layout, arms[-1].fresh))
-    records = [
+    measured = [
         _record_to_resume(session.layout, path, arm.fresh)
         for path, arm in zip(paths, arms, strict=True)
     ]
-    if all(record.is_complete for record in records):
+    if all(record.is_complete for record in measured):
         session.console.info(
             f"both arms have their {session.options.repeat} starts; a larger --repeat adds starts"
         )
     else:
-        with _report_kept(session, records):
-            _measure(session, arms, records, paths)
-    count = min(len(record.starts) for record in records)
-    first, second = (replace(record, starts=record.starts[:count]) for record in records)
+        with measure.kept_reported(session.console, lambda: _kept(session, measured)):
+            _measure(session, arms, measured, paths)
+    count = min(len(record.starts) for record in measured)
+    first, second = (replace(record, starts=record.starts[:count]) for record in measured)
     for path in paths:
         session.console.data(str(path))
     return first, second
@@ -159,7 +152,6 @@ def _build_arm(session: Session, name: str, tree: Tree) -> Arm:
     # Measured with the settings of the session, not with those that the sandbox was built with.
     machine = Machine(sandbox.layout, session.settings)
     benchmark = subject.prepare(machine, wanted, run_log=run_log)
-    ab_trees.require_own_vllm(sandbox, benchmark.environment)
     fresh = subject.describe(
         benchmark, observed, label=f"ab-{name}", repeat=options.repeat, outer=layout
     )
@@ -222,21 +214,12 @@ def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
     )
 
 
-@contextlib.contextmanager
-def _report_kept(session: Session, records: list[Record]) -> Iterator[None]:
-    """Report how many starts are kept if the run ends early."""
-    try:
-        yield
-    except BaseException:
-        counts = " and ".join(str(len(record.starts)) for record in records)
-        session.console.info(
-            f"{counts} of {session.options.repeat} starts are kept; run the same command again to"
-            " resume"
-        )
-        raise
+def _kept(session: Session, measured: list[Record]) -> str:
+    counts = " and ".join(str(len(record.starts)) for record in measured)
+    return f"{counts} of {session.options.repeat} starts are kept"
 
 
-def _measure(session: Session, arms: list[Arm], records: list[Record], paths: list[Path]) -> None:
+def _measure(session: Session, arms: list[Arm], measured: list[Record], paths: list[Path]) -> None:
     """Measure until both records are complete.
 
     In each run the first start of each arm fills caches, and does not count.
@@ -255,10 +238,10 @@ def _measure(session: Session, arms: list[Arm], records: list[Record], paths: li
         console=session.console,
     )
     took: list[float] = []
-    while not all(record.is_complete for record in records):
-        index = _next_arm(records)
-        arm, so_far = arms[index], records[index]
-        left = sum(record.repeat - len(record.starts) for record in records)
+    while not all(record.is_complete for record in measured):
+        index = _next_arm(measured)
+        arm, so_far = arms[index], measured[index]
+        left = sum(record.repeat - len(record.starts) for record in measured)
         title = f"{arm.name.upper()} {len(so_far.starts) + 1}/{so_far.repeat}"
         single, libraries = _start(
             session, arm, title, left_s=left * sum(took) / len(took) if took else None
@@ -269,19 +252,19 @@ def _measure(session: Session, arms: list[Arm], records: list[Record], paths: li
                 hint=hints.text("bench.inspect_both"),
             )
         took.append(single.starts[0].seconds)
-        records[index] = replace(
+        measured[index] = replace(
             so_far,
             source=replace(so_far.source, libraries=libraries),
             starts=(*so_far.starts, *single.starts),
             backends=tuple(sorted({*so_far.backends, *single.backends})),
         )
-        results.write(paths[index], records[index])
+        records.write(paths[index], measured[index])
 
 
-def _next_arm(records: list[Record]) -> int:
+def _next_arm(measured: list[Record]) -> int:
     """Return the arm to start: the second of a pair that is begun, or the first of a new pair."""
-    counts = [len(record.starts) for record in records]
-    return compare.first_arm(counts[0]) if counts[0] == counts[1] else counts.index(min(counts))
+    counts = [len(record.starts) for record in measured]
+    return counts[0] % 2 if counts[0] == counts[1] else counts.index(min(counts))
 
 
 def _start(
@@ -306,21 +289,12 @@ def _start(
     return single, libraries
 
 
-def _compare_with_base(session: Session, base: Tree, ours: Tree) -> None:
-    verdicts = _judge(session, run_interleaved(session, (base, ours)))
-    if verdicts.is_noise:
-        return
-    if names := compare.worse(verdicts.rows):
-        raise Regression(
-            f"{ours.description} is slower than {base.description}: {names}",
-            hint=hints.text("bench.each_patch", factor=session.options.factor),
-        )
-    _print_next(session, verdicts)
+def _judge(session: Session, measured: tuple[Record, Record]) -> tuple[MetricDifference, ...]:
+    """Print and return a row for each metric, then print the noise: one tree against itself.
 
-
-def _judge(session: Session, records: tuple[Record, Record]) -> Verdicts:
-    """Print a row for each metric, then the effects of the measuring itself."""
-    (a, b), factor = records, session.options.factor
+    Where the same tree differs from itself, no verdict counts, and no number of starts settles it.
+    """
+    (a, b), factor = measured, session.options.factor
     rows = compare.judge_records(a, b, factor=factor)
     noise = {
         row.metric: compare.judge_noise(a.values(row.metric), b.values(row.metric), factor=factor)
@@ -328,105 +302,27 @@ def _judge(session: Session, records: tuple[Record, Record]) -> Verdicts:
     }
     noisy = [name for name, judgement in noise.items() if judgement.verdict == "fail"]
     if noisy:
-        rows = tuple(replace(row, judgement=_without_verdict(row.judgement)) for row in rows)
+        reason = "two halves of the starts of one tree differ by more than the factor"
+        rows = tuple(
+            replace(
+                row,
+                judgement=replace(
+                    row.judgement, verdict="inconclusive", needed=None, reason=reason
+                ),
+            )
+            for row in rows
+        )
     compare.print_rows(rows, console=session.console)
     for name, judgement in noise.items():
-        order = compare.order_effect(a.values(name), b.values(name))
-        _print_effects(session.console, name, judgement, order)
+        session.console.row(
+            State.FAIL if judgement.verdict == "fail" else State.OK,
+            "A/A",
+            f"{name}: odd against even starts of one tree {compare.percent(judgement.ratio)}"
+            f"{compare.interval_text(judgement)}",
+        )
     if noisy:
         session.console.info(
             f"inconclusive: two halves of the starts of one tree differ in {', '.join(noisy)};"
             " measure again when the machine is idle"
         )
-    return Verdicts(rows, bool(noisy))
-
-
-def _without_verdict(judgement: Judgement) -> Judgement:
-    reason = "two halves of the starts of one tree differ by more than the factor"
-    return replace(judgement, verdict="inconclusive", needed=None, reason=reason)
-
-
-def _print_effects(
-    console: Console, name: str, noise: Judgement, order: compare.OrderEffect
-) -> None:
-    console.row(
-        State.FAIL if noise.verdict == "fail" else State.OK,
-        "A/A",
-        f"{name}: odd against even starts of one tree {compare.percent(noise.ratio)}"
-        f"{compare.interval_text(noise)}",
-    )
-    seen = "; both arms are affected alike" if order.is_seen else ""
-    console.row(
-        State.WARN if order.is_seen else State.OK, "order", f"{name}: {order.sentence}{seen}"
-    )
-
-
-def _print_next(session: Session, verdicts: Verdicts) -> None:
-    if needed := compare.most_needed(verdicts.rows):
-        session.console.hint(
-            hints.text("bench.ab_again", command=command(session.options, repeat=needed))
-        )
-
-
-def command(options: AbOptions, *, repeat: int) -> str:
-    """Return the command line of the same comparison with `repeat` starts."""
-    argv = ["./scripts/nox", "-s", "ab", "--", options.kind]
-    if options.is_each_patch:
-        argv += ["--each-patch"]
-    elif options.base != ab_trees.PIN:
-        argv += ["--base", options.base]
-    argv += ["--model", options.model] if options.model != subject.TINY else []
-    argv += ["--repeat", str(repeat)] if repeat != MIN_STARTS else []
-    argv += ["--factor", f"{options.factor * 100:g}"] if options.factor != FACTOR else []
-    argv += ["--allow-busy"] if options.allow_busy else []
-    return shlex.join([*argv, *(["--", *options.vllm_args] if options.vllm_args else [])])
-
-
-def _compare_each_patch(session: Session, observed: plan.Observation) -> None:
-    """Compare the whole series with the series without each patch in turn.
-
-    Reports and skips a patch that cannot be left out.
-    """
-    layout, console = session.layout, session.console
-    ours = ab_trees.working_tree(layout, observed, sandbox_name="ab-b")
-    stack = observed.stack
-    assert stack is not None
-    if stack.state is not series.State.APPLIED or stack.dirty or observed.checkout.base is None:
-        raise PatchDrift(
-            "--each-patch leaves patches out of the series, but vendor/vllm differs from the tree"
-            " that the series makes",
-            hint=hints.text("bench.commit_then_export"),
-        )
-    if not stack.names:
-        console.info("the series is empty: there is no patch to leave out")
-        return
-    found: dict[str, Verdicts] = {}
-    for name in stack.names:
-        console.info(f"without {name}")
-        try:
-            with ab_trees.tree_without(layout, observed, name) as tree:
-                found[name] = _judge(session, run_interleaved(session, (tree, ours)))
-        except (PatchConflict, BuildError) as exc:
-            console.row(State.SKIPPED, name, f"cannot be left out: {exc.message}")
-    _conclude(session, stack.names, found)
-
-
-def _conclude(session: Session, names: Sequence[str], found: Mapping[str, Verdicts]) -> None:
-    """Print the cost of each patch: the whole series against the series without the patch."""
-    console = session.console
-    console.info("cost of each patch: the whole series against the series without it")
-    for name in names:
-        if name in found:
-            compare.print_rows(found[name].rows, console=console, title=name)
-        else:
-            console.row(State.SKIPPED, name, "cannot be left out, see above")
-    for verdicts in found.values():
-        _print_next(session, verdicts)
-    slow = [
-        f"{name} costs {worse}"
-        for name, verdicts in found.items()
-        if not verdicts.is_noise and (worse := compare.worse(verdicts.rows))
-    ]
-    if slow:
-        hint = hints.text("bench.factor_limit", percent=session.options.factor * 100)
-        raise Regression("; ".join(slow), hint=hint)
+    return rows

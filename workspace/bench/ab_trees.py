@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from workspace.bench import results
-from workspace.bench.results import Record
-from workspace.core import hints, process, records
+from workspace.core import hints
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, CheckoutError, PatchConflict, SettingsError, counted
-from workspace.core.files import read_regular, sha256
+from workspace.core.files import sha256
 from workspace.core.paths import Layout
 from workspace.install import plan
 from workspace.install import sandbox as sandboxes
@@ -31,7 +29,6 @@ from workspace.server import process_tree
 
 PIN = "pin"
 LOOK_EVERY_S = 0.5
-_PROBE_TIMEOUT_S = 60.0
 _PINS, _SERIES = "vendor/pins.toml", "patches/vllm"
 _PREFIX = "vllm-workspace-"
 
@@ -81,10 +78,9 @@ def working_tree(layout: Layout, observed: plan.Observation, *, sandbox_name: st
 
 @contextlib.contextmanager
 def base_tree(layout: Layout, observed: plan.Observation, name: str) -> Iterator[Tree]:
-    """Yield the tree of --base: the bare pin, or pins and patches of a commit or of a record.
+    """Yield the tree of --base: the bare pin, or pins and patches of a commit of the workspace.
 
-    Raises SettingsError for a name that is none of these, and for a record whose tree cannot be
-    made again; PatchConflict where the patches do not apply.
+    Raises SettingsError for a name that is neither, PatchConflict where the patches do not apply.
     """
     if name == PIN:
         if observed.checkout.base is None:
@@ -96,68 +92,15 @@ def base_tree(layout: Layout, observed: plan.Observation, name: str) -> Iterator
             f"{observed.pin.tag} without patches", observed.pin, None, observed.checkout.base
         )
         return
-    outer, record = checkout.superproject(layout), None
-    # A commit takes precedence; a record of the same name is given by its path.
-    commit = outer.resolve(name) if outer and not name.endswith(".json") else None
-    if commit is None and (record := _record(layout, name)):
-        commit = _commit_of(record, outer)
+    outer = checkout.superproject(layout)
+    commit = outer.resolve(name) if outer else None
     if outer is None or commit is None:
         raise SettingsError(
-            f"--base: {name[:60]!r} is neither a commit of the workspace nor a record",
+            f"--base: {name[:60]!r} is no commit of the workspace",
             hint=hints.text("bench.base"),
         )
     with TemporaryDirectory(prefix=_PREFIX) as folder:
-        tree = _tree_of_commit(layout, outer, commit, name, Path(folder) / "vllm")
-        if record is not None:
-            _require_same_tree(layout, record, tree, commit)
-        yield tree
-
-
-def _record(layout: Layout, name: str) -> Record | None:
-    try:
-        return results.find(layout, name).record
-    except SettingsError as exc:
-        # The name is ambiguous, or the record cannot be read.
-        if exc.details or name.endswith(".json"):
-            raise
-        return None
-
-
-def _commit_of(record: Record, outer: Git | None) -> str:
-    """Return the superproject's commit at which a record was measured.
-
-    Raises SettingsError where that commit is not known, or does not define the whole tree.
-    """
-    hint = hints.text("bench.measure_from_commit", kind=record.kind)
-    if record.source.dirty:
-        raise SettingsError(
-            f"the record {record.stem} was measured with uncommitted edits in vendor/vllm, which"
-            " cannot be restored",
-            hint=hint,
-        )
-    if record.workspace is None:
-        raise SettingsError(
-            f"the record {record.stem} does not hold the commit of the workspace at which it was"
-            " measured",
-            hint=hint,
-        )
-    if outer is None or record.workspace not in outer.present((record.workspace,)):
-        raise SettingsError(
-            f"the record {record.stem} was measured at commit {record.workspace[:12]}, which this"
-            " clone does not have",
-            hint=hints.text("bench.git_fetch"),
-        )
-    return record.workspace
-
-
-def _require_same_tree(layout: Layout, record: Record, made: Tree, commit: str) -> None:
-    tree = Git(layout.vllm).tree(made.tip)
-    if tree != record.source.tree:
-        raise SettingsError(
-            f"the record {record.stem} measured tree {record.source.tree[:12]}, but the pins"
-            f" and patches of its commit {commit[:12]} make tree {tree[:12]}",
-            hint=hints.text("bench.measure_exported"),
-        )
+        yield _tree_of_commit(layout, outer, commit, name, Path(folder) / "vllm")
 
 
 def _tree_of_commit(layout: Layout, outer: Git, commit: str, name: str, folder: Path) -> Tree:
@@ -199,26 +142,6 @@ def _base_of(layout: Layout, pin: Pin) -> str:
             hint=hints.text("bench.fetch_pin", url=url, commit=pin.commit),
         )
     return found
-
-
-@contextlib.contextmanager
-def tree_without(layout: Layout, observed: plan.Observation, left_out: str) -> Iterator[Tree]:
-    """Yield the series without one patch. Raises PatchConflict where another patch needs it."""
-    assert observed.stack is not None
-    assert observed.checkout.base is not None
-    names = [name for name in observed.stack.names if name != left_out]
-    with TemporaryDirectory(prefix=_PREFIX) as place:
-        folder = Path(place) / "vllm"
-        folder.mkdir()
-        for name in names:
-            (folder / name).write_bytes(read_regular(layout.patches("vllm") / name))
-        (folder / series.SERIES_FILE).write_text(
-            "".join(f"{line}\n" for line in (f"# base: {observed.pin.commit}", *names))
-        )
-        description = f"the series without {left_out}"
-        files = [folder / name for name in names]
-        tip = apply_series(layout, observed.checkout.base, files, description=description)
-        yield Tree(description, observed.pin, folder, tip)
 
 
 def apply_series(layout: Layout, start: str, files: Sequence[Path], *, description: str) -> str:
@@ -349,27 +272,3 @@ def require_different_libraries(
     if not others:
         raise BuildError(sentence, hint=hints.text("bench.same_code"))
     console.warn(f"{sentence}; only the other changes are compared")
-
-
-def require_own_vllm(sandbox: Sandbox, environment: Mapping[str, str]) -> Path:
-    """Return the file of the vLLM that a process of the sandbox imports.
-
-    Raises BuildError where that file is not in the sandbox's tree.
-    """
-    with TemporaryDirectory(prefix=_PREFIX) as neutral:
-        done = process.capture(
-            [sandbox.layout.environment_python, sandbox.layout.probes / "imports.py", "origin"],
-            env=environment,
-            cwd=Path(neutral),
-            timeout_s=_PROBE_TIMEOUT_S,
-        )
-    try:
-        origin = records.decode(done.stdout, dict[str, str | None]).get("vllm")
-    except records.DecodeError:
-        origin = None
-    if origin is None or not Path(origin).resolve().is_relative_to(sandbox.layout.vllm.resolve()):
-        raise BuildError(
-            f"{sandbox.shown} imports vllm from {origin or 'nowhere'}, not from its own tree",
-            hint=hints.text("install.delete_sandbox", folder=sandbox.shown),
-        )
-    return Path(origin)

@@ -1,31 +1,22 @@
-"""The run of `nox -s bisect`: try commit after commit in a sandbox until the culprit is found.
+"""The run of `nox -s bisect`: `git bisect` with a sandbox in which each commit is built and tested.
 
-The bisect log keeps each try, so that the same command resumes. What the search knows, and which
-commit comes next, is in bisect_log.py.
+The range, and the log from which the same command resumes, are in bisect_log.py.
 """
 
 import contextlib
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from workspace.bench import bisect_log, bisect_predicate, compare
-from workspace.bench.bisect_log import (
-    BisectLog,
-    BisectOptions,
-    Context,
-    Range,
-    Role,
-    SearchState,
-    Try,
-    Verdict,
-)
+from workspace.bench import bisect_log, bisect_predicate, compare, measure
+from workspace.bench.bisect_log import BisectLog, BisectOptions, Range, Try, Verdict
 from workspace.bench.bisect_predicate import Bounds, Outcome, Predicate, Trial
 from workspace.core import hints, lock
 from workspace.core.console import Console, RunLog, State
-from workspace.core.errors import BuildError, SettingsError, WorkspaceError, counted
+from workspace.core.errors import BuildError, CheckoutError, SettingsError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -36,12 +27,12 @@ from workspace.repo.pins import Pin
 
 SANDBOX = "bisect"
 VERB = "nox -s bisect"
-# After this many skips in a row a person should look at the cause.
-MOST_SKIPS = 12
 SHOWN = 8
+# Exit statuses of git-bisect (enum bisect_error in git's bisect.h).
+_ONLY_SKIPPED_LEFT, _MERGE_BASE_IS_BAD = 2, 3
 _STATES: Mapping[Verdict, State] = {"good": State.OK, "bad": State.FAIL, "skip": State.WARN}
 
-Attempt = Callable[[str, Role, BisectLog], Outcome]
+Attempt = Callable[[str, BisectLog], Outcome]
 
 
 def run(
@@ -68,37 +59,24 @@ def run(
         ) as run_log,
     ):
         observed = plan.observe(layout, settings)
-        context = bisect_log.bisect_context(layout, observed)
-        log = begin(layout, context, options, console=console)
-        is_patches = options.is_patches
-        searched = bisect_log.open_range(layout, context, log.good, log.bad, is_patches=is_patches)
-        wanted = sandboxes.as_built(settings, observed)
-        pin, base = observed.pin, context.base
-        runner = _Runner(layout, wanted, pin, base, searched, predicate, bounds, run_log)
-        with _report_kept(layout, console):
-            log, state = search(
-                searched,
-                log,
-                attempt=runner.attempt,
-                keep=lambda kept: bisect_log.write_log(layout, kept),
-                console=console,
+        stack, base = observed.stack, observed.checkout.base
+        if stack is None or base is None:
+            raise CheckoutError(
+                f"there is nothing to search: vendor/vllm is {observed.checkout.detail}",
+                hint=hints.text("inv.bootstrap"),
             )
-        document = describe(layout, searched, log, state)
+        patches = tuple(layout.patches("vllm") / name for name in stack.names)
+        searched = bisect_log.open_range(layout, base, patches, options)
+        log = begin(layout, searched, options, console=console)
+        wanted = sandboxes.as_built(settings, observed)
+        runner = _Runner(layout, wanted, observed.pin, searched, predicate, bounds, run_log)
+        with measure.kept_reported(console, lambda: _kept(layout)):
+            found = Search(layout, searched, runner.attempt, console, log).run()
         if json_file:
-            text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+            text = json.dumps(found.document(), indent=1, allow_nan=False) + "\n"
             write_atomic(json_file, text.encode())
-        with _removed_at_end(layout, state, console):
-            conclude(searched, log, state, document, console=console)
-
-
-@contextlib.contextmanager
-def _removed_at_end(layout: Layout, state: SearchState, console: Console) -> Iterator[None]:
-    """Remove sandbox and log at the end, unless the next bisect takes the tries over."""
-    try:
-        yield
-    finally:
-        if state.contradiction is None:
-            _remove(layout, console)
+        _remove(layout, console)
+        conclude(found, console=console)
 
 
 def abort(layout: Layout, *, console: Console) -> None:
@@ -111,97 +89,153 @@ def abort(layout: Layout, *, console: Console) -> None:
 
 
 def begin(
-    layout: Layout, context: Context, options: BisectOptions, *, console: Console
+    layout: Layout, searched: Range, options: BisectOptions, *, console: Console
 ) -> BisectLog:
-    """Return the log of the same command to resume, or a fresh log. Raises SettingsError as `run`.
+    """Return the log of the same search to resume, or a new log.
 
-    A fresh log takes over the tries of a bisect that ended with a contradiction.
+    Raises SettingsError where another bisect is in progress.
     """
-    former = bisect_log.read_log(layout)
-    digest = bisect_log.context_digest(context.base, context.patches)
-    if former and former.options == options:
-        if former.context != digest:
-            raise SettingsError(
-                "the pin or its patches have changed since this bisect began",
-                hint=hints.text("bench.bring_back"),
-            )
-        console.info(f"resuming after {_tries(former)}")
-        return former
-    if former and not is_contradicted(layout, context, former):
+    former, fresh = bisect_log.read_log(layout), bisect_log.fresh_log(searched, options)
+    if former is None:
+        bisect_log.write_log(layout, fresh)
+        return fresh
+    if not former.is_of(fresh):
         raise SettingsError(
-            f"another bisect is in progress, {_tries(former)}: {former.options.command}; this"
-            f" command is {options.command}",
+            f"another bisect is in progress, {former.summary}: --run {former.options.run} from"
+            f" {former.good[:12]} to {former.bad[:12]}, or with another pin or other patches",
             hint=hints.text("bench.resume_other"),
         )
-    good, bad = bisect_log.range_ends(layout, context, options)
-    fresh = BisectLog(options, good, bad, digest)
-    fresh = fresh.inheriting(former) if former else fresh
-    bisect_log.write_log(layout, fresh)
-    return fresh
+    console.info(f"resuming after {former.summary}")
+    return former
 
 
-def is_contradicted(layout: Layout, context: Context, former: BisectLog) -> bool:
-    """Return whether a bisect ended because an end has the wrong verdict."""
-    with contextlib.suppress(WorkspaceError, ValueError):
-        searched = bisect_log.open_range(
-            layout, context, former.good, former.bad, is_patches=former.options.is_patches
-        )
-        return searched.state(former.verdicts).contradiction is not None
-    return False
+@dataclass(frozen=True)
+class Found:
+    """The end of a search: the suspects that are left, of which the last is bad.
 
-
-def search(
-    searched: Range,
-    log: BisectLog,
-    *,
-    attempt: Attempt,
-    keep: Callable[[BisectLog], None],
-    console: Console,
-) -> tuple[BisectLog, SearchState]:
-    """Try commits until no commit is left to try; keep the log after each try.
-
-    Raises WorkspaceError where an end cannot be tried, and after 12 skips in a row.
+    Instead it may be `wrong`: an end, or a merge base of the two, with the verdict that it must not
+    have.
     """
-    skips = 0
-    while (state := searched.state(log.verdicts)).following:
-        commit, role = state.following, state.role
-        console.info(_progress(searched, log, state))
+
+    searched: Range
+    log: BisectLog
+    left: tuple[str, ...]
+    wrong: Try | None = None
+
+    @property
+    def culprit(self) -> str | None:
+        return self.left[0] if len(self.left) == 1 else None
+
+    def document(self) -> dict[str, object]:
+        """Return the document of --json: the verdict, the culprit and every try."""
+        log, searched = self.log, self.searched
+        culprit = self.culprit and {
+            "oid": self.culprit,
+            "subject": history.subject(searched.git, self.culprit),
+            "patch": searched.names.get(self.culprit),
+        }
+        return {
+            "schema": log.SCHEMA,
+            "verdict": ("found" if culprit else "contradiction" if self.wrong else "inconclusive"),
+            # Programs read this key, so it keeps the name of the first edition.
+            "asked": asdict(log.options),
+            "good": log.good,
+            "bad": log.bad,
+            "culprit": culprit,
+            "suspects": list(self.left),
+            "tries": [asdict(attempt) for attempt in log.tries],
+            "steps": len(log.tries),
+            "minutes": round(log.seconds / 60, 2),
+        }
+
+
+@dataclass
+class Search:
+    """A `git bisect` between two ends; the log is written after each try.
+
+    It runs in an empty repository that borrows the commits of vendor/vllm, so that a bisect of the
+    user there, HEAD, index and references stay as they are.
+    """
+
+    layout: Layout
+    searched: Range
+    attempt: Attempt
+    console: Console
+    log: BisectLog
+    left: tuple[str, ...] = field(default=())
+
+    def run(self) -> Found:
+        """Try the ends, then what git asks for, until nothing is left to try.
+
+        Raises WorkspaceError where an end cannot be tried.
+        """
+        good, bad = self.searched.good, self.searched.bad
+        for commit, verdict in ((good, "good"), (bad, "bad")):
+            tried = self._tried(commit, f"the {verdict} end: ")
+            if tried.verdict != verdict:
+                return Found(self.searched, self.log, (), wrong=tried)
+        with self._repository() as git:
+            answer, marked = git.write("bisect", "start", "--no-checkout", bad, good), {good}
+            while True:
+                self.left = _suspects(git)
+                following = git.resolve("BISECT_HEAD")
+                if following is None or following in marked:
+                    break
+                tried = self._tried(following, f"{len(self.left)} suspects left: ")
+                marked.add(following)
+                answer = git.write("bisect", tried.verdict, following, check=False)
+                if answer.status == _MERGE_BASE_IS_BAD:
+                    return Found(self.searched, self.log, (), wrong=tried)
+        if answer.status not in (0, _ONLY_SKIPPED_LEFT) and len(self.left) > 1:
+            # With one suspect left, git fails only to show it: a partial clone lacks its files.
+            raise CheckoutError(
+                f"git bisect failed: {answer.err.strip()}", hint=hints.text("bench.bisect_abort")
+            )
+        return Found(self.searched, self.log, self.left)
+
+    @contextlib.contextmanager
+    def _repository(self) -> Iterator[Git]:
+        """Yield a repository with the commits of vendor/vllm, also of a shallow clone."""
+        source = self.searched.git
+        with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as folder:
+            git = Git(Path(folder))
+            git.init()
+            alternates = git.path_of("objects/info/alternates")
+            alternates.parent.mkdir(exist_ok=True)
+            alternates.write_text(f"{source.path_of('objects')}\n")
+            if (shallow := source.path_of("shallow")).exists():
+                git.path_of("shallow").symlink_to(shallow)
+            # git-bisect needs a HEAD.
+            git.write("update-ref", "--no-deref", "HEAD", self.searched.good)
+            yield git
+
+    def _tried(self, commit: str, place: str) -> Try:
+        """Return the try of a commit from the log, or try it and write the log."""
+        if (former := self.log.of(commit)) is not None:
+            return former
+        title = self.searched.title(commit)
+        self.console.info(f"{place}{title}; {self.log.seconds / 60:.1f} min so far")
         started = time.monotonic()
-        outcome = attempt(commit, role, log)
+        outcome = self.attempt(commit, self.log)
         seconds = round(time.monotonic() - started, 1)
-        if outcome.verdict == "skip" and role in ("good", "bad"):
-            raise _untried_end(searched, log, state, outcome)
-        log = log.after(Try(commit, outcome.verdict, outcome.evidence, seconds, outcome.values))
-        keep(log)
-        skips = skips + 1 if outcome.verdict == "skip" else 0
-        if skips == MOST_SKIPS:
-            raise _too_many_skips(searched, log, outcome)
-    return log, state
+        role = {self.searched.good: "good", self.searched.bad: "bad"}.get(commit)
+        if outcome.verdict == "skip" and role:
+            raise WorkspaceError(
+                f"the {role} end, {title}, cannot be tried: {outcome.evidence}",
+                hint=hints.text("bench.fix_patches_first")
+                if self.log.options.is_patches
+                else hints.text("bench.other_commit", role=role),
+            )
+        tried = Try(commit, outcome.verdict, outcome.evidence, seconds, outcome.values)
+        self.log = self.log.after(tried)
+        bisect_log.write_log(self.layout, self.log)
+        return tried
 
 
-def _untried_end(
-    searched: Range, log: BisectLog, state: SearchState, outcome: Outcome
-) -> WorkspaceError:
-    hint = (
-        hints.text("bench.fix_patches_first")
-        if log.options.is_patches
-        else hints.text("bench.other_commit", role=state.role)
-    )
-    title = searched.title(state.following or "")
-    return WorkspaceError(
-        f"the {state.role} end, {title}, cannot be tried: {outcome.evidence}", hint=hint
-    )
-
-
-def _too_many_skips(searched: Range, log: BisectLog, outcome: Outcome) -> WorkspaceError:
-    left = searched.state(log.verdicts).left
-    shown = left if len(left) <= SHOWN else (*left[: SHOWN - 1], left[-1])
-    return WorkspaceError(
-        f"inconclusive so far: {MOST_SKIPS} commits in a row cannot be tried; the last:"
-        f" {outcome.evidence}",
-        hint=hints.text("bench.bisect_more", count=MOST_SKIPS),
-        details=tuple(searched.title(commit) for commit in shown),
-    )
+def _suspects(git: Git) -> tuple[str, ...]:
+    """Return the commits that may be the culprit, parents first."""
+    args = ("rev-list", "--topo-order", "--reverse", "refs/bisect/bad")
+    return tuple(git.look(*args, "--not", "--glob=refs/bisect/good-*").out.split())
 
 
 @dataclass(frozen=True)
@@ -211,17 +245,18 @@ class _Runner:
     layout: Layout
     settings: Settings
     pin: Pin
-    base: str
     searched: Range
     predicate: Predicate
     bounds: Bounds
     run_log: RunLog
 
-    def attempt(self, commit: str, role: Role, log: BisectLog) -> Outcome:
-        console, git = self.run_log.console, Git(self.layout.vllm)
-        self.run_log.phase(self.searched.title(commit))
-        history.complete_range(git, self.base, commit, self.settings, run_log=self.run_log)
-        carried = history.carried(git, commit, self.searched.carried)
+    def attempt(self, commit: str, log: BisectLog) -> Outcome:
+        searched, console = self.searched, self.run_log.console
+        self.run_log.phase(searched.title(commit))
+        history.complete_range(
+            searched.git, searched.base, commit, self.settings, run_log=self.run_log
+        )
+        carried = history.carried(searched.git, commit, searched.carried)
         if carried.tip is None:
             return self._skip(f"patches/vllm/{carried.failing} does not apply there")
         if carried.left_out:
@@ -239,15 +274,11 @@ class _Runner:
             sandboxes.build_sandbox(sandbox, self.settings, console=console)
         except BuildError as exc:
             return self._skip(f"it cannot be built: {exc.message}")
-        return self._evaluate(sandbox, role, log)
-
-    def _evaluate(self, sandbox: sandboxes.Sandbox, role: Role, log: BisectLog) -> Outcome:
         first = log.of(log.good)
-        reference = first.values if first and role != "good" else ()
         trial = Trial(sandbox, self.settings, self.bounds, self.run_log)
         with stages.step(self.run_log, self.predicate.name) as view:
             outcome = bisect_predicate.evaluate(
-                self.predicate, trial, reference=reference, view=view
+                self.predicate, trial, reference=first.values if first else (), view=view
             )
             view.state = _STATES[outcome.verdict]
             view.reason = f"{outcome.verdict}: {outcome.evidence}"
@@ -258,133 +289,64 @@ class _Runner:
         return Outcome("skip", evidence)
 
 
-def conclude(
-    searched: Range,
-    log: BisectLog,
-    state: SearchState,
-    document: Mapping[str, object],
-    *,
-    console: Console,
-) -> None:
+def conclude(found: Found, *, console: Console) -> None:
     """Print the culprit.
 
     Raises SettingsError where an end has the wrong verdict, WorkspaceError where the search is
     inconclusive.
     """
-    if state.contradiction:
-        raise _contradiction(searched, log, state)
-    if state.culprit is None:
+    searched, log = found.searched, found.log
+    if found.wrong:
+        raise _contradiction(searched, log, found.wrong)
+    if found.culprit is None:
         untried = [
-            f"{searched.title(commit)}: {found.evidence}"
-            for commit in state.left[:-1]
-            if (found := log.of(commit))
+            f"{searched.title(commit)}: {tried.evidence}"
+            for commit in found.left[:-1]
+            if (tried := log.of(commit))
         ]
-        first, last = state.left[0], state.left[-1]
+        first, last = found.left[0], found.left[-1]
         raise WorkspaceError(
-            f"inconclusive after {_tries(log)}: the culprit is one of {len(state.left)} commits,"
+            f"inconclusive after {log.summary}: the culprit is one of {len(found.left)} commits,"
             " of which the last is bad and the others cannot be tried",
             hint=hints.text("bench.log_range", first=first[:12], last=last[:12]),
             details=(*untried, searched.title(last)),
         )
-    found = log.of(state.culprit)
-    assert found is not None
-    console.info(f"the first bad commit is {searched.title(state.culprit)}", style="bold")
-    for line in _stats_lines(document):
+    tried = log.of(found.culprit)
+    assert tried is not None
+    console.info(f"the first bad commit is {searched.title(found.culprit)}", style="bold")
+    # A partial clone may lack the files that git counts the lines of.
+    stats = ("show", "--stat", "--no-color", "--diff-merges=first-parent", "--format=%an, %as: %s")
+    for line in searched.git.look(*stats, found.culprit, check=False).out.splitlines()[:SHOWN]:
         console.info(f"  {line}")
-    console.info(f"  {found.evidence}")
-    console.info(f"{_tries(log)}; to inspect it: git -C vendor/vllm show {state.culprit[:12]}")
-    console.data(searched.names.get(state.culprit, state.culprit))
+    console.info(f"  {tried.evidence}")
+    console.info(f"{log.summary}; to inspect it: git -C vendor/vllm show {found.culprit[:12]}")
+    console.data(searched.names.get(found.culprit, found.culprit))
 
 
-def describe(
-    layout: Layout, searched: Range, log: BisectLog, state: SearchState
-) -> dict[str, object]:
-    """Return the document of --json: the verdict, the culprit and every try."""
-    culprit: dict[str, object] | None = None
-    if state.culprit:
-        stats = history.commit_stats(Git(layout.vllm), state.culprit)
-        changes = {path: list(counts) for path, counts in stats.changes.items()}
-        patch = searched.names.get(state.culprit)
-        culprit = {**asdict(stats), "changes": changes, "patch": patch}
-    return {
-        "schema": log.SCHEMA,
-        "verdict": (
-            "found" if culprit else "contradiction" if state.contradiction else "inconclusive"
-        ),
-        # Programs read this key, so it keeps the name of the first edition.
-        "asked": asdict(log.options),
-        "good": log.good,
-        "bad": log.bad,
-        "culprit": culprit,
-        "suspects": list(state.left),
-        "tries": [asdict(attempt) for attempt in log.tries],
-        "steps": len(log.tries),
-        "minutes": round(log.seconds / 60, 2),
-    }
-
-
-def _stats_lines(document: Mapping[str, object]) -> Iterator[str]:
-    culprit = document["culprit"]
-    assert isinstance(culprit, dict)
-    yield f"{culprit['author']}, {culprit['date']}: {culprit['subject']}"
-    changes = culprit["changes"]
-    for path, (added, removed) in list(changes.items())[:SHOWN]:
-        yield f"{path}  +{added} -{removed}" if added is not None else path
-    if len(changes) > SHOWN:
-        yield f"and {len(changes) - SHOWN} more files"
-
-
-def _contradiction(searched: Range, log: BisectLog, state: SearchState) -> SettingsError:
+def _contradiction(searched: Range, log: BisectLog, wrong: Try) -> SettingsError:
     """Return the error for an end, or a merge base, that has the wrong verdict."""
-    found = log.of(state.contradiction or "")
-    assert found is not None
-    title = searched.title(found.commit)
-    if state.role == "good":
+    title, run = searched.title(wrong.commit), log.options.run
+    if wrong.commit == log.good and log.options.is_patches:
         return SettingsError(
-            f"the good end, {title}, is bad: {found.evidence}",
-            hint=hints.text("bench.search_upstream")
-            if log.options.is_patches
-            else hints.text("bench.older_good"),
+            f"the good end, {title}, is bad: {wrong.evidence}",
+            hint=hints.text("bench.good_example", run=run),
         )
-    if state.role == "fork":
+    if wrong.commit in (log.good, log.bad):
+        role = "good" if wrong.commit == log.good else "bad"
         return SettingsError(
-            f"{title}, the merge base of {searched.title(log.good)} and the bad end, is bad:"
-            f" {found.evidence}; a commit between it and the good end fixes the fault",
-            hint=hints.text("bench.log_fix", commit=found.commit[:12], good=log.good[:12]),
+            f"the {role} end, {title}, is {wrong.verdict}: {wrong.evidence}",
+            hint=hints.text("bench.good_and_bad", run=run),
         )
     return SettingsError(
-        f"the bad end, {title}, is good: {found.evidence}",
-        hint=hints.text("bench.other_bad"),
+        f"{title}, the merge base of {searched.title(log.good)} and the bad end, is bad:"
+        f" {wrong.evidence}; a commit between it and the good end fixes the fault",
+        hint=hints.text("bench.log_fix", commit=wrong.commit[:12], good=log.good[:12]),
     )
 
 
-def _progress(searched: Range, log: BisectLog, state: SearchState) -> str:
-    title = searched.title(state.following or "")
-    minutes = f"{log.seconds / 60:.1f} min so far"
-    if state.role != "suspect":
-        place = {
-            "good": "the good end",
-            "bad": "the bad end",
-            "fork": "the merge base of good and bad",
-        }[state.role]
-        return f"{place}: {title}; {len(state.left)} suspects, {minutes}"
-    return f"{len(state.left)} suspects left, about {state.steps} steps, {minutes}: {title}"
-
-
-def _tries(log: BisectLog) -> str:
-    return f"{counted(len(log.tries), 'step')}, {log.seconds / 60:.1f} min"
-
-
-@contextlib.contextmanager
-def _report_kept(layout: Layout, console: Console) -> Iterator[None]:
-    """Report how many tries are kept if the search ends early."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(WorkspaceError, OSError):
-            if log := bisect_log.read_log(layout):
-                console.info(f"kept: {_tries(log)}; run the same command again to resume")
-        raise
+def _kept(layout: Layout) -> str:
+    log = bisect_log.read_log(layout)
+    return f"kept: {log.summary}" if log else ""
 
 
 def _remove(layout: Layout, console: Console) -> None:

@@ -1,58 +1,32 @@
-"""Bisect log: the options, the range and every try of a bisect, in one file.
+"""The range and the log of a bisect: its ends, its patches, and every try with its evidence.
 
-The file is written after each try, and the state of the search is always computed from the tries,
-so that the same command resumes a bisect that was killed at any point.
+The log is written after each try. The search is `git bisect`, which takes the same way again with
+the same verdicts, so that the same command resumes a bisect that was killed at any point.
 """
 
 import hashlib
-import math
-import re
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from workspace.bench import ab_trees
 from workspace.core import hints, records
-from workspace.core.errors import CheckoutError, PatchDrift, SettingsError, WorkspaceError
+from workspace.core.errors import (
+    CheckoutError,
+    PatchDrift,
+    SettingsError,
+    WorkspaceError,
+    counted,
+)
 from workspace.core.paths import Layout
 from workspace.core.records import Document
-from workspace.core.settings import nearest, shortened
-from workspace.install import plan
+from workspace.core.settings import shortened
 from workspace.repo.git import Git, history, worktree
 
 GOOD_REFS = "refs/good"
 
 Verdict = Literal["good", "bad", "skip"]
-Role = Literal["good", "fork", "bad", "suspect"]
-
-
-@dataclass(frozen=True)
-class SearchState:
-    """The suspects that are left, oldest first, and the commit to try next with its role.
-
-    The last suspect is known to be bad. `following` is None where nothing is left to try.
-    `contradiction` is an end or a merge base with a verdict that it must not have.
-    """
-
-    left: tuple[str, ...]
-    following: str | None
-    role: Role
-    contradiction: str | None = None
-
-    @property
-    def culprit(self) -> str | None:
-        return (
-            self.left[0]
-            if len(self.left) == 1 and self.following is None and self.contradiction is None
-            else None
-        )
-
-    @property
-    def steps(self) -> int:
-        """The approximate number of tries that are left."""
-        return math.ceil(math.log2(len(self.left)))
 
 
 @dataclass(frozen=True)
@@ -65,23 +39,6 @@ class BisectOptions:
     is_patches: bool = False
     timeout_s: float = 600.0
     factor: str = "5"
-
-    @property
-    def command(self) -> str:
-        """The command line with these options."""
-        default = BisectOptions(self.run)
-        argv = ["./scripts/nox", "-s", "bisect", "--"]
-        if self.is_patches:
-            argv += ["--patches"]
-        else:
-            argv += ["--good", self.good] if self.good else []
-            argv += ["--bad", self.bad] if self.bad else []
-        argv += ["--run", self.run]
-        if self.timeout_s != default.timeout_s:
-            argv += ["--timeout-s", f"{self.timeout_s:g}"]
-        if self.factor != default.factor:
-            argv += ["--factor", self.factor]
-        return shlex.join(argv)
 
 
 @dataclass(frozen=True)
@@ -97,10 +54,7 @@ class Try:
 
 @dataclass(frozen=True)
 class BisectLog(records.Record, schema=1):
-    """A bisect so far; `context` is a digest of the patches and their base commit.
-
-    Tries in another context do not count.
-    """
+    """A bisect so far; `context` is a digest of the patches and their base commit."""
 
     options: BisectOptions
     good: str
@@ -116,10 +70,6 @@ class BisectLog(records.Record, schema=1):
         return {**document, "options": options, "context": context}
 
     @property
-    def verdicts(self) -> dict[str, Verdict]:
-        return {attempt.commit: attempt.verdict for attempt in self.tries}
-
-    @property
     def seconds(self) -> float:
         return sum(attempt.seconds for attempt in self.tries)
 
@@ -130,29 +80,13 @@ class BisectLog(records.Record, schema=1):
     def after(self, attempt: Try) -> "BisectLog":
         return replace(self, tries=(*self.tries, attempt))
 
-    def inheriting(self, former: "BisectLog") -> "BisectLog":
-        """Take over the tries of another bisect with the same predicate and context.
+    @property
+    def summary(self) -> str:
+        return f"{counted(len(self.tries), 'step')}, {self.seconds / 60:.1f} min"
 
-        Tries of a benchmark are not taken over: it compares with its own good end.
-        """
-        same = [
-            (log.options.run, log.options.timeout_s, log.options.is_patches, log.context)
-            for log in (self, former)
-        ]
-        return (
-            replace(self, tries=former.tries)
-            if same[0] == same[1] and not any(attempt.values for attempt in former.tries)
-            else self
-        )
-
-
-def context_digest(base: str, patches: Sequence[Path]) -> str:
-    """Return a SHA-256 of the base commit and of the patches' names and contents."""
-    digest = hashlib.sha256(base.encode())
-    for patch in patches:
-        content = patch.read_bytes()
-        digest.update(f"{patch.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+    def is_of(self, other: "BisectLog") -> bool:
+        """Return whether both are the same search, whatever was tried."""
+        return replace(self, tries=()) == replace(other, tries=())
 
 
 def log_path(layout: Layout) -> Path:
@@ -179,124 +113,66 @@ def read_log(layout: Layout) -> BisectLog | None:
 
 
 @dataclass(frozen=True)
-class Context:
-    """The pin's commit and the series on it, from which every tree is made."""
-
-    base: str
-    patches: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
 class Range:
-    """The commits of `good..bad` to search, parents first; the last of `suspects` is `bad`.
+    """The commits of `good..bad` to search.
 
-    `forks` are the merge bases of the two, none where good is an ancestor of bad. `carried` are
-    the patches to apply to each commit, `names` the patches of which the commits of a series are
-    made.
+    `base` is the pin's commit, `patches` are those of the series, `names` the patches of which the
+    commits of a series are made.
     """
 
     git: Git
+    base: str
     good: str
-    suspects: tuple[str, ...]
-    forks: tuple[str, ...]
-    subjects: Mapping[str, str]
-    carried: tuple[Path, ...] = ()
+    bad: str
+    patches: tuple[Path, ...]
     names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def carried(self) -> tuple[Path, ...]:
+        """The patches to apply to each commit, which the commits of a series have already."""
+        return () if self.names else self.patches
 
     def title(self, commit: str) -> str:
         """Return the patch of a commit, or its short OID and subject."""
-        if commit in self.names:
-            return self.names[commit]
-        return (
-            "the pin without patches"
-            if self.names and commit == self.good
-            else f"{commit[:12]} {self.subjects.get(commit, '')}".rstrip()
-        )
-
-    def state(self, tries: Mapping[str, Verdict]) -> SearchState:
-        """Return the state of the search after these tries.
-
-        The ends are tried first, and with them the merge bases, which must be good too.
-        """
-        forks: list[tuple[str, Role]] = [(fork, "fork") for fork in self.forks]
-        ends: list[tuple[str, Role]] = [(self.good, "good"), *forks, (self.suspects[-1], "bad")]
-        for commit, role in ends:
-            verdict = tries.get(commit)
-            if verdict is None:
-                return SearchState(self.suspects, commit, role)
-            wrong = "good" if role == "bad" else "bad"
-            # As in git, a merge base that cannot be tried counts as good. Otherwise the search
-            # would continue between it and the good end, for a commit that fixes the fault.
-            if verdict == wrong or (verdict == "skip" and role != "fork"):
-                return SearchState(self.suspects, None, role, contradiction=commit)
-        bad = next(commit for commit in self.suspects if tries.get(commit) == "bad")
-        good = [commit for commit in self.suspects if tries.get(commit) == "good"]
-        distances = _distances(self.git, bad, (self.good, *good))
-        left = tuple(commit for commit in self.suspects if commit in distances)
-        return SearchState(left, _following(left, distances, tries), "suspect")
+        if self.names and commit == self.good:
+            return "the pin without patches"
+        return self.names.get(commit) or f"{commit[:12]} {history.subject(self.git, commit)}"
 
 
-def _distances(git: Git, bad: str, good: Iterable[str]) -> dict[str, int]:
-    """Return the ancestors of `bad` that no good commit has, with git's weights.
-
-    The weight is the number of commits that either verdict rules out (git-rev-list(1),
-    --bisect-all).
-    """
-    listing = git.look("rev-list", "--bisect-all", bad, *(f"^{commit}" for commit in good), "--")
-    return {
-        line.split(" ")[0]: int(line.rpartition("dist=")[2].rstrip(")"))
-        for line in listing.out.splitlines()
-    }
+def fresh_log(searched: Range, options: BisectOptions) -> BisectLog:
+    """Return a log without tries. Its context is a SHA-256 of the base commit and the patches."""
+    digest = hashlib.sha256(searched.base.encode())
+    for patch in searched.patches:
+        content = patch.read_bytes()
+        digest.update(f"{patch.name} {len(content)}\n".encode() + content)
+    return BisectLog(options, searched.good, searched.bad, digest.hexdigest())
 
 
-def _following(
-    left: Sequence[str], distances: Mapping[str, int], tries: Mapping[str, Verdict]
-) -> str | None:
-    """Return the commit that divides the suspects best, and is far from skipped commits.
+def open_range(
+    layout: Layout, base: str, patches: tuple[Path, ...], options: BisectOptions
+) -> Range:
+    """Return the range to search: by default from the last known-good state to the pin.
 
-    The neighbours of a commit that cannot be tried can rarely be tried either, so a commit is
-    worth at most twice its distance from each such commit.
-    """
-    skipped = [index for index, commit in enumerate(left) if tries.get(commit) == "skip"]
-
-    def worth(index: int) -> int:
-        return min([distances[left[index]], *(2 * abs(index - other) for other in skipped)])
-
-    untried = (index for index in range(len(left) - 1) if index not in skipped)
-    best = max(untried, key=worth, default=None)
-    return None if best is None else left[best]
-
-
-def bisect_context(layout: Layout, observed: plan.Observation) -> Context:
-    """Return the context of the checkout. Raises CheckoutError where there is no checkout."""
-    stack = observed.stack
-    if stack is None or observed.checkout.base is None:
-        raise CheckoutError(
-            f"there is nothing to search: {layout.relative(layout.vllm)} is"
-            f" {observed.checkout.detail}",
-            hint=hints.text("inv.bootstrap"),
-        )
-    return Context(
-        observed.checkout.base, tuple(layout.patches("vllm") / name for name in stack.names)
-    )
-
-
-def range_ends(layout: Layout, context: Context, options: BisectOptions) -> tuple[str, str]:
-    """Return the good and the bad commit: by default the last known-good state, and the pin.
-
-    With --patches they are the pin and the last commit of the series. Raises SettingsError for an
-    end that does not exist, CheckoutError for ends without common history, and PatchConflict or
+    With --patches from the pin to the last commit of the series. Raises SettingsError for an end
+    that does not exist, CheckoutError for ends without common history, and PatchConflict or
     PatchDrift for a series that does not apply.
     """
     git = Git(layout.vllm)
     if options.is_patches:
-        return context.base, _tip(layout, git, context)
-    bad = _resolved(git, "--bad", options.bad) if options.bad else context.base
+        tip, names = _series(layout, git, base, patches)
+        return Range(git, base, base, tip, patches, names)
+    bad = _resolved(git, "--bad", options.bad) if options.bad else base
     good = (
         _resolved(git, "--good", options.good)
         if options.good
         else _last_good(git, bad, run=options.run)
     )
+    _require_order(git, good, bad, options)
+    return Range(git, base, good, bad, patches)
+
+
+def _require_order(git: Git, good: str, bad: str, options: BisectOptions) -> None:
+    """Raise where the ends have no common history, or no commit is between them."""
     forks = history.forks(git, good, bad)
     good_name, bad_name = options.good or good[:12], options.bad or bad[:12]
     if not forks:
@@ -309,7 +185,6 @@ def range_ends(layout: Layout, context: Context, options: BisectOptions) -> tupl
             f"{bad_name} is no later than {good_name}: there is no commit between them",
             hint=hints.text("bench.good_and_bad", run=options.run),
         )
-    return good, bad
 
 
 def _last_good(git: Git, bad: str, *, run: str) -> str:
@@ -324,60 +199,34 @@ def _last_good(git: Git, bad: str, *, run: str) -> str:
     return found
 
 
-def open_range(layout: Layout, context: Context, good: str, bad: str, *, is_patches: bool) -> Range:
-    """Read the history between the ends. Raises CheckoutError where vendor/vllm lacks an end."""
-    git = Git(layout.vllm)
-    if missing := {good, bad} - git.present((good, bad)):
-        raise CheckoutError(
-            f"vendor/vllm no longer has {missing.pop()[:12]}, an end of the bisect",
-            hint=hints.text("bench.bisect_abort"),
-        )
-    commits = history.commits_between(git, good, bad)
-    forks = tuple(fork for fork in history.forks(git, good, bad) if fork != good)
-    subjects_of_ends = {commit: history.subject(git, commit) for commit in (good, *forks)}
-    names = (
-        {commit.oid: patch.name for commit, patch in zip(commits, context.patches, strict=True)}
-        if is_patches
-        else {}
-    )
-    return Range(
-        git,
-        good,
-        tuple(commit.oid for commit in commits),
-        forks,
-        {**subjects_of_ends, **{commit.oid: commit.subject for commit in commits}},
-        () if is_patches else context.patches,
-        names,
-    )
-
-
 def _resolved(git: Git, flag: str, ref: str) -> str:
     for name in (ref, f"v{ref}"):
         if found := git.resolve(name):
             return found
-    # A release that was not fetched yet is like a former one.
-    alike = None if re.match(r"v?\d", ref) else nearest(ref, history.tags(git))
-    hint = (
-        hints.text("core.did_you_mean", alike=alike)
-        if alike
-        else hints.text("bench.fetch_tag", tag=ref if ref.startswith("v") else "v0.30.0")
+    tag = ref if ref.startswith("v") else "v0.30.0"
+    raise SettingsError(
+        f"{flag}: vendor/vllm has no {shortened(ref)!r}",
+        hint=hints.text("bench.fetch_tag", tag=tag),
     )
-    raise SettingsError(f"{flag}: vendor/vllm has no {shortened(ref)!r}", hint=hint)
 
 
-def _tip(layout: Layout, git: Git, context: Context) -> str:
-    """Apply the series to the pin, and return its last commit, which is the same each time."""
-    if not context.patches:
+def _series(
+    layout: Layout, git: Git, base: str, patches: Sequence[Path]
+) -> tuple[str, dict[str, str]]:
+    """Apply the series to the pin: return its last commit, and the patch of each commit.
+
+    The commits are the same each time.
+    """
+    if not patches:
         raise SettingsError(
             "patches/vllm/series lists no patch, so there is nothing to search",
             hint=hints.text("bench.bisect_smoke"),
         )
-    tip = ab_trees.apply_series(layout, context.base, context.patches, description="patches/vllm")
-    slugs = git.slugs(context.base, tip)
-    if len(slugs) != len(context.patches):
-        lost = [patch.name for patch in context.patches if patch.stem not in slugs]
+    tip = ab_trees.apply_series(layout, base, patches, description="patches/vllm")
+    commits = git.look("rev-list", "--reverse", f"{base}..{tip}").out.split()
+    if len(commits) != len(patches):
         raise PatchDrift(
-            f"{', '.join(lost) or 'a patch'} changes nothing on the pin",
+            "a patch of patches/vllm changes nothing on the pin",
             hint=hints.text("bench.drop_series_line"),
         )
-    return tip
+    return tip, {commit: patch.name for commit, patch in zip(commits, patches, strict=True)}

@@ -117,7 +117,8 @@ def parse(text: str, *, folder: Path) -> Predicate:
             hint=hints.text("bench.quote_command"),
         ) from exc
     alike = nearest(text, [SMOKE, *checks])
-    if not argv or alike or (len(argv) == 1 and _is_check_like(text)):
+    is_name = re.fullmatch(r"[a-z]+\.\w+", text) and not (folder / text).is_file()
+    if not argv or alike or is_name:
         hint = (
             hints.text("core.did_you_mean", alike=alike)
             if alike
@@ -145,12 +146,6 @@ def _parse_metric(name: str) -> Predicate:
         )
         raise SettingsError(f"--run: {shortened(name)!r} is not a metric of a benchmark", hint=hint)
     return Predicate("bench", name)
-
-
-def _is_check_like(text: str) -> bool:
-    """Return whether a text looks like a check, such as `kernels.nothing`."""
-    stems = {name.partition(".")[0] for name in REGISTRY}
-    return bool(re.fullmatch(r"[a-z]+\.\w+", text)) and text.partition(".")[0] in stems
 
 
 def evaluate(

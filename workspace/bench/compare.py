@@ -34,8 +34,6 @@ STATES: Mapping[str, State] = {"pass": State.OK, "fail": State.FAIL, "inconclusi
 # The smallest factor is 5 % of 5 %.
 LEAST_FACTOR, MOST_FACTOR = 0.0025, 10.0
 SHOWN_VALUE = 120
-# Each metric gets two tests, so an effect must be less likely than this to be no luck.
-EFFECT_ALPHA = 0.01
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,8 @@ def _mann_whitney(first: Sequence[float], second: Sequence[float]) -> float:
     """Return the two-sided p of scipy.stats.mannwhitneyu; 1 for arms that are all one number."""
     from scipy.stats import mannwhitneyu  # type: ignore[import-untyped]
 
-    return _finite_p(float(mannwhitneyu(second, first, alternative="two-sided").pvalue))
+    p = float(mannwhitneyu(second, first, alternative="two-sided").pvalue)
+    return p if math.isfinite(p) else 1.0
 
 
 def _needed(first: int, second: int, *, half: float, distance: float) -> int | None:
@@ -206,16 +205,14 @@ def show(
         )
 
 
-def print_rows(
-    rows: Sequence[MetricDifference], *, console: Console, title: str | None = None
-) -> None:
-    """Print the verdict of each metric, with `title` in the place of the metric's name."""
+def print_rows(rows: Sequence[MetricDifference], *, console: Console) -> None:
+    """Print the verdict of each metric."""
     shown = []
     for one in rows:
-        state, metric = STATES[one.judgement.verdict], f"{one.metric} " if title else ""
+        state = STATES[one.judgement.verdict]
         # The state has the verdict, but for an inconclusive one.
         text = sentence(one) if state is State.WARN else _figures(one)
-        shown.append(Row(state, title or one.metric, f"{metric}{text}"))
+        shown.append(Row(state, one.metric, text))
     console.rows(shown)
 
 
@@ -407,37 +404,6 @@ def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}…"
 
 
-@dataclass(frozen=True)
-class OrderEffect:
-    """The effect of the order of starts: of the place in a pair, and of time.
-
-    `p_pair` is of Wilcoxon's signed ranks on the first against the second start of a pair, `ratio`
-    the second over the first; `p_trend` is of Kendall's tau over time.
-    """
-
-    p_pair: float
-    ratio: float
-    p_trend: float
-    tau: float
-
-    @property
-    def is_seen(self) -> bool:
-        return min(self.p_pair, self.p_trend) < EFFECT_ALPHA
-
-    @property
-    def sentence(self) -> str:
-        return (
-            f"second start of a pair against the first: {self.ratio - 1:+.1%}, p ="
-            f" {self.p_pair:.2g}"
-            f" (Wilcoxon); trend over time: tau = {self.tau:+.2f}, p = {self.p_trend:.2g} (Kendall)"
-        )
-
-
-def first_arm(pair: int) -> int:
-    """Return the arm, 0 or 1, that starts first in a pair; pairs are counted from 0."""
-    return pair % 2
-
-
 def judge_noise(first: Sequence[float], second: Sequence[float], *, factor: float) -> Judgement:
     """Judge odd against even starts of both arms, each value divided by its arm's median.
 
@@ -452,33 +418,3 @@ def judge_noise(first: Sequence[float], second: Sequence[float], *, factor: floa
     forth = judge_samples(halves[0], halves[1], better="lower", factor=factor)
     back = judge_samples(halves[1], halves[0], better="lower", factor=factor)
     return back if back.verdict == "fail" else forth
-
-
-def order_effect(first: Sequence[float], second: Sequence[float]) -> OrderEffect:
-    """Test for effects of the order on the values without their arm's median.
-
-    Both arms have the same number of starts.
-    """
-    from scipy.stats import kendalltau, wilcoxon
-
-    rests = [
-        [math.log(value / statistics.median(values)) for value in values]
-        for values in (first, second)
-    ]
-    earlier = [rests[first_arm(pair)][pair] for pair in range(len(first))]
-    later = [rests[1 - first_arm(pair)][pair] for pair in range(len(first))]
-    gaps = [b - a for a, b in zip(earlier, later, strict=True)]
-    in_time = [rest for pair in zip(earlier, later, strict=True) for rest in pair]
-    p_pair = float(wilcoxon(gaps).pvalue) if any(gaps) else 1.0
-    trend = kendalltau(range(len(in_time)), in_time)
-    return OrderEffect(
-        _finite_p(p_pair),
-        math.exp(statistics.median(gaps)),
-        _finite_p(float(trend.pvalue)),
-        float(trend.statistic) if math.isfinite(trend.statistic) else 0.0,
-    )
-
-
-def _finite_p(p: float) -> float:
-    """Return 1 where a test has no result, as for values that are all one number."""
-    return p if math.isfinite(p) else 1.0

@@ -37,7 +37,6 @@ _BACKEND = re.compile(
 )
 # Paths, addresses of objects and digests change with each start.
 _PASSING = re.compile(r"[0-9a-f]{12,}|/\S+")
-_CPUS = Path("/sys/devices/system/cpu")
 # The reasons why the driver limits the clocks (nvml.h, nvmlClocksEventReason*). An idle GPU and
 # clocks that the user set are left out: they are no fault.
 _BITS = {
@@ -98,7 +97,7 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
         so_far = _record_to_resume(layout, path, fresh)
         if so_far.starts:
             console.info(f"{layout.relative(path)} has {len(so_far.starts)} starts; resuming")
-        with _report_kept(layout, path, console):
+        with kept_reported(console, lambda: _kept(layout, path)):
             done, loads = _measure(benchmark, so_far, path=path, run_log=run_log)
     console.data(str(path))
     _show_result(layout, options, done, loads, console=console)
@@ -190,18 +189,20 @@ def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
 
 
 @contextlib.contextmanager
-def _report_kept(layout: Layout, path: Path, console: Console) -> Iterator[None]:
-    """Report how many starts are kept if the run ends early."""
+def kept_reported(console: Console, kept: Callable[[], str]) -> Iterator[None]:
+    """Report what is kept if the block ends early; `kept` returns nothing where nothing is."""
     try:
         yield
     except BaseException:
         with contextlib.suppress(WorkspaceError, OSError):
-            kept = results.read(path, place=layout.relative(path))
-            console.info(
-                f"{layout.relative(path)} keeps {len(kept.starts)} of {kept.repeat} starts; run the"
-                " same command again to resume"
-            )
+            if text := kept():
+                console.info(f"{text}; run the same command again to resume")
         raise
+
+
+def _kept(layout: Layout, path: Path) -> str:
+    found, shown = results.read(path, place=layout.relative(path)), layout.relative(path)
+    return f"{shown} keeps {len(found.starts)} of {found.repeat} starts"
 
 
 def _measure(
@@ -230,7 +231,7 @@ def _measure(
                 starts=(*so_far.starts, start),
                 backends=tuple(sorted({*so_far.backends, *backends})),
             )
-            results.write(path, so_far)
+            records.write(path, so_far)
             took.append(start.seconds)
             left_s = (so_far.repeat - count) * sum(took) / len(took)
             view.reason = start_summary(replace(so_far, starts=(start,)), left_s)
@@ -365,10 +366,16 @@ def read_samples(
 
 def observe_conditions(settings: Settings, *, has_gpu: bool) -> Conditions:
     """Observe load and clocks now; a driver takes up to 1 s, a driver with a fault 5 s."""
+    import psutil
+
     # A new driver each time: what it says changes.
     sensors = Driver(settings).sensors() if has_gpu else ()
+    # None where the kernel reports no clock, as in some virtual machines.
+    clock = getattr(psutil.cpu_freq(), "current", None)
     return Conditions(
-        round(os.getloadavg()[0], 2), _processor_mhz(_CPUS), tuple(map(_clocks, sensors))
+        round(os.getloadavg()[0], 2),
+        round(clock, 1) if clock else None,
+        tuple(map(_clocks, sensors)),
     )
 
 
@@ -377,17 +384,6 @@ def _clocks(seen: Sensors) -> Clocks:
     if seen.limits is not None:
         limits = ", ".join(name for bit, name in _BITS.items() if seen.limits & bit) or "nothing"
     return Clocks(seen.sm_mhz, seen.memory_mhz, seen.celsius, seen.watts, limits)
-
-
-def _processor_mhz(folder: Path) -> float | None:
-    """Return the mean clock of the cores (cpufreq, kHz)."""
-    found = []
-    for path in folder.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"):
-        try:
-            found.append(int(path.read_text(encoding="ascii")) / 1000)
-        except (OSError, ValueError):
-            continue
-    return round(sum(found) / len(found), 1) if found else None
 
 
 def require_idle(
@@ -428,56 +424,38 @@ def observe_others(settings: Settings, *, has_gpu: bool, look_s: float = LOOK_S)
 
 
 def _load_of_others(ours: Collection[int], look_s: float) -> list[str]:
-    """Compare two samples of the processor times: describe the load that is not ours, if it
-    matters.
-    """
-    before, known = _times(), _processor_seconds()
-    time.sleep(look_s)
-    after, now = _times(), _processor_seconds()
-    used = {pid: (seconds - known.get(pid, seconds)) / look_s for pid, seconds in now.items()}
-    cores = len(os.sched_getaffinity(0))
-    own = sum(now.get(pid, 0.0) - known.get(pid, 0.0) for pid in ours)
-    load = (after - before - own) / look_s
-    if load <= max(LEAST_CORES, cores * MOST_SHARE):
+    """Describe the load of `look_s` that is not ours, if it matters."""
+    import psutil
+
+    known = _processor_seconds()
+    busy = psutil.cpu_percent(look_s, percpu=True)
+    used = {
+        program: (seconds - known.get(program, seconds)) / look_s
+        for program, seconds in _processor_seconds().items()
+    }
+    cores = os.sched_getaffinity(0)
+    own = sum(share for (pid, _), share in used.items() if pid in ours)
+    load = sum(busy[core] for core in cores) / 100 - own
+    if load <= max(LEAST_CORES, len(cores) * MOST_SHARE):
         return []
-    others = [pid for pid in used if pid not in ours and used[pid] >= LEAST_CORES / 2]
-    top = sorted(others, key=lambda pid: -used[pid])[:SHOWN]
-    names = ", ".join(f"{_name(pid)} ({pid}) {used[pid]:.1f}" for pid in top)
+    others = [one for one in used if one[0] not in ours and used[one] >= LEAST_CORES / 2]
+    top = sorted(others, key=lambda one: -used[one])[:SHOWN]
+    names = ", ".join(f"{name} ({pid}) {used[pid, name]:.1f}" for pid, name in top)
     return [
-        f"{load:.1f} of {cores} cores are busy"
+        f"{load:.1f} of {len(cores)} cores are busy"
         + (f": {names}" if names else " with processes that are hidden from this user")
     ]
 
 
-def _times() -> float:
-    """Return the seconds for which our cores have worked so far."""
-    import psutil
-
-    ours = os.sched_getaffinity(0)
-    return sum(
-        each.user + each.nice + each.system + each.irq + each.softirq
-        for number, each in enumerate(psutil.cpu_times(percpu=True))
-        if number in ours
-    )
-
-
-def _processor_seconds() -> dict[int, float]:
-    """Return the processor time of each process so far."""
+def _processor_seconds() -> dict[tuple[int, str], float]:
+    """Return the processor time of each process so far, by PID and name."""
     import psutil
 
     return {
-        running.pid: times.user + times.system
-        for running in psutil.process_iter(["cpu_times"])
+        (running.pid, running.info["name"] or "a process"): times.user + times.system
+        for running in psutil.process_iter(["cpu_times", "name"])
         if (times := running.info["cpu_times"]) is not None
     }
-
-
-def _name(pid: int) -> str:
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        return str(psutil.Process(pid).name())
-    return "a process"
 
 
 def _on_gpus(settings: Settings, ours: Collection[int]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The plots of the report, as SVG for the page and as PNG, and the published figures in them.
+"""The plots of the report, as SVG for the page and as PNG.
 
 They can be read on a phone, and equal records give equal bytes.
 """
@@ -15,13 +15,10 @@ from typing import TYPE_CHECKING
 from workspace.bench import results
 from workspace.bench.results import Record
 from workspace.core.errors import counted
-from workspace.core.paths import Layout
-from workspace.server import recipes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 # A plot as wide as the page, and one for a phone, whose text has the same size there.
 WIDE_IN, NARROW_IN, HEIGHT_IN = 9.6, 3.6, 2.7
 # The height of a row of a plot with a row for each record, and of all else in it.
@@ -41,7 +38,6 @@ VARIABLES: Mapping[str, str] = {
 }
 SHOWN_SAMPLES = 400
 SHOWN_LABEL = 18
-PERCENTILES = (50, 75, 90, 95, 99)
 _RC: Mapping[str, Mapping[str, object]] = {
     "svg": {"fonttype": "none"},
     "font": {"family": ["sans-serif"], "size": 8},
@@ -56,62 +52,6 @@ _RC: Mapping[str, Mapping[str, object]] = {
 }
 # Ids of this form have no reference; in a page with several plots they would not be unique.
 _UNUSED_ID = re.compile(r' id="[A-Za-z0-9]+_[\w.]+"')
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A published figure of a model.
-
-    `points` are requests at once with the lowest and the highest tok/s, as far as the description
-    has them.
-    """
-
-    model: str
-    description: str
-    value: str
-    source: str
-    points: tuple[tuple[int, float, float], ...]
-
-
-def published_figures(layout: Layout) -> tuple[Reference, ...]:
-    """Read the published figures of all recipes.
-
-    Raises SettingsError for a recipe that cannot be read; `inv serve.list` reports other faults.
-    """
-    found = []
-    for path in sorted((layout.root / "recipes").glob("*.toml")):
-        table = recipes.read_table(path, place=layout.relative(path))
-        model, rows = str(table.get("model", path.stem)), table.get("figures", [])
-        for row in rows if isinstance(rows, list) else []:
-            if isinstance(row, dict):
-                description, value, source = (
-                    str(row.get(key, "")) for key in ("what", "value", "source")
-                )
-                found.append(
-                    Reference(model, description, value, source, points(description, value))
-                )
-    return tuple(found)
-
-
-def points(description: str, value: str) -> tuple[tuple[int, float, float], ...]:
-    """Parse the points of a published figure, none for other descriptions.
-
-    `1 and 4 requests at once` has a value such as `57.5 and 107.9 tok/s`, `one request at a time …`
-    a value such as `57 to 60 tok/s`.
-    """
-    if not value.endswith("tok/s"):
-        return ()
-    rates = [float(number) for number in _NUMBER.findall(value)]
-    if description.startswith("one request at a time") and rates:
-        return ((1, min(rates), max(rates)),)
-    loads = [
-        int(number)
-        for number in _NUMBER.findall(description.partition(" requests at once")[0])
-        if number.isdigit()
-    ]
-    if "requests at once" in description and len(loads) == len(rates) and all(loads):
-        return tuple((load, rate, rate) for load, rate in zip(loads, rates, strict=True))
-    return ()
 
 
 @dataclass(frozen=True)
@@ -314,51 +254,13 @@ def _draw_medians(axes: "Axes", row: int, values: Sequence[float]) -> None:
     )
 
 
-def percentile(numbers: Sequence[float], percent: int) -> float:
-    """Interpolate between the two nearest numbers, as numpy does by default."""
-    if len(numbers) == 1:
-        return numbers[0]
-    return statistics.quantiles(numbers, n=100, method="inclusive")[percent - 1]
-
-
-def percentiles(name: str, metric: str, records: Sequence[tuple[str, Record]]) -> Plot:
-    """Plot percentiles of all samples of a metric, a line for each record."""
-    known = results.known(metric)
-
-    def draw(axes: "Axes") -> None:
-        for index, (label, record) in enumerate(records):
-            samples = _all_samples(record, metric)
-            curve = [percentile(samples, percent) for percent in PERCENTILES]
-            axes.plot(
-                range(len(PERCENTILES)),
-                curve,
-                f"-{MARKERS[index % len(MARKERS)]}",
-                color=COLOURS[index % len(COLOURS)],
-                markersize=4,
-                label=label,
-            )
-        axes.set_xticks(range(len(PERCENTILES)), [f"p{percent}" for percent in PERCENTILES])
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel(f"{metric}, {known.unit}")
-        axes.legend()
-
-    return _drawn(name, f"percentiles of {metric}: {known.meaning}", draw)
-
-
-def throughput(
-    name: str, records: Sequence[tuple[str, Record]], references: Sequence[Reference]
-) -> Plot:
-    """Plot tokens a second against requests at once.
-
-    Sweeps are lines, published figures are hollow markers.
-    """
+def throughput(name: str, records: Sequence[tuple[str, Record]]) -> Plot:
+    """Plot tokens a second against requests at once, a line for each sweep."""
 
     def draw(axes: "Axes") -> None:
         loads: set[int] = set()
         for index, (label, record) in enumerate(records):
             loads |= _draw_sweep(axes, index, label, record)
-        for index, reference in enumerate(references):
-            loads |= _draw_reference(axes, index, reference)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(loads), [str(at) for at in sorted(loads)])
         axes.minorticks_off()
@@ -385,20 +287,3 @@ def _draw_sweep(axes: "Axes", index: int, label: str, record: Record) -> set[int
         label=label,
     )
     return {at for at, _ in curve}
-
-
-def _draw_reference(axes: "Axes", index: int, reference: Reference) -> set[int]:
-    """Draw the markers of a published figure, and return its loads."""
-    loads = [at for at, _, _ in reference.points]
-    axes.errorbar(
-        loads,
-        [((low + high) / 2) for _, low, high in reference.points],
-        yerr=[((high - low) / 2) for _, low, high in reference.points],
-        fmt=MARKERS[index % len(MARKERS)],
-        color=GREY,
-        mfc=PAGE,
-        markersize=5,
-        linewidth=1,
-        label=reference.source,
-    )
-    return set(loads)

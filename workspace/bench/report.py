@@ -1,6 +1,6 @@
-"""The report of all records as one HTML file, and a PNG for each plot.
+"""The report of all records as one HTML file (report.html), and a PNG for each plot.
 
-The page has no script and fetches nothing. Only `write` reads and writes files.
+The page has no script and fetches nothing. Only `write` reads records and writes files.
 """
 
 import re
@@ -8,9 +8,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+from string import Template
 
 from workspace.bench import compare, plots, results
-from workspace.bench.plots import Plot, Reference
+from workspace.bench.plots import Plot
 from workspace.bench.results import Record
 from workspace.core import hints
 from workspace.core.console import Console
@@ -18,61 +20,30 @@ from workspace.core.errors import SettingsError, counted
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.records import utc_now
+from workspace.server import recipes
 
 SHOWN_METRICS = 6
 # Characters of a cell that gets a wider column.
 LONG_CELL = 60
 # A plot with more rows, or a table, is no page for a colleague; each record keeps its file.
 SHOWN_RECORDS = 20
-PERCENTILE_METRICS = ("ttft", "itl")
-STYLE = """
-:root { color-scheme: light dark; --page: #fefefe; --ink: #1a1a1a; --soft: #555; --line: #ddd;
-  --box: #f4f6f8; --good: #006b3c; --bad: #b00020; --open: #7a5200; --grid: #ddd; --grey: #555;
-  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171a; --ink: #e6e8ea; --soft: #a4abb3; --line: #353b42; --box: #1e2328;
-    --good: #5fd39b; --bad: #ff8a8f; --open: #eec06a; --grid: #353b42; --grey: #a4abb3;
-    --c0: #56b4e9; --c1: #ff8f4d; --c2: #35c796; --c5: #8fd0f5; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
-  margin: 0 auto; max-width: 72rem; padding: 0 1rem 3rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; }
-h2 { font-size: 1.25rem; margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-h3 { font-size: 1rem; margin-top: 2rem; }
-.soft, figcaption, small { color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
-  gap: 1rem; }
-.card { background: var(--box); border-radius: .5rem; padding: .8rem 1rem; }
-.card p { margin: .2rem 0; }
-.card .value { font-size: 1.7rem; line-height: 1.3; font-weight: 600; }
-.card .value small { font-size: .9rem; font-weight: 400; margin-left: .6rem; }
-figure { margin: 1rem 0 2rem; }
-figure svg { width: 100%; height: auto; display: block; }
-figure .narrow { display: none; }
-@media (max-width: 37rem) {
-  figure .wide { display: none; } figure .narrow { display: block; } }
-figcaption { font-size: .85rem; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0;
-  border-bottom: 1px solid var(--line); overflow-wrap: normal; }
-td { min-width: 4.5rem; font-variant-numeric: tabular-nums; }
-td.long { min-width: 12rem; overflow-wrap: anywhere; }
-td small { display: block; }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .2rem 1rem; }
-dt { color: var(--soft); } dd { margin: 0; }
-.pass { color: var(--good); } .fail { color: var(--bad); font-weight: 600; }
-.inconclusive, .noisy { color: var(--open); } ul { padding-left: 1.2rem; }
-summary { cursor: pointer; }
-"""
-_HEAD = (
-    '<meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    '<meta http-equiv="Content-Security-Policy"'
-    " content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-)
+TEMPLATE = Path(__file__).with_name("report.html")
 # Metrics with the worst verdict first.
 _VERDICTS: Sequence[compare.Verdict] = ("fail", "inconclusive", "pass")
+
+
+# The keys of a recipe's figure, in the order of Reference.
+_FIGURE = ("what", "value", "source")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published figure of a model."""
+
+    model: str
+    description: str
+    value: str
+    source: str
 
 
 @dataclass(frozen=True)
@@ -105,21 +76,15 @@ def compose(
     head = f"{counted(len(records), 'record')}, written {escape(written)}"
     cards = "".join(section.card() for section in sections)
     parts = [f"<h1>{title}</h1><p class='soft'>{head}</p><div class='cards'>{cards}</div>"]
-    for section in sections:
-        own = [one for one in references if one.model == section.model and one.points]
-        parts.append(section.html(own))
+    parts += [section.html() for section in sections]
     measured = {section.model for section in sections}
     if shown := [figure for figure in references if figure.model in measured]:
-        parts.append(_published(shown, drawn))
+        parts.append(_published(shown))
     if problems:
         rows = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
         parts.append(f"<h2>Records that cannot be read</h2><ul>{rows}</ul>")
-    body = "\n".join(parts)
-    html = (
-        f'<!doctype html>\n<html lang="en"><head>{_HEAD}<title>Benchmarks</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
-    return Page(html, tuple(drawn))
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    return Page(template.substitute(body="\n".join(parts)), tuple(drawn))
 
 
 def _groups(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]:
@@ -201,7 +166,7 @@ class _Section:
             parts.append("<p class='soft'>no record to compare with</p>")
         return f"<div class='card'>{''.join(parts)}</div>"
 
-    def html(self, references: Sequence[Reference]) -> str:
+    def html(self) -> str:
         newest = self._group[-1].machine
         gpus = "".join(f"{gpu.name}, driver {gpu.driver or 'unknown'}; " for gpu in newest.gpus)
         machine = (
@@ -211,7 +176,7 @@ class _Section:
         return (
             f"<h2>{escape(self._title)}</h2><p class='soft'>{escape(machine)}</p>"
             f"{self._comparison()}{self._table()}{self._histories()}{self._distributions()}"
-            f"{self._sweeps(references)}{self._details()}"
+            f"{self._sweeps()}{self._details()}"
         )
 
     def _comparison(self) -> str:
@@ -286,9 +251,7 @@ class _Section:
 
     def _distributions(self) -> str:
         if self._pair is None or not self._verdicts:
-            newest = self._group[-1]
-            named = [(self._label(newest), newest)]
-            return self._figures("", self._percentiles(named))
+            return ""
         named = [(self._label(record), record) for record in self._pair]
         shared = [row.metric for row in self._verdicts]
         figures = [
@@ -296,17 +259,9 @@ class _Section:
             for metric in self._shown
             if metric in shared
         ]
-        return self._figures("Samples", [*figures, *self._percentiles(named)])
+        return self._figures("Samples", figures)
 
-    def _percentiles(self, records: Sequence[tuple[str, Record]]) -> list[Plot]:
-        return [
-            plots.percentiles(f"{self._name}-percentiles-{name}", name, records)
-            for name in self._shown
-            if name.partition("@")[0] in PERCENTILE_METRICS
-            and all(name in record.metrics for _, record in records)
-        ]
-
-    def _sweeps(self, references: Sequence[Reference]) -> str:
+    def _sweeps(self) -> str:
         swept = [
             (self._label(record), record)
             for record in self._group
@@ -315,7 +270,7 @@ class _Section:
         if not swept:
             return ""
         newest = swept[-len(plots.COLOURS) :]
-        plot = plots.throughput(f"{self._name}-concurrency", newest, references)
+        plot = plots.throughput(f"{self._name}-concurrency", newest)
         return self._figures("Throughput against concurrency", [plot])
 
     def _figures(self, title: str, figures: Iterable[Plot]) -> str:
@@ -408,7 +363,7 @@ def _cell(html: str) -> str:
     return f"<td{kind}>{html}</td>"
 
 
-def _published(references: Sequence[Reference], drawn: list[Plot]) -> str:
+def _published(references: Sequence[Reference]) -> str:
     parts = [
         (
             "<h2>Published figures</h2><p>Measured by others, on one Spark each, without their"
@@ -418,16 +373,26 @@ def _published(references: Sequence[Reference], drawn: list[Plot]) -> str:
     for model in dict.fromkeys(figure.model for figure in references):
         own = [figure for figure in references if figure.model == model]
         parts.append(f"<h3>{escape(model)}</h3>")
-        if pointed := [figure for figure in own if figure.points]:
-            name = "published-" + re.sub(r"[^a-z0-9.]+", "-", model.lower())
-            plot = plots.throughput(name, (), pointed)
-            drawn.append(plot)
-            parts.append(_figure(plot))
         rows = [
             tuple(map(escape, (figure.description, figure.value, figure.source))) for figure in own
         ]
         parts.append(_table(("measurement", "figure", "source"), rows))
     return "".join(parts)
+
+
+def published_figures(layout: Layout) -> tuple[Reference, ...]:
+    """Read the published figures of all recipes.
+
+    Raises SettingsError for a recipe that cannot be read; `inv serve.list` reports other faults.
+    """
+    found = []
+    for path in sorted((layout.root / "recipes").glob("*.toml")):
+        table = recipes.read_table(path, place=layout.relative(path))
+        model, rows = str(table.get("model", path.stem)), table.get("figures", [])
+        for row in rows if isinstance(rows, list) else []:
+            if isinstance(row, dict):
+                found.append(Reference(model, *(str(row.get(key, "")) for key in _FIGURE)))
+    return tuple(found)
 
 
 def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
@@ -457,7 +422,7 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
         view.line("drawing the plots")
         page = compose(
             records,
-            plots.published_figures(layout),
+            published_figures(layout),
             pair=pair,
             problems=problems,
             written=f"{utc_now()[:16].replace('T', ' ')} UTC",

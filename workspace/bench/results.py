@@ -10,29 +10,17 @@ import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from workspace.core import hints, lock, records, settings
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError, counted
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.files import read_regular
 from workspace.core.paths import Layout, typed
 from workspace.core.records import DecodeError, NewerSchema
 
-# Keys by which the result files of other programs are known: vllm/benchmarks/{serve,latency,
-# throughput,startup}.py and lib/utils.py, guidellm, llama-benchy, lm-eval, pytest-benchmark.
-_ORIGINS: Mapping[str, set[str]] = {
-    "`vllm bench serve`": {"completed", "request_throughput", "output_throughput"},
-    "`vllm bench latency`": {"avg_latency", "latencies", "percentiles"},
-    "`vllm bench throughput`": {"elapsed_time", "num_requests", "tokens_per_second"},
-    "`vllm bench startup`": {"avg_cold_startup_time", "avg_warm_startup_time"},
-    "vLLM in PyTorch's benchmark format": {"benchmark", "model", "metric"},
-    "lm-eval": {"results", "versions", "n-shot"},
-    "pytest-benchmark": {"machine_info", "commit_info", "benchmarks"},
-    "guidellm or llama-benchy": {"benchmarks"},
-}
 Kind = Literal["latency", "throughput", "serve", "startup"]
 Better = Literal["lower", "higher"]
 # A label is part of a file name and of a command line.
@@ -90,12 +78,6 @@ def concurrency(name: str) -> int | None:
     """Return the requests at once of a sweep's metric, None for other metrics."""
     at = name.partition("@")[2]
     return int(at) if at else None
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Return median and extremes and, of two values or more, the coefficient of variation."""
-    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return found | ({"cv": variation(values)} if len(values) > 1 else {})
 
 
 def variation(values: Sequence[float]) -> float:
@@ -253,24 +235,13 @@ class Record(records.Record, schema=1):
         return len(self.starts) > 1 and variation(self.values(metric)) > NOISY
 
 
-def encode(record: Record) -> bytes:
-    """Return a record as JSON. Its summary is for people; `decode` ignores it."""
-    summaries = {name: summary(record.values(name)) for name in record.metrics}
-    return records.encode({"schema": record.SCHEMA, **asdict(record), "summary": summaries})
-
-
-def write(path: Path, record: Record) -> None:
-    """Replace the file of a record in one step. Raises OSError."""
-    write_atomic(path, encode(record))
-
-
 def read(path: Path, *, place: str) -> Record:
     """Read a record; `place` is its path in messages.
 
     Raises SettingsError for a file that is no record, is damaged, or is of a newer workspace.
     """
     try:
-        return decode(read_regular(path))
+        return records.decode(read_regular(path), Record)
     except OSError as exc:
         raise SettingsError(
             f"{place} cannot be read: {exc.strerror}", hint=hints.text("core.list_file", path=place)
@@ -280,50 +251,10 @@ def read(path: Path, *, place: str) -> Record:
             f"{place} cannot be read: {exc}", hint=hints.text("bench.git_pull")
         ) from exc
     except DecodeError as exc:
-        if origin := _foreign(path):
-            raise SettingsError(
-                f"{path.name} is {origin}: it names neither machine nor tree, so it is not a"
-                " record here",
-                hint=hints.text("bench.measure_again"),
-            ) from exc
         raise SettingsError(
             f"{place} is not a complete record of a benchmark: {exc}",
             hint=hints.text("bench.measure_again"),
         ) from exc
-
-
-def _foreign(path: Path) -> str | None:
-    """Return which other program wrote a result file, None if no known one did.
-
-    The file may hold one result, a list of results, or one result a line (--append-result).
-    """
-    content = read_regular(path)
-    try:
-        documents = [records.parse(content)]
-    except DecodeError:
-        try:
-            documents = [records.parse(line) for line in content.splitlines() if line.strip()]
-        except DecodeError:
-            return None
-    found = [each for part in documents for each in (part if isinstance(part, list) else [part])]
-    origins = {_origin(each) for each in found}
-    origin = origins.pop() if len(origins) == 1 else None
-    return (
-        f"{len(found)} results of {origin}"
-        if origin and len(found) > 1
-        else (f"a result of {origin}" if origin else None)
-    )
-
-
-def _origin(document: object) -> str | None:
-    """Return the program that wrote a document with these keys."""
-    keys = document.keys() if isinstance(document, dict) else set()
-    return next((origin for origin, known in _ORIGINS.items() if known <= keys), None)
-
-
-def decode(content: bytes) -> Record:
-    """Parse a record. Raises DecodeError naming the fault and its place, or NewerSchema."""
-    return records.decode(content, Record)
 
 
 @dataclass(frozen=True)
@@ -404,8 +335,8 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
     """Print one row for each record: complete, interrupted or damaged, and its first metric."""
     found = entries(layout)
     if as_json:
-        records = [_document(layout, entry) for entry in found]
-        console.document({"schema": 1, "records": records})
+        listed = [_document(layout, entry) for entry in found]
+        console.document({"schema": 1, "records": listed})
         return
     console.stdout.rows(_row(entry) for entry in found)
     if not found:
@@ -474,7 +405,7 @@ def relabel(layout: Layout, name: str, label: str, *, console: Console) -> None:
                 f"{layout.relative(path)} exists: a record of this tree has the label {label}",
                 hint=hints.text("inv.bench"),
             )
-        write(path, record)
+        records.write(path, record)
         entry.path.unlink()
     console.row(State.DONE, entry.record.stem, f"is now {layout.relative(path)}")
 

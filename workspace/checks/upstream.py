@@ -236,33 +236,14 @@ class _Runner:
     def on_the_pin(
         self, failed: tuple[upstream_trial.Outcome, ...], selection: Selection
     ) -> tuple[upstream_trial.Outcome, ...]:
-        """Return the pin's outcomes of the tests that failed.
-
-        Tests that are known to ask the hub there do not run again.
-        """
-        found = failed
-        if selection.changed:
-            known = (
-                frozenset()
-                if self._options.is_online
-                else upstream_trial.hub_tests(self._layout, selection.base)
-            )
-            found = tuple(
-                outcome for outcome in failed if outcome.asks_hub and outcome.node in known
-            )
-            with upstream_trial.tree(self._layout, selection.base) as folder:
-                files, args = upstream_trial.again(
-                    [outcome for outcome in failed if outcome not in found], folder
-                )
-                # The user's -x would leave tests out, and they would count as passed on the pin.
-                found += (
-                    self._run("the same on the pin", folder, files, ("--maxfail=0", *args))
-                    if files
-                    else ()
-                )
-        if not self._options.is_online:
-            upstream_trial.keep_hub_tests(self._layout, selection.base, found)
-        return found
+        """Return the pin's outcomes of the tests that failed."""
+        if not selection.changed:
+            return failed
+        with upstream_trial.tree(self._layout, selection.base) as folder:
+            files, args = upstream_trial.again(failed, folder)
+            # The user's -x would leave tests out, and they would count as passed on the pin.
+            args = ("--maxfail=0", *args)
+            return self._run("the same on the pin", folder, files, args) if files else ()
 
     def _run(
         self, title: str, tree: Path, files: Sequence[str], pytest_args: tuple[str, ...]

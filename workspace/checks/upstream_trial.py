@@ -20,7 +20,7 @@ from typing import Literal
 
 from workspace.checks.registry import Check, Verdict
 from workspace.checks.upstream_selection import Decision, Reached, Rules
-from workspace.core import hints, process, records
+from workspace.core import hints, process
 from workspace.core.child_variables import with_given
 from workspace.core.console import RunLog
 from workspace.core.errors import SmokeError
@@ -356,7 +356,6 @@ _PINNED = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$", re.MULT
 _NEVER = 'sys_platform == "never"'
 # With more names whole files run: pytest nests an expression once for each name.
 _MOST_NAMES = 200
-_HUB_TESTS = "hub.json"
 
 
 def needs_folder(layout: Layout) -> Path:
@@ -444,29 +443,6 @@ def tree(layout: Layout, base: str) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class _HubTests:
-    """The tests that asked the hub on a pin."""
-
-    pin: str
-    tests: tuple[str, ...]
-
-
-def hub_tests(layout: Layout, base: str) -> frozenset[str]:
-    """Return the tests that asked the hub on the pin `base`; empty if unknown or unreadable."""
-    kept = records.read(needs_folder(layout) / _HUB_TESTS, _HubTests)
-    return frozenset(kept.tests) if kept and kept.pin == base else frozenset()
-
-
-def keep_hub_tests(layout: Layout, base: str, on_the_pin: Sequence[Outcome]) -> None:
-    """Add to the known tests that ask the hub on the pin `base`; forget those of another pin."""
-    former = hub_tests(layout, base)
-    if more := {outcome.node for outcome in on_the_pin if outcome.asks_hub} - former:
-        records.write(
-            needs_folder(layout) / _HUB_TESTS, _HubTests(base, tuple(sorted(former | more)))
-        )
 
 
 def again(failed: Sequence[Outcome], folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

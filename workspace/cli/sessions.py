@@ -158,7 +158,7 @@ def bench_session(argv: Sequence[str]) -> int:
 
 def ab_session(argv: Sequence[str]) -> int:
     """Measure the working tree and a base in turn, and judge whether the tree is slower."""
-    from workspace.bench import ab, ab_trees, compare
+    from workspace.bench import ab, compare
     from workspace.server import flags
 
     own, for_vllm = _split(argv)
@@ -169,8 +169,6 @@ def ab_session(argv: Sequence[str]) -> int:
             f"--repeat must be a number from {compare.MIN_STARTS} to {MOST_REPEATS}: fewer starts"
             " decide nothing"
         )
-    if arguments.each_patch and arguments.base != ab_trees.PIN:
-        parser.error("--each-patch compares the series with itself: leave --base out")
 
     def work(layout: Layout, settings: Settings) -> None:
         options = ab.AbOptions(
@@ -179,7 +177,6 @@ def ab_session(argv: Sequence[str]) -> int:
             arguments.model,
             arguments.repeat,
             compare.parsed_factor(arguments.factor),
-            arguments.each_patch,
             arguments.allow_busy,
             flags.typed_paths(for_vllm),
         )
@@ -200,13 +197,11 @@ def _ab_parser() -> argparse.ArgumentParser:
     )
     _add_workload(parser)
     add = parser.add_argument
-    base_help = "pin: the pinned tag without patches (default); a workspace commit; a record"
+    base_help = "pin: the pinned tag without patches (default); or a commit of the workspace"
     add("--base", default=ab_trees.PIN, metavar="BASE", help=base_help)
     repeat_help = f"starts of each tree (default {MIN_STARTS}, at least {MIN_STARTS})"
     add("--repeat", type=int, default=MIN_STARTS, metavar="N", help=repeat_help)
     _add_factor(parser, "a change up to this size does not count", FACTOR)
-    patch_help = "leave one patch out at a time, and report what each patch costs"
-    add("--each-patch", action="store_true", help=patch_help)
     loaded_help = "measure although another program uses the machine"
     add("--allow-busy", action="store_true", help=loaded_help)
     return parser

@@ -1,9 +1,9 @@
-"""Imports of this interpreter: `imports.py companions|origin|torch`, one JSON object on stdout;
+"""Imports of this interpreter: `imports.py companions|torch`, one JSON object on stdout;
 `imports.py variables ENVS.PY NAME…`, values that a tree's own vllm/envs.py misreads; and
 `imports.py share SOCKET`, one import of vLLM for many probes.
 
 companions: each installed companion of torch, with null if it can be imported beside this torch,
-else its error in a line. origin: the file from which vLLM would be imported. torch: version, CUDA
+else its error in a line. torch: version, CUDA
 version (null without CUDA) and file of the imported torch. variables: the values are in the
 environment; any Python can run it without site-packages. share: import vLLM, then run a probe in a
 forked child for each connection, until this process is ended.
@@ -49,12 +49,6 @@ def failure(name: str) -> str | None:
         lines = str(exc).strip().splitlines()
         return f"{type(exc).__name__}: {lines[0] if lines else ''}"
     return None
-
-
-def origin() -> dict[str, str | None]:
-    # Without importing vLLM.
-    found = find_spec("vllm")
-    return {"vllm": found.origin if found else None}
 
 
 def torch_build() -> dict[str, object]:
@@ -269,7 +263,7 @@ def perform(request: dict[str, Any]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print what can be imported, or share an import.")
-    parser.add_argument("subject", choices=("companions", "origin", "torch", "variables", "share"))
+    parser.add_argument("subject", choices=("companions", "torch", "variables", "share"))
     parser.add_argument("place", nargs="?", help="the socket of share; the file of variables")
     parser.add_argument("names", nargs="*", help="the variables")
     arguments = parser.parse_args()
@@ -278,7 +272,6 @@ def main() -> None:
         return
     answers: dict[str, Callable[[], object]] = {
         "companions": companions,
-        "origin": origin,
         "torch": torch_build,
         "variables": lambda: misread(arguments.place, arguments.names),
     }

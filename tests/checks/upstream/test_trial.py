@@ -6,7 +6,6 @@ from tests.checks.upstream.runs import place, run
 from workspace.checks import upstream_trial
 from workspace.checks.upstream_selection import Decision, Reached
 from workspace.checks.upstream_trial import Outcome
-from workspace.core.paths import Layout
 
 TESTS = {
     "test_a.py": (
@@ -143,22 +142,6 @@ def test_change_that_makes_a_test_ask_the_hub_is_not_excused() -> None:
     # Without a comparison, hundreds of tests ask the hub.
     assert upstream_trial.sort([asks], None, is_online=False).hub == (asks,)
     assert upstream_trial.sort([outcome("test_b")], None, is_online=False).hub == ()
-
-
-def test_tests_that_ask_the_hub_on_the_pin_are_kept_for_that_pin_alone(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
-    upstream_trial.keep_hub_tests(
-        layout, "a" * 40, [outcome("test_x", asks_hub=True), outcome("test_y")]
-    )
-    upstream_trial.keep_hub_tests(layout, "a" * 40, [outcome("test_z", asks_hub=True)])
-    assert upstream_trial.hub_tests(layout, "a" * 40) == {
-        "tests/test_a.py::test_x",
-        "tests/test_a.py::test_z",
-    }
-    assert upstream_trial.hub_tests(layout, "b" * 40) == frozenset()
-    for damaged in (b"", b"[]", b"{}", b'{"pin": "' + b"a" * 40 + b'", "tests": 3}'):
-        (upstream_trial.needs_folder(layout) / "hub.json").write_bytes(damaged)
-        assert upstream_trial.hub_tests(layout, "a" * 40) == frozenset()
 
 
 def test_failure_in_an_unselected_file_is_not_lost() -> None:

@@ -117,7 +117,6 @@ def test_uncommitted_slow_edit_is_a_regression_in_a_resumed_run_too(
     assert found["b"]["source"]["patches"] == [compared.materials.patch.name]
     assert list(found["b"]["source"]["libraries"]) == ["vllm/_C.abi3.so"]
     assert "odd against even starts of one tree" in ended.err
-    assert "(Wilcoxon)" in ended.err
     # Nothing is left to measure, so the verdict is the same.
     again = ab(compared)
     assert again.code == 9
@@ -143,22 +142,8 @@ def test_arm_that_does_not_run_its_own_libraries_is_refused(
     assert records(compared) == {}
 
 
-def test_each_patch_is_left_out_in_turn_and_the_slow_patch_is_named(
-    compared: World,
-) -> None:
-    slow_edit(compared)
-    compared.git("commit", "--quiet", "--all", "-m", "A slow one\n\nUpstream-Status: Pending")
-    assert "differs from the tree that the series makes" in ab(compared, "--each-patch").error(5)
-    assert compared.run("patch.export").code == 0
-    ended = ab(compared, "--each-patch")
-    assert re.search(r"^error: A-slow-one\.patch costs latency \+\d", ended.error(9))
-    assert compared.materials.patch.name not in ended.error(9)
-    costs = ended.err.partition("cost of each patch")[2]
-    assert re.search(rf"{re.escape(compared.materials.patch.name)} +latency pass: ", costs)
-
-
 def test_two_arms_of_one_tree_pass_and_are_reported_as_such(compared: World) -> None:
     ended = ab(compared, "--base", "HEAD")
     assert ended.code == 0, ended.output
     assert "both arms are of one tree" in ended.err
-    assert re.search(r"latency +pass: [-+]\d", ended.err)
+    assert re.search(r"^(ok|warn) +latency +\S*.*[-+]\d", ended.err, re.MULTILINE)

@@ -123,7 +123,7 @@ def test_commit_is_found_beside_a_broken_build_and_a_hang_and_the_users_tree_is_
         str(found),
     )
     assert (ended.code, ended.out.strip()) == (0, made["c10"]), ended.output
-    assert "vllm/code.txt  +1 -0" in ended.err
+    assert "vllm/code.txt | 1 +" in ended.err
     assert "exited with 3: tested" in ended.err
     document: dict[str, Any] = json.loads(found.read_text())
     skipped = {

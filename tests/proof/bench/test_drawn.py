@@ -18,33 +18,27 @@ def test_page_is_complete_fetches_nothing_and_shows_every_kind_of_plot() -> None
     parser = Balanced()
     parser.feed(made.html)
     assert (parser.open, parser.addresses) == ([], [])
-    assert made.html.count("<svg") == len(made.plots) == made.html.count("<figure>")
+    assert made.html.count("<svg") == 2 * len(made.plots) == 2 * made.html.count("<figure>")
     assert not re.search(r"<script|url\(http|@import", made.html)
     kinds = {
         kind
         for plot in made.plots
-        for kind in ("history", "ab", "percentiles", "concurrency", "published")
+        for kind in ("history", "ab", "concurrency")
         if f"-{kind}" in f"-{plot.name}"
     }
-    assert kinds == {"history", "ab", "percentiles", "concurrency", "published"}
+    assert kinds == {"history", "ab", "concurrency"}
     assert "fail: " in made.html
     for plot in made.plots:
         assert plot.png.startswith(b"\x89PNG")
-        assert min(struct.unpack(">II", plot.png[16:24])) >= 300
-    assert "kubis.ai, March 2026" in made.html
-
-
-def test_equal_records_make_equal_bytes() -> None:
-    assert composed(record()).html == composed(record()).html
+        width, height = struct.unpack(">II", plot.png[16:24])
+        assert (width >= 1900, height >= 200) == (True, True)
 
 
 def test_only_comparable_records_are_compared_by_default() -> None:
     other = at(12, record(tree="f" * 40), flags=())
-    assert "<h3>B " not in composed(at(11, record()), other).html
-    assert (
-        "<h3>B ffffffffffff-latency against A aaaaaaaaaaaa-latency</h3>"
-        in composed(at(11, record()), at(12, record(tree="f" * 40))).html
-    )
+    assert " against " not in composed(at(11, record()), other).html
+    same = composed(at(11, record(label="one")), at(12, record(label="two", tree="f" * 40)))
+    assert "<h3>two against one</h3>" in same.html
 
 
 def test_report_writes_page_and_pngs_and_removes_old_pngs(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.proof.hints.machine_situations import measured
 from tests.small import releases
 from tests.small.releases import CLEAN
 from workspace.bench import results
+from workspace.core import records
 from workspace.machine import interpreter
 from workspace.server import models
 
@@ -80,7 +81,7 @@ def record_of_another_program(user: User) -> None:
     path = user.world.folder / "half.json"
     path.write_text("{}")
     user.follow("bench.measure_again", "bench.compare", str(path), str(path), then=False)
-    newer = json.loads(results.encode(record()))
+    newer = json.loads(records.encode(record()))
     path.write_text(json.dumps(newer | {"schema": 99}))
     remote(user)
     user.follow("bench.git_pull", "bench.compare", str(path), str(path), then=False)
@@ -98,32 +99,13 @@ def remote(user: User) -> None:
 def records_that_differ(user: User) -> None:
     measures(user)
     path = own_record(user)
-    made = results.decode(path.read_bytes())
+    made = records.decode(path.read_bytes(), results.Record)
     two = measured(user, replace(made, label="latency", source=replace(made.source, tree="b" * 40)))
     user.follow("bench.repeat_both", "bench.compare", str(path), two, then=False)
     fast = measured(user, record(label="fast"))
     slow = measured(user, record([2.0, 2.1, 2.2, 2.0, 2.1, 2.2], label="slow", tree="b" * 40))
     done = user.follow("bench.report_plots", "bench.compare", fast, slow, then=False)
     assert Path(done.out.strip()).exists()
-
-
-@runs("bench.measure_from_commit", "bench.git_fetch", "bench.measure_exported")
-def base_that_cannot_be_made(user: User) -> None:
-    measures(user)
-    path = own_record(user)
-    made = results.decode(path.read_bytes())
-    results.write(path, replace(made, source=replace(made.source, dirty="d" * 64)))
-    verb = (*AB, "--allow-busy", "--base", "latency")
-    (user.root / "mine").write_text("mine")
-    user.git("add", "mine")
-    user.follow("bench.measure_from_commit", *verb, then=False)
-    results.write(path, replace(made, workspace="3" * 40))
-    remote(user)
-    user.follow("bench.git_fetch", *verb, then=False)
-    changed = replace(made.source, tree="b" * 40)
-    results.write(path, replace(made, source=changed))
-    user.commit("[Core] Mine", vllm__mine_py="mine = 1\n")
-    user.follow("bench.measure_exported", *verb, then=False)
 
 
 @runs("bench.base", "bench.allow_busy")
@@ -145,13 +127,9 @@ def machine_that_computes_for_others(user: User) -> None:
     user.followed |= {"bench.base", "bench.allow_busy"}
 
 
-@runs("bench.commit_then_export", "bench.fetch_pin")
+@runs("bench.fetch_pin")
 def trees_that_cannot_be_compared(user: User) -> None:
     measures(user)
-    envs = user.vllm / "vllm" / "envs.py"
-    envs.write_text(envs.read_text() + "# mine\n")
-    user.follow("bench.commit_then_export", *AB, "--allow-busy", "--each-patch", then=False)
-    assert user.world.status()["patches"] == "ok"
     made = releases.make(user.world.materials)
     user.world.git("config", "remote.origin.url", made.upstream.as_uri())
     files = (user.world.layout.pins, user.world.layout.patches("vllm") / "series")

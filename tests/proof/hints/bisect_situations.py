@@ -65,13 +65,10 @@ def aborted(user: User, name: str, *verb: str) -> None:
     assert not bisect_log.log_path(user.world.layout).exists()
 
 
-@runs("bench.older_good", "bench.other_bad", "bench.other_commit", "bench.count_as_bad",
-      "bench.resume_other", "bench.bring_back", "bench.bisect_abort")  # fmt: skip
+@runs("bench.other_commit", "bench.count_as_bad", "bench.resume_other", "bench.bisect_abort")
 def bisects_that_stop(user: User) -> None:
     fetched(user)
     verb = (*BISECT, *ENDS, "--run")
-    aborted(user, "bench.older_good", *verb, "false")
-    aborted(user, "bench.other_bad", *verb, "true")
     aborted(user, "bench.other_commit", *verb, "sh -c 'exit 125'")
     check = user.root / "check"
     strange = f"sh {check}"
@@ -82,7 +79,7 @@ def bisects_that_stop(user: User) -> None:
     user.meets("bench.count_as_bad", *verb, strange)
     text = series(user).read_text()
     series(user).write_text(text.replace(f"{patch(user).name}\n", ""))
-    aborted(user, "bench.bring_back", *verb, strange)
+    aborted(user, "bench.resume_other", *verb, strange)
     series(user).write_text(text)
     log = bisect_log.log_path(user.world.layout)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +112,8 @@ def checks_that_a_bisect_does_not_have(user: User) -> None:
     begins(user, "bench.bisect_smoke", command.replace("v0.30.0", f"{TAG} --bad v{RED}"))
 
 
-@runs("bench.search_upstream", "bench.fix_patches_first")
+@runs("bench.fix_patches_first")
 def bisect_of_the_patches(user: User) -> None:
     verb = (*BISECT, "--patches", "--run")
-    aborted(user, "bench.search_upstream", *verb, "false")
     user.follow("bench.fix_patches_first", *verb, "sh -c 'exit 125'", then=False)
     assert user.type(ABORT).code == 0

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from tests.bench.materials import record
 from tests.proof.hints.following import User, printed, runs
-from workspace.bench import results
 from workspace.bench.results import Record
+from workspace.core import records
 
 
 @runs("machine.unset")
@@ -108,7 +108,7 @@ def hooks_of_the_user(user: User) -> None:
 def measured(user: User, made: Record) -> str:
     """Write a record of the user's into a folder that is not results/."""
     path = user.world.folder / f"{made.label}.json"
-    results.write(path, made)
+    records.write(path, made)
     return str(path)
 
 
@@ -136,7 +136,7 @@ def records_that_are_not_there(user: User) -> None:
     for machine in ("one", "two"):
         path = user.root / "results" / machine / "dddddddddddd-latency.json"
         path.parent.mkdir(parents=True)
-        results.write(path, record(label="latency"))
+        records.write(path, record(label="latency"))
     user.look("bench.list_alike", "bench.compare", "latenci", "latency", shows="latency")
     user.look("inv.bench", "bench.compare", "qqq", "latency", shows="latency")
     user.look("bench.path_of_record", "bench.compare", "latency", "latency", shows="latency")

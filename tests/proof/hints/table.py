@@ -96,8 +96,8 @@ _REASONS = {
         machine.upgrade_driver machine.uv_python machine.uv_python_anew
         repo.trust_or_own""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
-        bench.ab_again bench.bisect_more bench.delete_tree bench.drop_series_line bench.each_patch
-        bench.factor_limit bench.inspect_both bench.log_fix bench.log_range bench.same_code
+        bench.ab_again bench.delete_tree bench.drop_series_line
+        bench.inspect_both bench.log_fix bench.log_range bench.same_code
         bench.same_torch bump.test_present checks.only_named checks.origin checks.pytest_arguments
         checks.rebuild checks.server_log checks.timeout_or_fewer install.build_for_gpu
         machine.cpu_native machine.cuda_index machine.hf_login nox.upstream server.drop_caches

@@ -264,14 +264,6 @@ def _patch_ids(git: Git, text: bytes) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A commit that a bisection may test."""
-
-    oid: str
-    subject: str
-
-
-@dataclass(frozen=True)
 class Carried:
     """A commit with patches on it: `tip` is None where `failing` does not apply.
 
@@ -281,36 +273,6 @@ class Carried:
     tip: str | None
     left_out: tuple[str, ...] = ()
     failing: str | None = None
-
-
-@dataclass(frozen=True)
-class CommitStats:
-    """The lines that a commit added and removed, by path.
-
-    None for both where the content is not text, or is missing in a partial clone.
-    """
-
-    oid: str
-    subject: str
-    author: str
-    date: str
-    changes: Mapping[str, tuple[int | None, int | None]]
-
-
-def commits_between(git: Git, good: str, bad: str) -> tuple[Candidate, ...]:
-    """Return the ancestors of `bad` that `good` does not have, merges included, parents first."""
-    args = (
-        "log",
-        "--topo-order",
-        "--reverse",
-        "--no-show-signature",
-        "--no-color",
-        "--no-notes",
-        "-z",
-        "--format=%H%x01%s",
-    )
-    records = split(git.look(*args, bad, f"^{good}", "--").out)
-    return tuple(Candidate(*record.split("\x01", 1)) for record in records)
 
 
 def forks(git: Git, first: str, second: str) -> tuple[str, ...]:
@@ -390,40 +352,6 @@ def _patched_commit(git: Git, commit: str, tree: str) -> str:
         tree,
         env={"GIT_AUTHOR_DATE": f"@{date}", "GIT_COMMITTER_DATE": f"@{date}"},
     ).out.strip()
-
-
-def commit_stats(git: Git, commit: str) -> CommitStats:
-    """Return the lines that a commit changed; a merge is compared with its first parent.
-
-    A partial clone may lack the blobs that the lines are counted from.
-    """
-    form = ("--no-show-signature", "--no-color", "--no-notes", "-z", "--format=%s%x01%an%x01%as")
-    subject, author, date = (
-        git.look("log", "-1", *form, commit, "--").out.rstrip("\0\n").split("\x01")
-    )
-    args = (
-        "show",
-        "--format=",
-        "-m",
-        "--first-parent",
-        "--no-renames",
-        "--no-ext-diff",
-        "--no-textconv",
-        "--no-color",
-        "--no-show-signature",
-        "-z",
-    )
-    counted = git.look(*args, "--numstat", commit, "--", check=False)
-    changes: dict[str, tuple[int | None, int | None]] = {}
-    if counted.status == 0:
-        for entry in split(counted.out):
-            added, removed, path = entry.lstrip("\n").split("\t", 2)
-            changes[path] = (int(added), int(removed)) if added.isdigit() else (None, None)
-    else:
-        changes = dict.fromkeys(
-            split(git.look(*args, "--name-only", commit, "--").out), (None, None)
-        )
-    return CommitStats(commit, subject, author, date, changes)
 
 
 def last_in_common(git: Git, commits: Iterable[str], bad: str) -> str | None:
