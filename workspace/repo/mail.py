@@ -1,6 +1,7 @@
 """Patches as mails: parsing, Upstream-Status, comparison, and commits that no mail can carry."""
 
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -351,15 +352,25 @@ def read_back(
     """
     if not stack:
         return ()
-    made, written, reason = am.reread(git, base, stack, [content for _, content in patches])
+    with tempfile.TemporaryDirectory(prefix="workspace-mail-") as folder:
+        files = [Path(folder, str(index)) for index in range(len(patches))]
+        for file, (_, content) in zip(files, patches, strict=True):
+            file.write_bytes(content)
+        done = am.applied_directly(git, base, files, place=Path(folder, "am"))
+    if done.tip is None:
+        refuse(git, base, shown, [(stack[done.position - 1], f"git am of its mail: {done.reason}")])
+    made = am.commits(git, base, done.tip or base)
     faults = [
         (commit, fault)
         for commit, again in zip(stack, made, strict=False)
         if (fault := _misread(commit, again))
     ]
-    if reason and not faults:
-        faults = [(stack[min(len(made), len(stack) - 1)], f"git am of its mail: {reason}")]
+    if not faults and len(made) != len(stack):
+        faults = [(stack[min(len(made), len(stack) - 1)], "git am does not make one commit of it")]
     refuse(git, base, shown, faults)
+    written = [content for _, content in patches]
+    if [commit.message for commit in stack] != [again.message for again in made]:
+        written = am.mails(git, base, made)
     stems = file_stems(again.slug for again in made)
     return tuple(
         (f"{stem}.patch", content if commit.message == again.message else text)
@@ -371,24 +382,10 @@ def read_back(
 
 def _misread(commit: Commit, again: Commit) -> str | None:
     """Return the part that git reads back differently, blanks aside, or None."""
-    for part, before, after in (
-        ("author", commit.author, again.author),
-        ("date", commit.date, again.date),
-        ("message", commit.message, again.message),
-    ):
-        old, new = (
-            tidy(text).split() if part == "message" else text.split() for text in (before, after)
-        )
-        if old != new:
-            changed = next(
-                (
-                    f"{wrote!r} becomes {read!r}"
-                    for wrote, read in zip(old, new, strict=False)
-                    if wrote != read
-                ),
-                "a part is lost",
-            )
-            return f"git would not read its {part} back from a mail: {changed}"
+    for part in ("author", "date", "message", "tree"):
+        before, after = getattr(commit, part), getattr(again, part)
+        if before != after and tidy(before).split() != tidy(after).split():
+            return f"git would not read its {part} back from a mail"
     return None
 
 
