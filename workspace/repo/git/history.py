@@ -5,7 +5,6 @@ Everything here reads only what the repository holds, except `complete_range` an
 
 import datetime
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from workspace.core.console import RunLog
 from workspace.core.settings import Settings
 from workspace.repo.git.command import split
 from workspace.repo.git.repository import Git
+from workspace.repo.git.worktree import try_on
 
 # The diff that format-patch writes, so that a commit and its export have the same patch-id
 # (git-patch-id(1)).
@@ -353,24 +353,15 @@ def carried(git: Git, commit: str, patches: Sequence[Path]) -> Carried:
     tip.
     """
     left_out: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
-        scratch = {"GIT_INDEX_FILE": f"{folder}/index"}
-
-        def tree() -> str:
-            return git.write("write-tree", "--missing-ok", env=scratch).out.strip()
-
-        git.write("read-tree", commit, env=scratch)
-        if patches and not git.applies(*map(str, patches), env=scratch):
-            for patch in patches:
-                before = tree()
-                if git.applies(str(patch), env=scratch):
-                    continue
-                if not git.applies(
-                    "--check", "--reverse", str(patch), env=scratch
-                ) and not git.applies("--3way", str(patch), env=scratch):
-                    return Carried(None, tuple(left_out), patch.name)
-                left_out += [patch.name] if tree() == before else []
-        made = tree()
+    with try_on(git, commit, is_kept=True) as trial:
+        for patch in () if trial.apply(patches) else patches:
+            before = trial.tree()
+            if trial.apply([patch]):
+                continue
+            if not trial.holds(patch) and not trial.apply([patch], three_way=True):
+                return Carried(None, tuple(left_out), patch.name)
+            left_out += [patch.name] if trial.tree() == before else []
+        made = trial.tree()
     if made == git.tree(commit):
         return Carried(commit, tuple(left_out))
     return Carried(_patched_commit(git, commit, made), tuple(left_out))
