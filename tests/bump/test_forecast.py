@@ -21,22 +21,14 @@ from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, PatchConflict, SettingsError, SourceError
 
 FATES = {
-    "git": {
-        "clean": "clean",
-        "taken": "upstreamed by tree",
-        "conflict": "conflicts in vllm/conflict.py",
-        "after": "conflicts in vllm/conflict.py after Local-conflict.patch",
-        "moved": "clean, merged",
-        "squashed": "upstreamed by tree",
-        "backport": "upstreamed by backport",
-        "cherry": "upstreamed by patch-id",
-        "new": "clean",
-    },
-}
-# Without history two of the three tests are impossible.
-FATES["release"] = FATES["git"] | {
-    "backport": "conflicts in vllm/backport.py",
+    "clean": "clean",
+    "taken": "upstreamed",
+    "conflict": "conflicts in vllm/conflict.py",
+    "after": "conflicts in vllm/conflict.py after Local-conflict.patch",
+    "moved": "clean, merged",
+    "squashed": "upstreamed",
     "cherry": "conflicts in vllm/cherry.py",
+    "new": "clean",
 }
 
 
@@ -103,11 +95,7 @@ def run(clone: Clone, ref: str = "v1.1.0", **more: str) -> Forecast:
 
 
 def fate(patch: PatchForecast) -> str:
-    text = (
-        patch.state
-        + (f" by {patch.test}" if patch.test else "")
-        + (", merged" if patch.merged else "")
-    )
+    text = patch.state + (", merged" if patch.merged else "")
     text += (
         f" in {', '.join(conflict.path for conflict in patch.conflicts)}" if patch.conflicts else ""
     )
@@ -142,7 +130,7 @@ def contents(root: Path) -> dict[str, str]:
 def test_every_fate_is_foreseen_and_nothing_is_touched(clone: Clone, kind: str) -> None:
     before = contents(clone.layout.root)
     made = run(clone)
-    assert fates(made) == FATES[kind]
+    assert fates(made) == FATES
     assert contents(clone.layout.root) == before
     assert made.tree is None
     assert clone.out.getvalue().splitlines()[-1].startswith("hint: ./scripts/inv pin.bump v1.1.0")
@@ -172,14 +160,6 @@ def test_conflicts_name_the_upstream_commits_that_touched_the_file(
     if kind == "git":
         # Not the one that drew the release branch, which touched README only.
         assert commits == (f"{releases.commits['conflict'][:12]} [Misc] Upstream's conflict (#3)",)
-        assert (
-            by_name["Local-cherry.patch"].by
-            == f"{releases.commits['cherry'][:12]} [Misc] Upstream's cherry (#6)"
-        )
-        assert (
-            by_name["Local-backport.patch"].by
-            == f"{releases.commits['backport'][:12]} [Misc] Upstream's backport (#5)"
-        )
     else:
         assert commits is None
         assert any(
@@ -190,7 +170,7 @@ def test_conflicts_name_the_upstream_commits_that_touched_the_file(
 @pytest.mark.parametrize("kind", ["git"])
 def test_partial_clone_alone_has_what_a_merge_with_renames_reads(clone: Clone, kind: str) -> None:
     shutil.rmtree(clone.layout.upstream("vllm"))
-    assert fates(run(clone, UV_DEFAULT_INDEX="http://127.0.0.1:1/simple")) == FATES["git"]
+    assert fates(run(clone, UV_DEFAULT_INDEX="http://127.0.0.1:1/simple")) == FATES
 
 
 def test_forecast_is_what_am_then_does(clone: Clone) -> None:
@@ -279,28 +259,7 @@ def test_series_applied_in_the_checkout_gives_the_same_forecast(clone: Clone, ki
         "--keep-cr",
         *(str(clone.layout.patches("vllm") / name) for name in clone.stack().names),
     )
-    assert fates(run(clone)) == FATES[kind]
-
-
-def test_patch_that_upstream_took_and_reverted_is_kept(
-    clone: Clone, releases: TwoReleases, kind: str, tmp_path: Path
-) -> None:
-    work = tmp_path / "work"
-    sh_git(tmp_path, "clone", "--quiet", str(releases.work), str(work))
-    sh_git(work, "checkout", "--quiet", "v1.0.0")
-    write(work, {"vllm/clean.py": lines("clean", l5="five")})
-    sh_git(
-        work,
-        "commit",
-        "--quiet",
-        "--all",
-        "--message",
-        f"Five\n\nUpstream-Status: Backport [{releases.commits['clean']}]",
-    )
-    clone.series({"Five.patch": export(work, "HEAD")})
-    (patch,) = run(clone).patches
-    assert patch.state == "clean"
-    assert ("but it still changes the tree" in patch.remark) == (kind == "git")
+    assert fates(run(clone)) == FATES
 
 
 @pytest.mark.parametrize("kind", ["git"])

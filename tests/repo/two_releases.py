@@ -67,10 +67,9 @@ FATES: Mapping[str, tuple[str | None, str]] = {
     "taken": (lines("taken", l10="ten"), lines("taken", l10="ten")),
     "conflict": (lines("conflict", l20="otherwise"), lines("conflict", l20="twenty")),
     "squashed": (lines("squashed", l10="ten", l30="more of it"), lines("squashed", l10="ten")),
-    "backport": (lines("backport", l10="ten, reworked"), lines("backport", l10="ten")),
     "cherry": (lines("cherry", l10="ten"), lines("cherry", l10="ten")),
 }
-ORDER = ("clean", "taken", "conflict", "after", "moved", "squashed", "backport", "cherry", "new")
+ORDER = ("clean", "taken", "conflict", "after", "moved", "squashed", "cherry", "new")
 OLD_TREE: Mapping[str, str | bytes] = {
     "README": "old\n",
     "dropped.cfg": lines("dropped"),
@@ -193,11 +192,6 @@ def build(root: Path) -> TwoReleases:
     commits[NEW] = _release(work, NEW, {"csrc/größe.cu": "G\n"})
     sh_git(work, "switch", "--quiet", "main")
     commits["main"] = commit(work, "after the release", {"README": "later\n"})
-    # The series names a commit that exists only now.
-    series = {
-        name: content.replace(b"BACKPORTED", commits["backport"].encode())
-        for name, content in series.items()
-    }
     sh_git(root, "clone", "--quiet", "--bare", str(work), str(bare))
     sh_git(bare, "config", "uploadpack.allowFilter", "true")
     sdists = {version: _sdist(root, work, version, commits[version]) for version in (OLD, NEW)}
@@ -224,12 +218,11 @@ def _series(work: Path, commits: Mapping[str, str]) -> dict[str, bytes]:
     made = {f"vllm/{name}.py": ours for name, (_, ours) in FATES.items()}
     made |= {"vllm/mover.py": lines("mover", l5="five"), "vllm/new.py": "new\n"}
     for name in ORDER:
-        status = "Backport [BACKPORTED]" if name == "backport" else "Pending"
         files = {"moved": "vllm/mover.py", "after": "vllm/conflict.py"}.get(name, f"vllm/{name}.py")
         content = (
             lines("conflict", l20="twenty", l21="twenty-one") if name == "after" else made[files]
         )
-        commit(work, f"Local {name}\n\nUpstream-Status: {status}", {files: content})
+        commit(work, f"Local {name}\n\nUpstream-Status: Pending", {files: content})
     return {
         f"Local-{name}.patch": export(work, f"local~{len(ORDER) - 1 - number}")
         for number, name in enumerate(ORDER)

@@ -18,9 +18,9 @@ from workspace.core.console import RunLog, Step
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, without_user
-from workspace.repo import checkout, git, index, pins, series
+from workspace.repo import checkout, git, index, pins
 from workspace.repo.checkout import Checkout, Kind
-from workspace.repo.git import Git, history, remotes, worktree
+from workspace.repo.git import Git, history, remotes
 from workspace.repo.pins import COMMIT, Archive, Pin
 
 _REF = re.compile(r"(?!.*(?:\.\.|//|@\{))[A-Za-z0-9][A-Za-z0-9._/+-]{0,98}")
@@ -395,21 +395,12 @@ class _Search:
             here.setting("remote.origin.promisor"),
         ):
             return
-        # A patch that upstream has taken is found by the diffs of single commits.
-        touched = worktree.paths_of(into, _patches(self.layout, self.pin))
-        log = history.log(into, self.base, named.commit, sorted(frozenset().union(*touched)))
-        commits = [candidate.oid for candidate in history.candidates_of(log, touched)]
         ends = (self.base, named.commit)
-        remotes.complete_store(into, ends, commits, self._remote, named.refspec)
+        remotes.complete_store(into, ends, self._remote, named.refspec)
 
 
 class _Unequal(SourceError):
     """Two sources contradict each other: neither may be used alone."""
-
-
-def _patches(layout: Layout, pin: Pin) -> list[Path]:
-    folder = layout.patches(pin.name)
-    return [folder / name for name in series.read_series(folder, pin=pin.commit).names]
 
 
 def _commit_id(file: Path, pin: Pin) -> str | None:

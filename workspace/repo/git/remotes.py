@@ -230,21 +230,17 @@ def open_store(path: Path, checkout: Path) -> Git:
     return store
 
 
-def complete_store(
-    store: Git, ends: tuple[str, str], commits: Sequence[str], remote: Remote, refspec: str
-) -> None:
-    """Fetch what a partial store lacks to compare two commits, and `commits` with their parents.
+def complete_store(store: Git, ends: tuple[str, str], remote: Remote, refspec: str) -> None:
+    """Fetch what a partial store lacks to compare two commits.
 
     Fetch all of `refspec` where the remote serves no single objects. Raises SourceError.
     """
     for key, value in (("url", remote.url), ("promisor", "true"), _NO_BLOBS):
         store.set_setting(f"remote.origin.{key}", value)
     # git fetches in one call what a diff lacks.
-    lists = [("diff", *ends), *([("log", "--no-walk=unsorted", *commits)] if commits else [])]
+    missing = ("diff", "--shortstat", "--no-renames", "-O/dev/null", *ends, "--")
     try:
-        for command, *revisions in lists:
-            args = (command, "--shortstat", "--no-renames", "-O/dev/null", *revisions, "--")
-            store.talk(args, remote.settings, remote.run_log, remote.on_line)
+        store.talk(missing, remote.settings, remote.run_log, remote.on_line)
     except SourceError:
         remote.run_log.write("the remote serves no single objects; fetching all of them")
         whole = (*_WHOLE, refspec)
