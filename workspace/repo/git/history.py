@@ -229,7 +229,7 @@ def complete_range(
 
     All come in one call. Raises SourceError.
     """
-    if git.setting("remote.origin.promisor") == "true":
+    if git.is_partial:
         git.talk(
             ("diff", "--shortstat", "--no-renames", "-O/dev/null", present, commit),
             settings,
