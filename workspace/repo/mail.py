@@ -35,10 +35,6 @@ _TRAILER_LINE = re.compile(rf"^{TRAILER}:[ \t]*(.*?)[ \t]*$", re.MULTILINE | re.
 _END = re.compile(rb"^(?:diff -|Index: |---[ \t\r\f\v]*$|--- \S)", re.MULTILINE)
 _DIFF = re.compile(rb"^diff --git ", re.MULTILINE)
 _HAS_DIFF = re.compile(rb"^(?:diff --git |--- \S.*\n\+\+\+ \S)", re.MULTILINE)
-_BLOBS = re.compile(
-    rb"^diff --git (.+)\n(?:(?!diff --git ).*\n){0,4}?index ([0-9a-f]{7,40})\.\.([0-9a-f]{7,40})",
-    re.MULTILINE,
-)
 _HUNK = re.compile(rb"(@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@).*", re.DOTALL)
 _INDEX = re.compile(rb"index [0-9a-f]+\.\.[0-9a-f]+")
 
@@ -161,21 +157,6 @@ def tidy(message: str) -> str:
 def has_diff(raw: bytes) -> bool:
     """Return whether a mail has a diff; a cover letter and an empty commit have none."""
     return bool(_HAS_DIFF.search(raw))
-
-
-def lack_changes(parts: Sequence[bytes]) -> bool:
-    """Return whether a mail was made from another content of a file than the mail before it left.
-
-    So it is after a merge, which has no mail.
-    """
-    left: dict[bytes, bytes] = {}
-    for part in parts:
-        for path, before, after in _BLOBS.findall(part):
-            known = left.get(path, before)
-            if not (known.startswith(before) or before.startswith(known)):
-                return True
-            left[path] = after
-    return False
 
 
 def made(author: str, date: str, message: bytes, diff: bytes) -> bytes:
