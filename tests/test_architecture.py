@@ -46,6 +46,7 @@ SINGLE_ENTRANCES = {
     "nox": "noxfile.py",
     "tomllib": "workspace/core/records.py",
     "msgspec": "workspace/core/records.py",
+    "tomlkit": "workspace/repo/pins.py",
     "pynvml": "workspace/machine/gpu.py",
 }
 # Programs that one module alone may start.

@@ -45,7 +45,7 @@ class Trees:
         git = Git(self.work)
         differing = history.changed(git, before, after)
         moved = history.renames(
-            git, before, after, [path for path in touched if path in differing], differing
+            git, (before, after), [path for path in touched if path in differing], differing
         )
         settings = settings_module.load(
             self.layout, environ={"PATH": os.environ["PATH"], **self.shell}

@@ -15,7 +15,8 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
 from tests.repo import two_releases as ladders
 from tests.repo.conftest import export, sh_git, write
-from tests.repo.two_releases import Clone, Index, TwoReleases
+from tests.repo.two_releases import Index, TwoReleases
+from tests.repo.workspaces import Workspace
 from workspace.bump import forecast
 from workspace.bump.forecast import Forecast
 from workspace.core import settings as settings_module
@@ -156,7 +157,7 @@ def full_series(real: TwoReleases) -> dict[str, bytes]:
     return {f"{SHIPPED}.patch": shipped, **series(real, "0.31.0", EDITS)}
 
 
-def cloned(folder: Path, real: TwoReleases, pin: Pin, *, address: str) -> Iterator[Clone]:
+def cloned(folder: Path, real: TwoReleases, pin: Pin, *, address: str) -> Iterator[Workspace]:
     made = pin.archive or Archive("vllm-0.tar.gz", "0" * 64, "0" * 40, "0" * 40)
     with ladders.cloned(
         folder, replace(real, pin=replace(pin, archive=made)), Index(address)
@@ -166,13 +167,13 @@ def cloned(folder: Path, real: TwoReleases, pin: Pin, *, address: str) -> Iterat
 
 
 @pytest.fixture
-def clone(tmp_path: Path, real: TwoReleases) -> Iterator[Clone]:
+def clone(tmp_path: Path, real: TwoReleases) -> Iterator[Workspace]:
     """A clone on the history's 0.31.0 with an empty index: the archives have another history."""
     (tmp_path / "simple").mkdir()
     yield from cloned(tmp_path, real, real.pin, address=(tmp_path / "simple").as_uri())
 
 
-def run(clone: Clone, ref: str) -> Forecast:
+def run(clone: Workspace, ref: str) -> Forecast:
     return forecast.run(
         clone.layout, clone.settings(), ref, console=Console(out=clone.out, err=clone.err)
     )
@@ -193,7 +194,7 @@ def fates(made: Forecast) -> dict[str, str]:
     return found
 
 
-def am(real: TwoReleases, base: str, clone: Clone, names: list[str]) -> str | None:
+def am(real: TwoReleases, base: str, clone: Workspace, names: list[str]) -> str | None:
     """Return the tree that `git am --3way` makes, None if it stops."""
     sh_git(real.work, "checkout", "--quiet", "--force", "--detach", base)
     sh_git(
@@ -212,7 +213,7 @@ def am(real: TwoReleases, base: str, clone: Clone, names: list[str]) -> str | No
 
 
 def test_forecast_of_a_series_is_what_am_then_does(
-    clone: Clone, real: TwoReleases, full_series: dict[str, bytes]
+    clone: Workspace, real: TwoReleases, full_series: dict[str, bytes]
 ) -> None:
     clone.series(full_series)
     clone.ensure("git")
@@ -233,7 +234,7 @@ def test_forecast_of_a_series_is_what_am_then_does(
     assert run(clone, "v0.33.0").tree == am(real, "v0.33.0", clone, list(kept))
 
 
-def test_what_else_moves_between_two_real_releases(clone: Clone) -> None:
+def test_what_else_moves_between_two_real_releases(clone: Workspace) -> None:
     clone.series({})
     clone.ensure("git")
     write(

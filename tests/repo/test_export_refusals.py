@@ -70,20 +70,20 @@ def test_patch_that_was_changed_after_it_was_applied_is_not_written_over(
     assert "Submitted" in sh_git(applied.vllm, "log", "-1", "--format=%B", "HEAD~1")
 
 
-READ_BACK = "git would not read its message back from a mail: "
+READ_BACK = "git would not read its message back from a mail"
 # Which of the two it is depends on the line.
 UNREAD = "git (am of its mail|would not read its message back)"
 UNFIT = (
-    ("x\n\nbefore\n---\nafter" + STATUS, READ_BACK + "a part is lost"),
+    ("x\n\nbefore\n---\nafter" + STATUS, READ_BACK),
     ("x\n\n--- a/file" + STATUS, UNREAD),
     ("x\n\ndiff --git a/x b/x" + STATUS, UNREAD),
     ("x\n\nIndex: 7" + STATUS, UNREAD),
     ("x\n\nFrom: me\nhello" + STATUS, "git am of its mail: empty ident"),
     ("x\n\n[PATCH] me" + STATUS, READ_BACK),
     ("x\n\na\nFrom me Mon Sep 17 00:00:00 2001\nb" + STATUS, UNREAD),
-    ("Re: x" + STATUS, READ_BACK + "'Re:' becomes 'x'"),
-    ("[PATCH 1/2] x" + STATUS, READ_BACK + "'\\[PATCH' becomes 'x'"),
-    ("[Bugfix] re: x" + STATUS, READ_BACK + "'re:' becomes 'x'"),
+    ("Re: x" + STATUS, READ_BACK),
+    ("[PATCH 1/2] x" + STATUS, READ_BACK),
+    ("[Bugfix] re: x" + STATUS, READ_BACK),
     ("x\n\nno trailer", "lacks the line `Upstream-Status: Pending`"),
     ("x\n\nUpstream-Status: Perhaps", "is none of: Pending"),
     ("x\n\nUpstream-Status: Submitted", "is none of: Pending"),

@@ -31,7 +31,7 @@ def test_commits_that_touched_a_file_are_named_newest_first_under_any_configurat
     found = history.touching(history.log(git, OLD, NEW, paths), paths)
     assert [line[13:] for line in found["vllm/cherry.py"]] == [
         "Once more (#8)",
-        "[Misc] Upstream's cherry (#6)",
+        "[Misc] Upstream's cherry (#5)",
     ]
     assert found["vllm/new.py"] == ()
     assert found["csrc/größe.cu"] == (f"{two_releases.commits['1.1.0'][:12]} Release 1.1.0",)
@@ -42,57 +42,12 @@ def test_path_is_no_pattern(git: Git) -> None:
     assert history.log(git, OLD, NEW, ["vllm/*.py", ":(glob)**"]) == ()
 
 
-def test_patch_id_is_found_among_commits_and_only_there(
-    git: Git, files: list[Path], two_releases: TwoReleases
-) -> None:
-    touched = worktree.paths_of(git, files)
-    commits = history.log(git, OLD, NEW, sorted(frozenset().union(*touched)))
-    diffs = {
-        file.name: (file.read_bytes()[file.read_bytes().index(b"diff --git") :], paths)
-        for file, paths in zip(files, touched, strict=True)
-    }
-    found = {name: commit.oid for name, commit in history.taken(git, commits, diffs).items()}
-    assert found == {
-        "Local-taken.patch": two_releases.commits["taken"],
-        "Local-cherry.patch": two_releases.commits["cherry"],
-    }
-    # The word of git itself, on commits.
-    assert [
-        line[0] for line in sh_git(two_releases.work, "cherry", NEW, "local", OLD).splitlines()
-    ] == [
-        *"+-",
-        *"+++++",
-        *"-+",
-    ]
-
-
-def test_only_commits_of_equal_paths_are_read(
-    git: Git, files: list[Path], two_releases: TwoReleases
-) -> None:
-    touched = worktree.paths_of(git, files)
-    commits = history.log(git, OLD, NEW, sorted(frozenset().union(*touched)))
-    assert two_releases.commits["squashed"] not in {
-        commit.oid for commit in history.candidates_of(commits, touched)
-    }
-
-
-def test_ancestors_may_be_abbreviated_and_unknown_names_are_none(
-    git: Git, two_releases: TwoReleases
-) -> None:
-    known, later = two_releases.commits["backport"], two_releases.commits["main"]
-    found = history.ancestors(
-        git, [known[:9], later, "deadbeef1", two_releases.commits["1.1.0"]], NEW
-    )
-    assert found == {known[:9]: known, two_releases.commits["1.1.0"]: two_releases.commits["1.1.0"]}
-    assert history.ancestors(git, [], NEW) == history.ancestors(git, ["deadbeef1"], NEW) == {}
-
-
 def test_renames_are_found_by_content_and_by_similarity(git: Git) -> None:
     differing = history.changed(git, OLD, NEW)
     gone = [path for path, (_, after) in differing.items() if after is None]
-    found = history.renames(git, OLD, NEW, gone, differing)
+    found = history.renames(git, (OLD, NEW), gone, differing)
     assert found["vllm/mover.py"] == "vllm/moved.py"
-    assert history.renames(git, OLD, NEW, ["vllm/clean.py", "nowhere"], differing) == {}
+    assert history.renames(git, (OLD, NEW), ["vllm/clean.py", "nowhere"], differing) == {}
 
 
 def test_blobs_of_any_bytes_come_in_one_call(tmp_path: Path) -> None:

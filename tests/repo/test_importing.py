@@ -113,14 +113,6 @@ def test_several_commits_land_in_order_and_a_status_of_their_own_stays(
     assert (applied.vllm / "csrc/größe.cu").read_bytes() == b"g\r\nsecond\r\n"
 
 
-def test_files_that_no_patch_changes_keep_their_times(
-    applied: Workspace, mails: Path, snapshot: Snapshot
-) -> None:
-    before = snapshot(applied.vllm / "vllm")
-    take(applied, mails / "first.patch")
-    assert snapshot(applied.vllm / "vllm") == before
-
-
 def test_commits_that_are_not_exported_yet_are_exported_along(
     applied: Workspace, mails: Path
 ) -> None:

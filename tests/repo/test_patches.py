@@ -73,20 +73,6 @@ def test_applied_stack_is_not_touched_again(either_applied: Workspace, snapshot:
     assert snapshot(either_applied.layout.root) == before
 
 
-def test_files_that_no_patch_changes_keep_their_times(
-    checked_out: Workspace, snapshot: Snapshot
-) -> None:
-    before = snapshot(checked_out.vllm)
-    checked_out.apply()
-    after = snapshot(checked_out.vllm)
-    touched = {
-        name
-        for name in before
-        if after.get(name) != before[name] and "/.git" not in name and Path(name).is_file()
-    }
-    assert {Path(name).name for name in touched} == {"lines.py", "dos.h"}
-
-
 def test_patch_and_its_revert_leave_every_file_untouched(
     release: Workspace, upstream: Upstream, snapshot: Snapshot, tmp_path: Path
 ) -> None:
@@ -167,11 +153,6 @@ def test_unexported_commits_stop_apply_and_the_hint_keeps_them(release: Workspac
     )
     assert release.apply().state is State.APPLIED
     assert sh_git(release.vllm, "rev-parse", f"mine-{mine[:12]}") == mine
-
-
-def test_commits_on_top_of_the_stack_are_unexported(applied: Workspace) -> None:
-    commit(applied.vllm, "mine", {"vllm/mine.py": "mine\n"})
-    assert applied.stack().state is State.UNEXPORTED
 
 
 def test_head_that_is_not_on_the_base_is_foreign(release: Workspace) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from tests.repo import two_releases as ladders
 from tests.repo.conftest import sh_git, write
-from tests.repo.two_releases import Clone, Index, TwoReleases
+from tests.repo.two_releases import Index, TwoReleases
+from tests.repo.workspaces import Workspace
 from workspace.core.console import Step
 from workspace.core.errors import SettingsError, SourceError
 from workspace.core.files import sha256
@@ -20,7 +21,7 @@ from workspace.repo.upstream import Candidate
 
 
 @pytest.fixture
-def clone(tmp_path: Path, two_releases: TwoReleases, index: Index) -> Iterator[Clone]:
+def clone(tmp_path: Path, two_releases: TwoReleases, index: Index) -> Iterator[Workspace]:
     with ladders.cloned(tmp_path, two_releases, index) as opened:
         yield opened
 
@@ -32,7 +33,7 @@ def mirror(tmp_path: Path, two_releases: TwoReleases) -> Path:
     return tmp_path / "mirror.git"
 
 
-def find(clone: Clone, ref: str = "v1.1.0", **more: str) -> Candidate:
+def find(clone: Workspace, ref: str = "v1.1.0", **more: str) -> Candidate:
     return upstream.find(
         clone.layout,
         clone.pin,
@@ -44,7 +45,7 @@ def find(clone: Clone, ref: str = "v1.1.0", **more: str) -> Candidate:
     )
 
 
-def test_git_gives_the_whole_new_pin(clone: Clone, two_releases: TwoReleases) -> None:
+def test_git_gives_the_whole_new_pin(clone: Workspace, two_releases: TwoReleases) -> None:
     clone.ensure("git")
     found = find(clone)
     assert (found.pin.tag, found.pin.version, found.pin.commit, found.base) == (
@@ -62,7 +63,7 @@ def test_git_gives_the_whole_new_pin(clone: Clone, two_releases: TwoReleases) ->
 
 
 def test_archive_in_the_pin_is_what_a_checkout_from_it_will_be(
-    clone: Clone, two_releases: TwoReleases, tmp_path: Path
+    clone: Workspace, two_releases: TwoReleases, tmp_path: Path
 ) -> None:
     clone.ensure("git")
     found = find(clone)
@@ -72,7 +73,7 @@ def test_archive_in_the_pin_is_what_a_checkout_from_it_will_be(
 
 
 def test_archive_has_the_remotes_commit_where_it_can_be_reached(
-    clone: Clone, two_releases: TwoReleases
+    clone: Workspace, two_releases: TwoReleases
 ) -> None:
     clone.ensure("release")
     found = find(clone)
@@ -86,7 +87,7 @@ def test_archive_has_the_remotes_commit_where_it_can_be_reached(
 
 
 def test_archive_alone_proves_no_commit_and_this_is_reported(
-    clone: Clone, two_releases: TwoReleases
+    clone: Workspace, two_releases: TwoReleases
 ) -> None:
     clone.ensure("release")
     found = find(clone, VLLM_MIRROR="file:///nowhere")
@@ -100,7 +101,7 @@ def test_archive_alone_proves_no_commit_and_this_is_reported(
 
 @pytest.mark.parametrize("kind", ["git", "release"])
 def test_tag_that_is_not_what_the_archive_was_made_from_is_refused(
-    clone: Clone, mirror: Path, kind: str
+    clone: Workspace, mirror: Path, kind: str
 ) -> None:
     clone.ensure(kind)  # type: ignore[arg-type]
     sh_git(mirror, "tag", "--force", "v1.1.0", "main")
@@ -116,7 +117,7 @@ def test_tag_that_is_not_what_the_archive_was_made_from_is_refused(
 
 @pytest.mark.parametrize("kind", ["git", "release"])
 def test_both_bases_are_in_the_store_with_all_that_is_read(
-    clone: Clone, two_releases: TwoReleases, kind: str
+    clone: Workspace, two_releases: TwoReleases, kind: str
 ) -> None:
     old = clone.ensure(kind).base  # type: ignore[arg-type]
     found = find(clone)
@@ -133,7 +134,7 @@ def test_both_bases_are_in_the_store_with_all_that_is_read(
 
 @pytest.mark.parametrize("kind", ["git", "release"])
 def test_nothing_but_the_store_and_the_cache_is_written(
-    clone: Clone, kind: str, tmp_path: Path
+    clone: Workspace, kind: str, tmp_path: Path
 ) -> None:
     clone.ensure(kind)  # type: ignore[arg-type]
 
@@ -151,7 +152,7 @@ def test_nothing_but_the_store_and_the_cache_is_written(
 
 
 def test_branch_is_followed_from_git_and_has_no_release(
-    clone: Clone, two_releases: TwoReleases
+    clone: Workspace, two_releases: TwoReleases
 ) -> None:
     clone.ensure("git")
     found = find(clone, "main")
@@ -167,7 +168,7 @@ def test_branch_is_followed_from_git_and_has_no_release(
 
 
 def test_commit_is_found_by_all_its_digits_and_the_version_counts_from_a_tag(
-    clone: Clone, two_releases: TwoReleases
+    clone: Workspace, two_releases: TwoReleases
 ) -> None:
     clone.ensure("git")
     assert find(clone, two_releases.commits["main"]).base == two_releases.commits["main"]
@@ -177,20 +178,22 @@ def test_commit_is_found_by_all_its_digits_and_the_version_counts_from_a_tag(
 
 
 @pytest.mark.parametrize("ref", ["main", "0123456789" * 4])
-def test_release_checkout_can_follow_releases_only(clone: Clone, ref: str) -> None:
+def test_release_checkout_can_follow_releases_only(clone: Workspace, ref: str) -> None:
     clone.ensure("release")
     with pytest.raises(SettingsError, match="need a git checkout"):
         find(clone, ref)
 
 
 @pytest.mark.parametrize("kind", ["git", "release"])
-def test_unknown_tag_names_the_nearest(clone: Clone, kind: str) -> None:
+def test_unknown_tag_names_the_nearest(clone: Workspace, kind: str) -> None:
     clone.ensure(kind)  # type: ignore[arg-type]
     with pytest.raises(SourceError, match=r"nearest.* v?1\.0\.0, v?1\.1\.0"):
         find(clone, "v1.0.9")
 
 
-def test_git_without_an_index_still_has_the_commit(clone: Clone, two_releases: TwoReleases) -> None:
+def test_git_without_an_index_still_has_the_commit(
+    clone: Workspace, two_releases: TwoReleases
+) -> None:
     clone.ensure("git")
     found = find(clone, UV_DEFAULT_INDEX="http://127.0.0.1:1/simple")
     assert (found.pin.commit, found.pin.archive, dict(found.pin.precompiled)) == (
@@ -201,7 +204,7 @@ def test_git_without_an_index_still_has_the_commit(clone: Clone, two_releases: T
     assert any("precompiled wheels are unknown" in sentence for sentence in found.lacking)
 
 
-def test_unreachable_remote_stops_only_what_is_missing(clone: Clone) -> None:
+def test_unreachable_remote_stops_only_what_is_missing(clone: Workspace) -> None:
     clone.ensure("git")
     with pytest.raises(SourceError):
         find(clone, VLLM_MIRROR="file:///nowhere")
@@ -212,7 +215,7 @@ def test_unreachable_remote_stops_only_what_is_missing(clone: Clone) -> None:
 
 
 def test_server_that_refuses_filters_and_single_objects_gives_all(
-    clone: Clone, mirror: Path, tmp_path: Path
+    clone: Workspace, mirror: Path, tmp_path: Path
 ) -> None:
     clone.ensure("git")
     sh_git(mirror, "config", "uploadpack.allowFilter", "false")
@@ -231,7 +234,7 @@ def test_server_that_refuses_filters_and_single_objects_gives_all(
 
 
 def test_server_that_filters_but_refuses_single_objects_gives_all(
-    clone: Clone, tmp_path: Path
+    clone: Workspace, tmp_path: Path
 ) -> None:
     clone.ensure("git")
     sh_git(tmp_path, "config", "--file", "gitconfig", "protocol.version", "0")
@@ -246,7 +249,7 @@ def test_server_that_filters_but_refuses_single_objects_gives_all(
     )
 
 
-def test_incomplete_store_or_store_of_another_clone_is_repaired(clone: Clone) -> None:
+def test_incomplete_store_or_store_of_another_clone_is_repaired(clone: Workspace) -> None:
     clone.ensure("git")
     place = clone.layout.upstream("vllm")
     write(place, {"objects/info/alternates": "/nowhere/objects\n", "config": ""})
@@ -257,7 +260,7 @@ def test_incomplete_store_or_store_of_another_clone_is_repaired(clone: Clone) ->
     assert find(clone).pin == first.pin
 
 
-def test_damaged_archive_has_a_message(clone: Clone, index: Index, tmp_path: Path) -> None:
+def test_damaged_archive_has_a_message(clone: Workspace, index: Index, tmp_path: Path) -> None:
     clone.ensure("release")
     write(tmp_path, {"broken.tar.gz": b"\x1f\x8b\x08\x00broken"})
     for row in index.rows["vllm"]:

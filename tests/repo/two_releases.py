@@ -8,7 +8,6 @@ import hashlib
 import http.server
 import io
 import json
-import os
 import tarfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,43 +15,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.repo.shell import add_member, commit, export, sh_git, write
-from workspace.core import settings as settings_module
-from workspace.core.console import Console, RunLog, Step
+from tests.repo.workspaces import HOSTILE, Workspace, write_config
+from workspace.core.console import Console, RunLog
 from workspace.core.files import sha256
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
-from workspace.repo import checkout, patches, pins
-from workspace.repo.checkout import Checkout, Choice
-from workspace.repo.patches import Stack
+from workspace.repo import pins
 from workspace.repo.pins import Archive, Pin, PrecompiledWheel
 
+ROOT = Path(__file__).resolve().parents[2]
 OLD, NEW = "1.0.0", "1.1.0"
 PUBLISHED = {OLD: "2026-01-02T03:04:05.000000Z", NEW: "2026-02-03T04:05:06.000000Z"}
 MACHINES = ("x86_64", "aarch64")
-HOSTILE = {
-    "log.showSignature": "true",
-    "gpg.program": "/bin/false",
-    "color.ui": "always",
-    "core.quotePath": "true",
-    "core.hooksPath": "/nowhere",
-    "core.autocrlf": "true",
-    "diff.noprefix": "true",
-    "diff.external": "/bin/false",
-    "diff.renames": "copies",
-    "diff.context": "0",
-    "apply.whitespace": "error",
-    "merge.default": "broken",
-    "merge.broken.driver": "false",
-    "merge.renames": "false",
-    "format.signOff": "true",
-    "fetch.prune": "true",
-    "fetch.recurseSubmodules": "true",
-    "submodule.recurse": "true",
-    "commit.gpgSign": "true",
-    "tag.gpgSign": "true",
-    "init.defaultBranch": "trunk",
-    "log.diffMerges": "on",
-}
 
 
 def lines(text: str, **changed: str) -> str:
@@ -67,10 +40,9 @@ FATES: Mapping[str, tuple[str | None, str]] = {
     "taken": (lines("taken", l10="ten"), lines("taken", l10="ten")),
     "conflict": (lines("conflict", l20="otherwise"), lines("conflict", l20="twenty")),
     "squashed": (lines("squashed", l10="ten", l30="more of it"), lines("squashed", l10="ten")),
-    "backport": (lines("backport", l10="ten, reworked"), lines("backport", l10="ten")),
     "cherry": (lines("cherry", l10="ten"), lines("cherry", l10="ten")),
 }
-ORDER = ("clean", "taken", "conflict", "after", "moved", "squashed", "backport", "cherry", "new")
+ORDER = ("clean", "taken", "conflict", "after", "moved", "squashed", "cherry", "new")
 OLD_TREE: Mapping[str, str | bytes] = {
     "README": "old\n",
     "dropped.cfg": lines("dropped"),
@@ -193,11 +165,6 @@ def build(root: Path) -> TwoReleases:
     commits[NEW] = _release(work, NEW, {"csrc/größe.cu": "G\n"})
     sh_git(work, "switch", "--quiet", "main")
     commits["main"] = commit(work, "after the release", {"README": "later\n"})
-    # The series names a commit that exists only now.
-    series = {
-        name: content.replace(b"BACKPORTED", commits["backport"].encode())
-        for name, content in series.items()
-    }
     sh_git(root, "clone", "--quiet", "--bare", str(work), str(bare))
     sh_git(bare, "config", "uploadpack.allowFilter", "true")
     sdists = {version: _sdist(root, work, version, commits[version]) for version in (OLD, NEW)}
@@ -224,12 +191,11 @@ def _series(work: Path, commits: Mapping[str, str]) -> dict[str, bytes]:
     made = {f"vllm/{name}.py": ours for name, (_, ours) in FATES.items()}
     made |= {"vllm/mover.py": lines("mover", l5="five"), "vllm/new.py": "new\n"}
     for name in ORDER:
-        status = "Backport [BACKPORTED]" if name == "backport" else "Pending"
         files = {"moved": "vllm/mover.py", "after": "vllm/conflict.py"}.get(name, f"vllm/{name}.py")
         content = (
             lines("conflict", l20="twenty", l21="twenty-one") if name == "after" else made[files]
         )
-        commit(work, f"Local {name}\n\nUpstream-Status: {status}", {files: content})
+        commit(work, f"Local {name}\n\nUpstream-Status: Pending", {files: content})
     return {
         f"Local-{name}.patch": export(work, f"local~{len(ORDER) - 1 - number}")
         for number, name in enumerate(ORDER)
@@ -329,54 +295,8 @@ def serve(two_releases: TwoReleases, *, wheels: bool = True) -> Iterator[Index]:
         thread.join()
 
 
-@dataclass
-class Clone:
-    """A clone of the workspace whose pin is the first release."""
-
-    layout: Layout
-    pin: Pin
-    run_log: RunLog
-    out: io.StringIO
-    err: io.StringIO
-    environ: dict[str, str]
-
-    @property
-    def vllm(self) -> Path:
-        return self.layout.vllm
-
-    def settings(self, **more: str) -> Settings:
-        return settings_module.load(self.layout, environ={**os.environ, **self.environ, **more})
-
-    def ensure(self, kind: Choice) -> Checkout:
-        return checkout.ensure(
-            self.layout,
-            self.pin,
-            self.settings(),
-            choice=kind,
-            run_log=self.run_log,
-            step=Step("source"),
-        )
-
-    def observe(self) -> Checkout:
-        return checkout.observe(self.layout, self.pin)
-
-    def stack(self) -> Stack:
-        return patches.observe(self.layout, "vllm", self.pin, self.observe())
-
-    def series(self, content: Mapping[str, bytes]) -> None:
-        folder = self.layout.patches("vllm")
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():
-            old.unlink()
-        write(folder, content)
-        write(
-            folder,
-            {"series": f"# base: {self.pin.commit}\n" + "".join(f"{name}\n" for name in content)},
-        )
-
-
 @contextlib.contextmanager
-def cloned(folder: Path, two_releases: TwoReleases, index: Index) -> Iterator[Clone]:
+def cloned(folder: Path, two_releases: TwoReleases, index: Index) -> Iterator[Workspace]:
     """Yield a clone in `folder`: a superproject, pins and series, without a checkout."""
     root = folder / "clone"
     root.mkdir(parents=True)
@@ -414,34 +334,16 @@ def cloned(folder: Path, two_releases: TwoReleases, index: Index) -> Iterator[Cl
         "no_proxy": "*",
     }
     with RunLog(Console(out=out, err=err), layout.logs, verb="test") as run_log:
-        made = Clone(layout, pins.load(layout.pins).vllm, run_log, out, err, environ)
+        made = Workspace(layout, pins.load(layout.pins).vllm, run_log, err, environ, out)
         made.series(two_releases.series)
         yield made
 
 
-def _pins(pin: Pin) -> str:
-    assert pin.archive
-    text = (
-        f'[vllm]\ntag = "{pin.tag}"\nversion = "{pin.version}"\ncommit = "{pin.commit}"\nurl ='
-        f' "{pin.url}"\n'
-    )
-    text += "[vllm.archive]\n" + "".join(
-        f'{key} = "{getattr(pin.archive, key)}"\n'
-        for key in ("filename", "sha256", "commit", "tree")
-    )
-    for key, precompiled_wheel in pin.precompiled.items():
-        text += f"[vllm.precompiled.{key}]\n" + "".join(
-            f'{name} = "{getattr(precompiled_wheel, name)}"\n'
-            for name in ("project", "version", "filename", "sha256")
-        )
-    return (
-        text + f'[triton]\ntag = "main"\nversion = "main"\ncommit = "{"1" * 40}"\nurl ='
-        ' "file:///nowhere/triton.git"\n'
-    )
+def _pins(pin: Pin) -> bytes:
+    triton = Pin("triton", "main", "main", "1" * 40, "file:///nowhere/triton.git")
+    return pins.dump(pins.dump((ROOT / "vendor" / "pins.toml").read_bytes(), pin), triton)
 
 
 def hostile(path: Path) -> None:
     """Write a git configuration that changes or breaks nearly everything."""
-    path.write_text("")
-    for key, value in HOSTILE.items():
-        sh_git(path.parent, "config", "--file", str(path), key, value)
+    write_config(path, HOSTILE | {"core.hooksPath": "/nowhere"})

@@ -299,8 +299,8 @@ def test_broken_settings_and_pins_are_part_of_the_report_and_do_not_stop_it(worl
     settings = json.loads(files["settings.json"])
     assert settings["problem"] == ".env, line 1 is not of the form NAME=value"
     assert settings[".env"] == {"HF_TOKEN": "set", "MAX_JOBS": "3"}
-    assert "vendor/pins.toml: vllm.tag is 7" in files["status.txt"]
-    assert "warn     status        vendor/pins.toml: vllm.tag is 7" in ended.err
+    assert "got `int` - at `$.vllm.tag`" in files["status.txt"]
+    assert "warn     status        vendor/pins.toml: Expected `str`, got `int`" in ended.err
     assert "plantedbroken1" not in "".join(files.values())
 
 

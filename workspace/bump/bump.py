@@ -184,14 +184,8 @@ def _fetch_base(layout: Layout, candidate: Candidate, settings: Settings, run_lo
     with stages.step(run_log, "fetch") as view:
         if candidate.kind is Kind.GIT and not worktree.is_kept(git, base):
             # The store is for reading only and lacks the content of some files.
-            git.fetch(
-                checkout.url_of(layout, pin, settings),
-                (f"+{base}:{ref}",),
-                whole=git.setting("remote.origin.promisor") != "true",
-                settings=settings,
-                run_log=run_log,
-                on_line=checkout.shown(view),
-            )
+            remote = checkout.remote(layout, pin, settings, run_log, view)
+            git.fetch(remote, (f"+{base}:{ref}",), whole=not git.is_partial)
         worktree.bring(git, candidate.store, base, ref, run_log=run_log)
         if git.resolve(f"refs/tags/{pin.tag}") is None:
             git.set_ref(f"refs/tags/{pin.tag}", base)

@@ -38,9 +38,6 @@ from workspace.repo.pins import Pin
 from workspace.repo.upstream import Candidate
 
 State = Literal["clean", "conflicts", "upstreamed"]
-# The test that finds a patch upstream: it changes nothing there, `git cherry` finds its patch-id,
-# or upstream has the commit that it names.
-Test = Literal["tree", "patch-id", "backport"]
 _PATCH_STATES: Mapping[State, RowState] = {
     "clean": RowState.OK,
     "conflicts": RowState.FAIL,
@@ -55,12 +52,6 @@ _CHANGE_STATES: Mapping[Topic, RowState] = {
     "smoke": RowState.WARN,
     "unknown": RowState.WARN,
 }
-_TEST_TEXTS: Mapping[Test, str] = {
-    "tree": "it changes nothing there",
-    "patch-id": "a commit there has its patch-id",
-    "backport": "the commit that it names is there",
-}
-_COMMIT = re.compile(r"\b[0-9a-f]{7,40}\b")
 _SHOWN = 5
 
 
@@ -81,7 +72,7 @@ class Conflict:
 class PatchForecast:
     """What becomes of one patch.
 
-    `merged`: only a three-way merge applies it. `by` is upstream's commit if it is known.
+    `merged`: only a three-way merge applies it; `upstreamed`: it changes nothing on the new base.
     """
 
     name: str
@@ -89,11 +80,8 @@ class PatchForecast:
     status: str | None
     state: State
     merged: bool = False
-    test: Test | None = None
-    by: str | None = None
     conflicts: tuple[Conflict, ...] = ()
     depends_on: str | None = None
-    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -225,7 +213,7 @@ def work_out(
     every = frozenset[str]().union(*touched)
     differing = history.changed(git, present.base, candidate.base)
     gone = [path for path in sorted(every) if path in differing and differing[path][1] is None]
-    moved = history.renames(git, present.base, candidate.base, gone, differing)
+    moved = history.renames(git, (present.base, candidate.base), gone, differing)
     commits = None
     if candidate.kind is Kind.GIT:
         commits = history.log(git, present.base, candidate.base, sorted({*every, *moved.values()}))
@@ -233,7 +221,7 @@ def work_out(
         _Patch(name, mail.read_mail(file), paths, tried)
         for name, file, paths, tried in zip(stack.names, files, touched, attempt.tried, strict=True)
     ]
-    judged = _judge(git, candidate, series, commits, moved)
+    judged = _judge(series, commits, moved)
     found = changes.work_out(
         git, layout, settings, Comparison(pin, candidate, differing, moved, touched=every)
     )
@@ -252,37 +240,21 @@ class _Patch:
 
 
 def _judge(
-    git: Git,
-    candidate: Candidate,
-    series: Sequence[_Patch],
-    commits: Sequence[Commit] | None,
-    moved: Mapping[str, str],
+    series: Sequence[_Patch], commits: Sequence[Commit] | None, moved: Mapping[str, str]
 ) -> tuple[PatchForecast, ...]:
     """Return the forecast of each patch, in order."""
-    by_test = _upstreamed(git, candidate, series, commits)
     judged: list[PatchForecast] = []
     for patch in series:
         tried = patch.tried
-        test, by = by_test.get(patch.name, (None, None))
         made = PatchForecast(
             patch.name, patch.mail.subject, patch.mail.status, tried.state, tried.merged
         )
-        if tried.state == "upstreamed":
-            made = dataclasses.replace(made, test="tree", by=by)
-        elif tried.state == "conflicts" and test:
-            made = dataclasses.replace(made, state="upstreamed", test=test, by=by)
-        elif tried.state == "conflicts":
+        if tried.state == "conflicts":
             paths = tried.conflicted or tuple(sorted(patch.paths))
             made = dataclasses.replace(
                 made,
                 conflicts=_conflicts(paths, commits, moved),
                 depends_on=_last_conflict(judged, series, patch.paths),
-            )
-        elif test:
-            # Upstream reverted it or took only a part: to leave the patch out would lose its
-            # remaining effect.
-            made = dataclasses.replace(
-                made, by=by, remark=f"upstream took it as {by}, but it still changes the tree"
             )
         judged.append(made)
     return tuple(judged)
@@ -298,34 +270,6 @@ def _last_conflict(
         if made.state == "conflicts" and patch.paths & paths
     ]
     return earlier[-1] if earlier else None
-
-
-def _upstreamed(
-    git: Git, candidate: Candidate, series: Sequence[_Patch], commits: Sequence[Commit] | None
-) -> dict[str, tuple[Test, str]]:
-    """Return the patches in upstream's history, each with the test and the commit.
-
-    Empty without history.
-    """
-    if commits is None:
-        return {}
-    named: dict[str, str] = {}
-    for patch in series:
-        status = patch.mail.status or ""
-        if status.startswith("Backport") and (spelled := _COMMIT.search(status)):
-            named[patch.name] = spelled[0]
-    ancestors = history.ancestors(git, named.values(), candidate.base)
-    subjects = {commit.oid: str(commit) for commit in commits}
-    taken = history.taken(
-        git, commits, {patch.name: (patch.mail.diff, patch.paths) for patch in series}
-    )
-    found: dict[str, tuple[Test, str]] = {
-        name: ("patch-id", str(commit)) for name, commit in taken.items()
-    }
-    for name, sha in named.items():
-        if oid := ancestors.get(sha):
-            found[name] = ("backport", subjects.get(oid, oid[:12]))
-    return found
 
 
 def _conflicts(
@@ -459,13 +403,11 @@ def text_of(change: Change) -> str:
 
 
 def _why(patch: PatchForecast) -> str:
-    if patch.state == "upstreamed" and patch.test:
-        return f": {_TEST_TEXTS[patch.test]}" + (f", {patch.by}" if patch.by else "")
+    if patch.state == "upstreamed":
+        return ": it changes nothing there"
     if patch.depends_on:
         return f": touches a file of {patch.depends_on}, which conflicts"
-    if patch.merged and not patch.remark:
-        return ", by a three-way merge"
-    return f": {patch.remark}" if patch.remark else ""
+    return ", by a three-way merge" if patch.merged else ""
 
 
 def _state_of(change: Change) -> RowState:
@@ -480,7 +422,7 @@ def _record(made: Forecast) -> dict[str, object]:
     candidate = made.candidate
     pin = dataclasses.asdict(candidate.pin)
     return {
-        "schema": 1,
+        "schema": 2,
         "present": made.present,
         "candidate": {
             "pin": pin,

@@ -125,14 +125,9 @@ def _move_tree(layout: Layout, settings: Settings, pin: Pin, new: Pin, run_log: 
     _require_clean(tree, shown, pin, new, layout)
     with stages.step(run_log, "fetch") as view:
         if not worktree.is_kept(tree, new.commit):
-            tree.fetch(
-                checkout.url_of(layout, new, settings),
-                (f"+{new.commit}:refs/pins/triton",),
-                whole=tree.setting("remote.origin.promisor") != "true",
-                settings=settings,
-                run_log=run_log,
-                on_line=checkout.shown(view),
-            )
+            remote = checkout.remote(layout, new, settings, run_log, view)
+            wanted = (f"+{new.commit}:refs/pins/triton",)
+            tree.fetch(remote, wanted, whole=not tree.is_partial)
         view.reason = new.commit[:12]
     tip = _apply_series(layout, tree, new.commit)
     tree.set_ref("refs/patches/tip", tip)

@@ -19,7 +19,7 @@ from workspace.core.files import write_atomic
 from workspace.core.paths import PROJECTS, Layout
 from workspace.core.settings import Settings, without_user
 from workspace.repo import git, index, pins
-from workspace.repo.git import Git
+from workspace.repo.git import Git, Remote
 from workspace.repo.pins import Pin
 
 Choice = Literal["auto", "git", "release"]
@@ -69,18 +69,15 @@ class _Making:
 
     @property
     def url(self) -> str:
-        return url_of(self.layout, self.pin, self.settings)
+        return self.remote.url
+
+    @property
+    def remote(self) -> Remote:
+        return remote(self.layout, self.pin, self.settings, self.run_log, self.step)
 
     def fetch(self, made: Git, refspecs: Sequence[str], *, whole: bool) -> None:
         """Fetch into the new repository and require the pinned commit. Raises SourceError."""
-        made.fetch(
-            self.url,
-            refspecs,
-            whole=whole,
-            settings=self.settings,
-            run_log=self.run_log,
-            on_line=shown(self.step),
-        )
+        made.fetch(self.remote, refspecs, whole=whole)
         if self.pin.commit not in made.present((self.pin.commit,)):
             raise SourceError(
                 f"{without_user(self.url)} did not serve {self.pin.tag}, commit {self.pin.commit}",
@@ -310,7 +307,7 @@ def _restore(making: _Making, modules: Path) -> None:
         tree.mkdir()
         kept = Git(tree, git_dir=modules, failure=SourceError)
         if pin.commit not in kept.present((pin.commit,)):
-            whole = kept.setting("remote.origin.promisor") != "true"
+            whole = not kept.is_partial
             making.fetch(kept, _refspecs(pin, _advertised(making)), whole=whole)
         if kept.head() is None or not (modules / "index").exists():
             making.check_out(kept, kept.head() or pin.commit)
@@ -360,6 +357,11 @@ def url_of(layout: Layout, pin: Pin, settings: Settings) -> str:
     if not mirror or re.match(r"[a-z+]+://|[^/]+:", mirror):
         return mirror or pin.url
     return str(layout.root / Path(mirror).expanduser())
+
+
+def remote(layout: Layout, pin: Pin, settings: Settings, run_log: RunLog, step: Step) -> Remote:
+    """Return the remote of a project; its progress is shown in the bar of a step."""
+    return Remote(url_of(layout, pin, settings), settings, run_log, shown(step))
 
 
 def _advertised(making: _Making) -> Mapping[str, str]:

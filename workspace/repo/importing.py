@@ -57,8 +57,6 @@ _ON_GITHUB = re.compile(
 _UNFITTING = re.compile(
     r"^patch failed: |does not exist|already exists|does not match|No such file|does not apply"
 )
-# As much as patch(1) demands: what a merge brought stands around the lines of a later commit.
-_LITTLE_CONTEXT = ("-C1",)
 # What `git show` and `git log -1 --patch` print before a diff.
 _SHOWN = re.compile(
     rb"commit [0-9a-f]{40}.*\n(?:Merge: .*\n)?Author: +(.+)\n(?:Author)?Date: +(.+)\n(?:.*\n)??\n"
@@ -199,13 +197,6 @@ def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
     """Make the commits on `head` with their original messages; no file and no reference changes."""
     origin, by_hand = work.origin, work.by_hand
     done = am.applied(work.git, head, work.parts, place=work.place)
-    if done.position > 1 and mail.lack_changes([part.read_bytes() for part in work.parts]):
-        done = am.applied(work.git, head, work.parts, place=work.place, flags=_LITTLE_CONTEXT)
-        if done.tip:
-            work.notes.append(
-                f"{origin.name}: main was merged between its commits, so they were placed by fewer"
-                f" lines of context: look at them with git -C vendor/vllm log -p {head[:12]}.."
-            )
     subjects = [mail.read_mail(part).subject for part in work.parts]
     if done.tip is None:
         raise _not_applied(work, done, subjects)

@@ -1,6 +1,7 @@
 """Patches as mails: parsing, Upstream-Status, comparison, and commits that no mail can carry."""
 
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,10 +35,6 @@ _TRAILER_LINE = re.compile(rf"^{TRAILER}:[ \t]*(.*?)[ \t]*$", re.MULTILINE | re.
 _END = re.compile(rb"^(?:diff -|Index: |---[ \t\r\f\v]*$|--- \S)", re.MULTILINE)
 _DIFF = re.compile(rb"^diff --git ", re.MULTILINE)
 _HAS_DIFF = re.compile(rb"^(?:diff --git |--- \S.*\n\+\+\+ \S)", re.MULTILINE)
-_BLOBS = re.compile(
-    rb"^diff --git (.+)\n(?:(?!diff --git ).*\n){0,4}?index ([0-9a-f]{7,40})\.\.([0-9a-f]{7,40})",
-    re.MULTILINE,
-)
 _HUNK = re.compile(rb"(@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@).*", re.DOTALL)
 _INDEX = re.compile(rb"index [0-9a-f]+\.\.[0-9a-f]+")
 
@@ -160,21 +157,6 @@ def tidy(message: str) -> str:
 def has_diff(raw: bytes) -> bool:
     """Return whether a mail has a diff; a cover letter and an empty commit have none."""
     return bool(_HAS_DIFF.search(raw))
-
-
-def lack_changes(parts: Sequence[bytes]) -> bool:
-    """Return whether a mail was made from another content of a file than the mail before it left.
-
-    So it is after a merge, which has no mail.
-    """
-    left: dict[bytes, bytes] = {}
-    for part in parts:
-        for path, before, after in _BLOBS.findall(part):
-            known = left.get(path, before)
-            if not (known.startswith(before) or before.startswith(known)):
-                return True
-            left[path] = after
-    return False
 
 
 def made(author: str, date: str, message: bytes, diff: bytes) -> bytes:
@@ -351,15 +333,25 @@ def read_back(
     """
     if not stack:
         return ()
-    made, written, reason = am.reread(git, base, stack, [content for _, content in patches])
+    with tempfile.TemporaryDirectory(prefix="workspace-mail-") as folder:
+        files = [Path(folder, str(index)) for index in range(len(patches))]
+        for file, (_, content) in zip(files, patches, strict=True):
+            file.write_bytes(content)
+        done = am.applied_directly(git, base, files, place=Path(folder, "am"))
+    if done.tip is None:
+        refuse(git, base, shown, [(stack[done.position - 1], f"git am of its mail: {done.reason}")])
+    made = am.commits(git, base, done.tip or base)
     faults = [
         (commit, fault)
         for commit, again in zip(stack, made, strict=False)
         if (fault := _misread(commit, again))
     ]
-    if reason and not faults:
-        faults = [(stack[min(len(made), len(stack) - 1)], f"git am of its mail: {reason}")]
+    if not faults and len(made) != len(stack):
+        faults = [(stack[min(len(made), len(stack) - 1)], "git am does not make one commit of it")]
     refuse(git, base, shown, faults)
+    written = [content for _, content in patches]
+    if [commit.message for commit in stack] != [again.message for again in made]:
+        written = am.mails(git, base, made)
     stems = file_stems(again.slug for again in made)
     return tuple(
         (f"{stem}.patch", content if commit.message == again.message else text)
@@ -371,24 +363,10 @@ def read_back(
 
 def _misread(commit: Commit, again: Commit) -> str | None:
     """Return the part that git reads back differently, blanks aside, or None."""
-    for part, before, after in (
-        ("author", commit.author, again.author),
-        ("date", commit.date, again.date),
-        ("message", commit.message, again.message),
-    ):
-        old, new = (
-            tidy(text).split() if part == "message" else text.split() for text in (before, after)
-        )
-        if old != new:
-            changed = next(
-                (
-                    f"{wrote!r} becomes {read!r}"
-                    for wrote, read in zip(old, new, strict=False)
-                    if wrote != read
-                ),
-                "a part is lost",
-            )
-            return f"git would not read its {part} back from a mail: {changed}"
+    for part in ("author", "date", "message", "tree"):
+        before, after = getattr(commit, part), getattr(again, part)
+        if before != after and tidy(before).split() != tidy(after).split():
+            return f"git would not read its {part} back from a mail"
     return None
 
 

@@ -5,7 +5,6 @@ import hashlib
 import re
 import shlex
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,20 +37,6 @@ class Session:
     pin: Pin
     checkout: Checkout
     run_log: RunLog
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A checkout and the patch files to apply to it."""
-
-    layout: Layout
-    project: str
-    git: Git
-    files: Sequence[Path]
-
-    @property
-    def place(self) -> Path:
-        return self.layout.state / f"{self.project}-stack"
 
 
 def next_command(layout: Layout, pin: Pin, stack: Stack, lacking: Sequence[str] = ()) -> str:
@@ -148,10 +133,7 @@ def apply(
     """
     path = checkouts.folder_of(layout, pin)
     git, checkout = Git(path), _finished(layout, project, pin, checkout, run_log)
-    folder = layout.patches(project)
-    names = series.read_series(folder, pin=pin.commit).names
-    work = _Work(layout, project, git, [folder / name for name in names])
-    stack, applied = _observe_and_try(work, pin, checkout)
+    stack = observe(layout, project, pin, checkout)
     if stack.state is State.APPLIED:
         return stack
     if stack.state is not State.UNAPPLIED or stack.base is None:
@@ -161,52 +143,18 @@ def apply(
             stack,
             verb=APPLY if stop_at_conflict else "./scripts/inv bootstrap",
         )
+    _keep_lost(git)
+    files = [layout.patches(project) / name for name in stack.names]
     if stop_at_conflict and stack.expected_tree is None:
-        _apply_in_checkout(work, stack, stack.base, run_log)
+        _apply_in_checkout(layout, project, git, stack, files, run_log)
     else:
-        if applied.tip is None:
-            applied = am.applied(git, stack.base, work.files, place=work.place)
+        applied = am.applied(git, stack.base, files, place=layout.state / f"{project}-stack")
         if applied.tip is None:
             raise series.refused(project, stack.names[applied.position - 1], stack, applied)
         _check(project, git, stack, stack.base, applied.tip)
         _keep(git, stack.base, applied.tip)
         moves.move(layout, project, git, applied.tip, run_log=run_log)
     return observe(layout, project, pin, replace(checkout, head=git.head()))
-
-
-def _observe_and_try(work: _Work, pin: Pin, checkout: Checkout) -> tuple[Stack, am.Applied]:
-    """Observe the stack, and meanwhile make the commits of a stack that may have to be applied.
-
-    The commits take most of the time, on one core. The repository gets them only if the stack is to
-    be applied.
-    """
-    git = work.git
-    decided: Future[bool] = Future()
-    is_wanted = False
-    with ThreadPoolExecutor(1) as pool:
-        is_at_base = (
-            work.files and checkout.base and checkout.head == checkout.base and not git.under_way()
-        )
-        begun = (
-            pool.submit(
-                am.applied_directly,
-                git,
-                checkout.base or "",
-                work.files,
-                place=work.place,
-                is_wanted=decided.result,
-            )
-            if is_at_base
-            else None
-        )
-        try:
-            stack = observe(work.layout, work.project, pin, checkout)
-            is_wanted = stack.state is State.UNAPPLIED and stack.expected_tree is not None
-            if stack.state is State.UNAPPLIED:
-                _keep_lost(git)
-        finally:
-            decided.set_result(is_wanted)
-    return stack, begun.result() if begun and is_wanted else am.Applied(None)
 
 
 def unapply(
@@ -241,22 +189,23 @@ def _finished(
     return checkout
 
 
-def _apply_in_checkout(work: _Work, stack: Stack, base: str, run_log: RunLog) -> None:
+def _apply_in_checkout(
+    layout: Layout, project: str, git: Git, stack: Stack, files: Sequence[Path], run_log: RunLog
+) -> None:
     """Apply the series in the checkout; leave an `am` that stops and raise PatchConflict."""
-    git, project = work.git, work.project
-    memory = work.layout.times(project)
+    base, memory = stack.base or "", layout.times(project)
     known = moves.read_times(memory, git.path)
     moves.remember_times(
-        git, (path for file in work.files for path in git.patch_paths(file)), memory=memory
+        git, (path for file in files for path in git.patch_paths(file)), memory=memory
     )
-    applied = am.start(git, work.files, run_log=run_log)
+    applied = am.start(git, files, run_log=run_log)
     if applied.tip is None:
         raise series.sentence(
             git,
             applied,
-            count=len(work.files),
+            count=len(files),
             patch=f"patches/{project}/{stack.names[applied.position - 1]}",
-            shown=work.layout.relative(git.path),
+            shown=layout.relative(git.path),
             base=base,
         )
     _keep(git, base, applied.tip)

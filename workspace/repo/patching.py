@@ -24,7 +24,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, moves, patches, pins
-from workspace.repo.git import AM_BY_HAND, Git, am, remotes, worktree
+from workspace.repo.git import AM_BY_HAND, Git, Remote, am, remotes, worktree
 from workspace.repo.git.am import Commit
 from workspace.repo.patches import Session, Stack, State
 
@@ -68,13 +68,8 @@ def put_on_upstream(session: Session, name: str, patch: str) -> Path:
     return path
 
 
-def _remote(session: Session, step: Step) -> remotes.Remote:
-    return remotes.Remote(
-        checkouts.url_of(session.layout, session.pin, session.settings),
-        session.settings,
-        session.run_log,
-        checkouts.shown(step),
-    )
+def _remote(session: Session, step: Step) -> Remote:
+    return checkouts.remote(session.layout, session.pin, session.settings, session.run_log, step)
 
 
 def _signed(commit: Commit, user: tuple[str, str]) -> str:
@@ -128,7 +123,8 @@ def _main(session: Session, git: Git) -> str:
     known = git.resolve(remotes.UPSTREAM)
     try:
         with session.run_log.console.step("main") as view:
-            remotes.fetch(git, _remote(session, view), (f"+refs/heads/main:{remotes.UPSTREAM}",))
+            wanted = (f"+refs/heads/main:{remotes.UPSTREAM}",)
+            git.fetch(_remote(session, view), wanted, whole=False)
     except SourceError as exc:
         if known is None:
             if _NO_REF in exc.message:

@@ -6,8 +6,9 @@ import reprlib
 import tarfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from workspace.core import files, hints, records
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
@@ -24,13 +25,22 @@ _TAG = re.compile(
     r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)))[A-Za-z0-9](?:[A-Za-z0-9._/+-]{0,98}[A-Za-z0-9_+-])?"
 )
 _ADDRESS = re.compile(r"(?!-)[!-~]{1,1000}")
-# The layout that this module can rewrite.
-_HEADER = re.compile(r"\[([A-Za-z0-9._-]+)\]\s*(?:#.*)?$")
-_VALUE = re.compile(r"""(([a-z0-9]+)\s*=\s*)(?:"[^"\\]*"|'[^']*')(\s*(?:#.*)?)$""", re.DOTALL)
-_SHOWN = 80
+# A table right below a value.
+_CROWDED = re.compile(r"^([^#\n].*\n)\[", re.MULTILINE)
 # Old commits of the workspace and known-good states hold pins of the first edition.
 _FORMER_HEADER = re.compile(rb"^(\s*\[\s*\w+\.)donors(\.[\w-]+\s*\])", re.MULTILINE)
 PRECOMPILED_KEYS = ("cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64")
+# The form of each text of the file, by its key, and the same in words.
+_FORMS: Mapping[str, tuple[re.Pattern[str], str]] = {
+    "tag": (_TAG, "the name of a tag"),
+    "version": (_TOKEN, "a name or version"),
+    "project": (_TOKEN, "a name or version"),
+    "commit": (COMMIT, "40 lower-case hex digits"),
+    "tree": (COMMIT, "40 lower-case hex digits"),
+    "sha256": (SHA256, "64 lower-case hex digits"),
+    "filename": (_FILENAME, "a file name"),
+    "url": (_ADDRESS, "an address"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,8 @@ class Pin:
     version: str
     commit: str
     url: str
-    archive: Archive | None
-    precompiled: Mapping[str, PrecompiledWheel]
+    archive: Archive | None = None
+    precompiled: Mapping[str, PrecompiledWheel] = field(default_factory=dict)
 
     @property
     def is_from_archive(self) -> bool:
@@ -75,7 +85,7 @@ class Pin:
 
 
 @dataclass(frozen=True)
-class Pins:
+class Pins(records.Record):
     """The pins of both upstream projects."""
 
     vllm: Pin
@@ -85,48 +95,35 @@ class Pins:
         """Return the pin of a known project, vllm or triton."""
         return self.triton if project == "triton" else self.vllm
 
+    @classmethod
+    def upgrade(cls, document: records.Document) -> records.Document:
+        """Return the tables of the file, each with its name."""
+        return {
+            name: {**table, "name": name} if isinstance(table, dict) else table
+            for name, table in document.items()
+        }
 
-@dataclass(frozen=True)
-class _Table:
-    """A table of the file with its name, which each error message contains."""
+    def validate(self) -> None:
+        """Check the form of each text. Raises DecodeError."""
+        for pin in (self.vllm, self.triton):
+            _check(pin, pin.name)
+            if pin.archive:
+                _check(pin.archive, f"{pin.name}.archive")
+            for key, wheel in pin.precompiled.items():
+                place = f"{pin.name}.precompiled.{key}"
+                if key not in PRECOMPILED_KEYS:
+                    keys = ", ".join(PRECOMPILED_KEYS)
+                    raise records.DecodeError(f"{place} is unknown, expected one of {keys}")
+                _check(wheel, place)
 
-    content: Mapping[str, object]
-    name: str
 
-    def text(self, key: str, form: re.Pattern[str], expected: str) -> str:
-        value = self.content.get(key)
-        if value is None:
-            raise SettingsError(
-                f"vendor/pins.toml: {self.name}.{key} is missing",
-                hint=hints.text("core.restore_pins"),
-            )
-        if not isinstance(value, str) or not form.fullmatch(value):
-            raise SettingsError(
-                f"vendor/pins.toml: {self.name}.{key} is {_shown(value)}, expected {expected}",
-                hint=hints.text("core.restore_pins"),
-            )
-        return value
-
-    def commit(self, key: str) -> str:
-        return self.text(key, COMMIT, "40 lower-case hex digits")
-
-    def sha256(self, key: str) -> str:
-        return self.text(key, SHA256, "64 lower-case hex digits")
-
-    def filename(self, key: str) -> str:
-        return self.text(key, _FILENAME, "a file name")
-
-    def token(self, key: str) -> str:
-        return self.text(key, _TOKEN, "a name or version")
-
-    def table(self, key: str) -> "_Table | None":
-        value, name = self.content.get(key), f"{self.name}.{key}".lstrip(".")
-        if value is not None and not isinstance(value, dict):
-            raise SettingsError(
-                f"vendor/pins.toml: {name} is {_shown(value)}, expected a table",
-                hint=hints.text("core.restore_pins"),
-            )
-        return None if value is None else _Table(value, name)
+def _check(table: Pin | Archive | PrecompiledWheel, name: str) -> None:
+    """Check each text of a table. Raises DecodeError."""
+    for key, (form, expected) in _FORMS.items():
+        text = getattr(table, key, None)
+        if text is not None and not form.fullmatch(text):
+            shown = reprlib.repr(text)
+            raise records.DecodeError(f"{name}.{key} is {shown}, expected {expected}")
 
 
 def load(path: Path) -> Pins:
@@ -142,44 +139,38 @@ def load(path: Path) -> Pins:
 def parse(content: bytes) -> Pins:
     """Read the content of a pins file. Raises SettingsError as `load` does."""
     try:
-        root = _Table(records.parse_toml(_renamed_tables(content)), "")
+        return records.convert(records.parse_toml(_renamed_tables(content)), Pins)
     except records.DecodeError as exc:
         raise SettingsError(
-            f"vendor/pins.toml is not TOML: {exc}", hint=hints.text("core.restore_pins")
+            f"vendor/pins.toml: {exc}", hint=hints.text("core.restore_pins")
         ) from exc
-    return Pins(_pin(root, "vllm"), _pin(root, "triton"))
 
 
 def dump(content: bytes, pin: Pin) -> bytes:
     """Return the content of a pins file with another pin of `pin.name`; the rest stays the same.
 
-    Comments and order stay. Raises SettingsError for a layout that cannot be rewritten, such as
-    inline tables.
+    Comments and order stay, but a table that is dropped takes the lines below it along. Raises
+    SettingsError as `load` does.
     """
+    import tomlkit
+
     content = _renamed_tables(content)
-    before = parse(content)
-    wanted = {
-        pin.name: {"tag": pin.tag, "version": pin.version, "commit": pin.commit, "url": pin.url}
-    }
-    if pin.archive:
-        wanted[f"{pin.name}.archive"] = vars(pin.archive)
-    wanted |= {
-        f"{pin.name}.precompiled.{key}": vars(precompiled_wheel)
-        for key, precompiled_wheel in pin.precompiled.items()
-    }
-    made = "".join(_with_tables(_sections(content.decode()), pin.name, wanted)).encode()
-    expected = replace(before, triton=pin) if pin.name == "triton" else replace(before, vllm=pin)
-    try:
-        is_right = parse(made) == expected
-    except SettingsError:
-        is_right = False
-    if not is_right:
-        raise SettingsError(
-            'vendor/pins.toml is not laid out as tables with one `key = "value"` a line, so it'
-            " cannot be rewritten",
-            hint=hints.text("core.restore_pins"),
-        )
-    return made
+    parse(content)
+    document = tomlkit.parse(content)
+    wanted = {key: value for key, value in asdict(pin).items() if value and key != "name"}
+    _replace(document.item(pin.name), wanted)
+    return _CROWDED.sub(r"\1\n[", tomlkit.dumps(document)).encode()
+
+
+def _replace(table: Any, wanted: Mapping[str, Any]) -> None:
+    """Give a table of tomlkit other values; what is the same keeps its spelling."""
+    for key in [key for key in table if key not in wanted]:
+        del table[key]
+    for key, value in wanted.items():
+        if isinstance(value, dict):
+            _replace(table.setdefault(key, {}), value)
+        elif table.get(key) != value:
+            table[key] = value
 
 
 def _renamed_tables(content: bytes) -> bytes:
@@ -192,123 +183,6 @@ def save(path: Path, pin: Pin) -> None:
     before = read_regular(path)
     if (made := dump(before, pin)) != before:
         write_atomic(path, made)
-
-
-def _sections(text: str) -> list[tuple[str, list[str]]]:
-    """Return the tables of the file in order: name and lines, with the comments above the header.
-
-    The text before the first table has an empty name.
-    """
-    sections: list[tuple[str, list[str]]] = [("", [])]
-    for line in text.splitlines(keepends=True):
-        if found := _HEADER.match(line):
-            lines = sections[-1][1]
-            start = len(lines)
-            while start and lines[start - 1].startswith("#"):
-                start -= 1
-            # Comments before a blank line above the first header are on the whole file.
-            sections.append((found[1], [*lines[start:], line]))
-            del lines[start:]
-        else:
-            sections[-1][1].append(line)
-    return sections
-
-
-def _with_tables(
-    sections: list[tuple[str, list[str]]], project: str, wanted: Mapping[str, Mapping[str, str]]
-) -> list[str]:
-    """Return the lines of the file with the project's tables as `wanted`.
-
-    Values are replaced, other tables of the project dropped, new tables appended to its last.
-    """
-    kept = [
-        (name, lines) for name, lines in sections if name in wanted or name.split(".")[0] != project
-    ]
-    lines_of = {
-        name: [_with_value(line, wanted.get(name, {})) for line in lines] for name, lines in kept
-    }
-    present = [name for name, _ in kept]
-    last = max(
-        (index for index, name in enumerate(present) if name.split(".")[0] == project),
-        default=len(present) - 1,
-    )
-    made: list[str] = []
-    for index, name in enumerate(present):
-        made += lines_of[name]
-        for new in (name for name in wanted if index == last and name not in present):
-            blank = [] if made and made[-1] == "\n" else ["\n"]
-            made += [
-                *blank,
-                f"[{new}]\n",
-                *(f'{key} = "{text}"\n' for key, text in wanted[new].items()),
-                "\n",
-            ]
-    return made if made and made[-1] != "\n" else made[:-1]
-
-
-def _with_value(line: str, values: Mapping[str, str]) -> str:
-    found = _VALUE.match(line)
-    return f'{found[1]}"{values[found[2]]}"{found[3]}' if found and found[2] in values else line
-
-
-def _pin(root: _Table, name: str) -> Pin:
-    table = root.table(name)
-    if table is None:
-        raise SettingsError(
-            f"vendor/pins.toml: the table {name} is missing", hint=hints.text("core.restore_pins")
-        )
-    archive = table.table("archive")
-    precompiled = table.table("precompiled")
-    for key in precompiled.content if precompiled else ():
-        if key not in PRECOMPILED_KEYS:
-            shown = key if _TOKEN.fullmatch(key) else _shown(key)
-            raise SettingsError(
-                f"vendor/pins.toml: {name}.precompiled.{shown} is unknown, expected one of"
-                f" {', '.join(PRECOMPILED_KEYS)}",
-                hint=hints.text("core.restore_pins"),
-            )
-    return Pin(
-        name=name,
-        tag=table.text("tag", _TAG, "the name of a tag"),
-        version=table.token("version"),
-        commit=table.commit("commit"),
-        url=table.text("url", _ADDRESS, "an address"),
-        archive=(
-            Archive(
-                archive.filename("filename"),
-                archive.sha256("sha256"),
-                archive.commit("commit"),
-                archive.commit("tree"),
-            )
-            if archive
-            else None
-        ),
-        precompiled={
-            key: _precompiled_wheel(precompiled_wheel)
-            for key in PRECOMPILED_KEYS
-            if precompiled and (precompiled_wheel := precompiled.table(key))
-        },
-    )
-
-
-def _precompiled_wheel(table: _Table) -> PrecompiledWheel:
-    return PrecompiledWheel(
-        table.token("project"),
-        table.token("version"),
-        table.filename("filename"),
-        table.sha256("sha256"),
-    )
-
-
-def _shown(value: object) -> str:
-    """Return a value for a message, shortened."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…")
-    try:
-        return reprlib.repr(value)
-    except ValueError:
-        # TOML's hexadecimal numbers may have more digits than Python prints.
-        return "a number with too many digits"
 
 
 def require_settled(layout: Layout) -> None:

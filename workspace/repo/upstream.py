@@ -18,9 +18,9 @@ from workspace.core.console import RunLog, Step
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, without_user
-from workspace.repo import checkout, git, index, pins, series
+from workspace.repo import checkout, git, index, pins
 from workspace.repo.checkout import Checkout, Kind
-from workspace.repo.git import Git, history, remotes, worktree
+from workspace.repo.git import Git, Remote, history, remotes
 from workspace.repo.pins import COMMIT, Archive, Pin
 
 _REF = re.compile(r"(?!.*(?:\.\.|//|@\{))[A-Za-z0-9][A-Za-z0-9._/+-]{0,98}")
@@ -124,10 +124,8 @@ class _Search:
         return checkout.url_of(self.layout, self.pin, self.settings)
 
     @property
-    def _remote(self) -> remotes.Remote:
-        return remotes.Remote(
-            self.url, self.settings, self.run_log, on_line=checkout.shown(self.step)
-        )
+    def _remote(self) -> Remote:
+        return checkout.remote(self.layout, self.pin, self.settings, self.run_log, self.step)
 
     @property
     def version(self) -> str | None:
@@ -198,7 +196,7 @@ class _Search:
         named = self._named(into, lacking)
         if named.commit not in into.present((named.commit,)):
             into.set_setting("remote.origin.url", self.url)
-            remotes.fetch(into, self._remote, (named.refspec,))
+            into.fetch(self._remote, (named.refspec,), whole=False)
         if named.commit not in into.present((named.commit,)):
             raise SourceError(
                 f"{without_user(self.url)} did not serve {self.name}, commit {named.commit}",
@@ -390,26 +388,14 @@ class _Search:
     def _complete(self, into: Git, named: _Named) -> None:
         """Fetch what a partial clone lacks of the files that a forecast compares."""
         here = Git(checkout.folder_of(self.layout, self.pin))
-        if "true" not in (
-            into.setting("remote.origin.promisor"),
-            here.setting("remote.origin.promisor"),
-        ):
+        if not (into.is_partial or here.is_partial):
             return
-        # A patch that upstream has taken is found by the diffs of single commits.
-        touched = worktree.paths_of(into, _patches(self.layout, self.pin))
-        log = history.log(into, self.base, named.commit, sorted(frozenset().union(*touched)))
-        commits = [candidate.oid for candidate in history.candidates_of(log, touched)]
         ends = (self.base, named.commit)
-        remotes.complete_store(into, ends, commits, self._remote, named.refspec)
+        remotes.complete_store(into, ends, self._remote, named.refspec)
 
 
 class _Unequal(SourceError):
     """Two sources contradict each other: neither may be used alone."""
-
-
-def _patches(layout: Layout, pin: Pin) -> list[Path]:
-    folder = layout.patches(pin.name)
-    return [folder / name for name in series.read_series(folder, pin=pin.commit).names]
 
 
 def _commit_id(file: Path, pin: Pin) -> str | None:

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from tests.repo.conftest import Upstream, Workspace
-from workspace.repo.git import Git, worktree
+from workspace.repo.git import Git, Remote, worktree
 
 
 @pytest.mark.parametrize("is_local", [True, False], ids=["from a folder", "from a remote"])
@@ -30,14 +30,10 @@ def test_unfinished_pack_of_a_killed_fetch_is_removed_by_the_next(
                 )
             else:
                 refspecs = (f"+{upstream.pin.commit}:{ref}",)
-                git.fetch(
-                    upstream.bare.as_uri(),
-                    refspecs,
-                    whole=True,
-                    settings=release.settings(),
-                    run_log=release.run_log,
-                    on_line=lambda line: None,
+                remote = Remote(
+                    upstream.bare.as_uri(), release.settings(), release.run_log, lambda line: None
                 )
+                git.fetch(remote, refspecs, whole=True)
         finally:
             holder.kill()
     assert git.resolve(ref) == upstream.pin.commit

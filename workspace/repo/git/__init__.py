@@ -3,7 +3,7 @@
 from workspace.repo.git.am import AM_BY_HAND, Applied
 from workspace.repo.git.command import Command, OnLine, executable
 from workspace.repo.git.remotes import advertised
-from workspace.repo.git.repository import Git, Gitlink, Place
+from workspace.repo.git.repository import Git, Gitlink, Place, Remote
 
 __all__ = [
     "AM_BY_HAND",
@@ -13,6 +13,7 @@ __all__ = [
     "Gitlink",
     "OnLine",
     "Place",
+    "Remote",
     "advertised",
     "executable",
 ]

@@ -9,7 +9,7 @@ import codecs
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from workspace.core import files
 from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.repo.git import command
-from workspace.repo.git.command import Answer, Entries, first_line, split, tree_entries
+from workspace.repo.git.command import Answer, first_line, split
 from workspace.repo.git.repository import Git, take_in
 
 # The result must not depend on the user, the place and the time.
@@ -76,67 +76,46 @@ class Position:
     is_begun: bool
 
 
-def applied(
-    git: Git, base: str, patches: Sequence[Path], *, place: Path, flags: Sequence[str] = ()
-) -> Applied:
+def applied(git: Git, base: str, patches: Sequence[Path], *, place: Path) -> Applied:
     """Make the commits of a series on `base` in one `am`, in a scratch folder beside `place`.
 
     No file and no reference of the repository changes; the commits are in its objects afterwards,
     synced to the disk. The same input gives the same SHAs for every user.
     """
-    done = Applied(None) if flags else applied_directly(git, base, patches, place=place)
-    return done if done.tip else _applied_in(place, git, base, patches, flags=flags)
+    # `am` needs files only for a merge, so they are written only for the second attempt.
+    done = applied_directly(git, base, patches, place=place)
+    if done.tip is None:
+        done = _applied_in(place, git, base, patches, has_files=True)
+    return done
 
 
-def applied_directly(
-    git: Git,
-    base: str,
-    patches: Sequence[Path],
-    *,
-    place: Path,
-    is_wanted: Callable[[], bool] = lambda: True,
-) -> Applied:
-    """Make the commits as `applied` does, if each patch applies without a merge.
-
-    Otherwise, or where `is_wanted` returns False, there is no tip, and the position has no meaning.
-    `is_wanted` is called when the commits are made and before the repository gets them.
-    """
-    in_memory = (
-        _IN_MEMORY / f"workspace-{os.getuid()}-{place.name}"
-        if os.access(_IN_MEMORY, os.W_OK)
-        else place
-    )
+def applied_directly(git: Git, base: str, patches: Sequence[Path], *, place: Path) -> Applied:
+    """Make the commits as `applied` does, if each patch applies without a merge."""
     try:
-        # `am` needs files only for a merge, so they are written only for the second attempt.
-        return _applied_in(in_memory, git, base, patches, flags=None, is_wanted=is_wanted)
+        if os.access(_IN_MEMORY, os.W_OK):
+            place_there = _IN_MEMORY / f"workspace-{os.getuid()}-{place.name}"
+            return _applied_in(place_there, git, base, patches)
     except ToolchainError:
         # The memory may be full where the disk is not.
-        return Applied(None)
+        pass
+    return _applied_in(place, git, base, patches)
 
 
 def _applied_in(
-    place: Path,
-    git: Git,
-    base: str,
-    patches: Sequence[Path],
-    *,
-    flags: Sequence[str] | None,
-    is_wanted: Callable[[], bool] = lambda: True,
+    place: Path, git: Git, base: str, patches: Sequence[Path], *, has_files: bool = False
 ) -> Applied:
-    """Run `am` in a scratch folder, with files for a merge unless `flags` is None."""
+    """Run `am` in a scratch folder; with its files a patch may be merged."""
     with files.folder_beside(place) as folder:
         scratch = _scratch(folder, git)
         scratch.set_ref("HEAD", base)
         # git writes the index again for each patch: the smaller the better.
         scratch.write(*_SMALL_INDEX, "read-tree", base)
-        if flags is not None:
+        if has_files:
             scratch.write_files()
         # One sync for all takes a third of the time of a sync for each object.
-        am = (*_SMALL_INDEX, *_UNSYNCED, *_AM, *(flags or ()), *map(str, patches))
-        answer = scratch.write(*am, check=False)
+        am = (*_AM, *(() if has_files else ("--no-3way",)), *map(str, patches))
+        answer = scratch.write(*_SMALL_INDEX, *_UNSYNCED, *am, check=False)
         if answer.status == 0:
-            if not is_wanted():
-                return Applied(None)
             take_in(folder / "git" / "objects", git.path_of("objects"))
             return Applied(scratch.head())
         stopped = position(scratch)
@@ -310,9 +289,6 @@ SEPARATOR = b"From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 
 _START = re.compile(rb"^" + re.escape(SEPARATOR), re.MULTILINE)
 _DIFF = re.compile(rb'^diff --git (?:a/(.*) b/\1|"a/(.*)" "b/\2")$', re.MULTILINE)
 
-# For every path that differs: its `mode oid` on one side, and on the other.
-Differences = tuple[Entries, Entries]
-
 
 @dataclass(frozen=True)
 class Commit:
@@ -371,66 +347,10 @@ def _formatted(git: Git, base: str, tip: str, *flags: str) -> list[bytes]:
     ]
 
 
-def differences(git: Git, base: str, tip: str) -> Differences:
-    """Return what differs between two commits: `mode oid` by path, in the first and the second."""
-    flags = ("-r", "-z", "--no-renames", "--ignore-submodules=none", "--no-ext-diff")
-    changes = split(git.write("diff-tree", *flags, "-O/dev/null", base, tip).out)
-    before: dict[str, str] = {}
-    after: dict[str, str] = {}
-    for meta, path in zip(changes[::2], changes[1::2], strict=True):
-        old_mode, mode, old_oid, oid, _ = meta.removeprefix(":").split(" ")
-        before |= {path: f"{old_mode} {old_oid}"} if int(old_mode) else {}
-        after |= {path: f"{mode} {oid}"} if int(mode) else {}
-    return before, after
-
-
 def paths(mail: bytes) -> tuple[str, ...]:
     """Return the paths that a mail from `mails` changes, and lines of its message that look so."""
     found = ((plain or codecs.escape_decode(quoted)[0]) for plain, quoted in _DIFF.findall(mail))
     return tuple(path.decode(errors="surrogateescape") for path in found)
-
-
-def reread(
-    git: Git, base: str, stack: Sequence[Commit], patches: Sequence[bytes]
-) -> tuple[tuple[Commit, ...], list[bytes], str]:
-    """Apply the mails of a stack with `git am` and return its commits, their mails, and a reason.
-
-    The reason is git's where it stopped before the last mail, or that the tree is another one; it
-    is empty otherwise. The scratch repository has only the files that the stack changes. No merge
-    is tried: a right mail applies directly.
-    """
-    before, after = differences(git, base, stack[-1].oid)
-    # Paths that a mail changes and a later mail changes back.
-    same = sorted(
-        {path for patch in patches for path in paths(patch)} - before.keys() - after.keys()
-    )
-    listed = git.look("ls-tree", "-z", "--full-tree", base, "--", *same).out if same else ""
-    # A hundred small files come and go three times as fast in memory (tmpfs(5)).
-    memory = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="workspace-mail-", dir=memory) as folder:
-        scratch = _scratch(Path(folder), git)
-        entries = {**before, **tree_entries(listed)}
-        start = [
-            flag
-            for path, entry in entries.items()
-            for flag in ("--cacheinfo", f"{entry.replace(' ', ',')},{path}")
-        ]
-        scratch.write(*_UNSYNCED, "update-index", "--add", *start)
-        tree = scratch.write(*_UNSYNCED, "write-tree", "--missing-ok").out.strip()
-        root = scratch.write("commit-tree", "-m", "root", tree).out.strip()
-        scratch.set_ref("HEAD", root)
-        mails = [Path(folder, str(index)) for index in range(len(patches))]
-        for file, patch in zip(mails, patches, strict=True):
-            file.write_bytes(patch)
-        am = (*_SMALL_INDEX, *_UNSYNCED, *_AM, "--no-3way", *map(str, mails))
-        answer = scratch.write(*am, check=False)
-        made = commits(scratch, root, "HEAD")
-        is_same = len(made) == len(stack) and differences(scratch, root, "HEAD") == (before, after)
-        reason = "" if is_same else "the patches give another tree than the commits"
-        if answer.status != 0:
-            reason = first_line(answer.err) or f"git am exited with {answer.status}"
-        has_other = [one.message for one in made] != [one.message for one in stack]
-        return made, _formatted(scratch, root, "HEAD") if has_other else list(patches), reason
 
 
 def split_mails(git: Git, mbox: Path, folder: Path) -> tuple[Path, ...]:

@@ -326,20 +326,6 @@ class Command:
         with run_log.running(echo) if run_log else contextlib.nullcontext():
             return self._git(args, git_environment() | dict(env or {}), check=check)
 
-    def applies(self, *args: str, env: Mapping[str, str], flags: Sequence[str] = ()) -> bool:
-        """Apply patches to the index that `env` names, and return whether git did it.
-
-        With --3way git writes a file that both sides add (load_current in its apply.c), so that it
-        runs in an empty folder.
-        """
-        apply = (*flags, "apply", "--cached", "--whitespace=nowarn", *args)
-        if "--3way" not in args:
-            return self.write(*apply, env=env, check=False).status == 0
-        git_dir = self.look("rev-parse", "--absolute-git-dir").out.rstrip("\n")
-        with tempfile.TemporaryDirectory(prefix="workspace-tree-") as tree:
-            place = {**env, "GIT_DIR": git_dir, "GIT_WORK_TREE": tree}
-            return self.write("-C", tree, *apply, env=place, check=False).status == 0
-
     def _git(self, args: Sequence[str], env: Mapping[str, str], *, check: bool) -> Answer:
         # A lock that a killed git left is removed, and the command that met it is run again.
         for _ in range(3):

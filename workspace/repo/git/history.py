@@ -4,8 +4,6 @@ Everything here reads only what the repository holds, except `complete_range` an
 """
 
 import datetime
-import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +12,8 @@ from workspace.core.console import RunLog
 from workspace.core.settings import Settings
 from workspace.repo.git.command import split
 from workspace.repo.git.repository import Git
+from workspace.repo.git.worktree import try_on
 
-# The diff that format-patch writes, so that a commit and its export have the same patch-id
-# (git-patch-id(1)).
-_AS_EXPORTED = (
-    *(
-        "--patch",
-        "--full-index",
-        "--binary",
-        "--no-renames",
-        "--unified=3",
-        "--diff-algorithm=myers",
-        "--src-prefix=a/",
-        "--dst-prefix=b/",
-    ),
-    *("--no-ext-diff", "--no-textconv", "--no-color", "--no-show-signature"),
-)
 _ABSENT = "0" * 40
 # git's own default for renames (git-diff(1), -M).
 _SIMILARITY = "-M50%"
@@ -117,115 +101,32 @@ def date_of(git: Git, commit: str) -> datetime.datetime:
     )
 
 
-def ancestors(git: Git, names: Iterable[str], commit: str) -> dict[str, str]:
-    """Return those of the OIDs that are `commit` or its ancestors: given name to full OID.
-
-    The names may be abbreviated.
-    """
-    requested = sorted(set(names))
-    if not requested:
-        return {}
-    answers = (
-        git.pipe(
-            "".join(f"{name}^{{commit}}\n" for name in requested).encode(),
-            "cat-file",
-            "--batch-check",
-        )
-        .decode(errors="replace")
-        .splitlines()
-    )
-    found = {
-        name: answer.split(" ")[0]
-        for name, answer in zip(requested, answers, strict=True)
-        if answer.split(" ")[1:2] == ["commit"]
-    }
-    if not found:
-        return {}
-    beyond = set(git.look("rev-list", *sorted(set(found.values())), f"^{commit}", "--").out.split())
-    return {name: oid for name, oid in found.items() if oid not in beyond}
-
-
-def taken(
-    git: Git, commits: Iterable[Commit], diffs: Mapping[str, tuple[bytes, frozenset[str]]]
-) -> dict[str, Commit]:
-    """Return which patches are among the commits, by patch-id as in `git cherry`.
-
-    `diffs`: by name, the patch from its first `diff --git` on, and its paths.
-    """
-    # Equal patches change equal paths, so only few commits have to be read.
-    candidates = candidates_of(commits, [paths for _, paths in diffs.values()])
-    if not candidates:
-        return {}
-    shown = git.look(
-        "log",
-        "--no-walk=unsorted",
-        "--format=commit %H",
-        *_AS_EXPORTED,
-        *(commit.oid for commit in candidates),
-        "--",
-    ).out
-    theirs = _patch_ids(git, shown.encode(errors="surrogateescape"))
-    names = dict(enumerate(diffs, 1))
-    ours = _patch_ids(
-        git,
-        b"".join(
-            b"commit %040x\n\n%s\n" % (index, diffs[name][0]) for index, name in names.items()
-        ),
-    )
-    by_id = {theirs[commit.oid]: commit for commit in candidates if commit.oid in theirs}
-    return {names[int(index, 16)]: by_id[found] for index, found in ours.items() if found in by_id}
-
-
-def candidates_of(commits: Iterable[Commit], paths: Iterable[frozenset[str]]) -> tuple[Commit, ...]:
-    """Return the commits that change exactly one of these sets of paths."""
-    wanted = set(paths)
-    return tuple(commit for commit in commits if frozenset(commit.paths) in wanted)
-
-
 def renames(
     git: Git,
-    old: str,
-    new: str,
+    ends: tuple[str, str],
     gone: Iterable[str],
     differing: Mapping[str, tuple[str | None, str | None]],
 ) -> dict[str, str]:
-    """Return the paths in `new` of the `gone` paths of `old`: by equal content, else by similarity.
+    """Return the new paths of the `gone` paths between two commits, as far as git finds them.
 
-    `differing` is the result of changed() for the two.
+    Only new files of the same type are compared. `differing` is the result of changed().
     """
-    sought = {path: differing[path][0] for path in gone if path in differing}
-    if not sought:
+    sought = [path for path in gone if path in differing]
+    types = {path.rpartition("/")[2].rpartition(".")[2] for path in sought}
+    added = [
+        path
+        for path, (before, _) in differing.items()
+        if before is None and path.rpartition("/")[2].rpartition(".")[2] in types
+    ]
+    if not sought or not added:
         return {}
-    added = [path for path, (before, after) in differing.items() if before is None and after]
-    same = {after: path for path in reversed(added) if (after := differing[path][1])}
-    found = {path: same[oid] for path, oid in sought.items() if oid in same}
-    if rest := [path for path in sought if path not in found]:
-        args = (
-            "diff-tree",
-            "-r",
-            _SIMILARITY,
-            "--diff-filter=R",
-            "--name-status",
-            "-z",
-            old,
-            new,
-            "--",
-            *rest,
-            *likely(rest, added),
-        )
-        listed = iter(split(git.look(*args, check=False).out))
-        found |= {
-            before: after
-            for _, before, after in zip(listed, listed, listed, strict=False)
-            if before in sought
-        }
-    return found
-
-
-def likely(gone: Iterable[str], added: Iterable[str]) -> list[str]:
-    """Return the `added` paths that a `gone` file may have become: files of the same type."""
-    kinds = {path.rpartition("/")[2].rpartition(".")[2] for path in gone}
-    return [path for path in added if path.rpartition("/")[2].rpartition(".")[2] in kinds]
+    args = ("diff-tree", "-r", _SIMILARITY, "--diff-filter=R", "--name-status", "-z", *ends, "--")
+    listed = iter(split(git.look(*args, *sought, *added, check=False).out))
+    return {
+        before: after
+        for _, before, after in zip(listed, listed, listed, strict=False)
+        if before in sought
+    }
 
 
 def blobs(git: Git, oids: Iterable[str]) -> dict[str, bytes]:
@@ -252,15 +153,6 @@ def _raw(entries: Sequence[str]) -> Iterator[tuple[str, tuple[str | None, str | 
     for meta, path in zip(entries[::2], entries[1::2], strict=True):
         _, _, before, after, _ = meta.split(" ")
         yield path, (None if before == _ABSENT else before, None if after == _ABSENT else after)
-
-
-def _patch_ids(git: Git, text: bytes) -> dict[str, str]:
-    """Return patch-ids by the OID in the `commit` line above each diff."""
-    return {
-        line.split(" ")[1]: line.split(" ")[0]
-        for line in git.pipe(text, "patch-id", "--stable").decode().splitlines()
-        if re.fullmatch(r"\w+ \w+", line)
-    }
 
 
 @dataclass(frozen=True)
@@ -299,7 +191,7 @@ def complete_range(
 
     All come in one call. Raises SourceError.
     """
-    if git.setting("remote.origin.promisor") == "true":
+    if git.is_partial:
         git.talk(
             ("diff", "--shortstat", "--no-renames", "-O/dev/null", present, commit),
             settings,
@@ -315,24 +207,15 @@ def carried(git: Git, commit: str, patches: Sequence[Path]) -> Carried:
     tip.
     """
     left_out: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
-        scratch = {"GIT_INDEX_FILE": f"{folder}/index"}
-
-        def tree() -> str:
-            return git.write("write-tree", "--missing-ok", env=scratch).out.strip()
-
-        git.write("read-tree", commit, env=scratch)
-        if patches and not git.applies(*map(str, patches), env=scratch):
-            for patch in patches:
-                before = tree()
-                if git.applies(str(patch), env=scratch):
-                    continue
-                if not git.applies(
-                    "--check", "--reverse", str(patch), env=scratch
-                ) and not git.applies("--3way", str(patch), env=scratch):
-                    return Carried(None, tuple(left_out), patch.name)
-                left_out += [patch.name] if tree() == before else []
-        made = tree()
+    with try_on(git, commit, is_kept=True) as trial:
+        for patch in () if trial.apply(patches) else patches:
+            before = trial.tree()
+            if trial.apply([patch]):
+                continue
+            if not trial.holds(patch) and not trial.apply([patch], three_way=True):
+                return Carried(None, tuple(left_out), patch.name)
+            left_out += [patch.name] if trial.tree() == before else []
+        made = trial.tree()
     if made == git.tree(commit):
         return Carried(commit, tuple(left_out))
     return Carried(_patched_commit(git, commit, made), tuple(left_out))

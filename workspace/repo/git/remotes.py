@@ -5,7 +5,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.core import hints, process
@@ -15,7 +14,7 @@ from workspace.core.files import write_atomic
 from workspace.core.settings import Settings, without_user
 from workspace.repo.git import command
 from workspace.repo.git.command import OnLine, executable, first_line
-from workspace.repo.git.repository import Git
+from workspace.repo.git.repository import Git, Remote
 
 
 def advertised(
@@ -51,36 +50,11 @@ def advertised(
 UPSTREAM = "refs/remotes/origin/main"
 
 
-@dataclass(frozen=True)
-class Remote:
-    """A remote repository, and the objects that a transfer from it needs."""
-
-    url: str
-    settings: Settings
-    run_log: RunLog
-    on_line: OnLine
-
-
 def is_branch_name(git: Git, name: str) -> bool:
     """Return whether git accepts `name` for a branch (git-check-ref-format(1))."""
     return (
         bool(name)
         and git.look("check-ref-format", "--branch", name, check=False).out.strip() == name
-    )
-
-
-def fetch(git: Git, remote: Remote, refspecs: Sequence[str]) -> None:
-    """Fetch history without file contents, or all where the remote refuses filters.
-
-    Raises SourceError.
-    """
-    git.fetch(
-        remote.url,
-        refspecs,
-        whole=False,
-        settings=remote.settings,
-        run_log=remote.run_log,
-        on_line=remote.on_line,
     )
 
 
@@ -230,21 +204,17 @@ def open_store(path: Path, checkout: Path) -> Git:
     return store
 
 
-def complete_store(
-    store: Git, ends: tuple[str, str], commits: Sequence[str], remote: Remote, refspec: str
-) -> None:
-    """Fetch what a partial store lacks to compare two commits, and `commits` with their parents.
+def complete_store(store: Git, ends: tuple[str, str], remote: Remote, refspec: str) -> None:
+    """Fetch what a partial store lacks to compare two commits.
 
     Fetch all of `refspec` where the remote serves no single objects. Raises SourceError.
     """
     for key, value in (("url", remote.url), ("promisor", "true"), _NO_BLOBS):
         store.set_setting(f"remote.origin.{key}", value)
     # git fetches in one call what a diff lacks.
-    lists = [("diff", *ends), *([("log", "--no-walk=unsorted", *commits)] if commits else [])]
+    missing = ("diff", "--shortstat", "--no-renames", "-O/dev/null", *ends, "--")
     try:
-        for command, *revisions in lists:
-            args = (command, "--shortstat", "--no-renames", "-O/dev/null", *revisions, "--")
-            store.talk(args, remote.settings, remote.run_log, remote.on_line)
+        store.talk(missing, remote.settings, remote.run_log, remote.on_line)
     except SourceError:
         remote.run_log.write("the remote serves no single objects; fetching all of them")
         whole = (*_WHOLE, refspec)

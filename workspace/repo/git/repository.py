@@ -43,6 +43,16 @@ class Gitlink:
     hidden: bool
 
 
+@dataclass(frozen=True)
+class Remote:
+    """A remote repository, and the objects that a transfer from it needs."""
+
+    url: str
+    settings: Settings
+    run_log: RunLog
+    on_line: OnLine
+
+
 class Git(Command):
     """A repository, given by the folder of its working tree."""
 
@@ -280,29 +290,27 @@ class Git(Command):
                 hint=hints.text("repo.stash_in_way", folder=self.path, path=in_way[0]),
             )
 
-    def fetch(
-        self,
-        url: str,
-        refspecs: Sequence[str],
-        *,
-        whole: bool,
-        settings: Settings,
-        run_log: RunLog,
-        on_line: OnLine,
-    ) -> None:
-        """Fetch from `url`: all content where `whole`, else history without file contents.
+    @property
+    def is_partial(self) -> bool:
+        """Whether the repository fetches contents from its remote as they are needed."""
+        return self.setting("remote.origin.promisor") == "true"
+
+    def fetch(self, remote: Remote, refspecs: Sequence[str], *, whole: bool) -> None:
+        """Fetch all content where `whole`, else history without file contents.
 
         The URL becomes the remote `origin` where there is none. Raises SourceError, also where the
         remote is silent for a minute.
         """
+        url = remote.url
         if (origin := self.setting("remote.origin.url")) is None:
             self.set_setting("remote.origin.url", url)
             self.set_setting("remote.origin.fetch", "+refs/heads/*:refs/remotes/origin/*")
         # Only a remote with a name can serve later what a filter leaves out.
-        remote, whole = ("origin", whole) if origin in (None, url) else (url, True)
+        name, whole = ("origin", whole) if origin in (None, url) else (url, True)
         partial = () if whole else ("--filter=blob:none",)
         plain = ("--progress", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
-        self.talk(("fetch", *plain, *partial, remote, *refspecs), settings, run_log, on_line)
+        args = ("fetch", *plain, *partial, name, *refspecs)
+        self.talk(args, remote.settings, remote.run_log, remote.on_line)
 
     def fetch_from(self, other: Path, refspec: str, *, run_log: RunLog | None = None) -> None:
         """Fetch from a repository on this disk, with all contents."""

@@ -39,19 +39,9 @@ def add(git: Git, path: Path, commit: str, *, run_log: RunLog) -> Git:
     run is made again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_records(git, path)
-    git.write(
-        "worktree",
-        "add",
-        "--quiet",
-        "--force",
-        "--force",
-        "--no-checkout",
-        "--detach",
-        str(path.absolute()),
-        commit,
-        run_log=run_log,
-    )
+    # Forced twice, git replaces the records of a tree that was at this path.
+    flags = ("--quiet", "--force", "--force", "--no-checkout", "--detach")
+    git.write("worktree", "add", *flags, str(path.absolute()), commit, run_log=run_log)
     # Git does not sync the small files that make the folder a working tree.
     os.sync()
     return Git(path)
@@ -65,41 +55,15 @@ def forget(git: Git, path: Path) -> None:
     """
     if (path / ".git").is_file():
         shutil.rmtree(path, ignore_errors=True)
-    _remove_records(git, path)
-
-
-def _remove_records(git: Git, path: Path) -> None:
-    """Remove the repository's records of a linked working tree at `path`, whose .git is gone.
-
-    `gitdir`, which names the tree, goes last. Git cannot read records that a power cut cut short;
-    then it neither makes nor lists a working tree, nor fetches.
-    """
     own, folder = os.path.join(os.path.realpath(path), ".git"), git.path_of("worktrees")
-    for records in folder.glob("*"):
-        target = _first_line(records / "gitdir")
-        # Records without a target may belong to any tree; without an index that tree was never
-        # used.
-        is_begun = (
-            records.name.startswith(path.name)
-            and own.startswith(target)
-            and not (records / "index").exists()
-        )
-        if target == own or is_begun:
-            for entry in records.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.name != "gitdir":
-                    entry.unlink()
-            shutil.rmtree(records)
+    for gitdir in folder.glob("*/gitdir"):
+        if gitdir.read_text(errors="surrogateescape").rstrip("\n") == own:
+            # `gitdir`, which names the tree, goes last.
+            for entry in set(gitdir.parent.iterdir()) - {gitdir}:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(gitdir.parent)
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-def _first_line(path: Path) -> str:
-    try:
-        return path.read_text(errors="surrogateescape").partition("\n")[0]
-    except OSError:
-        return ""
 
 
 def snapshot(
@@ -271,20 +235,21 @@ class Merged:
 class Trial:
     """One index that patches are applied to; made by `try_on`, gone at the end of its block."""
 
-    def __init__(self, git: Git, folder: Path, tree: str) -> None:
-        self._git = git
-        self._env = {
-            "GIT_INDEX_FILE": str(folder / f"index-{len(os.listdir(folder))}"),
-            "GIT_OBJECT_DIRECTORY": str(folder / "objects"),
-            "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(git.path_of("objects")),
-        }
-        self._folder = folder
+    def __init__(self, git: Git, folder: Path, tree: str, *, is_kept: bool) -> None:
+        self._git, self._folder, self._is_kept = git, folder, is_kept
+        self._env = {"GIT_INDEX_FILE": str(folder / f"index-{len(os.listdir(folder))}")}
+        if not is_kept:
+            self._env |= {
+                "GIT_OBJECT_DIRECTORY": str(folder / "objects"),
+                "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(git.path_of("objects")),
+            }
+        self._flags = () if is_kept else _UNSYNCED
         self._tree: str | None = None
         self.take(tree)
 
     def beside(self, tree: str) -> "Trial":
         """Return another index over the same objects."""
-        return Trial(self._git, self._folder, tree)
+        return Trial(self._git, self._folder, tree, is_kept=self._is_kept)
 
     def take(self, tree: str) -> None:
         """Load a tree into the index."""
@@ -322,7 +287,7 @@ class Trial:
         base = self._commit(before)
         ours, theirs = self._commit(self.tree(), base), self._commit(after, base)
         args = ("merge-tree", "--write-tree", "--name-only", "-z", "--no-messages", ours, theirs)
-        answer = self._git.write(*_UNSYNCED, *args, env=self._env, check=False)
+        answer = self._git.write(*self._flags, *args, env=self._env, check=False)
         if answer.status == _USAGE_ERROR:
             raise ToolchainError(
                 "this git cannot merge without a working tree, which a forecast needs; that takes"
@@ -342,10 +307,21 @@ class Trial:
         return self._run("commit-tree", "-m", "trial", *flags, tree).strip()
 
     def _run(self, *args: str) -> str:
-        return self._git.write(*_UNSYNCED, *args, env=self._env).out
+        return self._git.write(*self._flags, *args, env=self._env).out
 
     def _applies(self, *args: str) -> bool:
-        return self._git.applies(*args, env=self._env, flags=_UNSYNCED)
+        """Return whether git applied patches to the index.
+
+        With --3way git writes a file that both sides add (load_current in its apply.c), so that it
+        runs in an empty folder.
+        """
+        apply = (*self._flags, "apply", "--cached", "--whitespace=nowarn", *args)
+        if "--3way" not in args:
+            return self._git.write(*apply, env=self._env, check=False).status == 0
+        git_dir = self._git.look("rev-parse", "--absolute-git-dir").out.rstrip("\n")
+        with tempfile.TemporaryDirectory(prefix="workspace-tree-") as tree:
+            place = {**self._env, "GIT_DIR": git_dir, "GIT_WORK_TREE": tree}
+            return self._git.write("-C", tree, *apply, env=place, check=False).status == 0
 
 
 def paths_of(git: Git, patches: Sequence[Path]) -> tuple[frozenset[str], ...]:
@@ -369,11 +345,14 @@ def paths_of(git: Git, patches: Sequence[Path]) -> tuple[frozenset[str], ...]:
 
 
 @contextlib.contextmanager
-def try_on(git: Git, tree: str) -> Iterator[Trial]:
-    """Yield a Trial that begins with the tree of a commit, as 40 hex."""
+def try_on(git: Git, tree: str, *, is_kept: bool = False) -> Iterator[Trial]:
+    """Yield a Trial that begins with the tree of a commit, as 40 hex.
+
+    If `is_kept`, the repository has the trees afterwards.
+    """
     with tempfile.TemporaryDirectory(prefix="workspace-trial-") as folder:
         os.mkdir(f"{folder}/objects")
-        yield Trial(git, Path(folder), tree)
+        yield Trial(git, Path(folder), tree, is_kept=is_kept)
 
 
 def tree_after(git: Git, base: str, patches: Sequence[Path]) -> str | None:
