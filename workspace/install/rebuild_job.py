@@ -195,7 +195,7 @@ class Job:
     def _reach_native(self) -> tuple[Reached, ...]:
         """Return the requested targets, or all targets of the tree's extensions."""
         tree = self.run.layout.vllm
-        listed = project.extensions(tree, self.run.observed.device)
+        listed = project.extensions(tree)
         names = [
             target.name for target in targets.final_targets(self.project) if target.name in listed
         ]
