@@ -1,4 +1,4 @@
-"""Percent and time left by cost, and the text that fits into a terminal."""
+"""Percent and time left by cost, the text that fits into a terminal, and the summary."""
 
 import pytest
 
@@ -13,7 +13,7 @@ PLANNED = {
 
 
 def finished(name: str, seconds: float, *, status: int = 0) -> Finished:
-    return Finished(Unit("t", name), Cost(5.0, 1.0, "table"), 0.0, seconds, 1.0, status)
+    return Finished(Unit("t", name), Cost(5.0, 1.0, "table"), seconds, 1.0, status)
 
 
 def running(name: str, started: float) -> Running:
@@ -82,7 +82,7 @@ def test_unplanned_and_repeated_units_count_once() -> None:
         finished("a.cu", 5.0, status=137),
         finished("a.cu", 5.0),
         finished("new.cu", 5.0),
-        Finished(Unit("", "x", True), Cost(1, 1, "guess"), 0, 1, 1, 0),
+        Finished(Unit("", "x", True), Cost(1, 1, "guess"), 1, 1, 0),
     ]
     found = progress.estimate(PLANNED, again, State(), jobs=4, now=0.0)
     assert (found.done, found.units) == (2, 4)
@@ -95,7 +95,7 @@ def test_links_do_not_count_as_work_left() -> None:
         {},
         [
             finished("a.cu", 500.0),
-            Finished(Unit("_D", "link"), Cost(20.0, 2.0, "guess"), 0.0, 1.0, 1.0, 0),
+            Finished(Unit("_D", "link"), Cost(20.0, 2.0, "guess"), 1.0, 1.0, 0),
         ],
         state,
         jobs=4,
@@ -166,3 +166,26 @@ def test_parts_fill_the_lines_and_the_rest_is_counted(
 )
 def test_durations_are_written_in_suitable_units(seconds: float, output: str) -> None:
     assert progress.duration(seconds) == output
+
+
+def test_summary_has_the_slowest_and_the_largest_units_that_were_compiled() -> None:
+    done = [
+        Finished(Unit("t", name), Cost(5.0, 1.0, "table"), seconds, gib, status)
+        for name, seconds, gib, status in (
+            ("slow.cu", 300.0, 1.0, 0),
+            ("link", 200.0, 2.0, 0),
+            ("large.cu", 100.0, 9.5, 0),
+            ("small.cu", 1.0, 0.1, 0),
+            ("bad.cu", 900.0, 90.0, 1),
+        )
+    ]
+    light = Finished(Unit("", "p", True), Cost(1, 1, "guess"), 999.0, 99.0, 0)
+    assert progress.build_summary([*done, light]) == (
+        ("slowest", "300.0 s", "1.00 GiB", "slow.cu"),
+        ("slowest", "200.0 s", "2.00 GiB", "link of t"),
+        ("slowest", "100.0 s", "9.50 GiB", "large.cu"),
+        ("largest", "100.0 s", "9.50 GiB", "large.cu"),
+        ("largest", "200.0 s", "2.00 GiB", "link of t"),
+        ("largest", "300.0 s", "1.00 GiB", "slow.cu"),
+    )
+    assert progress.build_summary([light]) == ()

@@ -215,7 +215,6 @@ class JobServer:
             running,
             len(admission.waiting),
             admission.why,
-            admission.charged_gib,
             held_gib,
             admission.bounds.budget_gib,
         )
@@ -326,7 +325,6 @@ class JobServer:
         done = Finished(
             client.unit,
             client.expected,
-            client.started,
             seconds,
             client.peak_gib,
             status,

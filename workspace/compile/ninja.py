@@ -290,7 +290,7 @@ def under_job_server(
     Raises BuildError as `compile` does.
     """
     history = History(history_file(settings), setup=work.setup)
-    before, costs = history.entries, Costs(read_table()[0], history.entries)
+    costs = Costs(read_table()[0], history.entries)
     server = _job_server(work, costs, history)
     meter = Meter(
         server, work.planned, costs, bounds=work.bounds, console=run_log.console, step=step
@@ -312,13 +312,11 @@ def under_job_server(
                 cwd=program.cwd,
             )
     except (BuildError, OSError) as exc:
-        _write_trace(run_log, server.finished, meter, began)
         raise _explained(exc, server, failures, settings, work, run_log) from exc
-    _write_trace(run_log, server.finished, meter, began)
     return Compiled(
         server.finished,
         time.monotonic() - began,
-        progress.build_summary(server.finished, before),
+        progress.build_summary(server.finished),
     )
 
 
@@ -409,13 +407,6 @@ def _split_command(text: str) -> list[str]:
     except ValueError:
         # The quotes do not match: the program that uses the variable reports that.
         return []
-
-
-def _write_trace(run_log: RunLog, finished: Sequence[Finished], meter: Meter, began: float) -> None:
-    """Write the trace of the build; a failure to write it does not fail the build."""
-    if run_log.path is not None and finished:
-        with contextlib.suppress(OSError):
-            progress.write_timeline(run_log.path, finished, meter.samples, began=began)
 
 
 def _explained(
