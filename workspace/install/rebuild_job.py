@@ -110,8 +110,6 @@ class Job:
     def configure(self, view: Step) -> None:
         """Configure with CMake, find what the changes reach, and forecast the build."""
         run = self.run
-        for sentence in externals.leftover(run.layout.vllm):
-            run.run_log.console.warn(sentence)
         self._find_reached(view)
         self.plan = self._forecast()
         view.reason = (
