@@ -290,7 +290,7 @@ def under_job_server(
     Raises BuildError as `compile` does.
     """
     history = History(history_file(settings), setup=work.setup)
-    costs = Costs(read_table()[0], history.entries)
+    costs = Costs(read_table(), history.entries)
     server = _job_server(work, costs, history)
     meter = Meter(
         server, work.planned, costs, bounds=work.bounds, console=run_log.console, step=step

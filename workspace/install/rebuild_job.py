@@ -141,14 +141,13 @@ class Job:
 
     def _forecast(self) -> RebuildPlan:
         """Forecast units, seconds and memory from the table of costs and this machine's history."""
-        table, trouble = read_table()
         history = History(ninja.history_file(self.run.settings), setup=self.setup)
-        for sentence in (*((trouble,) if trouble else ()), *history.warnings):
+        for sentence in history.warnings:
             self.run.run_log.console.warn(sentence)
         return jobs.work_out(
             self.reached,
             self.project,
-            Costs(table, history.entries),
+            Costs(read_table(), history.entries),
             Bounds(self.jobs.count, self.memory.budget_gib),
             why_not_hybrid=self.why_native,
         )
