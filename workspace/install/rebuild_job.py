@@ -180,8 +180,8 @@ class Job:
             else None
         )
         found = targets.follow(tree, changed, self.project, build=self.folder, pinned=pinned)
-        for sentence in found.idle:
-            run.run_log.write(sentence)
+        for path in found.idle:
+            run.run_log.write(f"{path} reaches no target")
         more = (
             targets.requested(self.targets, TARGET_FLAG, tree, self.project, build=self.folder)
             if self.targets
