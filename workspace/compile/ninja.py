@@ -271,7 +271,12 @@ def under_job_server(
     costs = Costs(read_table(), history.entries)
     server = _job_server(work, costs, history)
     meter = Meter(
-        server, work.planned, costs, bounds=work.bounds, console=run_log.console, step=step
+        server,
+        work.planned,
+        costs,
+        budget_gib=work.memory.budget_gib,
+        console=run_log.console,
+        step=step,
     )
     began, failures = time.monotonic(), Failures()
 

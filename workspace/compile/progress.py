@@ -3,6 +3,7 @@ and remaining time come from expected costs, not from counts.
 """
 
 import contextlib
+import textwrap
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from workspace.compile.costs import LINK, Cost, Costs, Unit
 from workspace.compile.job_server import JobServer
-from workspace.compile.scheduler import Bounds, Finished, State
+from workspace.compile.scheduler import Finished, State
 from workspace.core.console import Console, Step
 
 SHOWN = 3
@@ -43,7 +44,6 @@ _BESIDE = 42
 _NARROWEST = 24
 # A unit that takes longer than expected counts as nearly done, never as done.
 _NEARLY = 0.95
-_PRIOR_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -61,47 +61,23 @@ def estimate(
     finished: Sequence[Finished],
     state: State,
     *,
-    jobs: int,
+    began: float,
     now: float,
 ) -> Estimate:
-    """Estimate the progress. The time left is the largest of three lower bounds: the work divided
-    by the cores, the memory-time divided by the budget, and the longest unit.
-
-    Machines differ: the ratio of measured to expected times of the units so far scales the rest.
+    """Estimate the progress. The time left is that of the work done so far, scaled to the rest, and
+    at least that of the longest unit. `began` and `now` are times of time.monotonic.
     """
     done = {one.unit: one for one in finished if one.status == 0 and _is_counted(one.unit)}
     running = {one.unit: one for one in state.running if _is_counted(one.unit)}
     costs = {unit: one.expected for unit, one in (done | running).items()} | dict(planned)
-    elapsed = {unit: now - one.started for unit, one in running.items()}
-    pace = _pace(costs, done, elapsed)
-    over = {unit: costs[unit].seconds for unit in done}
-    over |= {
-        unit: min(seconds / pace, costs[unit].seconds * _NEARLY)
-        for unit, seconds in elapsed.items()
-        if unit not in done
+    over = {
+        unit: min(now - one.started, costs[unit].seconds * _NEARLY) for unit, one in running.items()
     }
-    left = {
-        unit: cost.seconds - over.get(unit, 0.0) for unit, cost in costs.items() if unit not in done
-    }
-    memory_gib_s = sum(seconds * costs[unit].peak_gib for unit, seconds in left.items())
-    memory_s = memory_gib_s / state.budget_gib if state.budget_gib else 0.0
-    left_s = max(sum(left.values()) / jobs, memory_s, *left.values(), 0.0) * pace
-    total_s = sum(cost.seconds for cost in costs.values()) or 1.0
-    return Estimate(len(done), len(costs), sum(over.values()) / total_s, left_s)
-
-
-def _pace(
-    costs: Mapping[Unit, Cost], done: Mapping[Unit, Finished], elapsed: Mapping[Unit, float]
-) -> float:
-    """Return measured by expected seconds of the units done, and of running ones that are late."""
-    measured = {unit: one.seconds for unit, one in done.items()}
-    measured |= {
-        unit: seconds for unit, seconds in elapsed.items() if seconds > costs[unit].seconds
-    }
-    # A few units prove little: a tenth of the build counts at its expected time.
-    prior = _PRIOR_SHARE * sum(cost.seconds for cost in costs.values()) or 1.0
-    expected = sum(costs[unit].seconds for unit in measured)
-    return (sum(measured.values()) + prior) / (expected + prior)
+    over |= {unit: costs[unit].seconds for unit in done}
+    longest_s = max((cost.seconds - over.get(unit, 0.0) for unit, cost in costs.items()), default=0)
+    share = sum(over.values()) / (sum(cost.seconds for cost in costs.values()) or 1.0)
+    scaled_s = (now - began) * (1.0 - share) / share if share else 0.0
+    return Estimate(len(done), len(costs), share, max(scaled_s, longest_s))
 
 
 def _is_counted(unit: Unit) -> bool:
@@ -131,20 +107,8 @@ def units(state: State) -> tuple[str, ...]:
     )
 
 
-def filled(parts: Sequence[str], width: int, *, lines: int) -> tuple[str, ...]:
-    """Join parts with commas into at most `lines` lines of a width; count those that do not fit."""
-    rows: list[str] = []
-    for index, part in enumerate(parts):
-        rest = len(parts) - index
-        room = width - (len(f", +{rest - 1}") if len(rows) == lines and rest > 1 else 0)
-        if rows and len(rows[-1]) + 2 + len(part) <= room:
-            rows[-1] += f", {part}"
-        elif len(rows) < lines:
-            rows.append(part[:width])
-        else:
-            rows[-1] = f"{rows[-1][: width - len(f', +{rest}')]}, +{rest}"
-            break
-    return tuple(rows)
+def _wrapped(parts: Sequence[str], width: int, *, lines: int) -> list[str]:
+    return textwrap.wrap(", ".join(parts), width, max_lines=lines, placeholder=" …")
 
 
 def duration(seconds: float) -> str:
@@ -164,15 +128,15 @@ class Meter:
         planned: Sequence[Unit],
         costs: Costs,
         *,
-        bounds: Bounds,
+        budget_gib: float,
         console: Console,
         step: Step,
     ) -> None:
-        self._server, self._costs, self._jobs = server, costs, bounds.jobs
+        self._server, self._costs = server, costs
         self._console, self._step = console, step
         self.expect(planned)
         self._is_over = threading.Event()
-        self._budget_gib = bounds.budget_gib
+        self._budget_gib = budget_gib
         self._last_text = ""
 
     def expect(self, planned: Sequence[Unit]) -> None:
@@ -180,7 +144,7 @@ class Meter:
         self._planned = {unit: self._costs.expected(unit) for unit in planned}
 
     def __enter__(self) -> "Meter":
-        self._last_line = time.monotonic()
+        self._began = self._last_line = time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="meter", daemon=True)
         self._thread.start()
         return self
@@ -202,12 +166,12 @@ class Meter:
         if not state.budget_gib:
             return
         self._warn(state, finished)
-        found = estimate(self._planned, finished, state, jobs=self._jobs, now=now)
+        found = estimate(self._planned, finished, state, began=self._began, now=now)
         if self._console.width:
             width = max(_NARROWEST, self._console.width - _BESIDE - len(self._step.title))
             rows = (
-                *filled(figures(found, state), width, lines=3),
-                *filled(units(state), width, lines=2),
+                *_wrapped(figures(found, state), width, lines=3),
+                *_wrapped(units(state), width, lines=2),
             )
             self._step.progress(found.share, 1.0, "\n".join(rows))
         elif now - self._last_line >= LINE_S:
