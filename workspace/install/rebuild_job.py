@@ -261,7 +261,6 @@ class Job:
             installed,
             run_log=run.run_log,
             env=environment,
-            shared=run.settings.cache,
         )
         run.outcome[COMPILED_HERE] = " ".join(sorted(names))
         view.reason = (

@@ -30,6 +30,10 @@ from workspace.machine import interpreter
 from workspace.repo import pins
 from workspace.repo.git import Git, command, worktree
 
+# FA4's Python files: with the user's folder of sources CMake links to them (vllm_flash_attn.cmake),
+# else it copies them with other imports.
+_LINKED = "vllm/vllm_flash_attn/cute"
+_IMPORTS = (b"flash_attn.cute", b"vllm.vllm_flash_attn.cute")
 # Ignored files that a build writes into the package; the others come from editors and runs.
 _BUILT = re.compile(
     r"vllm/(_version\.py|vllm-rs|vllm_flash_attn/.+|third_party/.+|.+\.so(\.\d+)*)$"
@@ -222,10 +226,10 @@ def _package(layout: Layout, git: Git) -> dict[str, _Member]:
         path = layout.vllm / name
         if path.is_file():
             members[name] = path
-        elif name == tree_files.LINKED and path.is_dir():
+        elif name == _LINKED and path.is_dir():
             files = {file: file.relative_to(path) for file in path.rglob("*.py")}
             members |= {
-                f"{name}/{below}": tree_files.as_package(file.read_bytes())
+                f"{name}/{below}": file.read_bytes().replace(*_IMPORTS)
                 for file, below in files.items()
             }
     return members
