@@ -132,7 +132,7 @@ QUESTIONS: dict[str, set[str]] = {
     "torch.observe": {"workspace/machine/venv.py"},
     "torch.observe_triton": set(),
     "toolchain.ask_compiler": set(),
-    "toolchain.ask_toolkit": {"workspace/compile/device_code.py"},
+    "toolchain.ask_toolkit": set(),
 }
 SCRIPTS = [ROOT / "tasks.py", ROOT / "noxfile.py", *sorted((ROOT / "scripts").glob("*.py"))]
 # Of the library's lines.

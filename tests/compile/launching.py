@@ -153,7 +153,6 @@ def start_job_server(
     units: int = 1,
     memory: job_server.MemoryWatch | None = None,
     history: History | None = None,
-    keep_going: bool = False,
 ) -> job_server.JobServer:
     """Return a job server in the folder of `site`, to be entered."""
     return job_server.JobServer(
@@ -163,7 +162,6 @@ def start_job_server(
         units=units,
         memory=memory,
         history=history,
-        keep_going=keep_going,
     )
 
 

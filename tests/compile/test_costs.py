@@ -8,6 +8,7 @@ import pytest
 
 from workspace.compile import costs
 from workspace.compile.costs import LIGHT, Costs, Entry, History, Unit, unit_of
+from workspace.core.errors import BuildError
 
 NVCC = "nvcc -forward-unknown-to-host-compiler -x cu -c {} -o {}"
 
@@ -37,8 +38,7 @@ def test_unit_is_named_by_what_its_command_writes(argv: str, unit: Unit) -> None
 
 
 def test_shipped_table_is_complete() -> None:
-    entries, trouble = costs.read_table()
-    assert trouble == ()
+    entries = costs.read_table()
     assert len(entries) == 169
     assert sum(entry.seconds for entry in entries) / 60 == pytest.approx(284.8, abs=0.1)
     assert max(entry.peak_gib for entry in entries) == pytest.approx(9.48, abs=0.01)
@@ -95,14 +95,14 @@ def test_single_neighbour_in_a_folder_does_not_decide_alone() -> None:
 
 def test_unit_that_took_an_h200_by_surprise_is_guessed_to_be_large() -> None:
     source = "csrc/libtorch_stable/quantization/w8a8/cutlass/moe/grouped_mm_c3x_sm90.cu"
-    guessed = Costs(costs.read_table()[0]).expected(Unit("_C_stable_libtorch", source))
+    guessed = Costs(costs.read_table()).expected(Unit("_C_stable_libtorch", source))
     # Measured there: 130.5 s and 7.37 GiB.
     assert 7.37 <= guessed.peak_gib < 12
     assert 65 < guessed.seconds < 260
 
 
 def test_guesses_of_the_shipped_table_from_each_other_seldom_lack_memory() -> None:
-    table = costs.read_table()[0]
+    table = costs.read_table()
     short = [
         entry.source
         for entry in table
@@ -115,7 +115,7 @@ def test_guesses_of_the_shipped_table_from_each_other_seldom_lack_memory() -> No
 
 
 def test_real_sources_of_another_release_are_guessed_by_their_folder() -> None:
-    known = Costs(costs.read_table()[0])
+    known = Costs(costs.read_table())
     assert (
         known.expected(
             Unit(
@@ -145,7 +145,7 @@ def test_real_sources_of_another_release_are_guessed_by_their_folder() -> None:
     ],
 )
 def test_every_unit_has_an_expected_cost(unit: Unit) -> None:
-    found = Costs(costs.read_table()[0]).expected(unit)
+    found = Costs(costs.read_table()).expected(unit)
     assert found.seconds > 0
     assert 0 < found.peak_gib < 12
 
@@ -157,40 +157,11 @@ def test_preprocessor_is_light_whatever_its_source() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "_C\ta.cu\tnan\t500",
-        "_C\ta.cu\t-1\t500",
-        "_C\ta.cu\t1\t0",
-        "_C\ta.cu\t1\tinf",
-        "_C\ta.cu\t1",
-        "_C\ta.cu\tone\t500",
-        "_C\t\t1\t500",
-        "<<<<<<< HEAD",
-        "",
-    ],
-)
-def test_damaged_line_of_the_table_is_skipped_and_reported(tmp_path: Path, line: str) -> None:
-    file = tmp_path / "costs.tsv"
-    file.write_text(
-        "# head\ntarget\tsource\tseconds\tpeak_mib\n"
-        f"_C\tb.cu\t1.0\t100\n{line}\n_C\tc.cu\t2.0\t200\n"
-    )
-    entries, trouble = costs.read_table(file)
-    assert [entry.source for entry in entries] == ["b.cu", "c.cu"]
-    assert "costs.tsv is damaged in line 4" in trouble[0]
-    assert "git diff" in trouble[0]
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"# only a head\n"])
-def test_empty_table_is_reported_and_replaced_by_guesses(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "costs.tsv").write_bytes(content)
-    entries, trouble = costs.read_table(tmp_path / "costs.tsv")
-    assert entries == ()
-    assert len(trouble) == 1
-    assert Costs(entries).expected(Unit("_C", "a.cu")).origin == "guess"
-    assert costs.read_table(tmp_path / "missing.tsv")[1]
+@pytest.mark.parametrize("line", ["_C\ta.cu\t1", "_C\ta.cu\tone\t500", "<<<<<<< HEAD", "\0"])
+def test_damaged_table_is_an_error_with_its_name(tmp_path: Path, line: str) -> None:
+    (tmp_path / "costs.tsv").write_text(f"# head\n_C\tb.cu\t1.0\t100\n{line}\n")
+    with pytest.raises(BuildError, match=r"costs\.tsv cannot be read"):
+        costs.read_table(tmp_path / "costs.tsv")
 
 
 def test_history_is_read_by_the_next_build_of_the_same_setup_only(
@@ -251,6 +222,7 @@ def test_killed_compiler_is_expected_to_need_more_memory_than_it_held(
         b'{"schema": 1, "setups": []}',
         b'{"schema": 1, "setups": {"s": [["_C", "a.cu", 1.0]]}}',
         b'{"schema": 1, "setups": {"s": 3}}',
+        b'{"schema": 1, "setups": {"s": [["_C", 7, 1.0, 1.0]]}}',
         b"[" * 100_000,
     ],
 )
@@ -267,33 +239,16 @@ def test_damaged_history_is_reported_and_replaced(tmp_path: Path, content: bytes
     assert (again.warnings, len(again.entries)) == ((), 1)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        '"_C", "a.cu", NaN, 1.0',
-        '"_C", "a.cu", 1.0, Infinity',
-        '"_C", 7, 1.0, 1.0',
-        '"_C", "a.cu", true, 1.0',
-        '"_C", "a.cu", 1.0, -2',
-    ],
-)
-def test_implausible_figure_is_not_recorded_in_the_history(tmp_path: Path, row: str) -> None:
-    (tmp_path / "h").write_text(
-        f'{{"schema": 1, "setups": {{"s": [[{row}], ["_C", "b.cu", 1.0, 1.0]]}}}}'
-    )
-    assert [entry.source for entry in History(tmp_path / "h", setup="s").entries] == ["b.cu"]
-
-
 def test_pipe_in_the_place_of_the_history_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "h")
     assert History(tmp_path / "h", setup="s").warnings
 
 
 def test_price_of_a_target_is_of_all_its_measured_units() -> None:
-    count, seconds = Costs(costs.read_table()[0]).of_target("_vllm_fa2_C")
+    count, seconds = Costs(costs.read_table()).of_target("_vllm_fa2_C")
     assert count == 55
     assert 172 < seconds / 60 < 173
     own = [Entry("_vllm_fa2_C", f"{number}.cu", 60.0, 1.0) for number in range(55)]
-    measured = Costs(costs.read_table()[0], [*own, Entry("_vllm_fa2_C", "link", 30.0, 1.0)])
+    measured = Costs(costs.read_table(), [*own, Entry("_vllm_fa2_C", "link", 30.0, 1.0)])
     assert measured.of_target("_vllm_fa2_C") == (55, 55 * 60.0 + 30.0)
     assert Costs(()).of_target("_vllm_fa2_C") == (0, 0.0)

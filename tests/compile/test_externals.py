@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compile.trees import FLASHY, TAG, Site, put
+from tests.compile.trees import Site, put
 from tests.repo.conftest import commit, sh_git
 from workspace.compile import cmake_inputs, externals
 from workspace.compile.externals import External
@@ -483,22 +483,3 @@ def test_users_own_sources_win_over_a_fetch(site: Site, mirror: Path, how: str) 
 def test_override_to_a_missing_folder_is_reported(site: Site, mirror: Path) -> None:
     with pytest.raises(SettingsError, match="FLASHY_SRC_DIR=/not/there: the folder does not exist"):
         site.provide((flashy(mirror),), (), FLASHY_SRC_DIR="/not/there")
-
-
-def test_deps_of_another_pin_are_reported_and_kept(site: Site, mirror: Path) -> None:
-    assert externals.leftover(site.tree) == ()
-    deps = site.tree / ".deps"
-    put(deps, {"flashy-src/.git/HEAD": "2" * 40 + "\n", "other-src/x": "", "flashy-build/x": ""})
-    output = externals.leftover(site.tree)
-    assert output == (
-        f".deps/flashy-src is {'2' * 12}, but this pin requires {TAG[:12]}; it is not used",
-        ".deps/other-src: this pin fetches no other; it is not used",
-    )
-    put(deps, {"flashy-src/.git/HEAD": TAG + "\n"})
-    assert len(externals.leftover(site.tree)) == 1
-    put(site.tree, {"cmake/external_projects/flashy.cmake": FLASHY.replace(TAG, "v1.0")})
-    put(deps, {"flashy-src/.git/packed-refs": f"# pack-refs\n{TAG} refs/tags/v1.0\n"})
-    assert len(externals.leftover(site.tree)) == 1
-    put(deps, {"flashy-src/.git/packed-refs": "# pack-refs\n"})
-    assert "flashy-src is 111111111111" in externals.leftover(site.tree)[0]
-    assert (deps / "flashy-build" / "x").exists()

@@ -15,7 +15,7 @@ from workspace.compile.targets import Reached
 from workspace.core.console import Console
 
 BOUNDS = Bounds(4, 10.0)
-TABLE, _ = read_table()
+TABLE = read_table()
 COSTS = Costs(
     [
         Entry("_moe_C", "csrc/a.cu", 120.0, 4.0),

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.compile.launching import PLAIN, Site, start_job_server, until
 from workspace.compile import job_server, launcher
 
@@ -148,32 +146,3 @@ def test_launcher_runs_in_old_pythons_and_imports_nothing_heavy() -> None:
         "site",
         "fcntl",
     }
-
-
-@pytest.mark.parametrize("name", ["plain", "with 'quotes', \"more\" $HOME and * blanks"])
-def test_compiler_called_by_name_takes_a_token_and_its_children_take_none(
-    tmp_path: Path, name: str
-) -> None:
-    site = Site(tmp_path / name)
-    site.compiler("command -v compiler")
-    stand_ins = job_server.stand_in(
-        site.server_folder, {"compiler": [str(site.folder / "compiler")]}
-    )
-    environment = {"PATH": f"{stand_ins}:{site.folder}:{PLAIN['PATH']}"}
-    with start_job_server(site) as server:
-        done = subprocess.run(
-            ["compiler", "-c", "a", "b", "-o", "x.o"],
-            cwd=site.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-    assert [one.unit.source for one in server.finished] == ["x"]
-    # Below a compiler with a token the name means the compiler itself again.
-    assert done.stdout.strip() == str(site.folder / "compiler")
-
-
-def test_stand_in_for_a_removed_compiler_is_removed(tmp_path: Path) -> None:
-    job_server.stand_in(tmp_path, {"cc": ["/usr/bin/cc"], "nvcc": ["/cuda/nvcc"]})
-    place = job_server.stand_in(tmp_path, {"cc": ["/usr/bin/cc"]})
-    assert [one.name for one in place.iterdir()] == ["cc"]

@@ -410,16 +410,8 @@ def test_change_that_reaches_no_target_is_reported(tree: Path) -> None:
         "csrc/python/none.py",
     ]
     put(tree, {"csrc/lonely.cuh": ""})
-    assert targets.follow(tree, changed, PROJECT, build=tree, pinned=PROJECT) == targets.Reach(
-        (),
-        (
-            "CMakeLists.txt changes no target that is compiled here",
-            "csrc/gone.h is deleted, and no target here includes it",
-            "no target here includes csrc/lonely.cuh",
-            "csrc/python/none.py writes no file that is compiled here",
-            "no target here compiles csrc/rocm/attention.cu",
-        ),
-    )
+    found = targets.follow(tree, changed, PROJECT, build=tree, pinned=PROJECT)
+    assert found == targets.Reach((), tuple(sorted(changed)))
 
 
 def test_cmake_files_are_judged_by_what_the_pin_would_build(tree: Path) -> None:

@@ -102,9 +102,7 @@ class Bench:
             folder,
         )
 
-    def put(
-        self, *names: str, shared: Path | None = None, env: Mapping[str, str] | None = None
-    ) -> tuple[str, ...]:
+    def put(self, *names: str, env: Mapping[str, str] | None = None) -> tuple[str, ...]:
         with RunLog(Console(), self.folder / "logs", verb="test") as run_log:
             return install_targets(
                 self.build,
@@ -112,7 +110,6 @@ class Bench:
                 named(*names),
                 run_log=run_log,
                 env=ENV | dict(env or {}),
-                shared=shared,
             )
 
     def text(self, name: str) -> str:
@@ -186,9 +183,9 @@ def test_tracked_file_is_never_written_over(bench: Bench) -> None:
 
 
 def test_same_files_again_are_not_touched(bench: Bench) -> None:
-    bench.put("_C", "_vllm_fa2_C", "_vllm_fa4_cutedsl_C", shared=bench.build / "cache")
+    bench.put("_C", "_vllm_fa2_C", "_vllm_fa4_cutedsl_C")
     before = {path: path.lstat() for path in (bench.tree / "vllm").rglob("*") if not path.is_dir()}
-    bench.put("_C", "_vllm_fa2_C", "_vllm_fa4_cutedsl_C", shared=bench.build / "cache")
+    bench.put("_C", "_vllm_fa2_C", "_vllm_fa4_cutedsl_C")
     assert {path: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in before} == {
         path: (was.st_ino, was.st_mtime_ns) for path, was in before.items()
     }
@@ -238,37 +235,21 @@ def test_file_that_may_not_be_of_a_build_stays(bench: Bench, change: str) -> Non
     assert (bench.tree / "vllm/vllm_flash_attn/layers/rotary.py").exists()
 
 
-def test_link_into_the_shared_cache_becomes_a_copy_with_the_imports_of_the_package(
-    bench: Bench,
-) -> None:
-    brought = bench.put("_vllm_fa4_cutedsl_C", shared=bench.build / "cache")
-    assert brought == (
-        "vllm/vllm_flash_attn/cute/__init__.py",
-        "vllm/vllm_flash_attn/cute/interface.py",
-    )
-    assert not (bench.tree / "vllm/vllm_flash_attn/cute").is_symlink()
-    assert (
-        bench.text("vllm_flash_attn/cute/interface.py")
-        == "from vllm.vllm_flash_attn.cute.utils import x\n"
-    )
-
-
 def test_link_to_the_users_own_sources_stays_a_link(bench: Bench) -> None:
-    bench.put("_vllm_fa4_cutedsl_C", shared=bench.folder / "elsewhere")
+    bench.put("_vllm_fa4_cutedsl_C")
     assert (
         bench.tree / "vllm/vllm_flash_attn/cute"
     ).resolve() == bench.build / "cache/flash_attn/cute"
 
 
 def test_no_file_is_written_behind_a_link_of_an_earlier_build(bench: Bench) -> None:
-    bench.put("_vllm_fa4_cutedsl_C")
-    bench.put("_vllm_fa4_cutedsl_C", shared=bench.build / "cache")
-    assert not (bench.tree / "vllm/vllm_flash_attn/cute").is_symlink()
-    assert (bench.build / "cache/flash_attn/cute/interface.py").read_text() == CUTE[
-        "cache/flash_attn/cute/interface.py"
-    ]
-    bench.put("_vllm_fa4_cutedsl_C")
-    assert (bench.tree / "vllm/vllm_flash_attn/cute").is_symlink()
+    mine = bench.folder / "mine"
+    write(mine, {"rotary.py": "mine = 1\n"})
+    (bench.tree / "vllm/vllm_flash_attn/layers").symlink_to(mine)
+    bench.put("_vllm_fa2_C")
+    assert not (bench.tree / "vllm/vllm_flash_attn/layers").is_symlink()
+    assert (mine / "rotary.py").read_text() == "mine = 1\n"
+    assert bench.text("vllm_flash_attn/layers/rotary.py") == "r = 1\n"
     assert bench.left() == []
 
 

@@ -25,7 +25,7 @@ from workspace.repo.git import Git
 
 def pack(world: World, folder: Path) -> wheel.Written:
     known = settings.load(world.layout, environ=world.env)
-    return wheel.pack(world.layout, known, plan.observe(world.layout, known), folder)
+    return wheel.pack(world.layout, plan.observe(world.layout, known), folder)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ from workspace.core.paths import Layout
 layout = Layout(Path(sys.argv[2]))
 known = settings.load(layout)
 try:
-    wheel.pack(layout, known, plan.observe(layout, known), Path(sys.argv[3]))
+    wheel.pack(layout, plan.observe(layout, known), Path(sys.argv[3]))
 except ToolchainError as exc:
     print(exc.message, list(Path(sys.argv[3]).iterdir()))
 """

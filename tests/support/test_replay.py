@@ -7,7 +7,7 @@ from workspace.compile.scheduler import Bounds
 from workspace.core.errors import BuildError
 from workspace.support import perf
 
-TRACE, _ = read_table()
+TRACE = read_table()
 
 
 @pytest.mark.parametrize("budget_gib", [24.0, 48.0, 96.0])

@@ -265,9 +265,7 @@ class _Suite:
             why = "this machine has no GPU, and TORCH_CUDA_ARCH_LIST is not set"
             return Check("binary.cubins", "skipped", why, 0.0)
         listed = device_code.list_cubins(
-            self._layout,
-            self._settings,
-            [self._layout.vllm / path for path in self._expected.libraries],
+            self._layout, [self._layout.vllm / path for path in self._expected.libraries]
         )
         judged = device_code.judge(listed, capabilities=capabilities, archs=archs)
         problems = [

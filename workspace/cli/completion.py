@@ -171,10 +171,8 @@ def _fields(layout: Layout) -> Iterable[str]:
 
 def _targets(layout: Layout) -> Iterable[str]:
     from workspace.compile import project
-    from workspace.machine.machine import Case
 
-    is_cpu = Case(main.machine()).device == "cpu"
-    return project.extensions(layout.vllm, "cpu" if is_cpu else "cuda")
+    return project.extensions(layout.vllm)
 
 
 def _patches(layout: Layout) -> Iterable[str]:

@@ -4,12 +4,14 @@ This machine's own history comes first, then the shipped table (costs.tsv), then
 assumes rather too much memory than too little.
 """
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from workspace.core import records
+from workspace.core import hints, records
+from workspace.core.errors import BuildError
 from workspace.core.files import read_regular
 
 TABLE = Path(__file__).with_name("costs.tsv")
@@ -17,8 +19,6 @@ TABLE = Path(__file__).with_name("costs.tsv")
 KEPT_SETUPS = 8
 _MIB = 1024
 _COLUMNS = "target\tsource\tseconds\tpeak_mib"
-# A day and a TiB: larger figures are damaged.
-_LONGEST_S, _LARGEST_GIB = 86_400.0, 1024.0
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,6 @@ def _guess(known: Sequence[Entry], source: str) -> Cost:
     The median of peaks would be too low by more than 2 GiB for 8 units of the shipped table, each
     guessed from the others; the largest peak is for 1.
     """
-    import statistics
-
     suffix = PurePosixPath(source).suffix
     alike = sorted(
         (_distance(entry.source, source), entry.seconds, entry.peak_gib)
@@ -196,62 +194,30 @@ def _distance(one: str, other: str) -> int:
     return len({*PurePosixPath(one).parts[:-1]} ^ {*PurePosixPath(other).parts[:-1]})
 
 
-def read_table(path: Path = TABLE) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
-    """Return the entries of a table, and a warning about damaged lines, which are left out."""
-    note = f"guesses replace it; git diff -- workspace/compile/{path.name} shows the edit"
+def read_table(path: Path = TABLE) -> tuple[Entry, ...]:
+    """Return the entries of a table. Raises BuildError for a damaged one."""
     try:
-        text = read_regular(path).decode()
-    except (OSError, UnicodeDecodeError) as exc:
-        return (), (f"the cost table {path.name} cannot be read ({exc}): {note}",)
-    entries, bad = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.startswith("#") or line == _COLUMNS:
-            continue
-        fields = line.split("\t")
-        entry = _entry(*fields) if len(fields) == len(_COLUMNS.split("\t")) else None
-        if entry:
-            entries.append(entry)
-        else:
-            bad.append(number)
-    if bad or not entries:
-        return tuple(entries), (
-            f"the cost table {path.name} is damaged{f' in line {bad[0]}' if bad else ''}: {note}",
+        rows = [
+            line.split("\t")
+            for line in read_regular(path).decode().splitlines()
+            if not line.startswith("#") and line != _COLUMNS
+        ]
+        return tuple(
+            Entry(target, source, float(seconds), float(peak_mib) / _MIB)
+            for target, source, seconds, peak_mib in rows
         )
-    return tuple(entries), ()
-
-
-def _entry(target: str, source: str, seconds: str, peak_mib: str) -> Entry | None:
-    try:
-        return _plausible(target, source, float(seconds), float(peak_mib) / _MIB)
-    except ValueError:
-        return None
-
-
-def _plausible(target: object, source: object, seconds: object, peak_gib: object) -> Entry | None:
-    """Return an entry of these values, or None if one is implausible."""
-    if not isinstance(target, str) or not isinstance(source, str) or not source:
-        return None
-    # bool is an int; nan compares false with everything.
-    if (
-        isinstance(seconds, bool)
-        or not isinstance(seconds, int | float)
-        or not 0 <= seconds <= _LONGEST_S
-    ):
-        return None
-    if (
-        isinstance(peak_gib, bool)
-        or not isinstance(peak_gib, int | float)
-        or not 0 < peak_gib <= _LARGEST_GIB
-    ):
-        return None
-    return Entry(target, source, float(seconds), float(peak_gib))
+    except (OSError, ValueError) as exc:
+        raise BuildError(
+            f"the cost table {path.name} cannot be read: {exc}",
+            hint=hints.text("core.git_status", folder=path.parent),
+        ) from exc
 
 
 @dataclass(frozen=True)
 class _History(records.Record, schema=1):
-    """Target, source, seconds and peak GiB of each unit, by setup; `_plausible` checks each."""
+    """Target, source, seconds and peak GiB of each unit, by setup."""
 
-    setups: Mapping[str, Sequence[tuple[object, object, object, object]]]
+    setups: Mapping[str, Sequence[tuple[str, str, float, float]]]
 
 
 class History:
@@ -282,8 +248,7 @@ class History:
                 max(seconds, before.seconds if before else 0.0),
                 max(peak_gib * KILLED_HELD, before.peak_gib if before else 0.0),
             )
-        if entry := _plausible(unit.target, unit.source, round(seconds, 2), round(peak_gib, 4)):
-            self._new[key] = entry
+        self._new[key] = Entry(*key, round(seconds, 2), round(peak_gib, 4))
 
     def save(self) -> None:
         """Add the new entries to the file, which other builds may have changed. Raises OSError on
@@ -315,6 +280,6 @@ def _read_history(path: Path) -> tuple[dict[str, tuple[Entry, ...]], tuple[str, 
             ),
         )
     return {
-        name: tuple(entry for row in rows if (entry := _plausible(*row)))
+        name: tuple(Entry(*row) for row in rows)
         for name, rows in (record.setups if record else {}).items()
     }, ()

@@ -219,34 +219,6 @@ def provide(
     return given
 
 
-def leftover(tree: Path) -> tuple[str, ...]:
-    """Return a message for each source that an earlier build of another pin left in the tree's
-    `.deps`. They are not used.
-    """
-    folders = sorted((tree / ".deps").glob("*-src"))
-    tags = (
-        {
-            external.name.lower(): external.tag
-            for device in ("cuda", "cpu")
-            for external in declared(tree, device)
-        }
-        if folders
-        else {}
-    )
-    found = []
-    for folder in folders:
-        name, there = folder.name.removesuffix("-src"), _checked_out(folder)
-        tag = tags.get(name)
-        if tag is None:
-            found.append(f".deps/{folder.name}: this pin fetches no {name}; it is not used")
-        elif there != (tag if _COMMIT.fullmatch(tag) else _tagged(folder, tag)):
-            found.append(
-                f".deps/{folder.name} is {(there or 'no git checkout')[:12]}, but this pin requires"
-                f" {tag[:12]}; it is not used"
-            )
-    return tuple(found)
-
-
 def _options(args: Sequence[str]) -> Mapping[str, list[str]]:
     """Return the values after each keyword of a declaration."""
     options: dict[str, list[str]] = {}
@@ -447,28 +419,8 @@ def _checked_out(folder: Path) -> str | None:
     return text if _COMMIT.fullmatch(text) else None
 
 
-def _tagged(folder: Path, tag: str) -> str | None:
-    """Return the commit of a tag in a checkout of CMake's, None if unknown there."""
-    for line in _lines(folder / ".git" / "packed-refs"):
-        oid, _, name = line.partition(" ")
-        if name == f"refs/tags/{tag}":
-            return oid
-    return next(iter(_lines(folder / ".git" / "refs" / "tags" / tag)), None)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _placeholders(layout: Layout) -> Path:
-    return layout.builds / PLACEHOLDERS
-
-
 def _placeholder(layout: Layout, external: External) -> Path:
-    place = _placeholders(layout) / external.name.lower() / external.tag.replace("/", "_")
+    place = layout.builds / PLACEHOLDERS / external.name.lower() / external.tag.replace("/", "_")
     make_placeholder(
         place, external.name, external.tag, files=external.files, defines=external.defines
     )

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,8 +52,6 @@ _OTHER_FAILED = "another unit failed"
 # Folder of a job server below a build directory, and the launcher in it. The names stay: ninja
 # compares commands, so a new path would compile every unit again.
 FOLDER, LAUNCHER = "tickets", "ticket"
-# Below that folder.
-STAND_INS = "compilers"
 
 
 def install(folder: Path) -> Path:
@@ -61,31 +59,11 @@ def install(folder: Path) -> Path:
     ninja compares the commands.
 
     A path without arguments works for CMake (CMAKE_<LANG>_COMPILER_LAUNCHER), ccache
-    (prefix_command), cargo (RUSTC_WRAPPER) and torch (PYTORCH_NVCC).
+    (prefix_command) and cargo (RUSTC_WRAPPER).
     """
-    # Children of a compiler with a token need none: the stand-ins are for compilers without a
-    # launcher.
-    without = f'_stand_ins={shlex.quote(str(folder / STAND_INS))}; PATH="${{PATH#"$_stand_ins":}}"'
     argv = (sys.executable, "-I", "-S", launcher.__file__, str(folder))
-    return _write_program(folder / LAUNCHER, f"{without}; exec {shlex.join(argv)}")
-
-
-def stand_in(folder: Path, compilers: Mapping[str, Sequence[str]]) -> Path:
-    """Create a folder of stand-ins, to be put first on PATH, and return it: a command that calls a
-    compiler by name then also requests a token.
-
-    `compilers` maps each name to the command that it runs.
-    """
-    place = folder / STAND_INS
-    for name, argv in compilers.items():
-        _write_program(place / name, f"exec {shlex.join([str(install(folder)), *argv])}")
-    for old in set(os.listdir(place)) - set(compilers) if place.is_dir() else ():
-        (place / old).unlink()
-    return place
-
-
-def _write_program(program: Path, command: str) -> Path:
-    content = f'#!/bin/sh\n{command} "$@"\n'.encode()
+    content = f'#!/bin/sh\nexec {shlex.join(argv)} "$@"\n'.encode()
+    program = folder / LAUNCHER
     if not program.is_file() or program.read_bytes() != content:
         write_atomic(program, content, mode=0o755)
     return program
@@ -103,9 +81,9 @@ class JobServer:
     """Job server that gives tokens to compilers while the block is entered, from a thread.
 
     Without `memory` only the bounds count. `units` is the expected number of requests, if known:
-    then the first need not wait for others. Once a unit has failed, waiting ones are refused,
-    unless `keep_going`: ninja has started them already and would wait for all of them. `trouble` is
-    a message once memory has run out too often.
+    then the first need not wait for others. Once a unit has failed, waiting ones are refused: ninja
+    has started them already and would wait for all of them. `trouble` is a message once memory has
+    run out too often.
     """
 
     def __init__(
@@ -117,13 +95,12 @@ class JobServer:
         memory: MemoryWatch | None = None,
         history: History | None = None,
         units: int = 0,
-        keep_going: bool = False,
     ) -> None:
         self.state = State()
         self.trouble: str | None = None
         self._folder, self._admission, self._costs = folder, admission, costs
         self._memory, self._history = memory, history
-        self._units, self._keep_going = units, keep_going
+        self._units = units
         self._clients: dict[int, Client] = {}
         self._finished: list[Finished] = []
         self._failure: BaseException | None = None
@@ -215,7 +192,6 @@ class JobServer:
             running,
             len(admission.waiting),
             admission.why,
-            admission.charged_gib,
             held_gib,
             admission.bounds.budget_gib,
         )
@@ -326,7 +302,6 @@ class JobServer:
         done = Finished(
             client.unit,
             client.expected,
-            client.started,
             seconds,
             client.peak_gib,
             status,
@@ -342,7 +317,7 @@ class JobServer:
             self._history.add(
                 done.unit, seconds=seconds, peak_gib=done.peak_gib, is_killed=is_killed
             )
-        if status != 0 and not is_killed and not self._keep_going:
+        if status != 0 and not is_killed:
             self._fail()
         return done
 

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,9 +25,8 @@ from workspace.compile.progress import Meter
 from workspace.compile.project import Unit
 from workspace.compile.scheduler import Admission, Bounds, Finished
 from workspace.core import hints, process
-from workspace.core.child_variables import with_given
 from workspace.core.console import RunLog, Step
-from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.errors import BuildError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -126,9 +124,6 @@ class Failures:
         self._output, self._lines = None, []
 
 
-# Compilers that are called by name by builders that do not ask CMake: DeepGEMM's, torch's, a nested
-# configure.
-_COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
 # First bytes of the files in which ninja records what it has built.
 _RECORDS = {".ninja_log": b"# ninja log v", ".ninja_deps": b"# ninjadeps\n"}
 # Below this much free space, blame the disk for a build failure without a message.
@@ -142,21 +137,6 @@ class Compiled:
     finished: tuple[Finished, ...]
     seconds: float
     summary: tuple[progress.Cells, ...]
-
-
-def find(layout: Layout, settings: Settings) -> Path:
-    """Return the ninja of `.vllm`, else of the tools, else on PATH. Raises ToolchainError if there
-    is none.
-    """
-    for folder in (layout.environment / "bin", layout.tools / "bin"):
-        if os.access(folder / "ninja", os.X_OK):
-            return folder / "ninja"
-    found = shutil.which("ninja", path=settings.child_environment("build").get("PATH", ""))
-    if found is None:
-        raise ToolchainError(
-            "no ninja found, neither in .vllm nor on PATH", hint=hints.text("inv.bootstrap")
-        )
-    return Path(found)
 
 
 def history_file(settings: Settings) -> Path:
@@ -219,7 +199,6 @@ class Work:
     jobs: Jobs
     memory: Memory
     planned: tuple[CostUnit, ...] = ()
-    keep_going: bool = False
     command: str = "./scripts/inv rebuild"
 
     @classmethod
@@ -255,11 +234,10 @@ def compile(
     for sentence in repair(work.build):
         run_log.console.warn(sentence)
     argv: list[process.Argument] = [
-        find(layout, settings),
+        "ninja",
         "-C",
         work.build,
         f"-j{job_limits.visible(len(work.planned), work.jobs)}",
-        *(["-k0"] if work.keep_going else []),
         *targets,
     ]
     program = Program(argv, _child_environment(layout, settings, work.build, work.jobs))
@@ -290,10 +268,15 @@ def under_job_server(
     Raises BuildError as `compile` does.
     """
     history = History(history_file(settings), setup=work.setup)
-    before, costs = history.entries, Costs(read_table()[0], history.entries)
+    costs = Costs(read_table(), history.entries)
     server = _job_server(work, costs, history)
     meter = Meter(
-        server, work.planned, costs, bounds=work.bounds, console=run_log.console, step=step
+        server,
+        work.planned,
+        costs,
+        budget_gib=work.memory.budget_gib,
+        console=run_log.console,
+        step=step,
     )
     began, failures = time.monotonic(), Failures()
 
@@ -312,13 +295,11 @@ def under_job_server(
                 cwd=program.cwd,
             )
     except (BuildError, OSError) as exc:
-        _write_trace(run_log, server.finished, meter, began)
         raise _explained(exc, server, failures, settings, work, run_log) from exc
-    _write_trace(run_log, server.finished, meter, began)
     return Compiled(
         server.finished,
         time.monotonic() - began,
-        progress.build_summary(server.finished, before),
+        progress.build_summary(server.finished),
     )
 
 
@@ -342,7 +323,6 @@ def _job_server(work: Work, costs: Costs, history: History) -> job_server.JobSer
         ),
         history=history,
         units=len(work.planned),
-        keep_going=work.keep_going,
     )
 
 
@@ -370,52 +350,10 @@ def repair(build: Path) -> tuple[str, ...]:
 def _child_environment(
     layout: Layout, settings: Settings, build: Path, jobs: Jobs
 ) -> dict[str, str]:
-    """Return the environment of ninja itself: each compiler on its PATH is a stand-in that requests
-    a token, also for a command that calls a compiler by name.
-    """
+    """Return the environment of ninja itself."""
     launcher = job_server.install(build / job_server.FOLDER)
     given = environment(layout, settings, jobs, launcher)
-    variables = settings.child_environment("compile", given, layout=layout)
-    stand_ins = dict[str, str]()
-    found = {
-        name: [program]
-        for name in _COMPILERS
-        if (program := shutil.which(name, path=variables["PATH"]))
-    }
-    for variable in ("CC", "CXX"):
-        if argv := _split_command(variables.get(variable, "")):
-            name = f"{variable}-{Path(argv[-1]).name}"
-            found[name] = argv
-            place = build / job_server.FOLDER / job_server.STAND_INS / name
-            stand_ins[variable] = str(place)
-    folder = job_server.stand_in(build / job_server.FOLDER, found)
-    # torch's builder calls the toolkit's nvcc by its path, or what this names
-    # (torch/utils/cpp_extension.py).
-    if "PYTORCH_NVCC" in variables:
-        stand_ins["PYTORCH_NVCC"] = f"{shlex.quote(str(launcher))} {variables['PYTORCH_NVCC']}"
-    elif "nvcc" in found:
-        stand_ins["PYTORCH_NVCC"] = str(folder / "nvcc")
-    # ccache adds the g++ that nvcc finds on PATH to the key, by date and size; a stand-in belongs
-    # to this clone only.
-    stand_ins["CCACHE_PATH"] = variables.get("CCACHE_PATH", variables["PATH"])
-    stand_ins["PATH"] = os.pathsep.join([str(folder), variables["PATH"]])
-    return with_given(variables, "compile", stand_ins)
-
-
-def _split_command(text: str) -> list[str]:
-    """Split the command in a variable such as CXX; return an empty list if it cannot be split."""
-    try:
-        return shlex.split(text)
-    except ValueError:
-        # The quotes do not match: the program that uses the variable reports that.
-        return []
-
-
-def _write_trace(run_log: RunLog, finished: Sequence[Finished], meter: Meter, began: float) -> None:
-    """Write the trace of the build; a failure to write it does not fail the build."""
-    if run_log.path is not None and finished:
-        with contextlib.suppress(OSError):
-            progress.write_timeline(run_log.path, finished, meter.samples, began=began)
+    return settings.child_environment("compile", given, layout=layout)
 
 
 def _explained(

@@ -1,173 +1,40 @@
-"""Progress of a build: a bar on a terminal, a line now and then elsewhere; and its trace and
-summary. Percent and remaining time come from expected costs, not from counts.
+"""Progress of a build: a bar on a terminal, a line now and then elsewhere; and its summary. Percent
+and remaining time come from expected costs, not from counts.
 """
 
 import contextlib
-import heapq
-import json
+import textwrap
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.compile.costs import LINK, Cost, Costs, Entry, Unit
+from workspace.compile.costs import LINK, Cost, Costs, Unit
 from workspace.compile.job_server import JobServer
-from workspace.compile.scheduler import Bounds, Finished, State
+from workspace.compile.scheduler import Finished, State
 from workspace.core.console import Console, Step
-from workspace.core.files import write_atomic
 
-SUFFIX = ".trace.json"
 SHOWN = 3
-# The time of a unit differs between builds with the load; ignore a difference below these.
-NEWS_SHARE, NEWS_S = 0.1, 1.0
-_PROCESS = 1
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Sample of a build at a time of time.monotonic: GiB held and charged, running and waiting
-    compilers.
-    """
-
-    at: float
-    held_gib: float
-    charged_gib: float
-    running: int
-    waiting: int
-
-
-def lanes(finished: Sequence[Finished]) -> tuple[int, ...]:
-    """Return a lane for each unit, from 0: units that ran at the same time are in different lanes,
-    and there are no more lanes than units that ran at once.
-    """
-    found, free, occupied = [0] * len(finished), list[int](), list[tuple[float, int]]()
-    for index in sorted(range(len(finished)), key=lambda index: finished[index].started):
-        done = finished[index]
-        while occupied and occupied[0][0] <= done.started:
-            heapq.heappush(free, heapq.heappop(occupied)[1])
-        lane = heapq.heappop(free) if free else len(occupied)
-        found[index] = lane
-        heapq.heappush(occupied, (done.started + done.seconds, lane))
-    return tuple(found)
-
-
-def trace(
-    finished: Sequence[Finished], samples: Iterable[Sample], *, began: float
-) -> Mapping[str, object]:
-    """Return the build as a trace: a lane for each parallel compiler, and counters. `began` is the
-    time 0, of time.monotonic.
-
-    The form is Chrome's Trace Event Format, JSON Object Format: complete events (X), counters (C)
-    and names (M); times are in microseconds.
-    """
-    found = lanes(finished)
-    events = [
-        _named("process_name", 0, "compilers"),
-        *(
-            _named("thread_name", lane + 1, f"compiler {lane + 1}")
-            for lane in range(max(found, default=-1) + 1)
-        ),
-        *(_unit_event(done, lane, began) for done, lane in zip(finished, found, strict=True)),
-        *(event for sample in samples for event in _counters(sample, began)),
-    ]
-    return {"displayTimeUnit": "ms", "traceEvents": events}
-
-
-def _unit_event(done: Finished, lane: int, began: float) -> Mapping[str, object]:
-    category = "compile" if done.status == 0 else "failed"
-    if done.unit.is_light or done.is_killed:
-        category = "preprocess" if done.unit.is_light else "killed"
-    is_link = done.unit.source == LINK
-    return {
-        "name": f"link of {done.unit.target}" if is_link else Path(done.unit.source).name or "?",
-        "cat": category,
-        "ph": "X",
-        "ts": _us(done.started - began),
-        "dur": _us(done.seconds),
-        "pid": _PROCESS,
-        "tid": lane + 1,
-        "args": {
-            "source": done.unit.source,
-            "target": done.unit.target,
-            "status": done.status,
-            "peak GiB": round(done.peak_gib, 3),
-            "expected GiB": round(done.expected.peak_gib, 3),
-            "expected s": round(done.expected.seconds, 1),
-            "expected from": done.expected.origin,
-        },
-    }
-
-
-def _counters(sample: Sample, began: float) -> tuple[Mapping[str, object], ...]:
-    at = _us(sample.at - began)
-    # A viewer stacks the values of a counter: their sum is what counts against the budget.
-    expected_gib = max(0.0, sample.charged_gib - sample.held_gib)
-    memory = {"held": round(sample.held_gib, 3), "expected beyond": round(expected_gib, 3)}
-    return (
-        _counted("memory GiB", at, memory),
-        _counted("units", at, {"running": sample.running, "waiting": sample.waiting}),
-    )
-
-
-def write_timeline(
-    log: Path, finished: Sequence[Finished], samples: Iterable[Sample], *, began: float
-) -> Path:
-    """Write the trace beside the log, and remove traces whose logs are gone. Raises OSError on
-    failure.
-    """
-    for old in log.parent.glob(f"*{SUFFIX}"):
-        if not old.with_name(old.name.removesuffix(SUFFIX) + log.suffix).exists():
-            old.unlink(missing_ok=True)
-    path = log.with_suffix(SUFFIX)
-    write_atomic(path, json.dumps(trace(finished, samples, began=began)).encode() + b"\n")
-    return path
 
 
 Cells = tuple[str, ...]
 
 
-def build_summary(finished: Sequence[Finished], before: Iterable[Entry]) -> tuple[Cells, ...]:
-    """Return a line of a table for each of the slowest and the largest units, compared with the
-    last build of the same setup.
-    """
-    known = {(entry.target, entry.source): entry for entry in before}
+def build_summary(finished: Sequence[Finished]) -> tuple[Cells, ...]:
+    """Return a line of a table for each of the slowest and the largest units."""
     done = [one for one in finished if one.status == 0 and not one.unit.is_light]
     slowest = sorted(done, key=lambda one: -one.seconds)[:SHOWN]
     largest = sorted(done, key=lambda one: -one.peak_gib)[:SHOWN]
     return tuple(
-        (heading, f"{one.seconds:.1f} s", f"{one.peak_gib:.2f} GiB", _compared(heading, one, known))
+        (heading, f"{one.seconds:.1f} s", f"{one.peak_gib:.2f} GiB", _shown(one.unit))
         for heading, ones in (("slowest", slowest), ("largest", largest))
         for one in ones
     )
 
 
-def _compared(heading: str, done: Finished, known: Mapping[tuple[str, str], Entry]) -> str:
-    line = done.unit.source if done.unit.source != LINK else f"link of {done.unit.target}"
-    entry = known.get((done.unit.target, done.unit.source))
-    if entry is None:
-        return line
-    if heading == "largest":
-        return f"{line}  (last build {entry.peak_gib:.2f} GiB)"
-    difference = done.seconds - entry.seconds
-    if abs(difference) < max(NEWS_S, entry.seconds * NEWS_SHARE):
-        return f"{line}  (as in the last build)"
-    return (
-        f"{line}  (last build {entry.seconds:.1f} s: {abs(difference):.1f} s"
-        f" {'slower' if difference > 0 else 'faster'})"
-    )
-
-
-def _named(kind: str, lane: int, name: str) -> Mapping[str, object]:
-    return {"name": kind, "ph": "M", "ts": 0, "pid": _PROCESS, "tid": lane, "args": {"name": name}}
-
-
-def _counted(name: str, at: int, values: Mapping[str, float]) -> Mapping[str, object]:
-    return {"name": name, "ph": "C", "ts": at, "pid": _PROCESS, "args": values}
-
-
-def _us(seconds: float) -> int:
-    return max(0, round(seconds * 1e6))
+def _shown(unit: Unit) -> str:
+    return f"link of {unit.target}" if unit.source == LINK else unit.source
 
 
 LOOK_S = 0.5
@@ -177,7 +44,6 @@ _BESIDE = 42
 _NARROWEST = 24
 # A unit that takes longer than expected counts as nearly done, never as done.
 _NEARLY = 0.95
-_PRIOR_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -195,47 +61,23 @@ def estimate(
     finished: Sequence[Finished],
     state: State,
     *,
-    jobs: int,
+    began: float,
     now: float,
 ) -> Estimate:
-    """Estimate the progress. The time left is the largest of three lower bounds: the work divided
-    by the cores, the memory-time divided by the budget, and the longest unit.
-
-    Machines differ: the ratio of measured to expected times of the units so far scales the rest.
+    """Estimate the progress. The time left is that of the work done so far, scaled to the rest, and
+    at least that of the longest unit. `began` and `now` are times of time.monotonic.
     """
     done = {one.unit: one for one in finished if one.status == 0 and _is_counted(one.unit)}
     running = {one.unit: one for one in state.running if _is_counted(one.unit)}
     costs = {unit: one.expected for unit, one in (done | running).items()} | dict(planned)
-    elapsed = {unit: now - one.started for unit, one in running.items()}
-    pace = _pace(costs, done, elapsed)
-    over = {unit: costs[unit].seconds for unit in done}
-    over |= {
-        unit: min(seconds / pace, costs[unit].seconds * _NEARLY)
-        for unit, seconds in elapsed.items()
-        if unit not in done
+    over = {
+        unit: min(now - one.started, costs[unit].seconds * _NEARLY) for unit, one in running.items()
     }
-    left = {
-        unit: cost.seconds - over.get(unit, 0.0) for unit, cost in costs.items() if unit not in done
-    }
-    memory_gib_s = sum(seconds * costs[unit].peak_gib for unit, seconds in left.items())
-    memory_s = memory_gib_s / state.budget_gib if state.budget_gib else 0.0
-    left_s = max(sum(left.values()) / jobs, memory_s, *left.values(), 0.0) * pace
-    total_s = sum(cost.seconds for cost in costs.values()) or 1.0
-    return Estimate(len(done), len(costs), sum(over.values()) / total_s, left_s)
-
-
-def _pace(
-    costs: Mapping[Unit, Cost], done: Mapping[Unit, Finished], elapsed: Mapping[Unit, float]
-) -> float:
-    """Return measured by expected seconds of the units done, and of running ones that are late."""
-    measured = {unit: one.seconds for unit, one in done.items()}
-    measured |= {
-        unit: seconds for unit, seconds in elapsed.items() if seconds > costs[unit].seconds
-    }
-    # A few units prove little: a tenth of the build counts at its expected time.
-    prior = _PRIOR_SHARE * sum(cost.seconds for cost in costs.values()) or 1.0
-    expected = sum(costs[unit].seconds for unit in measured)
-    return (sum(measured.values()) + prior) / (expected + prior)
+    over |= {unit: costs[unit].seconds for unit in done}
+    longest_s = max((cost.seconds - over.get(unit, 0.0) for unit, cost in costs.items()), default=0)
+    share = sum(over.values()) / (sum(cost.seconds for cost in costs.values()) or 1.0)
+    scaled_s = (now - began) * (1.0 - share) / share if share else 0.0
+    return Estimate(len(done), len(costs), share, max(scaled_s, longest_s))
 
 
 def _is_counted(unit: Unit) -> bool:
@@ -259,26 +101,14 @@ def units(state: State) -> tuple[str, ...]:
     if state.waiting and not state.running:
         return (state.why,)
     return tuple(
-        Path(one.unit.source).name if one.unit.source != LINK else f"link of {one.unit.target}"
+        _shown(one.unit).rpartition("/")[2]
         for one in sorted(state.running, key=lambda one: one.started)
         if not one.unit.is_light
     )
 
 
-def filled(parts: Sequence[str], width: int, *, lines: int) -> tuple[str, ...]:
-    """Join parts with commas into at most `lines` lines of a width; count those that do not fit."""
-    rows: list[str] = []
-    for index, part in enumerate(parts):
-        rest = len(parts) - index
-        room = width - (len(f", +{rest - 1}") if len(rows) == lines and rest > 1 else 0)
-        if rows and len(rows[-1]) + 2 + len(part) <= room:
-            rows[-1] += f", {part}"
-        elif len(rows) < lines:
-            rows.append(part[:width])
-        else:
-            rows[-1] = f"{rows[-1][: width - len(f', +{rest}')]}, +{rest}"
-            break
-    return tuple(rows)
+def _wrapped(parts: Sequence[str], width: int, *, lines: int) -> list[str]:
+    return textwrap.wrap(", ".join(parts), width, max_lines=lines, placeholder=" …")
 
 
 def duration(seconds: float) -> str:
@@ -290,9 +120,7 @@ def duration(seconds: float) -> str:
 
 
 class Meter:
-    """Progress meter of a build, shown from a thread while the block is entered. `samples` records
-    it.
-    """
+    """Progress meter of a build, shown from a thread while the block is entered."""
 
     def __init__(
         self,
@@ -300,16 +128,15 @@ class Meter:
         planned: Sequence[Unit],
         costs: Costs,
         *,
-        bounds: Bounds,
+        budget_gib: float,
         console: Console,
         step: Step,
     ) -> None:
-        self.samples: list[Sample] = []
-        self._server, self._costs, self._jobs = server, costs, bounds.jobs
+        self._server, self._costs = server, costs
         self._console, self._step = console, step
         self.expect(planned)
         self._is_over = threading.Event()
-        self._budget_gib = bounds.budget_gib
+        self._budget_gib = budget_gib
         self._last_text = ""
 
     def expect(self, planned: Sequence[Unit]) -> None:
@@ -317,7 +144,7 @@ class Meter:
         self._planned = {unit: self._costs.expected(unit) for unit in planned}
 
     def __enter__(self) -> "Meter":
-        self._last_line = time.monotonic()
+        self._began = self._last_line = time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="meter", daemon=True)
         self._thread.start()
         return self
@@ -338,16 +165,13 @@ class Meter:
         state, finished = self._server.state, self._server.finished
         if not state.budget_gib:
             return
-        self._keep(
-            Sample(now, state.held_gib, state.charged_gib, len(state.running), state.waiting)
-        )
         self._warn(state, finished)
-        found = estimate(self._planned, finished, state, jobs=self._jobs, now=now)
+        found = estimate(self._planned, finished, state, began=self._began, now=now)
         if self._console.width:
             width = max(_NARROWEST, self._console.width - _BESIDE - len(self._step.title))
             rows = (
-                *filled(figures(found, state), width, lines=3),
-                *filled(units(state), width, lines=2),
+                *_wrapped(figures(found, state), width, lines=3),
+                *_wrapped(units(state), width, lines=2),
             )
             self._step.progress(found.share, 1.0, "\n".join(rows))
         elif now - self._last_line >= LINE_S:
@@ -356,16 +180,6 @@ class Meter:
             if line != self._last_text:
                 self._console.info(line)
             self._last_text = line
-
-    def _keep(self, sample: Sample) -> None:
-        last = self.samples[-1] if self.samples else None
-        if last is None or (last.held_gib, last.charged_gib, last.running, last.waiting) != (
-            sample.held_gib,
-            sample.charged_gib,
-            sample.running,
-            sample.waiting,
-        ):
-            self.samples.append(sample)
 
     def _warn(self, state: State, finished: Sequence[Finished]) -> None:
         killed = next((one for one in reversed(finished) if one.is_killed), None)

@@ -1,18 +1,16 @@
 """Project as CMake would build it: targets, units, and the places of their results. Read from
 CMake's file API, never from its text output.
 
-And the extensions that the tree's setup.py lists, read from its syntax tree: importing it would
-import torch and search for a compiler.
+And the names of the extensions in the tree's setup.py: importing it would import torch and search
+for a compiler.
 """
 
-import ast
 import contextlib
 import hashlib
 import json
 import os
-import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +27,7 @@ RECORD = "configured.json"
 DATABASE = "compile_commands.json"
 _API = Path(".cmake") / "api" / "v1"
 _OBJECT_OF = re.compile(r"(?:^|/)CMakeFiles/([^/]+)\.dir/")
-_CLASS = "CMakeExtension"
+_EXTENSION = re.compile(r'\bCMakeExtension\(\s*(?:name\s*=\s*)?"([\w.]+)"')
 
 
 @dataclass(frozen=True)
@@ -270,65 +268,14 @@ def _load(build: Path, name: str) -> _Json:
     return records.decode((build / _API / "reply" / name).read_bytes(), dict[str, Any])
 
 
-def extensions(tree: Path, device: Device) -> tuple[str, ...]:
-    """Return the targets of the extensions that setup.py of `tree` lists for the device, in order;
-    empty if it cannot be read.
-
-    An extension that depends on the compiler's version counts as listed: any toolkit that this
-    workspace accepts is new enough.
+def extensions(tree: Path) -> tuple[str, ...]:
+    """Return the targets of all extensions that setup.py of `tree` names, in order; empty if it
+    cannot be read. Its conditions are not evaluated: a target that the device or the toolkit does
+    not have is in no project.
     """
     try:
-        body = ast.parse((tree / "setup.py").read_bytes()).body
-    except (OSError, SyntaxError, ValueError):
+        text = (tree / "setup.py").read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return ()
-    return tuple(dict.fromkeys(_listed(body, device)))
-
-
-def _listed(statements: Sequence[ast.stmt], device: Device) -> Iterator[str]:
-    for statement in statements:
-        if isinstance(statement, ast.If):
-            # An undecidable condition counts as true: list too much rather than too little.
-            yield from _listed(
-                statement.orelse if _is_met(statement.test, device) is False else statement.body,
-                device,
-            )
-        elif isinstance(statement, ast.Expr | ast.Assign):
-            for call in ast.walk(statement):
-                if (
-                    isinstance(call, ast.Call)
-                    and isinstance(call.func, ast.Name)
-                    and call.func.id == _CLASS
-                ):
-                    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-                    name = keywords.get("name", call.args[0] if call.args else None)
-                    if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                        # As in setup.py's target_name: vllm.vllm_flash_attn._vllm_fa2_C is built by
-                        # _vllm_fa2_C.
-                        yield name.value.rpartition(".")[2]
-
-
-def _is_met(test: ast.expr, device: Device) -> bool | None:
-    """Return whether a condition is true for the device on this machine, None if only setup.py can
-    decide.
-    """
-    if isinstance(test, ast.BoolOp):
-        values = [_is_met(value, device) for value in test.values]
-        decisive = isinstance(test.op, ast.Or)
-        return decisive if decisive in values else None if None in values else not decisive
-    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        value = _is_met(test.operand, device)
-        return None if value is None else not value
-    if isinstance(test, ast.Call) and isinstance(test.func, ast.Name):
-        on_gpu = device == "cuda"
-        elsewhere = dict.fromkeys(("_is_hip", "_is_xpu", "_is_tpu", "_no_device"), False)
-        return (
-            {"_is_cuda": on_gpu, "_is_cpu": not on_gpu, "_build_custom_ops": on_gpu} | elsewhere
-        ).get(test.func.id)
-    if (
-        isinstance(test, ast.Compare)
-        and ast.unparse(test.left) == "platform.machine()"
-        and isinstance(test.ops[0], ast.In)
-    ):
-        with contextlib.suppress(ValueError, TypeError):
-            return platform.machine() in ast.literal_eval(test.comparators[0])
-    return False if isinstance(test, ast.Name) and test.id.startswith("USE_PRECOMPILED") else None
+    # As in setup.py's target_name: vllm.vllm_flash_attn._vllm_fa2_C is built by _vllm_fa2_C.
+    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in _EXTENSION.findall(text)))

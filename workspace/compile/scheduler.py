@@ -257,12 +257,11 @@ class Finished:
     process, and the sum of all its processes, measured once a second.
 
     `status` is its exit code, negative for a signal, or None if the launcher itself was killed;
-    `is_killed`: killed because memory ran out. `started` is a time of time.monotonic.
+    `is_killed`: killed because memory ran out.
     """
 
     unit: Unit
     expected: Cost
-    started: float
     seconds: float
     peak_gib: float
     status: int | None
@@ -280,14 +279,13 @@ class Running:
 
 @dataclass(frozen=True)
 class State:
-    """State of a build for the progress bar: running units, how many wait and why, memory charged
-    and held, and the budget, which is halved each time memory runs out.
+    """State of a build for the progress bar: running units, how many wait and why, memory held, and
+    the budget, which is halved each time memory runs out.
     """
 
     running: tuple[Running, ...] = ()
     waiting: int = 0
     why: str = ""
-    charged_gib: float = 0.0
     held_gib: float = 0.0
     budget_gib: float = 0.0
 

@@ -154,8 +154,8 @@ def _below(path: str, build: Path, tops: tuple[str, ...]) -> tuple[str, ...]:
 
 
 COMPILED_BELOW = ("csrc", "cmake")
-_SOURCES = frozenset((".c", ".cc", ".cpp", ".cxx", ".cu"))
-_SUFFIXES = _SOURCES | {".cuh", ".h", ".hh", ".hpp", ".hxx", ".inc", ".inl", ".ipp", ".tpp"}
+_SOURCE_SUFFIXES = (".c", ".cc", ".cpp", ".cxx", ".cu")
+_HEADER_SUFFIXES = (".cuh", ".h", ".hh", ".hpp", ".hxx", ".inc", ".inl", ".ipp", ".tpp")
 _GENERATED = re.compile(rb"[A-Za-z0-9_./-]+\.(?:cuh?|cpp|cc|hpp|h|inl)\b")
 _IMPORTED = re.compile(rb"^\s*(?:from|import)\s+([A-Za-z0-9_.]+)", re.MULTILINE)
 
@@ -174,9 +174,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class Reach:
-    """The targets that changes reach, in the project's order, and a message for each change that
-    reaches none.
-    """
+    """The targets that changes reach, in the project's order, and the files that reach none."""
 
     targets: tuple[Reached, ...]
     idle: tuple[str, ...]
@@ -193,8 +191,11 @@ def is_compiled_input(path: str) -> bool:
     """Return whether a file of the tree is a source, a header, a generator of them, or a CMake
     file.
     """
-    place = PurePosixPath(path)
-    return place.parts[0] in COMPILED_BELOW or place.suffix in _SUFFIXES or is_cmake(path)
+    return (
+        path.startswith(tuple(f"{folder}/" for folder in COMPILED_BELOW))
+        or path.endswith(_SOURCE_SUFFIXES + _HEADER_SUFFIXES)
+        or is_cmake(path)
+    )
 
 
 def follow(
@@ -233,12 +234,7 @@ def follow(
         if hits[target.name]
     )
     reaching = {path for found in hits.values() for path in found}
-    return Reach(
-        targets,
-        tuple(
-            _idle(path, tree) for path in sorted(set(changed) - reaching) if _is_of_interest(path)
-        ),
-    )
+    return Reach(targets, tuple(sorted(set(changed) - reaching)))
 
 
 def requested(
@@ -430,23 +426,6 @@ def _recipe(target: Target) -> tuple[object, ...]:
 def _reason(reasons: Sequence[str]) -> str:
     more = len(reasons) - 1
     return reasons[0] + (f" (and {counted(more, 'more file')})" if more else "")
-
-
-def _is_of_interest(path: str) -> bool:
-    return PurePosixPath(path).suffix in _SUFFIXES or path.endswith(".py") or is_cmake(path)
-
-
-def _idle(path: str, tree: Path) -> str:
-    """Return a message about a changed file that reaches no target."""
-    suffix = PurePosixPath(path).suffix
-    if is_cmake(path):
-        return f"{path} changes no target that is compiled here"
-    if suffix == ".py":
-        return f"{path} writes no file that is compiled here"
-    verb = "compiles" if suffix in _SOURCES else "includes"
-    if (tree / path).exists():
-        return f"no target here {verb} {path}"
-    return f"{path} is deleted, and no target here {verb} it"
 
 
 def merged(groups: Sequence[Sequence[Reached]]) -> tuple[Reached, ...]:

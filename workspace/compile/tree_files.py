@@ -26,11 +26,6 @@ from workspace.core.files import LARGEST_FILE, read_regular, sha256, write_atomi
 from workspace.repo.git import Git, worktree
 
 PACKAGE = "vllm"
-# FA4's Python files: with a folder of sources CMake links to them (vllm_flash_attn.cmake), else it
-# copies them with other imports.
-LINKED = "vllm/vllm_flash_attn/cute"
-_IMPORTS = (b"flash_attn.cute", b"vllm.vllm_flash_attn.cute")
-
 # Digest by path below the tree, by target.
 _Installed = dict[str, dict[str, str]]
 
@@ -42,14 +37,13 @@ def install_targets(
     *,
     run_log: RunLog,
     env: Mapping[str, str],
-    shared: Path | None = None,
 ) -> tuple[str, ...]:
     """Install the components of `targets` into the tree, and return the paths of their files,
     relative to it.
 
-    A link to sources below `shared`, the cache of all clones, becomes a copy; a link to a user's
-    folder stays, as in upstream. Raises BuildError if a target has not been built or a tracked file
-    is in the way, ToolchainError if the tree cannot be written.
+    A link to a folder of the user's own sources stays a link, as in upstream. Raises BuildError if
+    a target has not been built or a tracked file is in the way, ToolchainError if the tree cannot
+    be written.
     """
     git = Git(tree)
     tracked = git.entries((PACKAGE,), "HEAD")
@@ -58,7 +52,7 @@ def install_targets(
         installed: _Installed = {}
         for target in targets:
             prefix = staging / target.name
-            names = _stage(build, prefix, target, run_log=run_log, env=env, shared=shared)
+            names = _stage(build, prefix, target, run_log=run_log, env=env)
             for name in sorted(names & tracked.keys()):
                 run_log.line(f"{name} is tracked by git and stays: {target.name} has one too")
             installed[target.name] = {
@@ -86,7 +80,6 @@ def _stage(
     *,
     run_log: RunLog,
     env: Mapping[str, str],
-    shared: Path | None,
 ) -> set[str]:
     """Install the component of a target into `prefix`, and return the names of its files."""
     if missing := [name for name in target.artifacts if not (build / name).exists()]:
@@ -95,13 +88,7 @@ def _stage(
             hint=hints.text("compile.rebuild_target", target=target.name),
         )
     _install(build, prefix, target.name, run_log=run_log, env=env)
-    _copy_linked(prefix / LINKED, shared)
     return _files(prefix)
-
-
-def as_package(content: bytes) -> bytes:
-    """Return a Python file behind the link with the imports that CMake's copy has."""
-    return content.replace(*_IMPORTS)
 
 
 def _install(
@@ -115,22 +102,6 @@ def _install(
         failure=BuildError,
         hint=hints.text("compile.rebuild_clean"),
     )
-
-
-def _copy_linked(link: Path, shared: Path | None) -> None:
-    """Replace a link into the cache by a copy: an edit behind the link would change every clone."""
-    if (
-        shared is None
-        or not link.is_symlink()
-        or not link.resolve().is_relative_to(shared.resolve())
-    ):
-        return
-    origin = link.resolve()
-    link.unlink()
-    for file in sorted(origin.rglob("*.py")):
-        copy = link / file.relative_to(origin)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(as_package(file.read_bytes()))
 
 
 def _files(prefix: Path) -> set[str]:

@@ -268,8 +268,9 @@ def build_wheel(
 
 def _prepare(build: Path, out: Path, run_log: RunLog) -> None:
     """Remove what earlier builds left: wheels, assembled files, damaged records of ninja."""
-    shutil.rmtree(out, ignore_errors=True)
-    _clear_assembled(build)
+    # setuptools would also pack files that the tree no longer has.
+    for old in (out, build / "assembled"):
+        shutil.rmtree(old, ignore_errors=True)
     for place in _cmake_folders(build):
         for sentence in ninja.repair(place):
             run_log.console.warn(sentence)
@@ -374,17 +375,3 @@ def _configured(build: Path) -> Path:
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_atomic(path, text.encode())
     return path
-
-
-def _clear_assembled(build: Path) -> None:
-    """Remove files that setuptools assembled for an earlier wheel: it would also pack files that
-    the tree no longer has. Keep linked libraries, for ninja.
-    """
-    for path in sorted((build / "assembled").glob("**/*"), reverse=True):
-        if "_C" in path.relative_to(build).parts:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            if not any(path.iterdir()):
-                path.rmdir()
-        else:
-            path.unlink()

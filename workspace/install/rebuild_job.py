@@ -110,8 +110,6 @@ class Job:
     def configure(self, view: Step) -> None:
         """Configure with CMake, find what the changes reach, and forecast the build."""
         run = self.run
-        for sentence in externals.leftover(run.layout.vllm):
-            run.run_log.console.warn(sentence)
         self._find_reached(view)
         self.plan = self._forecast()
         view.reason = (
@@ -143,14 +141,13 @@ class Job:
 
     def _forecast(self) -> RebuildPlan:
         """Forecast units, seconds and memory from the table of costs and this machine's history."""
-        table, trouble = read_table()
         history = History(ninja.history_file(self.run.settings), setup=self.setup)
-        for sentence in (*((trouble,) if trouble else ()), *history.warnings):
+        for sentence in history.warnings:
             self.run.run_log.console.warn(sentence)
         return jobs.work_out(
             self.reached,
             self.project,
-            Costs(table, history.entries),
+            Costs(read_table(), history.entries),
             Bounds(self.jobs.count, self.memory.budget_gib),
             why_not_hybrid=self.why_native,
         )
@@ -183,8 +180,8 @@ class Job:
             else None
         )
         found = targets.follow(tree, changed, self.project, build=self.folder, pinned=pinned)
-        for sentence in found.idle:
-            run.run_log.write(sentence)
+        for path in found.idle:
+            run.run_log.write(f"{path} reaches no target")
         more = (
             targets.requested(self.targets, TARGET_FLAG, tree, self.project, build=self.folder)
             if self.targets
@@ -195,7 +192,7 @@ class Job:
     def _reach_native(self) -> tuple[Reached, ...]:
         """Return the requested targets, or all targets of the tree's extensions."""
         tree = self.run.layout.vllm
-        listed = project.extensions(tree, self.run.observed.device)
+        listed = project.extensions(tree)
         names = [
             target.name for target in targets.final_targets(self.project) if target.name in listed
         ]
@@ -264,7 +261,6 @@ class Job:
             installed,
             run_log=run.run_log,
             env=environment,
-            shared=run.settings.cache,
         )
         run.outcome[COMPILED_HERE] = " ".join(sorted(names))
         view.reason = (

@@ -197,7 +197,7 @@ def driver_sentence(built: stamp.Stamp | None) -> str | None:
     if ATTENTION in work:
         from workspace.compile import costs, device_code
 
-        units, seconds = costs.Costs(costs.read_table()[0]).of_target(ATTENTION)
+        units, seconds = costs.Costs(costs.read_table()).of_target(ATTENTION)
         sentence += (
             f"; the first attention calls took {ATTENTION_S} s for it on an H200. To compile"
             f" {ATTENTION} here takes {units} units, {seconds / 60:.0f} compiler-minutes, and does"

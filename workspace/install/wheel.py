@@ -30,6 +30,10 @@ from workspace.machine import interpreter
 from workspace.repo import pins
 from workspace.repo.git import Git, command, worktree
 
+# FA4's Python files: with the user's folder of sources CMake links to them (vllm_flash_attn.cmake),
+# else it copies them with other imports.
+_LINKED = "vllm/vllm_flash_attn/cute"
+_IMPORTS = (b"flash_attn.cute", b"vllm.vllm_flash_attn.cute")
 # Ignored files that a build writes into the package; the others come from editors and runs.
 _BUILT = re.compile(
     r"vllm/(_version\.py|vllm-rs|vllm_flash_attn/.+|third_party/.+|.+\.so(\.\d+)*)$"
@@ -57,7 +61,7 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     with lock.hold(layout.lock, verb="inv wheel", wait=wait, on_wait=console.info):
         observed = plan.observe(layout, settings)
         with console.step("wheel") as view:
-            packed = pack(layout, settings, observed, layout.root / "dist", step=view)
+            packed = pack(layout, observed, layout.root / "dist", step=view)
             view.reason = f"{packed.path.name}, {packed.size / 1e6:.1f} MB"
     console.data(f"{packed.sha256}  {layout.relative(packed.path)}")
     if ".dirty" in packed.path.name:
@@ -67,7 +71,6 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
 
 def pack(
     layout: Layout,
-    settings: Settings,
     observed: plan.Observation,
     folder: Path,
     *,
@@ -80,7 +83,7 @@ def pack(
     """
     recorded = _verified(observed)
     git = Git(layout.vllm)
-    packed = _describe(layout, settings, git, observed, recorded)
+    packed = _describe(layout, git, observed, recorded)
     members = _members(layout, git, observed, packed)
     known = {library.path: library.sha256 for library in recorded.libraries}
     if strange := sorted(name for name in members if name.endswith(".so") and name not in known):
@@ -150,13 +153,13 @@ def _verified(observed: plan.Observation) -> stamp.Stamp:
 
 
 def _describe(
-    layout: Layout, settings: Settings, git: Git, observed: plan.Observation, recorded: stamp.Stamp
+    layout: Layout, git: Git, observed: plan.Observation, recorded: stamp.Stamp
 ) -> Packed:
     tree, paths = git.tree("HEAD"), ("vllm", *plan.COMPILED_SOURCES)
     now = git.entries(paths, None)
     dirty = command.digest(now)[:8] if now != git.entries(paths, "HEAD") else ""
     libraries = [layout.vllm / library.path for library in recorded.libraries]
-    held = device_code.list_cubins(layout, settings, libraries) if observed.device == "cuda" else ()
+    held = device_code.list_cubins(layout, libraries) if observed.device == "cuda" else ()
     return Packed(
         version=f"{observed.version}.t{tree[:12]}" + (f".dirty{dirty}" if dirty else ""),
         tag=observed.pin.tag,
@@ -223,10 +226,10 @@ def _package(layout: Layout, git: Git) -> dict[str, _Member]:
         path = layout.vllm / name
         if path.is_file():
             members[name] = path
-        elif name == tree_files.LINKED and path.is_dir():
+        elif name == _LINKED and path.is_dir():
             files = {file: file.relative_to(path) for file in path.rglob("*.py")}
             members |= {
-                f"{name}/{below}": tree_files.as_package(file.read_bytes())
+                f"{name}/{below}": file.read_bytes().replace(*_IMPORTS)
                 for file, below in files.items()
             }
     return members
