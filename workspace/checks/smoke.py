@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from workspace.checks import coverage, registry, smoke_suite
+from workspace.checks import registry, smoke_suite
 from workspace.checks.registry import DIFFERS, REGISTRY, Check, Expected, verdict
 from workspace.checks.smoke_suite import SmokeOptions
 from workspace.core import hints, lock, process, records
@@ -143,7 +143,7 @@ def smoke(
             seconds=time.monotonic() - started,
         )
         write_record(layout.smoke_record, document, console=console, json_file=json_file)
-        if names := coverage.unlisted(layout.vllm):
+        if names := registry.unlisted(layout.vllm):
             text = f"checks/coverage.toml does not list {', '.join(names)}"
             console.rows([Row(State.WARN, "coverage", text)])
         require_passed(
