@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 # Everything that comes from the library: a new name of a room changes these lines only.
 from scripts import docs_picture  # noqa: E402
 from scripts.docs_picture import cell, table  # noqa: E402
-from workspace.checks import coverage  # noqa: E402
+from workspace.checks import registry  # noqa: E402
 from workspace.cli.program import program  # noqa: E402
 from workspace.cli.sessions import SESSIONS  # noqa: E402
 from workspace.core import child_variables, hints  # noqa: E402
@@ -143,7 +143,7 @@ def render() -> dict[Path, str]:
         DOCS / "symptoms.md": symptoms_page(symptoms(), harmless()),
         DOCS / "architecture.svg": docs_picture.draw(rooms),
         architecture: with_part(_read(architecture), docs_picture.tables(ROOT, rooms)),
-        smoke: with_part(_read(smoke), docs_picture.coverage(coverage.table())),
+        smoke: with_part(_read(smoke), docs_picture.coverage(registry.coverage())),
     }
 
 

@@ -137,7 +137,7 @@ def test_every_verb_setting_session_and_error_has_its_row() -> None:
 
 def test_everything_in_the_table_of_coverage_is_on_the_page_of_the_smoke() -> None:
     page = (ROOT / "docs" / "smoke.md").read_text(encoding="utf-8")
-    for part, names in docs.coverage.table().items():
+    for part, names in docs.registry.coverage().items():
         shown = [line for line in page.splitlines() if line.startswith(f"| {part} |")]
         for name in names:
             spelled = name if part in ("forms", "keys") else f"`{name}`"

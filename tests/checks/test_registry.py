@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from workspace.checks import coverage, registry
+from workspace.checks import registry
 from workspace.checks.probe_runs import Answer
 from workspace.checks.registry import REGISTRY, Check, Expected, chosen
 from workspace.core.paths import here
@@ -212,8 +212,8 @@ def test_levels_nest_and_the_named_model_is_judged_where_one_is_named() -> None:
 
 
 def test_table_of_coverage_names_checks_that_exist_or_a_reason() -> None:
-    table = coverage.table()
-    assert set(table) == {*coverage.FIELDS, "features", "forms", "keys"}
+    table = registry.coverage()
+    assert set(table) == {*registry.FIELDS, "features", "forms", "keys"}
     for part, names in table.items():
         for name, entry in names.items():
             if isinstance(entry, str):
@@ -227,7 +227,7 @@ def test_table_of_coverage_names_checks_that_exist_or_a_reason() -> None:
 def test_each_check_of_a_parameter_a_layer_or_the_cache_covers_something() -> None:
     used = {
         name
-        for names in coverage.table().values()
+        for names in registry.coverage().values()
         for entry in names.values()
         if isinstance(entry, tuple)
         for name in entry
@@ -239,14 +239,14 @@ def test_each_check_of_a_parameter_a_layer_or_the_cache_covers_something() -> No
 
 def test_table_has_a_form_of_each_recipe_and_of_no_other() -> None:
     recipes = {path.stem for path in (here().root / "recipes").glob("*.toml")}
-    assert {name.partition(": ")[0] for name in coverage.table()["forms"]} == recipes
+    assert {name.partition(": ")[0] for name in registry.coverage()["forms"]} == recipes
 
 
 def test_field_that_the_table_does_not_list_is_named(tmp_path: Path) -> None:
-    assert coverage.unlisted(tmp_path) == []
+    assert registry.unlisted(tmp_path) == []
     file = tmp_path / "vllm" / "sampling_params.py"
     file.parent.mkdir()
     file.write_text("class SamplingParams:\n    n: int = 1\n    new: int = 2\n")
     (tmp_path / "vllm" / "config").mkdir()
     (tmp_path / "vllm" / "config" / "x.py").write_text("class X:\n    on: bool = True\n")
-    assert coverage.unlisted(tmp_path) == ["SamplingParams.new", "features.X.on"]
+    assert registry.unlisted(tmp_path) == ["SamplingParams.new", "features.X.on"]

@@ -1,20 +1,17 @@
 """The decision and the act of each fix on real files: .env, checkout, environment."""
 
 import os
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.machine.conftest import House, built, house
-from tests.small.materials import git
 from workspace.core.console import Row, State
 from workspace.core.errors import ToolchainError
 from workspace.core.process import Absent
 from workspace.install import stamp, triton_diagnosis, triton_fixes
-from workspace.install.precompiled import KernelSource
-from workspace.install.triton_diagnosis import Diagnosis, Stale
+from workspace.install.triton_diagnosis import Diagnosis
 from workspace.install.triton_fixes import FIXES, Context
 from workspace.machine import dotenv, interpreter
 from workspace.machine.dotenv import Assembler, Trial, Verdict
@@ -26,7 +23,7 @@ case " {known} " in
     *" ${{1#--gpu-name=}} "*) printf '\\177ELF' > "$3";;
     *) echo "ptxas fatal   : no such" >&2; exit 255;;
 esac"""
-NOTHING = Diagnosis((), None, None, "12.1", (), None, None, (), ())
+NOTHING = Diagnosis((), None, None, "12.1", (), None, None, ())
 
 
 def verdict(
@@ -99,61 +96,6 @@ def test_newest_assembler_of_nvidias_packages_is_preferred_to_the_toolkits(house
     ] == str(newer)
 
 
-def test_leftovers_that_git_does_not_track_are_moved_and_the_wheels_own_files_restored(
-    house, tmp_path
-):
-    tree, name = house.layout.vllm, "vllm/third_party/triton_kernels"
-    for place, text in (
-        ("vllm/triton_kernels", "old"),
-        (name, "stale"),
-        ("vllm/models/triton_kernels", "ours"),
-    ):
-        (tree / place).mkdir(parents=True)
-        (tree / place / "matmul.py").write_text(text)
-    (tree / ".gitignore").write_text("vllm/third_party/triton_kernels/*\n")
-    git(tree, "init", "--quiet")
-    git(tree, "add", "vllm/models", ".gitignore")
-    git(tree, "commit", "--quiet", "-m", "one")
-    wheel = tmp_path / "vllm.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"{name}/matmul.py", "own")
-    stamp.write(
-        house.layout.stamp("vllm"),
-        stamp.Stamp(
-            inputs={"device": "cuda"},
-            outcome={"wheel": str(wheel)},
-            kernels=KernelSource("precompiled", wheel.name, "a" * 64),
-        ),
-    )
-    stale = triton_diagnosis.stale_folders(house.layout)
-    assert [(one.place.relative_to(tree), one.why) for one in stale] == [
-        (Path("vllm/triton_kernels"), "vLLM does not use this folder any more"),
-        (Path(name), "1 of 1 files are not those of vllm.whl"),
-    ]
-    with house.run_log(house.settings()) as run_log:
-        context = Context(house.machine(), run_log)
-        found = replace(NOTHING, stale=stale)
-        assert len(FIXES[1].plan(context, found)) == 2
-        assert FIXES[1].act(context, found).startswith("2 moved to .workspace/quarantine/")
-    assert (tree / name / "matmul.py").read_text() == "own"
-    assert not (tree / "vllm" / "triton_kernels").exists()
-    assert triton_diagnosis.stale_folders(house.layout) == ()
-    assert sorted(path.read_text() for path in house.layout.quarantine.rglob("*.py")) == [
-        "old",
-        "stale",
-    ]
-
-
-def test_kernels_that_git_tracks_are_the_trees_own(house):
-    tree = house.layout.vllm
-    (tree / "vllm" / "triton_kernels").mkdir(parents=True)
-    (tree / "vllm" / "triton_kernels" / "a.py").touch()
-    git(tree, "init", "--quiet")
-    git(tree, "add", "--all")
-    git(tree, "commit", "--quiet", "-m", "one")
-    assert triton_diagnosis.stale_folders(house.layout) == ()
-
-
 def test_shadow_outside_of_the_environment_is_its_owners(house, built, tmp_path):
     built()
     with house.run_log(house.settings()) as run_log:
@@ -163,16 +105,18 @@ def test_shadow_outside_of_the_environment_is_its_owners(house, built, tmp_path)
     assert "do it yourself" in row.why
 
 
-def test_folder_that_cannot_be_moved_is_a_sentence(house):
-    (house.layout.root / "here").mkdir()
-    with (
-        house.run_log(house.settings()) as run_log,
-        pytest.raises(ToolchainError, match="cannot be moved"),
-    ):
-        FIXES[1].act(
-            Context(house.machine(), run_log),
-            replace(NOTHING, stale=(Stale(house.layout.root / "gone", ""),)),
-        )
+def test_shadow_is_moved_and_one_that_cannot_be_is_a_sentence(house, built):
+    built()
+    shadow = interpreter.site_packages(house.layout)[0] / "triton_kernels"
+    shadow.mkdir()
+    found = replace(NOTHING, shadow=shadow)
+    with house.run_log(house.settings()) as run_log:
+        context = Context(house.machine(), run_log)
+        assert len(FIXES[1].plan(context, found)) == 1
+        assert FIXES[1].act(context, found).startswith("1 moved to .workspace/quarantine/")
+        assert not shadow.exists()
+        with pytest.raises(ToolchainError, match="cannot be moved"):
+            FIXES[1].act(context, found)
 
 
 def test_stamp_of_the_environment_records_the_installed_triton(house, built):

@@ -145,7 +145,8 @@ def test_no_probe_of_a_compiled_engine_sets_a_mode_that_inductor_refuses() -> No
         )
     }
     assert names == {"engine.py", "parity.py", "reference.py"}
-    assert '"enforce_eager": True' in PROBE.with_name("engine.py").read_text()
+    assert '"enforce_eager": True' in PROBE.with_name("document.py").read_text()
+    assert "enforce_eager" not in PROBE.with_name("engine.py").read_text()
     given = {
         name
         for row in VARIABLES

@@ -156,7 +156,7 @@ def test_samples_of_the_distribution_pass_and_warmer_ones_do_not(probe: ModuleTy
 def test_prompts_of_the_cache_share_no_block(probe: ModuleType) -> None:
     prompts = [probe.tokens_of(start, 3 * 128 + 5) for start in range(4)]
     assert len({prompt[0] for prompt in prompts}) == 4
-    bytes_of_the_tokenizer = range(probe.FIRST_BYTE, probe.FIRST_BYTE + 256)
+    bytes_of_the_tokenizer = range(probe.document.FIRST_BYTE, probe.document.FIRST_BYTE + 256)
     # One is added where a prompt differs from another.
     assert all(token + 1 in bytes_of_the_tokenizer for prompt in prompts for token in prompt)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.checks import coverage
+from workspace.checks import registry
 from workspace.compile import externals
 from workspace.core import hints, records
 from workspace.core.errors import SettingsError, counted
@@ -366,7 +366,7 @@ def _smoke(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> Iterator[
         {
             name: path
             for path, content in files.items()
-            for name in coverage.offered(path, content.decode(errors="replace"))
+            for name in registry.offered(path, content.decode(errors="replace"))
         }
         for files in (before, after)
     )
@@ -377,7 +377,7 @@ def _smoke(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> Iterator[
     for part, name in sorted(old.keys() ^ new.keys()):
         if part not in there and part != "features":
             continue
-        known = coverage.table().get(part, {}).get(name)
+        known = registry.coverage().get(part, {}).get(name)
         remark = "" if known else "checks/coverage.toml does not list it"
         if isinstance(known, tuple):
             remark = f"judged by {', '.join(known)}"

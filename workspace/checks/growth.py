@@ -115,9 +115,7 @@ def run(
     """Send the requests, after `settle`, which waits until nothing else of the smoke runs."""
     settle()
     supervisor = {server.processes.supervisor_pid}
-    with probe_runs.Watch(
-        tested.limit_s, lambda: server.members() - supervisor, environment=tested.environment
-    ):
+    with probe_runs.Watch(tested.limit_s, lambda: server.members() - supervisor):
         started = time.monotonic()
         problems = _left(tested)
         fine = f"{LEAVERS} clients left their streams, whose requests ended and freed their blocks"

@@ -1,10 +1,10 @@
 """Verdicts on numbers: operators against torch, models against Hugging Face, vLLM against itself.
 
-They also judge a real model's answers, and a parity failure by a second run.
+They also judge a real model's answers.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.checks.probe_runs import Answer
@@ -23,8 +23,6 @@ _LIMITS = {"mixtral": 5 * MAX_DIFFERENCE}
 # no sign. On the tiny gpt-oss bfloat16 costs Hugging Face itself 0.026, and vLLM's CPU kernels
 # 0.024; missing sinks cost 0.84, a window that is one longer costs 0.23.
 MAX_MEAN_BFLOAT16 = 0.05
-# Nats: a tenth of what parity allows. GPU kernels may add in another order in the next run.
-STEADY = 1e-4
 # The checks of probes/sampling.py: by its first engine, by the second, too, and by an adapter, too.
 RAW = ("templates.tokens", "cache.blocks", "sampling.random", "sampling.ends")
 PROCESSED = (
@@ -411,41 +409,6 @@ def _compare(found: Mapping[str, object], limit: float = MAX_DIFFERENCE) -> tupl
 
 
 @dataclass(frozen=True)
-class Round:
-    """The files of one parity run: each model's rows from Hugging Face and from vLLM."""
-
-    reference: Path
-    vllm: Path
-
-
-def settle_recheck(first: Check, second: Check, *, name: str, before: Round, after: Round) -> Check:
-    """Return the verdict on a model whose parity failed, after a second run.
-
-    It passes only if Hugging Face alone changed its answer, which makes the first reference
-    invalid.
-    """
-    reference = _is_same(read_rows(before.reference, name), read_rows(after.reference, name))
-    vllm = _is_same(read_rows(before.vllm, name), read_rows(after.vllm, name))
-    seconds = first.seconds + second.seconds
-    if not reference and vllm:
-        return replace(
-            second,
-            evidence=(
-                f"{second.evidence}; Hugging Face did not repeat its first answer"
-                f" ({first.evidence})"
-            ),
-            seconds=seconds,
-        )
-    if reference and vllm:
-        outcome = "both repeat their answers"
-    elif reference:
-        outcome = f"vLLM does not repeat its answer, but {second.evidence}"
-    else:
-        outcome = f"neither engine repeats its answer, but {second.evidence}"
-    return replace(first, evidence=f"{first.evidence}; {outcome}", seconds=seconds)
-
-
-@dataclass(frozen=True)
 class _Answers:
     """The rows of each model, in a document of a probe."""
 
@@ -459,23 +422,3 @@ def read_rows(file: Path, name: str) -> list[Mapping[str, object]]:
     """
     found = records.read(file, _Answers)
     return list(found.models.get(name, ())) if found else []
-
-
-def _is_same(before: list[Mapping[str, object]], after: list[Mapping[str, object]]) -> bool:
-    if not before or len(before) != len(after):
-        return False
-    return all(
-        former.get("tokens") == latter.get("tokens")
-        and _is_near(former.get("logprobs"), latter.get("logprobs"))
-        for former, latter in zip(before, after, strict=True)
-    )
-
-
-def _is_near(before: object, after: object) -> bool:
-    if not isinstance(before, list) or not isinstance(after, list) or len(before) != len(after):
-        return False
-    pairs = zip(before, after, strict=True)
-    return all(
-        isinstance(value, float) and isinstance(other, float) and abs(value - other) < STEADY
-        for value, other in pairs
-    )

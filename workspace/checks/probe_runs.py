@@ -1,9 +1,8 @@
 """Runs of probes, several at once: each in its own process, or forked from one that has imported
 vLLM. A probe that hangs is ended with a dump of its stacks.
 
-The dump is from py-spy if it works, else from Python's faulthandler. On many machines a debugger
-may not inspect a process that it did not start (Yama, ptrace_scope 1). faulthandler always works:
-each process writes its own stacks when a fatal signal ends it.
+The dump is from Python's faulthandler: each process writes its own stacks when a fatal signal ends
+it. A debugger may not inspect a process that it did not start (Yama, ptrace_scope 1).
 """
 
 import contextlib
@@ -49,20 +48,17 @@ _ENDS = "Extension modules: "
 
 
 class Watch:
-    """Context manager that dumps and ends the processes if the block takes longer than `limit_s`.
+    """Context manager that ends the processes if the block takes longer than `limit_s`; each writes
+    its stacks to its stderr.
 
-    `find` returns their process ids; `environment` has the PATH on which py-spy may be. `has_fired`
-    is true once the limit was reached; `seen` is py-spy's output.
+    `find` returns their process ids. `has_fired` is true once the limit was reached.
     """
 
-    def __init__(
-        self, limit_s: float, find: Callable[[], set[int]], *, environment: Mapping[str, str]
-    ) -> None:
-        self._find, self._environment = find, environment
+    def __init__(self, limit_s: float, find: Callable[[], set[int]]) -> None:
+        self._find = find
         self._timer = threading.Timer(limit_s, self._fire)
         self._timer.daemon = True
         self.has_fired = False
-        self.seen: tuple[str, ...] = ()
 
     def __enter__(self) -> "Watch":
         self._timer.start()
@@ -72,30 +68,9 @@ class Watch:
         self._timer.cancel()
         self._timer.join()
 
-    def stacks(self, text: str) -> tuple[str, ...]:
-        """Return the stacks: py-spy's output, else those that the processes wrote to `text`."""
-        return self.seen or read_stacks(text)
-
     def _fire(self) -> None:
         self.has_fired = True
-        self.seen = dump_with_py_spy(self._find(), environment=self._environment)
         end_with_stacks(self._find)
-
-
-def dump_with_py_spy(pids: Iterable[int], *, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return py-spy's dump, an engine before its front-end; empty if py-spy is missing or fails."""
-    lines: list[str] = []
-    for pid in sorted(pids, reverse=True):
-        try:
-            done = process.capture(
-                ["py-spy", "dump", "--pid", str(pid)], env=environment, timeout_s=DUMP_S
-            )
-        except ToolchainError:
-            return ()
-        if done.returncode != 0:
-            return ()
-        lines += [line.rstrip() for line in done.stdout.splitlines() if line.strip()]
-    return tuple(lines)
 
 
 def end_with_stacks(find: Callable[[], set[int]]) -> None:
@@ -277,7 +252,7 @@ def ask(program: Program, shared: SharedImport | None = None) -> Answer:
         known = process_tree.living()
         return process_tree.below(forked | guards, known) | (forked & known.keys())
 
-    watch = Watch(DUMP_SHARE * program.patience_s, processes, environment=program.environment)
+    watch = Watch(DUMP_SHARE * program.patience_s, processes)
     try:
         with watch:
             ended = shared.run(program, forked.add) if shared and is_shared else None
@@ -299,8 +274,8 @@ def ask(program: Program, shared: SharedImport | None = None) -> Answer:
     stacks: tuple[str, ...] = ()
     log: tuple[str, ...] = ()
     if failure or "error" in completed.stdout:
-        stacks = watch.stacks(completed.stderr)
-        log = (shlex.join(program.argv), *watch.seen, *completed.stderr.splitlines())
+        stacks = read_stacks(completed.stderr)
+        log = (shlex.join(program.argv), *completed.stderr.splitlines())
     return Answer(record, failure, time.monotonic() - started, stacks, log, compilers)
 
 

@@ -141,9 +141,7 @@ def run(
         return failed(exc.message, time.monotonic() - started), ()
     try:
         with probe_runs.Watch(
-            tested.limit_s,
-            lambda: server.members() - {server.processes.supervisor_pid},
-            environment=tested.environment,
+            tested.limit_s, lambda: server.members() - {server.processes.supervisor_pid}
         ) as watch:
             found = list(_run_checks(server, tested, watch))
         found += more(server)
@@ -154,9 +152,9 @@ def run(
     server_log = server.log.read_text(encoding="utf-8", errors="replace")
     if any(check.verdict == "fail" for check in found):
         run_log.phase("server")
-        for line in (*watch.seen, *server_log.splitlines()[-KEPT_LOG_LINES:]):
+        for line in server_log.splitlines()[-KEPT_LOG_LINES:]:
             run_log.write(line)
-    return tuple(found), watch.stacks(server_log)
+    return tuple(found), probe_runs.read_stacks(server_log)
 
 
 def _run_checks(

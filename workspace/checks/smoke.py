@@ -4,7 +4,6 @@ It also has the pre-push gate of `inv hook`, which requires a passed smoke and, 
 own pre-commit.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -14,15 +13,15 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from workspace.checks import coverage, registry, smoke_suite
+from workspace.checks import registry, smoke_suite
 from workspace.checks.registry import DIFFERS, REGISTRY, Check, Expected, verdict
 from workspace.checks.smoke_suite import SmokeOptions
 from workspace.core import hints, lock, process, records
-from workspace.core.console import Console, Row, RunLog, State
+from workspace.core.console import Console, Row, State
 from workspace.core.errors import (
     CheckoutError,
     SettingsError,
@@ -35,7 +34,7 @@ from workspace.core.errors import (
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import plan
+from workspace.install import plan, stages
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git, repository
 
@@ -129,7 +128,7 @@ def smoke(
     expected = expect(observed)
     look = functools.partial(_present_tree, layout, settings)
     # The tree must not change while the checks run.
-    with locked_run(layout, settings, console, session="smoke") as run_log:
+    with stages.locked(layout, settings, "nox -s smoke", console=console) as run_log:
         tree = tree_of(layout, observed)
         checks, parity = smoke_suite.run(
             observed.machine, expected, options, run_log=run_log, look=look
@@ -143,7 +142,7 @@ def smoke(
             seconds=time.monotonic() - started,
         )
         write_record(layout.smoke_record, document, console=console, json_file=json_file)
-        if names := coverage.unlisted(layout.vllm):
+        if names := registry.unlisted(layout.vllm):
             text = f"checks/coverage.toml does not list {', '.join(names)}"
             console.rows([Row(State.WARN, "coverage", text)])
         require_passed(
@@ -265,18 +264,6 @@ def last_record(layout: Layout) -> Mapping[str, object]:
 
 def _present_tree(layout: Layout, settings: Settings) -> Tree:
     return tree_of(layout, plan.observe(layout, settings))
-
-
-@contextlib.contextmanager
-def locked_run(
-    layout: Layout, settings: Settings, console: Console, *, session: str
-) -> Iterator[RunLog]:
-    """Hold the workspace's lock and a run log for a session of nox."""
-    with (
-        lock.hold(layout.lock, verb=f"nox -s {session}") as held,
-        RunLog(console, layout.logs, verb=session, secrets=settings.secrets, held=held) as run_log,
-    ):
-        yield run_log
 
 
 def require_passed(

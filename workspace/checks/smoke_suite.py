@@ -186,7 +186,7 @@ class _Suite:
         named = None if self._options.model == "tiny" else self._begin_named_model()
         yield "provenance.libraries", binary.result
         yield "kernels.norm", kernels.result
-        yield "layers.embedding", lambda: self._tiny(folders, engines)
+        yield "layers.embedding", lambda: self._tiny(engines)
         yield "templates.tokens", lambda: self._judge_sampling(*sampling)
         if named:
             yield "parity.model", named.result
@@ -236,9 +236,7 @@ class _Suite:
         answer = self._ask_shared("kernels.py", *self._device)
         return [(tuple(numeric.kernels(answer, group) for group in KERNELS), answer)]
 
-    def _tiny(
-        self, folders: Folders, engines: "Mapping[models.Architecture, Future[Answer]]"
-    ) -> _Found:
+    def _tiny(self, engines: "Mapping[models.Architecture, Future[Answer]]") -> _Found:
         """Judge parity of the tiny models, consistency of one, and which vLLM was imported."""
         answers: dict[str, Answer] = {name: done.result() for name, done in engines.items()}
         first = answers["llama"]
@@ -249,9 +247,7 @@ class _Suite:
             *(numeric.consistency(first, name) for name in CONSISTENCY),
             registry.provenance(first, self._expected),
         )
-        parity = (
-            self._rechecked(answer, name, folders, "tiny") for name, answer in answers.items()
-        )
+        parity = [((numeric.parity(answer, name),), answer) for name, answer in answers.items()]
         return [*parity, (others, _NOTHING)]
 
     def _cubins(self) -> Check:
@@ -299,26 +295,9 @@ class _Suite:
 
         def judge() -> _Found:
             answer = self._parity(folders, "model", "model")
-            return [self._rechecked(answer, "model", folders, "model")]
+            return [((numeric.parity(answer, "model"),), answer)]
 
         return self._begin(judge)
-
-    def _rechecked(
-        self, answer: Answer, name: str, folders: Folders, round_name: str
-    ) -> tuple[tuple[Check, ...], Answer]:
-        """Judge the parity of a model; re-run both engines if they differ.
-
-        The second run separates a vLLM defect from a flaky reference.
-        """
-        found = numeric.parity(answer, name)
-        if found.verdict == "fail" and numeric.is_answered(answer, name):
-            second = f"{round_name}-again"
-            again = self._parity(folders, name, second)
-            before, after = (self._round(kind, name) for kind in (round_name, second))
-            found = numeric.settle_recheck(
-                found, numeric.parity(again, name), name=name, before=before, after=after
-            )
-        return (found,), answer
 
     def _sampling(self, hugging_face: Callable[[], Answer], folders: Folders, *form: str) -> Answer:
         """Change each sampling parameter of vLLM once Hugging Face has answered."""
@@ -330,18 +309,20 @@ class _Suite:
         """Run a probe on the tiny Llama that reads the reference's answers, or return why not."""
         if reference.problem or isinstance(folders, Answer):
             return reference
-        against = ("--against", str(self._round(round_name, "llama").reference))
+        against = ("--against", str(self._reference_file(round_name)))
         return self._ask_shared(probe, folders["llama"], *against, *self._device, *more)
 
     def _judge_sampling(self, *engines: "Future[Answer]") -> _Found:
         self._sampled, *others = (engine.result() for engine in engines)
         return numeric.sampling(self._sampled, *others)
 
-    def _round(self, round_name: str, name: str) -> numeric.Round:
-        return numeric.Round(
-            self._folder / f"reference-{round_name}.json",
-            self._folder / f"rows-{round_name}-{name}.json",
-        )
+    def _reference_file(self, round_name: str) -> Path:
+        """Return the file of Hugging Face's answers in one round of the smoke."""
+        return self._folder / f"reference-{round_name}.json"
+
+    def _rows_file(self, round_name: str, name: str) -> Path:
+        """Return the file of vLLM's answers with one model."""
+        return self._folder / f"rows-{round_name}-{name}.json"
 
     def _parity(
         self,
@@ -368,7 +349,7 @@ class _Suite:
         answer = self._ask("reference.py", *_named(folders), *self._device, *form, *sampled)
         if answer.problem:
             return replace(answer, record={}, problem=f"Hugging Face: {answer.problem}")
-        self._round(round_name, "").reference.write_text(json.dumps(answer.record))
+        self._reference_file(round_name).write_text(json.dumps(answer.record))
         return answer
 
     def _compared(
@@ -383,17 +364,16 @@ class _Suite:
         reference = hugging_face()
         if reference.problem or isinstance(folders, Answer):
             return reference
-        files = self._round(round_name, name)
-        kept = ("--against", str(files.reference), "--keep", str(files.vllm))
+        rows = str(self._rows_file(round_name, name))
+        kept = ("--against", str(self._reference_file(round_name)), "--keep", rows)
         own: tuple[str, ...] = ("--layers",) if round_name.startswith("tiny") else ()
         own += ("--consistency", name) if (round_name, name) == ("tiny", "llama") else ()
         model = _named({name: folders[name]})
         return self._ask_shared("parity.py", *model, *self._device, *form, *kept, *own)
 
     def _answers(self) -> http_requests.Answers:
-        files = self._round("tiny", "llama")
-        reference = records.read(files.reference, dict[str, object]) or {}
-        offline = numeric.read_rows(files.vllm, "llama")
+        reference = records.read(self._reference_file("tiny"), dict[str, object]) or {}
+        offline = numeric.read_rows(self._rows_file("tiny", "llama"), "llama")
         return http_requests.answers(offline, self._sampled.record, reference)
 
     def _server(self) -> _Found:
@@ -427,7 +407,7 @@ class _Suite:
             future.exception()
 
     def _compiled(self) -> _Found:
-        name, rows = "consistency.compiled", self._round("tiny", "llama").vllm
+        name, rows = "consistency.compiled", self._rows_file("tiny", "llama")
         if not rows.is_file():
             problems = ["the eager engine gave no answer to compare with"]
             return [((registry.judged(name, problems, "", 0.0),), _NOTHING)]
@@ -442,7 +422,7 @@ class _Suite:
     def _real(self, folders: Folders) -> _Found:
         answer = self._reference(folders, "chats", ("--chats", "--tokens", "24"))
         if not (answer.problem or isinstance(folders, Answer)):
-            against = ("--against", str(self._round("chats", "").reference))
+            against = ("--against", str(self._reference_file("chats")))
             answer = self._ask_shared("real_model.py", folders["smollm2"], *against, *self._device)
         return [(numeric.real(answer), answer)]
 
@@ -464,7 +444,7 @@ class _Suite:
         if isinstance(folders, Answer):
             return folders
         answer = self._ask("engine.py", folders["llama"], *self._device, *self._adapters)
-        self._round("engine", "").reference.write_text(json.dumps(answer.record))
+        self._reference_file("engine").write_text(json.dumps(answer.record))
         return answer
 
     def _engine(self, part: str, folders: Folders, hugging_face: Callable[[], Answer]) -> _Found:

@@ -16,7 +16,7 @@ from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings
-from workspace.install import plan
+from workspace.install import plan, stages
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git, repository
 from workspace.server.command import built_environment
@@ -357,7 +357,7 @@ def run(
     if not _report_selection(selection, observed.pin.tag, console, is_list=is_list):
         return
     # The tree must not change while the tests run.
-    with smoke.locked_run(layout, settings, console, session="upstream") as run_log:
+    with stages.locked(layout, settings, "nox -s upstream", console=console) as run_log:
         tree = smoke.tree_of(layout, observed)
         site = _install_needs(layout, settings, known, device=observed.device, run_log=run_log)
         result = run_tests(observed.machine, selection, options, site, run_log=run_log)

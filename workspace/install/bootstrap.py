@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import hints, lock, process, records
-from workspace.core.console import Console, RunLog, State, Step
+from workspace.core import hints, process, records
+from workspace.core.console import Console, State, Step
 from workspace.core.errors import BuildError, counted
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -73,17 +73,14 @@ def run(
         f"{observed.pin.name} {observed.pin.tag} for {observed.device}; due:"
         f" {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
     )
-    with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.info) as held:
+    with stages.locked(
+        layout, settings, "inv bootstrap", console=console, wait=wait, names_log=True
+    ) as run_log:
         _preflight(observed, console)
-        with RunLog(
-            console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held
-        ) as run_log:
-            run = stages.Run(run_log, observed, is_sandbox=is_sandbox)
-            observed = _act(run)
-            if end == "token":
-                _act_on_first_token(run)
-            if run_log.path:
-                console.info(f"log: {layout.relative(run_log.path)}")
+        run = stages.Run(run_log, observed, is_sandbox=is_sandbox)
+        observed = _act(run)
+        if end == "token":
+            _act_on_first_token(run)
     if end != "part":
         _close(observed, console, "")
     return observed

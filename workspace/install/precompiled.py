@@ -12,11 +12,11 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.parser import HeaderParser
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from workspace.core import hints, records
-from workspace.core.errors import SettingsError, SourceError, counted
+from workspace.core.errors import SettingsError, SourceError
 from workspace.core.files import sha256
 from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings, Value
@@ -235,29 +235,15 @@ def fetch_wheel(
 
 # METADATA of vLLM has 12 kB; a longer file is not METADATA.
 _LONGEST_HEADER = 1 << 20
-# The targets of define_extension_target link only against the C shim of this torch version, and so
-# fit every later version (CMakeLists.txt).
-_STABLE = re.compile(
-    r"target_compile_definitions\(\s*(\w+)\b[^)]*?\bTORCH_TARGET_VERSION=0x([0-9A-Fa-f]{16})"
-)
-# These include no header of torch and import none of its symbols.
-_WITHOUT_TORCH = frozenset(("cumem_allocator", "fs_io_C", "spinloop", "_rust_tool_parser"))
-# A library that Python loads: _C.abi3.so, _C.cpython-312-aarch64-linux-gnu.so.
-_LIBRARY = re.compile(r"([^/.]+)\.[^/]*\bso$")
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class _WheelFacts:
-    """The facts in a wheel: its version, its torch, its CUDA major version and its libraries.
-
-    `libraries` is empty where only METADATA exists.
-    """
+    """The facts in a wheel: its version, its torch and its CUDA major version."""
 
     version: "Version"
     torch: "Version"
     cuda: str | None
-    libraries: tuple[str, ...]
 
 
 class _Unreadable(Exception):
@@ -290,7 +276,7 @@ def why_not_hybrid(
             f" {pinned.version}"
         )
     return (
-        _other_torch(precompiled_wheel, installed, layout.vllm)
+        _other_torch(precompiled_wheel, installed)
         or (_other_cuda(precompiled_wheel, installed) if device == "cuda" else None)
         or (_other_family(layout.vllm, archs) if device == "cuda" else None)
     )
@@ -300,8 +286,7 @@ def _read(wheel: Path) -> _WheelFacts:
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    text, libraries = _metadata(wheel)
-    metadata = HeaderParser().parsestr(text)
+    metadata = HeaderParser().parsestr(_metadata(wheel))
     try:
         version = Version(metadata.get("Version", ""))
         wanted = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
@@ -316,9 +301,8 @@ def _read(wheel: Path) -> _WheelFacts:
         for extra in requirement.extras
         if re.fullmatch(r"cu\d\d", extra)
     }
-    return _WheelFacts(
-        version, torch, local[1] if local else majors.pop() if len(majors) == 1 else None, libraries
-    )
+    cuda = local[1] if local else majors.pop() if len(majors) == 1 else None
+    return _WheelFacts(version, torch, cuda)
 
 
 def _pinned_torch(wanted: "Sequence[Requirement]") -> "Version":
@@ -334,32 +318,26 @@ def _pinned_torch(wanted: "Sequence[Requirement]") -> "Version":
     raise _Unreadable("names no torch that it was built for (no torch==… in its METADATA)")
 
 
-def _metadata(wheel: Path) -> tuple[str, tuple[str, ...]]:
-    """Return METADATA and the names of the wheel's libraries, none where the file is METADATA."""
+def _metadata(wheel: Path) -> str:
+    """Return METADATA of a wheel, or the file where it is METADATA."""
     try:
         if not zipfile.is_zipfile(wheel):
             with wheel.open("rb") as file:
                 content = file.read(_LONGEST_HEADER + 1)
             if not content.startswith(b"Metadata-Version:"):
                 raise _Unreadable("is truncated or is not a wheel")
-            return _decoded(content), ()
+            return _decoded(content)
         with zipfile.ZipFile(wheel) as archive:
-            members = archive.infolist()
             found = [
                 item
-                for item in members
+                for item in archive.infolist()
                 if re.fullmatch(r"[^/]+\.dist-info/METADATA", item.filename)
             ]
             if len(found) != 1 or found[0].file_size > _LONGEST_HEADER:
                 raise _Unreadable(
                     "holds no METADATA" if not found else "holds METADATA that is not of a wheel"
                 )
-            libraries = tuple(
-                match[1]
-                for item in members
-                if (match := _LIBRARY.fullmatch(PurePosixPath(item.filename).name))
-            )
-            return _decoded(archive.read(found[0])), libraries
+            return _decoded(archive.read(found[0]))
     except DAMAGED as exc:
         raise _Unreadable(f"cannot be read: {exc}") from exc
 
@@ -370,59 +348,20 @@ def _decoded(content: bytes) -> str:
     return content.decode("utf-8", errors="replace")
 
 
-def _other_torch(precompiled_wheel: _WheelFacts, installed: "Version", tree: Path) -> str | None:
+def _other_torch(precompiled_wheel: _WheelFacts, installed: "Version") -> str | None:
     """Return why the wheel's libraries do not fit the installed torch, or None.
 
-    The C++ ABI of torch is stable within a released minor version. Before the release, and across
-    minor versions, only libraries that link against the C shim fit.
+    The C++ ABI of torch is stable within a released minor version.
     """
     if (
         installed.release[:2] == precompiled_wheel.torch.release[:2]
         and installed.is_prerelease == precompiled_wheel.torch.is_prerelease
     ):
         return None
-    built = (
+    return (
         f"the precompiled wheel was built for torch {precompiled_wheel.torch.public} and"
         f" {installed} is installed"
     )
-    if not precompiled_wheel.libraries:
-        return f"{built}: METADATA does not show which of its libraries use torch's stable ABI"
-    stable = _stable(tree)
-    unfit = [
-        name
-        for name in dict.fromkeys(precompiled_wheel.libraries)
-        if name not in _WITHOUT_TORCH
-        and (name not in stable or stable[name] > installed.release[:2])
-    ]
-    if not unfit:
-        return None
-    names = ", ".join(unfit[:_SHOWN]) + (
-        f" and {len(unfit) - _SHOWN} more" if len(unfit) > _SHOWN else ""
-    )
-    fit = set(precompiled_wheel.libraries) & stable.keys() - set(unfit)
-    others = (
-        f"; {counted(len(fit), 'other does', 'others do')} (TORCH_TARGET_VERSION)" if fit else ""
-    )
-    verb = "does" if len(unfit) == 1 else "do"
-    return f"{built}: {names} {verb} not use torch's stable ABI{others}"
-
-
-def _stable(tree: Path) -> dict[str, tuple[int, ...]]:
-    """Map the targets that use torch's stable ABI to the oldest torch (major, minor) that they fit.
-
-    The version is TORCH_TARGET_VERSION: its first byte is major, its second minor.
-    """
-    found: dict[str, tuple[int, ...]] = {}
-    for path in (tree / "CMakeLists.txt", *sorted((tree / "cmake").rglob("*.cmake"))):
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        found |= {
-            target: (int(digits[:2], 16), int(digits[2:4], 16))
-            for target, digits in _STABLE.findall(text)
-        }
-    return found
 
 
 def _other_cuda(precompiled_wheel: _WheelFacts, installed: "Version") -> str | None:

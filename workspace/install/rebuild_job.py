@@ -26,8 +26,8 @@ from workspace.compile.jobs import Jobs, Memory, RebuildPlan
 from workspace.compile.project import Project
 from workspace.compile.scheduler import Bounds
 from workspace.compile.targets import Reached
-from workspace.core import hints, lock
-from workspace.core.console import Console, RunLog, Step
+from workspace.core import hints
+from workspace.core.console import Console, Step
 from workspace.core.errors import BuildError
 from workspace.install import plan, precompiled, stages, stamp, status, verify
 from workspace.install.plan import RebuildOptions
@@ -362,15 +362,12 @@ def rebuild(
     bounds = bounds_of(machine, options)
     is_compiled = bool(options.targets) or observed.kernels_wanted.source.is_compiled
     verb = "inv rebuild --plan" if options.plan_only else "inv rebuild"
-    with lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held:
+    with stages.locked(
+        layout, settings, verb, console=console, wait=wait, names_log=True
+    ) as run_log:
         _preflight(observed, console, is_compiled=is_compiled)
-        with RunLog(
-            console, layout.logs, verb="rebuild", secrets=settings.secrets, held=held
-        ) as run_log:
-            run = stages.Run(run_log, observed.again(), is_sandbox=is_sandbox)
-            built = _act(run, options, bounds, is_compiled=is_compiled)
-            if run_log.path:
-                console.info(f"log: {layout.relative(run_log.path)}")
+        run = stages.Run(run_log, observed.again(), is_sandbox=is_sandbox)
+        built = _act(run, options, bounds, is_compiled=is_compiled)
     if not options.plan_only:
         observed = observed.again()
         console.sentence(built)

@@ -79,21 +79,33 @@ PYTHON = "python package"
 
 @contextlib.contextmanager
 def locked(
-    layout: Layout, settings: Settings, verb: str, *, console: Console, wait: bool = False
+    layout: Layout,
+    settings: Settings,
+    verb: str,
+    *,
+    console: Console,
+    wait: bool = False,
+    names_log: bool = False,
 ) -> Iterator[RunLog]:
-    """Hold the workspace's lock and keep a log while the block runs; `verb` as it is typed."""
+    """Hold the workspace's lock and keep a log while the block runs; `verb` as it is typed.
+
+    With `names_log` print the path of the log, if there is one, once the block has ended well.
+    """
     name = verb.removeprefix("nox -s ").removeprefix("inv ").split()[0]
     with (
         lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held,
         RunLog(console, layout.logs, verb=name, secrets=settings.secrets, held=held) as run_log,
     ):
         yield run_log
+        if names_log and run_log.path:
+            console.info(f"log: {layout.relative(run_log.path)}")
 
 
 @contextlib.contextmanager
-def step(run_log: RunLog, name: str) -> Iterator[Step]:
+def step(run_log: RunLog, name: str, reason: str = "") -> Iterator[Step]:
     """Show a step and log it as a phase while the block runs."""
     with run_log.console.step(name) as view:
+        view.reason = reason
         run_log.phase(name, view)
         yield view
     run_log.step = None
@@ -109,16 +121,10 @@ def act(run: Run, steps: Steps, *, reason: str = "") -> None:
     Raises the WorkspaceError of a step, also where a step outside CHANGES_TORCH changed torch.
     """
     for name, do in steps:
-        with run.run_log.console.step(name) as view:
-            view.reason = reason
-            run.run_log.phase(name, view)
-            with (
-                contextlib.nullcontext()
-                if name in CHANGES_TORCH
-                else torch.held(run.layout, step=name)
-            ):
-                do(run, view)
-        run.run_log.step = None
+        is_changed = name in CHANGES_TORCH
+        held = contextlib.nullcontext() if is_changed else torch.held(run.layout, step=name)
+        with step(run.run_log, name, reason) as view, held:
+            do(run, view)
 
 
 def write_dotenv(run: Run, view: Step) -> None:

@@ -1,13 +1,11 @@
 """Diagnosis of Triton, one row for each finding, without any change.
 
-The rows: the installed Triton, its assemblers, a compiled kernel, shadows and leftovers, caches.
+The rows: the installed Triton, its assemblers, a compiled kernel, shadows, caches.
 The fixes are in triton_fixes.py.
 """
 
 import re
 import tempfile
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,13 @@ from workspace.core.console import Row, State, failed
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import stamp
 from workspace.install.status import is_met, origin, pairing
 from workspace.machine import arch, dotenv, interpreter, jit_caches, torch
 from workspace.machine.dotenv import Verdict
 from workspace.machine.machine import Case, Machine
-from workspace.repo.git import Git, repository
+from workspace.repo.git import Git
 
 PROBE_S = 300.0
-# Folders of vLLM's copy of Triton's kernels, below the tree, oldest first; the last is current.
-KERNEL_FOLDERS = ("vllm/triton_kernels", "vllm/third_party/triton_kernels")
 # The line of Triton's output that states the cause begins so.
 _CAUSE = re.compile(
     r"^(ptxas fatal|ptxas .*error|LLVM ERROR|.*Error: (?!PTXAS error: Internal)).*$", re.MULTILINE
@@ -48,14 +43,6 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Stale:
-    """A folder of Triton's kernels in the tree that this clone's build did not write."""
-
-    place: Path
-    why: str
-
-
-@dataclass(frozen=True)
 class Diagnosis:
     """All rows, and the facts that the fixes work on."""
 
@@ -66,7 +53,6 @@ class Diagnosis:
     verdicts: tuple[Verdict, ...]
     kernel: Kernel | None
     shadow: Path | None
-    stale: tuple[Stale, ...]
     foreign: tuple[jit_caches.Foreign, ...]
 
     @property
@@ -100,7 +86,6 @@ def diagnose(machine: Machine) -> Diagnosis:
     )
     kernel = try_kernel(layout, settings, capability) if installed else None
     tree, shadow = _tree(layout), shadowing(layout, kernel)
-    stale = stale_folders(layout) if tree != jit_caches.NONE else ()
     stack = jit_caches.observe(machine, tree=tree)
     foreign = jit_caches.foreign(machine, stack)
     findings = (
@@ -108,12 +93,9 @@ def diagnose(machine: Machine) -> Diagnosis:
         *(_assembler(case, verdict, capability) for verdict in verdicts),
         *((_kernel(kernel, is_gpu_torch=is_gpu_torch),) if kernel else ()),
         _shadow(layout, shadow),
-        *_stale(layout, stale),
         *_caches(foreign),
     )
-    return Diagnosis(
-        findings, installed, paired, capability, verdicts, kernel, shadow, stale, foreign
-    )
+    return Diagnosis(findings, installed, paired, capability, verdicts, kernel, shadow, foreign)
 
 
 def _fault(name: str, text: str, cause: str, fix: str, *, state: State = State.FAIL) -> Row:
@@ -201,59 +183,6 @@ def shadowing(layout: Layout, kernel: Kernel | None) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
-def stale_folders(layout: Layout) -> tuple[Stale, ...]:
-    """Return folders of Triton's kernels that neither git tracks nor this clone's build wrote."""
-    if not (layout.vllm / ".git").exists():
-        return ()
-    found = []
-    recorded = stamp.read(layout.stamp("vllm"))
-    for name in KERNEL_FOLDERS:
-        place = layout.vllm / name
-        if (
-            place.is_dir()
-            and any(place.rglob("*.py"))
-            and not repository.is_tracked(Git(layout.vllm), name)
-        ):
-            why = (
-                "vLLM does not use this folder any more"
-                if name != KERNEL_FOLDERS[-1]
-                else _foreign_to_build(layout, name, recorded)
-            )
-            found += [Stale(place, why)] if why else []
-    return tuple(found)
-
-
-def brought(wheel: Path, name: str) -> dict[str, int]:
-    """Map the Python files of a wheel below a folder to CRC-32; empty for an unreadable wheel."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            return {
-                item.filename: item.CRC
-                for item in archive.infolist()
-                if item.filename.startswith(f"{name}/") and item.filename.endswith(".py")
-            }
-    except (OSError, zipfile.BadZipFile):
-        return {}
-
-
-def _foreign_to_build(layout: Layout, name: str, recorded: stamp.Stamp | None) -> str:
-    """Return why the files below `name` are not of the stamped build; empty if they may be."""
-    if recorded is None:
-        return ""
-    wheel = Path(recorded.outcome.get("wheel", ""))
-    if recorded.inputs.get("device") == "cpu":
-        return "the CPU build has none"
-    if (recorded.kernels and recorded.kernels.is_native) or not wheel.is_file():
-        return ""
-    theirs = brought(wheel, name)
-    ours = {
-        str(path.relative_to(layout.vllm)): zlib.crc32(path.read_bytes())
-        for path in (layout.vllm / name).rglob("*.py")
-    }
-    other = [path for path, crc in ours.items() if theirs.get(path) != crc]
-    return f"{len(other)} of {len(ours)} files are not those of {wheel.name}" if other else ""
-
-
 def _installed(
     layout: Layout,
     installed: torch.Installed | None,
@@ -330,21 +259,6 @@ def _shadow(layout: Layout, shadow: Path | None) -> Row:
         f"{layout.relative(shadow)}",
         "vLLM imports it instead of its own triton_kernels",
         fix,
-    )
-
-
-def _stale(layout: Layout, stale: tuple[Stale, ...]) -> tuple[Row, ...]:
-    rows = tuple(
-        _fault(
-            "leftovers",
-            layout.relative(folder.place),
-            folder.why,
-            "move it out of the tree",
-        )
-        for folder in stale
-    )
-    return rows or (
-        Row(State.OK, "leftovers", "no generated triton_kernels of another build in the tree"),
     )
 
 

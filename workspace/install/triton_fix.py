@@ -13,7 +13,7 @@ from pathlib import Path
 from workspace.compile import jobs as bounds
 from workspace.compile import triton_build
 from workspace.compile.jobs import Jobs, Memory
-from workspace.core import hints, lock
+from workspace.core import hints
 from workspace.core.console import Console, Row, RunLog
 from workspace.core.errors import BuildError, SettingsError, ToolchainError, counted
 from workspace.core.files import sha256
@@ -88,16 +88,11 @@ def _fix(
 ) -> tuple[Context, Diagnosis]:
     """Apply the fixes under the lock."""
     layout, settings = machine.layout, machine.settings
-    with (
-        lock.hold(layout.lock, verb="inv fix-triton", wait=wait, on_wait=console.info) as held,
-        RunLog(
-            console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held
-        ) as run_log,
-    ):
+    with stages.locked(
+        layout, settings, "inv fix-triton", console=console, wait=wait, names_log=True
+    ) as run_log:
         context = Context(machine, run_log)
         found = _apply_fixes(context, diagnose(context.reread()), is_from_source=is_from_source)
-        if run_log.path:
-            console.info(f"log: {layout.relative(run_log.path)}")
     return context, found
 
 
@@ -189,7 +184,6 @@ def _apply(context: Context, found: Diagnosis, fix: Fix, planned: tuple[str, ...
         torch.held(context.layout, step=fix.name),
     ):
         view.reason = fix.act(context, found)
-    context.run_log.step = None
     found = diagnose(context.reread())
     fixed = before - {finding.name for finding in found.bad}
     console.info(
@@ -212,20 +206,13 @@ def _from_source(
     _require_context(layout, settings)
     if options.ref:
         provide()
-    with (
-        lock.hold(
-            layout.lock, verb="inv fix-triton --from-source", wait=wait, on_wait=console.info
-        ) as held,
-        RunLog(
-            console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held
-        ) as run_log,
-    ):
+    verb = "inv fix-triton --from-source"
+    with stages.locked(
+        layout, settings, verb, console=console, wait=wait, names_log=True
+    ) as run_log:
         context = Context(context.reread(), run_log)
         tree, wheel = _build(context.machine, limits, run_log)
-        found = _install(context, tree, wheel, jobs=limits[0].count)
-        if run_log.path:
-            console.info(f"log: {layout.relative(run_log.path)}")
-    return found
+        return _install(context, tree, wheel, jobs=limits[0].count)
 
 
 def _build(

@@ -6,7 +6,6 @@ with. The next diagnosis judges the result. The build from source is in triton_f
 
 import datetime
 import shlex
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp
-from workspace.install.triton_diagnosis import Diagnosis, brought
+from workspace.install.triton_diagnosis import Diagnosis
 from workspace.machine import dotenv, interpreter, jit_caches
 from workspace.machine.arch import key
 from workspace.machine.dotenv import Verdict
@@ -160,15 +159,8 @@ def _change_assembler(context: Context, found: Diagnosis) -> str:
 
 def _plan_folders(context: Context, found: Diagnosis) -> tuple[str, ...]:
     place = context.layout.relative(context.layout.quarantine)
-    return (
-        *(
-            f"move {context.layout.relative(stale.place)}, which git does not track, to {place}"
-            for stale in found.stale
-        ),
-        *(
-            f"move {context.layout.relative(folder)} to {place}"
-            for folder in _shadows(context, found)
-        ),
+    return tuple(
+        f"move {context.layout.relative(folder)} to {place}" for folder in _shadows(context, found)
     )
 
 
@@ -189,7 +181,7 @@ def _move_folders(context: Context, found: Diagnosis) -> str:
     layout = context.layout
     now = datetime.datetime.now(tz=datetime.UTC)
     quarantine = layout.quarantine / now.strftime("%Y%m%d-%H%M%S-%f")
-    moved = [*(stale.place for stale in found.stale), *_shadows(context, found)]
+    moved = _shadows(context, found)
     for place in moved:
         target = quarantine / place.relative_to(layout.root)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -201,19 +193,7 @@ def _move_folders(context: Context, found: Diagnosis) -> str:
                 f"{layout.relative(place)} cannot be moved: {exc.strerror}",
                 hint=hints.text("core.list_folder", folder=place.parent),
             ) from exc
-    for stale in found.stale:
-        _extract_again(layout, stale.place)
     return f"{len(moved)} moved to {layout.relative(quarantine)}"
-
-
-def _extract_again(layout: Layout, place: Path) -> None:
-    """Extract the folder's files from the build's wheel: vLLM needs Triton's kernels there."""
-    recorded = stamp.read(layout.stamp("vllm"))
-    wheel = Path(recorded.outcome.get("wheel", "")) if recorded else Path()
-    names = brought(wheel, str(place.relative_to(layout.vllm))) if wheel.is_file() else {}
-    if names:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(layout.vllm, members=list(names))
 
 
 def _plan_caches(_: Context, found: Diagnosis) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from workspace.machine.torch import TorchBuild
 TIMEOUT_S = 600.0
 # The programs of the package that are compiled; a wheel has them beside the libraries.
 _BINARIES = ("vllm/vllm-rs",)
-# Kinds of sections and of an entry of the dynamic section (elf(5)).
-_SHT_DYNAMIC, _SHT_DYNSYM, _DT_NEEDED = 6, 11, 1
+# Kinds of sections, entries of the dynamic section, and the binding of a weak symbol (elf(5)).
+_SHT_DYNAMIC, _SHT_DYNSYM, _DT_NEEDED, _DT_SONAME, _STB_WEAK = 6, 11, 1, 14, 2
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,12 @@ def verify(observed: Observation) -> Verdict:
 
 @dataclass(frozen=True)
 class Linked:
-    """A library in the tree: its file's identity, the symbols and libraries that it needs, and its
-    device code."""
+    """A library in the tree: its file's identity, the libraries and symbols that it needs, and its
+    device code.
+    """
 
     file: tuple[int, int, int]
-    needs: frozenset[str]
+    needs: tuple[frozenset[str], ...]
     code: tuple[str, ...]
 
 
@@ -146,25 +147,46 @@ def _linked(layout: Layout, recorded: Stamp) -> dict[str, Linked | None]:
         try:
             state = file.stat()
             identity = (state.st_ino, state.st_size, state.st_mtime_ns)
-            needs = frozenset(_needs(file))
+            links = linkage(file)
+            needs = (links.named, links.needs, links.weak)
             found[path] = Linked(identity, needs, device_code.architectures(file))
         except (OSError, ValueError, struct.error, IndexError):
             found[path] = None
     return found
 
 
-def _needs(library: Path) -> Iterator[str]:
-    """Yield the undefined symbols of a 64-bit library, and the libraries that it names (elf(5))."""
+@dataclass(frozen=True)
+class Linkage:
+    """What a library says to the loader: its processor (e_machine, 0 for another file), its own
+    name if it has one, the libraries that it names, and the symbols that it needs and has.
+
+    A symbol of `weak` may stay undefined.
+    """
+
+    machine: int
+    name: str | None
+    named: frozenset[str]
+    needs: frozenset[str]
+    weak: frozenset[str]
+    has: frozenset[str]
+
+
+def linkage(library: Path) -> Linkage:
+    """Read the dynamic section of a 64-bit library (elf(5)). Raises ValueError, IndexError and
+    struct.error for a damaged one.
+    """
+    machine, name, named = 0, None, set[str]()
+    needs, weak, has = set[str](), set[str](), set[str]()
     with (
         library.open("rb") as file,
         mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view,
     ):
-        if view[:6] != b"\x7fELF\x02\x01":
-            return
-        (table,), (size, count) = (
-            struct.unpack_from("<Q", view, 40),
-            struct.unpack_from("<HH", view, 58),
-        )
+        count = 0
+        if view[:6] == b"\x7fELF\x02\x01":
+            (machine,), (table,) = (
+                struct.unpack_from(form, view, at) for form, at in (("<H", 18), ("<Q", 40))
+            )
+            size, count = struct.unpack_from("<HH", view, 58)
         headers = [
             struct.unpack_from("<IIQQQQIIQQ", view, table + at * size) for at in range(count)
         ]
@@ -174,16 +196,19 @@ def _needs(library: Path) -> Iterator[str]:
             return view[start : view.find(b"\0", start)].decode()
 
         for _, kind, _, _, start, length, link, *_ in headers:
+            content = view[start : start + length] if kind in (_SHT_DYNSYM, _SHT_DYNAMIC) else b""
             if kind == _SHT_DYNSYM:
-                for name, _, _, section, _, _ in struct.iter_unpack(
-                    "<IBBHQQ", view[start : start + length]
-                ):
-                    if name and not section:
-                        yield text(link, name)
+                for at, binding, _, section, _, _ in struct.iter_unpack("<IBBHQQ", content):
+                    kinds = has if section else weak if binding >> 4 == _STB_WEAK else needs
+                    kinds.update([text(link, at)] if at else [])
             elif kind == _SHT_DYNAMIC:
-                for tag, value in struct.iter_unpack("<qQ", view[start : start + length]):
+                for tag, value in struct.iter_unpack("<qQ", content):
                     if tag == _DT_NEEDED:
-                        yield f"library {text(link, value)}"
+                        named.add(text(link, value))
+                    elif tag == _DT_SONAME:
+                        name = text(link, value)
+    parts = (named, needs, weak, has)
+    return Linkage(machine, name, *map(frozenset, parts))
 
 
 @dataclass(frozen=True)

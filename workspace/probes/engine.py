@@ -6,17 +6,16 @@ caller sets the environment that vLLM reads. One JSON document on stdout: for ea
 each with a problem (a sentence or null) or a difference and its limit.
 """
 
-import faulthandler
 import json
 import math
 import os
-import time
-import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from runpy import run_path
 from statistics import mean
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
 
+document = SimpleNamespace(**run_path(str(Path(__file__).with_name("document.py"))))
 SCHEMA = 1
 Record = dict[str, Any]
 Rows = Iterator[Record]
@@ -34,12 +34,9 @@ EXACT = 1e-3
 # Nats, the mean over an answer: vLLM's adapters on GPUs run in bfloat16 only. On a CPU bfloat16
 # costs 0.05 to 0.17.
 ROUNDED = 0.5
-# Bytes have the tokens from here on in the tiny models' tokenizer (probes/small_model.py).
-FIRST_BYTE = 3
 # A prompt that needs a second block after a few tokens, and as many requests as there are blocks.
 BLOCK, REQUESTS = 32, 8
 SHORT, ANSWER = BLOCK - 4, 20
-KV_CACHE_BYTES = 256 << 20
 # With few tokens to choose from, the answer of a random model repeats itself, so that some guesses
 # are right and some are wrong.
 FEW, GUESSED = (5, 6, 7, 8), 64
@@ -60,11 +57,7 @@ FORCED = 4
 LENGTHS, DIMENSIONS = (5, 28, 100), 64
 
 
-def tokens_of(start: int, count: int) -> list[int]:
-    """Return a prompt that shares no block with one of another `start`."""
-    return [FIRST_BYTE + (start + 7 * index) % 250 for index in range(count)]
-
-
+row, tokens_of = document.row, document.tokens_of
 PROMPTS = tuple(tokens_of(start, SHORT + 9 * start) for start in (1, 2))
 
 
@@ -165,21 +158,14 @@ def start(arguments: Namespace, **changes: object) -> "LLM":
     import vllm
 
     options: Record = {
-        "model": str(arguments.model.resolve()),
-        "dtype": "float32",
-        "enforce_eager": True,
-        "seed": 0,
         "max_model_len": 256,
         "max_num_seqs": REQUESTS,
         # Counts preemptions, guessed tokens and the share of used blocks.
         "disable_log_stats": False,
-        # As in probes/parity.py.
-        "gpu_memory_utilization": 0.1,
         "num_gpu_blocks_override": 64,
     }
-    if arguments.device == "cuda":
-        options["kv_cache_memory_bytes"] = KV_CACHE_BYTES
-    return vllm.LLM(**(options | changes))
+    common = document.engine_options(str(arguments.model.resolve()), arguments.device)
+    return vllm.LLM(**(common | options | changes))
 
 
 def greedy(**changes: object) -> "SamplingParams":
@@ -206,13 +192,6 @@ def counter(llm: "LLM", name: str) -> float:
         if metric.name == f"vllm:{name}":
             return float(metric.value)
     raise RuntimeError(f"vLLM has no metric {name}")
-
-
-def row(case: str, found: object, expected: object) -> Record:
-    """Return the row of a case that has one right outcome."""
-    is_right = found == expected
-    shown, wanted = str(found)[:80], str(expected)[:80]
-    return {"case": case, "problem": None if is_right else f"{shown}, expected {wanted}"}
 
 
 def row_of(output: "RequestOutput") -> Record:
@@ -442,20 +421,11 @@ def runs(arguments: Namespace, expected: Record) -> Iterator[tuple[str, Callable
 
 
 def measured(arguments: Namespace) -> Record:
-    """Return the rows of each check, its seconds, and the error that ended it."""
-    document = json.loads(arguments.against.read_text())
-    if document["error"]:
-        raise RuntimeError(f"Hugging Face: {document['error']}")
-    done: Record = {}
-    for check, run in runs(arguments, document["reference"]):
-        part = done.setdefault(check, {"rows": [], "seconds": 0.0, "error": None})
-        started = time.monotonic()
-        try:
-            part["rows"] += run()
-        except Exception as exc:
-            traceback.print_exc()
-            part["error"] = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-        part["seconds"] += round(time.monotonic() - started, 3)
+    """Return the rows of each check of a part."""
+    known = json.loads(arguments.against.read_text())
+    if known["error"]:
+        raise RuntimeError(f"Hugging Face: {known['error']}")
+    done: Record = document.measured(runs(arguments, known["reference"]))
     return done
 
 
@@ -474,26 +444,14 @@ def arguments_of() -> Namespace:
 
 def main() -> None:
     arguments = arguments_of()
-    # Libraries print to stdout: only the document may stay there.
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    if limit := float(os.environ.get("WORKSPACE_SMOKE_LIMIT_S", "0")):
-        # A hang ends itself, with the stacks of all threads on stderr.
-        faulthandler.dump_traceback_later(limit, exit=True)
-    # As in probes/parity.py: products in float32.
-    os.environ |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ |= {**document.FLOAT32, **document.ORDERED}
     record: Record = {"schema": SCHEMA, "error": None}
-    try:
-        if arguments.part == "reference":
+    is_reference = arguments.part == "reference"
+    with document.printed(record, speaker="" if is_reference else "vLLM: "):
+        if is_reference:
             record["reference"] = reference(arguments)
         else:
             record["groups"] = measured(arguments)
-    except Exception as exc:
-        traceback.print_exc()
-        engine = "" if arguments.part == "reference" else "vLLM: "
-        record["error"] = f"{engine}{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-    print(json.dumps(record), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,22 @@ import argparse
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
-import resource
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from runpy import run_path
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+document = SimpleNamespace(**run_path(str(Path(__file__).with_name("document.py"))))
 SCHEMA = 1
 GROUP_TIMEOUT_S = 300.0
 DTYPES = ("float32", "bfloat16")
@@ -438,41 +437,17 @@ def judged(group: Group, ops: ModuleType, device: str) -> dict[str, object]:
 def in_child(group: Group, ops: ModuleType, device: str) -> dict[str, object]:
     """Run a group in a forked child. The error is what ended the child, if it sent no answer."""
     started = time.monotonic()
-    fork = multiprocessing.get_context("fork")
-    reader, writer = fork.Pipe(duplex=False)
-    child = fork.Process(target=_reply, args=(writer.send, group, ops, device))
-    child.start()
-    writer.close()
-    record: dict[str, object] = {"error": None, "skipped": None, "rows": []}
-    try:
-        if reader.poll(GROUP_TIMEOUT_S):
-            record |= reader.recv()
-        else:
-            child.kill()
-            record["error"] = f"did not end within {GROUP_TIMEOUT_S:g} s"
-    except EOFError:
-        child.join()
-        status = child.exitcode or 0
-        record["error"] = (
-            f"killed by {signal.Signals(-status).name}"
-            if status < 0
-            else f"exited with {status} without a message"
-        )
-    child.join()
-    record["seconds"] = round(time.monotonic() - started, 3)
-    return record
 
+    def sentence_of(exc: BaseException) -> str:
+        traceback.print_exception(exc)
+        return str(document.sentence(exc))
 
-def _reply(
-    send: Callable[[dict[str, object]], None], group: Group, ops: ModuleType, device: str
-) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        send(judged(group, ops, device))
-    except Exception as exc:
-        traceback.print_exc()
-        message = " ".join(str(exc).split())[:200]
-        send({"error": f"{type(exc).__name__}: {message}"})
+    child = document.Child(
+        lambda: judged(group, ops, device), timeout_s=GROUP_TIMEOUT_S, sentence_of=sentence_of
+    )
+    result = child.result()
+    record = {"error": result.get("error"), "skipped": None, "rows": [], **result.get("value", {})}
+    return {**record, "seconds": round(time.monotonic() - started, 3)}
 
 
 def main() -> None:

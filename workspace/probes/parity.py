@@ -6,7 +6,6 @@ once. The caller sets the environment that vLLM reads. One JSON document on stdo
 """
 
 import faulthandler
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -20,10 +19,18 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from runpy import run_path
 from statistics import mean
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
+
+def beside(name: str) -> SimpleNamespace:
+    """Load another probe of this folder, which is no place to import from (probes/imports.py)."""
+    return SimpleNamespace(**run_path(str(Path(__file__).with_name(f"{name}.py"))))
+
+
+document = beside("document")
 SCHEMA = 2
 # Two heads, each longer than two blocks of a CPU's cache, that differ in their first block only;
 # two tails of each: a cached block is right only behind its own head.
@@ -39,7 +46,6 @@ CUTS = (33, 130, 200)
 LAYER_TOKENS = 4
 # Most tokens of one step, so that a long prompt comes in chunks.
 CHUNK = 96
-KV_CACHE_BYTES = 256 << 20
 # The caller's time limit, less the time for the stack dumps.
 LIMIT_S = float(os.environ.get("WORKSPACE_SMOKE_LIMIT_S", "0"))
 
@@ -118,18 +124,6 @@ def stage(send: Send, name: str) -> Iterator[None]:
     send({"seconds": {name: round(time.monotonic() - started, 3)}})
 
 
-def beside(name: str) -> ModuleType:
-    """Load another probe of this folder, which is no place to import from (probes/imports.py)."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"probe_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    # Its dataclasses look it up.
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Engine:
     """vLLM with one model."""
 
@@ -142,25 +136,18 @@ class Engine:
         longest = 2 * max(len(prompt.encode()) for prompt in (*texts, *SHARED)) + arguments.tokens
         most = max(len(texts), len(SHARED))
         options: dict[str, object] = {
-            "model": folder,
             "dtype": arguments.dtype,
             "enforce_eager": not arguments.compiled,
-            "seed": 0,
             "max_model_len": longest,
             "max_num_seqs": most,
             "enable_prefix_caching": has_cache,
-            "disable_log_stats": True,
-            # Must be free at the start, beside other engines; the cache has its own bound.
-            "gpu_memory_utilization": 0.1,
             # A GiB of KV cache takes a second to clear, and a few thousand tokens are wanted:
             # enough blocks of 16, of which a CPU's hold more.
             "num_gpu_blocks_override": most * (longest // 16 + 2),
         }
-        if arguments.device == "cuda":
-            options["kv_cache_memory_bytes"] = KV_CACHE_BYTES
         if has_cache:
             options |= {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK}
-        self._llm = vllm.LLM(**options)
+        self._llm = vllm.LLM(**(document.engine_options(folder, arguments.device) | options))
 
     def answer(self, prompts: Iterable[str | list[int]], tokens: int) -> Rows:
         """Return rows of greedy answers; a prompt is a text or a list of token ids."""
@@ -254,7 +241,7 @@ def plain(
         engine = Engine(folder, arguments, texts)
         if arguments.compiled and sys.modules["torch._inductor.config"].deterministic:
             raise RuntimeError("Inductor is in its deterministic mode and compiles for no GPU")
-    send({"kernels": libraries_in_use(Path(vllm.__file__).resolve().parents[1])})
+    send({"kernels": document.mapped(Path(vllm.__file__).resolve().parents[1])})
     with stage(send, "generate"):
         rows = engine.answer(texts, arguments.tokens)
         made: Rows = [{"text": text} | row for text, row in zip(texts, rows, strict=True)]
@@ -323,17 +310,6 @@ def cached(send: Send, folder: str, arguments: Namespace, expected: Rows | None)
         found += engine.answer(prompts, CONSISTENT_TOKENS)
     prefix = summed(expected * 2, found, CONSISTENT_TOKENS)
     send({"prefix": prefix | {"cached": [row["cached"] for row in found]}, "stage": "done"})
-
-
-def libraries_in_use(tree: Path) -> list[str]:
-    """Return vLLM's compiled libraries that this process has loaded (proc(5), maps)."""
-    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    files = {Path(parts[5]) for line in lines if len(parts := line.split(maxsplit=5)) == 6}
-    return sorted(
-        str(file.relative_to(tree))
-        for file in files
-        if ".so" in file.name and file.is_relative_to(tree / "vllm")
-    )
 
 
 def compare(expected: Record, found: Record, forced: list[float]) -> Record:
@@ -482,10 +458,8 @@ def main() -> None:
     # Both libraries print to stdout: only the document may stay there.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # Triton and cuBLAS read these at their first use, in the children: float32 products in float32,
-    # sums in a fixed order.
-    os.environ |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    # For the children.
+    os.environ |= {**document.FLOAT32, **document.ORDERED}
     import torch  # noqa: F401 - once, for all children
 
     reference: Record = json.loads(arguments.against.read_text())

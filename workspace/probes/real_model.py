@@ -7,18 +7,19 @@ The caller sets the environment that vLLM reads. One JSON document on stdout; `-
 """
 
 import argparse
-import faulthandler
 import json
 import os
 import sys
-import traceback
 from itertools import groupby
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, SamplingParams
 
+document = SimpleNamespace(**run_path(str(Path(__file__).with_name("document.py"))))
 SCHEMA = 1
 PROMPT = "What is the capital of France?"
 LONG_PROMPT = "Explain in a few sentences how a bicycle works."
@@ -49,22 +50,9 @@ NOISE = {
 def load(folder: str, device: str) -> "LLM":
     import vllm
 
-    # As in parity.py: the share that must be free at the start, beside other engines.
-    more = (
-        {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.1}
-        if device == "cuda"
-        else {}
-    )
-    return vllm.LLM(
-        model=folder,
-        dtype="float32",
-        enforce_eager=True,
-        seed=0,
-        max_model_len=512,
-        max_num_seqs=4,
-        disable_log_stats=True,
-        **more,
-    )
+    options = document.engine_options(folder, device) | {"max_model_len": 512, "max_num_seqs": 4}
+    more = {"kv_cache_memory_bytes": 1 << 30} if device == "cuda" else {}
+    return vllm.LLM(**(options | more))
 
 
 def answers(llm: "LLM") -> list["CompletionOutput"]:
@@ -200,22 +188,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.first_token or arguments.against):
         parser.error("--against is missing")
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    if limit := float(os.environ.get("WORKSPACE_SMOKE_LIMIT_S", "0")):
-        faulthandler.dump_traceback_later(limit, exit=True)
     record: dict[str, object] = {"schema": SCHEMA, "error": None}
-    try:
+    with document.printed(record):
         if arguments.first_token:
             record |= first_token(arguments.model.resolve(), arguments.device)
         else:
-            # As in probes/parity.py: products in float32.
-            os.environ |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
+            os.environ |= document.FLOAT32
             record |= examine(str(arguments.model.resolve()), arguments.device, arguments.against)
-    except Exception as exc:
-        traceback.print_exc()
-        record["error"] = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-    print(json.dumps(record), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,24 @@ One prompt at a time: no padding, no batching, plain attention. One JSON documen
 """
 
 import argparse
-import faulthandler
 import json
 import os
 import re
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+document = SimpleNamespace(**run_path(str(Path(__file__).with_name("document.py"))))
 SCHEMA = 1
 # Lengths below, across and far beyond one block of the KV cache (16 tokens on a GPU, 128 on a CPU),
 # so that a batch mixes them.
@@ -461,33 +462,29 @@ def arguments_of() -> argparse.Namespace:
 
 def main() -> None:
     arguments = arguments_of()
-    # Libraries print to stdout: only the document may stay there.
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    if limit := float(os.environ.get("WORKSPACE_SMOKE_LIMIT_S", "0")):
-        # A hang ends itself, with the stacks of all threads on stderr.
-        faulthandler.dump_traceback_later(limit, exit=True)
-    os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    started = time.monotonic()
-    models: dict[str, object] = {}
-    record: dict[str, object] = {"schema": SCHEMA, "error": None, "models": models}
-    try:
-        import torch
-        import transformers
+    os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", **document.ORDERED}
+    record: Record = {"schema": SCHEMA, "error": None, "models": {}}
+    with document.printed(record):
+        started = time.monotonic()
+        try:
+            answer(arguments, record)
+        finally:
+            record["seconds"] = round(time.monotonic() - started, 3)
 
-        forbid_tf32(is_compiled=False)
-        for name, folder in arguments.model:
-            model, tokenizer = load(folder, arguments.device, arguments.dtype)
-            with torch.inference_mode():
-                models[name] = rows_of(model, tokenizer, arguments)
-                if name == arguments.sampling:
-                    record["sampling"] = Sampled(model, tokenizer).record()
-        record["transformers"] = transformers.__version__
-    except Exception as exc:
-        traceback.print_exc()
-        record["error"] = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-    record["seconds"] = round(time.monotonic() - started, 3)
-    print(json.dumps(record), file=out, flush=True)
+
+def answer(arguments: argparse.Namespace, record: Record) -> None:
+    """Put the answers of each model into the record."""
+    import torch
+    import transformers
+
+    forbid_tf32(is_compiled=False)
+    for name, folder in arguments.model:
+        model, tokenizer = load(folder, arguments.device, arguments.dtype)
+        with torch.inference_mode():
+            record["models"][name] = rows_of(model, tokenizer, arguments)
+            if name == arguments.sampling:
+                record["sampling"] = Sampled(model, tokenizer).record()
+    record["transformers"] = transformers.__version__
 
 
 if __name__ == "__main__":

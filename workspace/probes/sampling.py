@@ -7,35 +7,34 @@ an adapter, too. The caller sets the environment that vLLM reads. One JSON docum
 each group of checks its rows, each with a problem (a sentence or null) or a difference in nats.
 """
 
-import faulthandler
 import json
 import math
 import os
 import tempfile
 import time
-import traceback
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
 
+document = SimpleNamespace(**run_path(str(Path(__file__).with_name("document.py"))))
 SCHEMA = 1
 Record = dict[str, Any]
 Rows = Iterator[Record]
 # More requests than a batch has, and blocks for all of them and for the cached prompts.
 SEQUENCES, BLOCKS = 64, 512
-KV_CACHE_BYTES = 256 << 20
 # Samples that are counted, twice, and the probability that a right engine fails either count.
 SAMPLES, FALSE_ALARM = 512, 1e-6
 # As in probes/reference.py: minus infinity, and what rounding may change (nats).
 NEVER, TIE = -1e9, 2e-3
-# Bytes have the tokens from here on in the tiny models' tokenizer (probes/small_model.py).
-FIRST_BYTE = 3
 # Conversations, each with arguments of a request; what a tiny model's template makes of them has
 # every branch of it (probes/small_model.py).
 USER = {"role": "user", "content": "Is it built?\nÜbung: 練習"}
@@ -66,26 +65,18 @@ class Engine:
         # vLLM's kernels of adapters for GPUs have no float32 (lora/ops/triton_ops).
         self.is_exact = arguments.device == "cpu" or not arguments.adapter
         options: Record = {
-            "model": folder,
             "dtype": "float32" if self.is_exact else "bfloat16",
-            "enforce_eager": True,
-            "seed": 0,
             "max_model_len": 1024,
             "max_num_seqs": SEQUENCES,
             "max_logprobs": -1,
             "enable_prefix_caching": True,
-            "disable_log_stats": True,
-            # As in probes/parity.py.
-            "gpu_memory_utilization": 0.1,
             "num_gpu_blocks_override": BLOCKS,
         }
-        if arguments.device == "cuda":
-            options["kv_cache_memory_bytes"] = KV_CACHE_BYTES
         if arguments.processed:
             options["logprobs_mode"] = "processed_logprobs"
         if arguments.adapter:
             options |= {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 1}
-        self._llm = vllm.LLM(**options)
+        self._llm = vllm.LLM(**(document.engine_options(folder, arguments.device) | options))
         config = self._llm.llm_engine.vllm_config
         self.block: int = config.cache_config.block_size
         self.shape = config.model_config.hf_config
@@ -134,11 +125,7 @@ class Engine:
         return int(output.num_cached_tokens or 0), list(output.outputs[0].token_ids)
 
 
-def row(case: str, found: object, expected: object) -> Record:
-    """Return the row of a case that has one right outcome."""
-    is_right = found == expected
-    shown, wanted = str(found)[:80], str(expected)[:80]
-    return {"case": case, "problem": None if is_right else f"{shown}, expected {wanted}"}
+row, tokens_of = document.row, document.tokens_of
 
 
 def answered(case: Record, output: "RequestOutput", kind: str) -> Rows:
@@ -302,11 +289,6 @@ def tail(count: int, total: int, chance: float) -> float:
     return min(1.0, 2 * min(math.fsum(pmf[: count + 1]), math.fsum(pmf[count:])))
 
 
-def tokens_of(start: int, count: int) -> list[int]:
-    """Return a prompt that shares no block with one of another `start`."""
-    return [FIRST_BYTE + (start + 7 * index) % 250 for index in range(count)]
-
-
 def blocks(engine: Engine, _: Record) -> Rows:
     """Demand the exact number of cached tokens of prompts that differ in one token."""
     size = engine.block
@@ -437,21 +419,6 @@ PROCESSED: tuple[tuple[str, Group], ...] = (
 ADAPTER: tuple[tuple[str, Group], ...] = (("cache.keys", adapters),)
 
 
-def measured(engine: Engine, reference: Record, groups: tuple[tuple[str, Group], ...]) -> Record:
-    """Return the rows of each check, its seconds, and the error that ended one of its groups."""
-    done: Record = {}
-    for check, group in groups:
-        part = done.setdefault(check, {"rows": [], "seconds": 0.0, "error": None})
-        started = time.monotonic()
-        try:
-            part["rows"] += group(engine, reference)
-        except Exception as exc:
-            traceback.print_exc()
-            part["error"] = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-        part["seconds"] += round(time.monotonic() - started, 3)
-    return done
-
-
 def arguments_of() -> Namespace:
     """Return the options of the command line."""
     parser = ArgumentParser(description="Compare each sampling parameter of vLLM with a reference.")
@@ -468,32 +435,22 @@ def arguments_of() -> Namespace:
 
 def main() -> None:
     arguments = arguments_of()
-    # Libraries print to stdout: only the document may stay there.
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    if limit := float(os.environ.get("WORKSPACE_SMOKE_LIMIT_S", "0")):
-        # A hang ends itself, with the stacks of all threads on stderr.
-        faulthandler.dump_traceback_later(limit, exit=True)
-    # As in probes/parity.py: products in float32.
-    os.environ |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
+    os.environ |= document.FLOAT32
     started = time.monotonic()
     record: Record = {"schema": SCHEMA, "error": None, "groups": {}}
-    try:
-        document = json.loads(arguments.against.read_text())
-        reference = document.get("sampling")
+    with document.printed(record, speaker="vLLM: "):
+        known = json.loads(arguments.against.read_text())
+        reference = known.get("sampling")
         if not reference:
-            raise RuntimeError(f"Hugging Face: {document.get('error') or 'no answer'}")
-        folder = str(arguments.model.resolve())
-        engine = Engine(folder, arguments)
+            raise RuntimeError(f"Hugging Face: {known.get('error') or 'no answer'}")
+        engine = Engine(str(arguments.model.resolve()), arguments)
         record |= {"load_s": round(time.monotonic() - started, 3), "block": engine.block}
         groups = PROCESSED if arguments.processed else () if arguments.adapter else RAW
         groups += ADAPTER if arguments.adapter else ()
-        record["groups"] = measured(engine, reference, groups)
+        record["groups"] = document.measured(
+            (check, partial(group, engine, reference)) for check, group in groups
+        )
         record |= {key: reference.get(key, []) for key in ("chats", "texts")}
-    except Exception as exc:
-        traceback.print_exc()
-        record["error"] = f"vLLM: {type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-    print(json.dumps(record), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,25 +10,22 @@ import argparse
 import ctypes
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
-import resource
-import signal
 import struct
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 from typing import Any
 
+document = SimpleNamespace(**run_path(str(Path(__file__).with_name("document.py"))))
 SCHEMA = 1
 # A CUDA library of 800 MB took a minute with a cold page cache; importing vLLM takes 6 s warm on
 # two cores.
 LOAD_TIMEOUT_S = 120.0
 IMPORT_TIMEOUT_S = 400.0
-_LIBRARY = re.compile(r".+\.so(\.\d+)*$")
 # PEP 3149: an extension for one version of CPython. DeepGEMM has one for each version
 # (vllm/third_party/deep_gemm).
 _FOR_PYTHON = re.compile(r".+\.cpython-(\d+)[a-z]*-.+\.so$")
@@ -42,56 +39,14 @@ _DLERROR_PREFIX = re.compile(r"^/\S+?: ")
 Record = dict[str, Any]
 
 
-class Child:
-    """A function that runs in a forked child, with its result or the cause of its death."""
-
-    def __init__(self, function: Callable[[], object], *, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
-        fork = multiprocessing.get_context("fork")
-        self._reader, writer = fork.Pipe(duplex=False)
-        self._child = fork.Process(target=_reply, args=(writer, function))
-        self._child.start()
-        writer.close()
-
-    def result(self) -> Record:
-        """Wait. Return {"value": …} if the child answered, else {"error": a sentence, "signal": a
-        name or None}.
-        """
-        try:
-            if not self._reader.poll(max(0.0, self._deadline - time.monotonic())):
-                self._child.kill()
-                return {"error": f"did not end within {self._timeout_s:g} s", "signal": None}
-            answer: Record = self._reader.recv()
-            return answer
-        except EOFError:
-            self._child.join()
-            status = self._child.exitcode or 0
-            name = signal.Signals(-status).name if status < 0 else None
-            return {
-                "error": f"killed by {name}" if name else f"exited with {status} without a message",
-                "signal": name,
-            }
-        finally:
-            self._child.join()
-
-
-def _reply(
-    writer: "multiprocessing.connection.Connection[Record, None]", function: Callable[[], object]
-) -> None:
-    # A library that crashes is a result; a core of several GiB is not wanted.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        answer: Record = {"value": function()}
-    except BaseException as exc:
-        answer = {"error": _sentence(exc), "signal": None}
-    writer.send(answer)
-
-
 def _sentence(exc: BaseException) -> str:
     if isinstance(exc, OSError) and exc.errno is None:
         return _DLERROR_PREFIX.sub("", str(exc))
     return f"{type(exc).__name__}: {exc}".splitlines()[0]
+
+
+# A child whose error is the first line of an exception.
+Child = partial(document.Child, sentence_of=_sentence)
 
 
 def compiled(tree: Path) -> list[Path]:
@@ -99,20 +54,7 @@ def compiled(tree: Path) -> list[Path]:
     return sorted(
         path
         for path in (tree / "vllm").rglob("*.so*")
-        if _LIBRARY.fullmatch(path.name) and path.is_file()
-    )
-
-
-def mapped(tree: Path) -> list[str]:
-    """Return the tree's libraries that this process has loaded (proc(5), maps), without the tree's
-    path.
-    """
-    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    files = {Path(parts[5]) for line in lines if len(parts := line.split(maxsplit=5)) == 6}
-    return sorted(
-        str(file.relative_to(tree))
-        for file in files
-        if _LIBRARY.fullmatch(file.name) and file.is_relative_to(tree)
+        if document.LIBRARY.fullmatch(path.name) and path.is_file()
     )
 
 
@@ -131,7 +73,7 @@ def imported(tree: Path, folder: Path | None = None) -> Record:
         "file": str(Path(vllm.__file__).resolve()) if vllm.__file__ else None,
         "version": vllm.__version__,
         "platform": current_platform.device_type,
-        "kernels": mapped(tree),
+        "kernels": document.mapped(tree),
     }
 
 
@@ -272,7 +214,7 @@ def examine(tree: Path, *, imports: bool, libraries: bool, inside: bool = False)
     return record
 
 
-def _imported(child: Child, error: str | None) -> tuple[Record, str | None]:
+def _imported(child: Any, error: str | None) -> tuple[Record, str | None]:
     """Return the record of an import and its error, or else the error before it."""
     result = child.result()
     if "value" not in result:

@@ -2,9 +2,7 @@
 aarch64, of which this machine runs none.
 """
 
-import mmap
 import re
-import struct
 import subprocess
 import tempfile
 import zipfile
@@ -14,13 +12,13 @@ from pathlib import Path
 
 from workspace.compile import device_code
 from workspace.compile.device_code import Cubins
+from workspace.install import verify
 
 # The packages of the distribution with the libraries that the wheels take from the system.
 SYSTEM = ("libc6", "libgcc-s1", "libstdc++6", "libnuma1")
 _NAME = re.compile(r".+\.so(\.\d+)*")
-# e_machine, kinds of sections, entries of the dynamic section, and the binding of a symbol that may
-# stay undefined (elf(5)).
-_AARCH64, _SHT_DYNAMIC, _SHT_DYNSYM, _DT_NEEDED, _DT_SONAME, _STB_WEAK = 183, 6, 11, 1, 14, 2
+# e_machine (elf(5)).
+_AARCH64 = 183
 
 
 @dataclass(frozen=True)
@@ -39,37 +37,11 @@ class Library:
 
 def read(file: Path, path: str) -> Library:
     """Read a library of aarch64. Raises ValueError for a file of another kind."""
-    own_name = file.name
-    named, needs, has = set[str](), set[str](), set[str]()
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as view:
-        if view[:6] != b"\x7fELF\x02\x01" or view[18:20] != struct.pack("<H", _AARCH64):
-            raise ValueError(f"{path} is no library of aarch64")
-        (table,) = struct.unpack_from("<Q", view, 40)
-        size, count = struct.unpack_from("<HH", view, 58)
-        headers = [
-            struct.unpack_from("<IIQQQQIIQQ", view, table + at * size) for at in range(count)
-        ]
-
-        def text(link: int, at: int) -> str:
-            start = headers[link][4] + at
-            return view[start : view.find(b"\0", start)].decode()
-
-        for _, kind, _, _, start, length, link, *_ in headers:
-            content = view[start : start + length] if kind in (_SHT_DYNSYM, _SHT_DYNAMIC) else b""
-            if kind == _SHT_DYNSYM:
-                for name, binding, _, section, _, _ in struct.iter_unpack("<IBBHQQ", content):
-                    if section:
-                        has.add(text(link, name))
-                    elif name and binding >> 4 != _STB_WEAK:
-                        needs.add(text(link, name))
-            elif kind == _SHT_DYNAMIC:
-                for tag, value in struct.iter_unpack("<qQ", content):
-                    if tag == _DT_NEEDED:
-                        named.add(text(link, value))
-                    elif tag == _DT_SONAME:
-                        own_name = text(link, value)
+    links = verify.linkage(file)
+    if links.machine != _AARCH64:
+        raise ValueError(f"{path} is no library of aarch64")
     code = Cubins(path, device_code.architectures(file), units=device_code.units(file))
-    return Library(path, own_name, frozenset(named), frozenset(needs), frozenset(has), code)
+    return Library(path, links.name or file.name, links.named, links.needs, links.has, code)
 
 
 def in_wheel(wheel: Path) -> Iterator[Library]:

@@ -456,11 +456,6 @@ def take_in(made: Path, objects: Path) -> None:
         os.sync()
 
 
-def is_tracked(git: Git, path: str) -> bool:
-    """Return whether the index has a file at or below `path`, relative to the checkout."""
-    return bool(git.look("ls-files", "-z", "--", path).out)
-
-
 def untracked(git: Git) -> tuple[str, ...]:
     """Return the files that git does not track and the tree's own .gitignore does not name.
 
