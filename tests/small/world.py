@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from tests.small.index import View
 from tests.small.materials import ROOT, TAG, VERSION, Materials, git
+from tests.small.processes import CommandLine
 from tests.small.wheels import MACHINES, sha256
 from workspace.core.paths import Layout
 
@@ -53,6 +55,8 @@ HOSTILE_GIT = """[core]
 \tprune = true
 """
 TIMEOUT_S = 120.0
+WARM_LOCALE = "C.UTF-8"
+_LOADERS = re.compile("LD_").match
 # The probe of the first token for a vLLM that computes nothing. A file `no-token` in the clone is
 # its error.
 FIRST_TOKEN = """import json, sys
@@ -116,7 +120,16 @@ class World:
     def run(
         self, *args: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()
     ) -> Ended:
-        """Run `inv WORDS` to its end, `through` a program that runs programs."""
+        """Run `inv WORDS` to its end, `through` a program that runs programs.
+
+        Without one, and in the usual locale, it is a child of the warm interpreter.
+        """
+        context = self.env | dict(env or {})
+        # The loader and the interpreter read these before the first line of the library.
+        is_usual = context["LC_ALL"] == WARM_LOCALE and not any(map(_LOADERS, context))
+        if is_usual and not through:
+            line = CommandLine(self.root, args, context, self.folder)
+            return Ended(*self.materials.warm.run(line, timeout_s=TIMEOUT_S))
         child = self.start(*args, env=env, through=through)
         try:
             out, err = child.communicate(timeout=TIMEOUT_S)
@@ -154,6 +167,12 @@ class World:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         child.communicate()
+
+    def session(self, *args: str, env: Mapping[str, str] | None = None) -> Ended:
+        """Run a session of nox to its end, without nox."""
+        context = self.env | dict(env or {})
+        line = CommandLine(self.root, args, context, self.root, is_session=True)
+        return Ended(*self.materials.warm.run(line, timeout_s=TIMEOUT_S))
 
     def bootstrap(self, *args: str, env: Mapping[str, str] | None = None) -> Ended:
         """Bootstrap; fail with the whole output where it does not succeed."""
@@ -305,7 +324,7 @@ def make_world(materials: Materials, folder: Path, *, source: str = "release") -
     env = {
         "PATH": os.pathsep.join([str(materials.bin), "/usr/local/bin", "/usr/bin", "/bin"]),
         "HOME": str(home),
-        "LC_ALL": "C.UTF-8",
+        "LC_ALL": WARM_LOCALE,
         "UV_DEFAULT_INDEX": view.url,
         "UV_CACHE_DIR": str(materials.folder / "uv-cache"),
         "UV_NO_CONFIG": "1",
@@ -329,7 +348,7 @@ def _template(materials: Materials) -> Path:
 
     With the byte code of this clone: without it a verb takes half as long again.
     """
-    root = materials.folder / "template"
+    root = materials.template
     if root.exists():
         return root
     root.mkdir()
