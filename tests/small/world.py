@@ -100,6 +100,15 @@ class Ended:
 
 
 @dataclass
+class Kept:
+    """A state of a world: a copy of its parts, the listing of what stands there, the variables."""
+
+    folder: Path
+    listing: Listing
+    env: dict[str, str]
+
+
+@dataclass
 class World:
     """One clone and what surrounds it. Change `env` and the files as a user would."""
 
@@ -108,8 +117,7 @@ class World:
     layout: Layout
     index: View
     env: dict[str, str]
-    kept_env: dict[str, str] = field(default_factory=dict)
-    kept_listing: Listing = field(default_factory=dict)
+    kept: dict[str, "Kept"] = field(default_factory=dict)
     first: Ended | None = None
     started: list["subprocess.Popen[str]"] = field(default_factory=list)
 
@@ -247,26 +255,28 @@ class World:
         """Every path of the clone, .git and .vllm included, with mtime, size, inode and mode."""
         return _listing(self.root, (".",))
 
-    def save(self) -> None:
+    def save(self, state: str = "built") -> None:
         """Keep clone, downloads and surroundings as they are now; `restore` brings them back to the
         same paths, where environments need them.
         """
+        folder = self.folder / f"kept-{state}"
         for part in PARTS:
-            _copy(self.folder / part, self._kept / part)
-            (self.folder / part).rename(Path(tempfile.mkdtemp(dir=self.folder)) / part)
-            # Without the links into the cache of uv, through which a test could write.
-            _copy(self._kept / part, self.folder / part)
-        self.kept_env = dict(self.env)
-        self.kept_listing = _listing(self.folder, PARTS)
-        self.restore()
+            _copy(self.folder / part, folder / part)
+            if not self.kept:
+                # Without the links into the cache of uv, through which a test could write.
+                (self.folder / part).rename(Path(tempfile.mkdtemp(dir=self.folder)) / part)
+                _copy(folder / part, self.folder / part)
+        self.kept[state] = Kept(folder, _listing(self.folder, PARTS), dict(self.env))
+        self.restore(state)
 
-    def restore(self) -> None:
+    def restore(self, state: str = "built") -> None:
+        kept = self.kept[state]
         # Moved, not deleted, which takes ten times as long on a disk that others sync.
         now = _listing(self.folder, PARTS)
-        if now != self.kept_listing:
-            self._restore_paths({path for path, _ in now.items() ^ self.kept_listing.items()})
-            self.kept_listing = _listing(self.folder, PARTS)
-        self.env = dict(self.kept_env)
+        if now != kept.listing:
+            self._restore_paths(kept, {path for path, _ in now.items() ^ kept.listing.items()})
+            kept.listing = _listing(self.folder, PARTS)
+        self.env = dict(kept.env)
         self.index.files = dict(self.materials.index.files)
         self.index.faults.clear()
         self.index.published.clear()
@@ -282,12 +292,12 @@ class World:
                 self.kill(child)
         self.started.clear()
 
-    def _restore_paths(self, changed: set[str]) -> None:
+    def _restore_paths(self, state: Kept, changed: set[str]) -> None:
         """Replace what was changed, and give the folders around it their times again."""
         folders = {str(folder) for path in changed for folder in Path(path).parents[:-1]}
         for path in sorted(changed):
-            kept, place = self._kept / path, self.folder / path
-            is_kept = path in self.kept_listing
+            kept, place = state.folder / path, self.folder / path
+            is_kept = path in state.listing
             if is_kept and _is_folder(kept) and _is_folder(place):
                 # At once, because its mode may forbid to write in it.
                 shutil.copystat(kept, place)
@@ -302,12 +312,8 @@ class World:
                 folders.add(path)
             elif is_kept:
                 shutil.copy2(kept, place, follow_symlinks=False)
-        for path in folders & self.kept_listing.keys() | set(PARTS):
-            shutil.copystat(self._kept / path, self.folder / path)
-
-    @property
-    def _kept(self) -> Path:
-        return self.folder / "kept"
+        for path in folders & state.listing.keys() | set(PARTS):
+            shutil.copystat(state.folder / path, self.folder / path)
 
 
 def make_world(materials: Materials, folder: Path, *, source: str = "release") -> World:
