@@ -7,16 +7,20 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.screens import recorded
 from tests.small.index import serve
 from tests.small.materials import ROOT, Materials, gather, prepare
 from tests.small.world import World, make_world
 
+# Rooms whose modules use a world that takes long to make.
+SHARE_A_WORLD = ("tests/bump", "tests/fuzz")
 # A file system in memory: the suite makes 100,000 small files, and git syncs many of them.
 IN_MEMORY = Path("/dev/shm")
 # A whole run leaves 0.9 GiB there.
@@ -55,6 +59,27 @@ def _has_room(folder: Path) -> bool:
         return not flags & os.ST_NOEXEC and shutil.disk_usage(folder).free >= ROOM_BYTES
     except OSError:
         return False
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """Give each worker whole modules, and rooms whose modules share a world."""
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = _unit
+    return scheduler
+
+
+def _unit(nodeid: str) -> str:
+    module = nodeid.partition("::")[0]
+    return module if module.rpartition("/")[0] not in SHARE_A_WORLD else module.rpartition("/")[0]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let workers begin with what takes longest: the units with most tests in a small world."""
+    if hasattr(config, "workerinput"):
+        use_worlds = Counter(
+            _unit(item.nodeid) for item in items if "materials" in getattr(item, "fixturenames", ())
+        )
+        items.sort(key=lambda item: -use_worlds[_unit(item.nodeid)])
 
 
 @pytest.hookimpl(wrapper=True)
