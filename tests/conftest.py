@@ -3,17 +3,28 @@
 import compileall
 import contextlib
 import gc
+import os
+import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.screens import recorded
 from tests.small.index import serve
 from tests.small.materials import ROOT, Materials, gather, prepare
 from tests.small.world import World, make_world
+
+# Rooms whose modules use a world that takes long to make.
+SHARE_A_WORLD = ("tests/bump", "tests/fuzz")
+# A file system in memory: the suite makes 100,000 small files, and git syncs many of them.
+IN_MEMORY = Path("/dev/shm")
+# A whole run leaves 0.9 GiB there.
+ROOM_BYTES = 4 << 30
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,16 +36,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     # Containers set PYTHONDONTWRITEBYTECODE; each worker would then compile all tests again, and
     # each verb in a copy of this clone the library.
     sys.dont_write_bytecode = False
     if not hasattr(config, "workerinput"):
         compileall.compile_dir(ROOT / "workspace", quiet=2)
+        # Where TMPDIR does not ask for another place.
+        if "TMPDIR" not in os.environ and _has_room(IN_MEMORY):
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
     # A shell's background job ignores SIGINT, and so would the verbs that tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # nohup ignores this one, for every child.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def _has_room(folder: Path) -> bool:
+    """Return whether programs run in the folder, and a run of the suite fits in it."""
+    try:
+        flags = os.statvfs(folder).f_flag
+        return not flags & os.ST_NOEXEC and shutil.disk_usage(folder).free >= ROOM_BYTES
+    except OSError:
+        return False
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """Give each worker whole modules, and rooms whose modules share a world."""
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = _unit
+    return scheduler
+
+
+def _unit(nodeid: str) -> str:
+    module = nodeid.partition("::")[0]
+    return module if module.rpartition("/")[0] not in SHARE_A_WORLD else module.rpartition("/")[0]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let workers begin with what takes longest: the units with most tests in a small world."""
+    if hasattr(config, "workerinput"):
+        use_worlds = Counter(
+            _unit(item.nodeid) for item in items if "materials" in getattr(item, "fixturenames", ())
+        )
+        items.sort(key=lambda item: -use_worlds[_unit(item.nodeid)])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -60,7 +105,9 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Materials]:
     """Upstream, archive, wheels and a package index, once a session."""
     folder = tmp_path_factory.mktemp("small")
     with serve(prepare(folder)) as index:
-        yield gather(folder, index)
+        made = gather(folder, index)
+        yield made
+        made.warm.close()
 
 
 @pytest.fixture

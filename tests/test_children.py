@@ -55,18 +55,6 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
-def session(world: World, *args: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", *args],
-        cwd=world.root,
-        env=world.env,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-
-
 def evaluated(lines: str, outer: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a child of a shell that evaluated the lines."""
     done = subprocess.run(
@@ -160,8 +148,8 @@ def test_probe_of_the_smoke_gets_what_a_run_gets_and_the_rows_of_the_smoke(world
         # A model is made beside the first probe, by a child of another phase.
         if probe.name not in ("__init__.py", "small_model.py"):
             probe.write_text(PROBE.format(seen=str(seen)))
-    ended = session(world, "smoke", "--fail-fast")
-    assert ended.returncode == 8, ended.stderr
+    ended = world.session("smoke", "--fail-fast")
+    assert ended.code == 8, ended.output
     found = json.loads(seen.read_text())
     assert differing(found, run) == {
         "HF_HUB_OFFLINE",
@@ -182,8 +170,8 @@ def test_benchmark_gets_what_a_run_gets_and_the_rows_of_a_benchmark(world: World
     text = PROGRAM.format(python=sys.executable, seen=str(seen))
     program(world.layout.environment / "bin" / "vllm", text)
     (world.folder / "model").mkdir(exist_ok=True)
-    ended = session(world, "bench", "--repeat", "1", "--model", str(world.folder / "model"))
-    assert ended.returncode == 0, ended.stderr
+    ended = world.session("bench", "--repeat", "1", "--model", str(world.folder / "model"))
+    assert ended.code == 0, ended.output
     found = json.loads(seen.read_text())
     assert differing(found, run) == {
         "VLLM_CONFIGURE_LOGGING",

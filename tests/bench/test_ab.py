@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,12 +108,9 @@ def test_working_tree_has_edits_and_new_files_and_equal_content_is_the_same_comm
     ],
 )
 def test_misuse_is_refused_before_any_sandbox_is_made(built: World, args: tuple[str, ...]) -> None:
-    argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "ab", *args]
-    done = subprocess.run(
-        argv, cwd=built.root, env=built.env, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
+    ended = built.session("ab", *args)
+    assert ended.code == 2, ended.output
+    assert "Traceback" not in ended.err
     assert not built.layout.sandboxes.exists()
 
 

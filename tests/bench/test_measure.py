@@ -66,17 +66,7 @@ def bench(world: World, *args: str, env: Mapping[str, str] | None = None) -> End
     before, after = (
         (args[: args.index("--")], args[args.index("--") :]) if "--" in args else (args, ())
     )
-    call = argv(world, *before, *model, *after)
-    done = subprocess.run(
-        call,
-        cwd=world.root,
-        env=world.env | dict(env or {}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return world.session("bench", *before, *model, *after, env=env)
 
 
 def hinted(ended: Ended) -> list[str]:

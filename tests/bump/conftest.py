@@ -1,7 +1,5 @@
 """A bootstrapped small clone whose smoke gives verdicts at once, from stand-in probes."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,8 +70,6 @@ print(json.dumps({"error": None, "groups": {name: group for name in groups}}))
 """
 ROWS = ("pin", "source", "patches", "environment", "kernels", "install")
 TINY = "import sys, pathlib\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
-# What `nox -s smoke` runs after a smoke that passed.
-RECORD = ("-m", "workspace.cli.sessions", "record-good")
 
 
 def judge_at_once(probes: Path) -> None:
@@ -88,25 +84,11 @@ def judge_at_once(probes: Path) -> None:
         (probes / f"{name}.py").write_text(text)
 
 
-def run(world: World, *args: str) -> Ended:
-    """Run a program of the clone's library."""
-    done = subprocess.run(
-        [sys.executable, "-Es", "-B", *args],
-        cwd=world.root,
-        env=world.env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
-
-
 def smoke(world: World) -> Ended:
     """Run `nox -s smoke`: the checks, and the record of a known-good state."""
-    ended = run(world, "-m", "workspace.cli.sessions", "smoke")
+    ended = world.session("smoke")
     if ended.code == 0:
-        recorded = run(world, *RECORD)
+        recorded = world.session("record-good")
         assert recorded.code == 0, recorded.output
     return ended
 

@@ -2,15 +2,11 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.bump.conftest import ROWS, user_files
 from tests.small.materials import git
 from tests.small.releases import CLEAN
 from tests.small.world import World
 from workspace.repo import pins
-
-pytestmark = pytest.mark.xdist_group("good")
 
 
 def test_there_and_back(clone: World) -> None:

@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.proof.kill import judge, launcher
 from tests.small.world import World
-
-pytestmark = pytest.mark.xdist_group("good")
 
 
 def kill(world: World, call: int, *args: str) -> None:

@@ -1,14 +1,10 @@
 """Which states are recorded as known-good."""
 
-import pytest
-
 from tests.small.materials import git
 from tests.small.world import World
 from workspace.bump import known_good
 from workspace.core import settings
 from workspace.install import plan
-
-pytestmark = pytest.mark.xdist_group("good")
 
 
 def names(world: World) -> list[str]:

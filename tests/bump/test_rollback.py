@@ -13,8 +13,6 @@ from workspace.core import settings
 from workspace.core.paths import Layout
 from workspace.install import precompiled
 
-pytestmark = pytest.mark.xdist_group("good")
-
 
 def pretend_good(world: World, tag: str) -> str:
     """Make another known-good state at the base, from the present state's files.

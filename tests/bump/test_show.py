@@ -2,12 +2,8 @@
 
 import json
 
-import pytest
-
 from tests.small.index import Fault
 from tests.small.world import World
-
-pytestmark = pytest.mark.xdist_group("good")
 
 
 def rows(world: World, *args: str) -> dict[str, dict]:

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.small.world import Ended, World
@@ -14,16 +12,7 @@ from workspace.machine.machine import Machine
 
 
 def smoke(world: World, *args: str | Path) -> Ended:
-    done = subprocess.run(
-        [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "smoke", *args],
-        cwd=world.root,
-        env=world.env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return world.session("smoke", *map(str, args))
 
 
 def test_missing_environment_is_an_error_that_names_the_command_and_leaves_nothing(

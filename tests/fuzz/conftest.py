@@ -39,9 +39,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 def _fresh(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmInv]:
     folder = tmp_path_factory.mktemp("fresh")
     world = make_world(materials, folder)
-    inv = WarmInv(world, folder)
-    yield inv
-    inv.close()
+    yield WarmInv(world)
     world.end()
 
 
@@ -53,8 +51,6 @@ def fresh(_fresh: WarmInv) -> Iterator[WarmInv]:
 
 
 @pytest.fixture
-def whole(built: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmInv]:
+def whole(built: World) -> WarmInv:
     """A warm `inv` of a bootstrapped clone."""
-    inv = WarmInv(built, tmp_path_factory.mktemp("whole"))
-    yield inv
-    inv.close()
+    return WarmInv(built)

@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -59,14 +58,11 @@ def clear(path: Path) -> None:
 
 
 def _socket(path: Path) -> None:
-    """Bound under a short name first: a socket's address holds 108 bytes only (unix(7))."""
-    with tempfile.TemporaryDirectory(prefix="s") as folder, socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(f"{folder}/s")
-        (
-            shutil.move(f"{folder}/s", path)
-            if os.stat(folder).st_dev != os.stat(path.parent).st_dev
-            else os.rename(f"{folder}/s", path)
-        )
+    """Bound under a short name: a socket's address holds 108 bytes only (unix(7))."""
+    folder = os.open(path.parent, os.O_PATH)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(f"/proc/self/fd/{folder}/{path.name}")
+    os.close(folder)
 
 
 @contextlib.contextmanager

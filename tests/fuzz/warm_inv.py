@@ -1,12 +1,9 @@
-"""The warm `inv` from the tests' side, and what must be true of however it ends."""
+"""The warm `inv` as property tests call it, and what must be true of however it ends."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.fuzz.warm import HANGS
+from tests.small.processes import CommandLine
 from tests.small.world import Ended, World
 from workspace.core.errors import ERRORS, INTERRUPTED_EXIT_CODE
 
@@ -17,22 +14,8 @@ TIMEOUT_S = 20.0
 class WarmInv:
     """Runs `inv ARGS` in the clone of a world, some milliseconds each."""
 
-    def __init__(self, world: World, folder: Path) -> None:
+    def __init__(self, world: World) -> None:
         self.world = world
-        self._out, self._err = folder / "out", folder / "err"
-        for file in (self._out, self._err):
-            file.touch()
-        argv = [
-            sys.executable,
-            "-Es",
-            "-B",
-            str(Path(__file__).with_name("warm.py")),
-            str(world.root),
-        ]
-        self._warm = subprocess.Popen(
-            argv, env=world.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._answer() == "ready"
 
     def __call__(
         self,
@@ -42,39 +25,20 @@ class WarmInv:
         tty: bool = False,
         encoding: str = "utf-8",
     ) -> Ended:
-        """Run to the end. `env` is added to the world's; None takes a name out."""
-        for file in (self._out, self._err):
-            file.write_bytes(b"")
-        context = {
-            name: text
-            for name, text in {**self.world.env, **(env or {})}.items()
-            if text is not None
-        }
-        request = {
-            "args": args,
-            "env": context,
-            "cwd": str(cwd or self.world.folder),
-            "tty": tty,
-            "encoding": encoding,
-        }
-        request |= {"out": str(self._out), "err": str(self._err), "timeout_s": TIMEOUT_S}
-        assert self._warm.stdin is not None
-        print(json.dumps(request), file=self._warm.stdin, flush=True)
-        code = self._answer()
-        out, err = (
-            file.read_bytes().decode(encoding, errors="backslashreplace")
-            for file in (self._out, self._err)
+        """Run to the end, and raise TimeoutExpired where there is none. `env` is added to the
+        world's; None takes a name out.
+        """
+        context = {**self.world.env, **(env or {})}
+        line = CommandLine(
+            self.world.root,
+            args,
+            {name: text for name, text in context.items() if text is not None},
+            cwd or self.world.folder,
+            tty=tty,
+            encoding=encoding,
+            bounded=True,
         )
-        assert code != HANGS, f"inv {args} hangs\n{err}"
-        return Ended(int(code), out, err)
-
-    def _answer(self) -> str | int:
-        assert self._warm.stdout is not None
-        answer: str | int = json.loads(self._warm.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        self._warm.communicate()
+        return Ended(*self.world.materials.warm.run(line, timeout_s=TIMEOUT_S))
 
 
 def is_decent(ended: Ended, *, secrets: Sequence[str] = ()) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.small import wheels
-from tests.small.materials import Materials, git
-from tests.small.world import World, make_world
+from tests.small.materials import git
+from tests.small.world import World
 from workspace.core import settings as settings_module
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError
@@ -36,23 +36,18 @@ def files_of_clone(world: World) -> dict[str, object]:
     }
 
 
-@pytest.fixture(scope="session")
-def _with_sandbox(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> World:
-    made = make_world(materials, tmp_path_factory.mktemp("with_sandbox"))
-    made.bootstrap()
-    before = files_of_clone(made)
-    built(made, make_sandbox(made))
-    assert files_of_clone(made) == before, "the build of a sandbox changed the clone"
-    made.save()
-    return made
-
-
 @pytest.fixture
-def with_sandbox(_with_sandbox: World) -> Iterator[World]:
+def with_sandbox(_bootstrapped: World) -> Iterator[World]:
     """A bootstrapped clone with a built sandbox `a` on the bare pin."""
-    _with_sandbox.restore()
-    yield _with_sandbox
-    _with_sandbox.end()
+    if "sandbox" not in _bootstrapped.kept:
+        _bootstrapped.restore()
+        before = files_of_clone(_bootstrapped)
+        built(_bootstrapped, make_sandbox(_bootstrapped))
+        assert files_of_clone(_bootstrapped) == before, "the build of a sandbox changed the clone"
+        _bootstrapped.save("sandbox")
+    _bootstrapped.restore("sandbox")
+    yield _bootstrapped
+    _bootstrapped.end()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.small import index, wheels
+from tests.small.processes import Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = "0.31.0"
@@ -52,6 +53,12 @@ class Materials:
     archive_tree: str
     patch: Path
     index: index.Index
+    warm: Warm
+
+    @property
+    def template(self) -> Path:
+        """The clone that all others are copies of."""
+        return self.warm.root
 
     @property
     def wheels(self) -> Path:
@@ -89,6 +96,7 @@ def gather(folder: Path, served: index.Index) -> Materials:
         *_archive_checkout(archive, folder / "archive"),
         patch,
         served,
+        Warm(folder / "template", folder),
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from tests.small.index import View
 from tests.small.materials import ROOT, TAG, VERSION, Materials, git
+from tests.small.processes import CommandLine
 from tests.small.wheels import MACHINES, sha256
 from workspace.core.paths import Layout
 
@@ -53,6 +55,8 @@ HOSTILE_GIT = """[core]
 \tprune = true
 """
 TIMEOUT_S = 120.0
+WARM_LOCALE = "C.UTF-8"
+_LOADERS = re.compile("LD_").match
 # The probe of the first token for a vLLM that computes nothing. A file `no-token` in the clone is
 # its error.
 FIRST_TOKEN = """import json, sys
@@ -96,6 +100,15 @@ class Ended:
 
 
 @dataclass
+class Kept:
+    """A state of a world: a copy of its parts, the listing of what stands there, the variables."""
+
+    folder: Path
+    listing: Listing
+    env: dict[str, str]
+
+
+@dataclass
 class World:
     """One clone and what surrounds it. Change `env` and the files as a user would."""
 
@@ -104,8 +117,7 @@ class World:
     layout: Layout
     index: View
     env: dict[str, str]
-    kept_env: dict[str, str] = field(default_factory=dict)
-    kept_listing: Listing = field(default_factory=dict)
+    kept: dict[str, "Kept"] = field(default_factory=dict)
     first: Ended | None = None
     started: list["subprocess.Popen[str]"] = field(default_factory=list)
 
@@ -116,7 +128,16 @@ class World:
     def run(
         self, *args: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()
     ) -> Ended:
-        """Run `inv WORDS` to its end, `through` a program that runs programs."""
+        """Run `inv WORDS` to its end, `through` a program that runs programs.
+
+        Without one, and in the usual locale, it is a child of the warm interpreter.
+        """
+        context = self.env | dict(env or {})
+        # The loader and the interpreter read these before the first line of the library.
+        is_usual = context["LC_ALL"] == WARM_LOCALE and not any(map(_LOADERS, context))
+        if is_usual and not through:
+            line = CommandLine(self.root, args, context, self.folder)
+            return Ended(*self.materials.warm.run(line, timeout_s=TIMEOUT_S))
         child = self.start(*args, env=env, through=through)
         try:
             out, err = child.communicate(timeout=TIMEOUT_S)
@@ -154,6 +175,12 @@ class World:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         child.communicate()
+
+    def session(self, *args: str, env: Mapping[str, str] | None = None) -> Ended:
+        """Run a session of nox to its end, without nox."""
+        context = self.env | dict(env or {})
+        line = CommandLine(self.root, args, context, self.root, is_session=True)
+        return Ended(*self.materials.warm.run(line, timeout_s=TIMEOUT_S))
 
     def bootstrap(self, *args: str, env: Mapping[str, str] | None = None) -> Ended:
         """Bootstrap; fail with the whole output where it does not succeed."""
@@ -228,26 +255,28 @@ class World:
         """Every path of the clone, .git and .vllm included, with mtime, size, inode and mode."""
         return _listing(self.root, (".",))
 
-    def save(self) -> None:
+    def save(self, state: str = "built") -> None:
         """Keep clone, downloads and surroundings as they are now; `restore` brings them back to the
         same paths, where environments need them.
         """
+        folder = self.folder / f"kept-{state}"
         for part in PARTS:
-            _copy(self.folder / part, self._kept / part)
-            (self.folder / part).rename(Path(tempfile.mkdtemp(dir=self.folder)) / part)
-            # Without the links into the cache of uv, through which a test could write.
-            _copy(self._kept / part, self.folder / part)
-        self.kept_env = dict(self.env)
-        self.kept_listing = _listing(self.folder, PARTS)
-        self.restore()
+            _copy(self.folder / part, folder / part)
+            if not self.kept:
+                # Without the links into the cache of uv, through which a test could write.
+                (self.folder / part).rename(Path(tempfile.mkdtemp(dir=self.folder)) / part)
+                _copy(folder / part, self.folder / part)
+        self.kept[state] = Kept(folder, _listing(self.folder, PARTS), dict(self.env))
+        self.restore(state)
 
-    def restore(self) -> None:
+    def restore(self, state: str = "built") -> None:
+        kept = self.kept[state]
         # Moved, not deleted, which takes ten times as long on a disk that others sync.
         now = _listing(self.folder, PARTS)
-        if now != self.kept_listing:
-            self._restore_paths({path for path, _ in now.items() ^ self.kept_listing.items()})
-            self.kept_listing = _listing(self.folder, PARTS)
-        self.env = dict(self.kept_env)
+        if now != kept.listing:
+            self._restore_paths(kept, {path for path, _ in now.items() ^ kept.listing.items()})
+            kept.listing = _listing(self.folder, PARTS)
+        self.env = dict(kept.env)
         self.index.files = dict(self.materials.index.files)
         self.index.faults.clear()
         self.index.published.clear()
@@ -263,12 +292,12 @@ class World:
                 self.kill(child)
         self.started.clear()
 
-    def _restore_paths(self, changed: set[str]) -> None:
+    def _restore_paths(self, state: Kept, changed: set[str]) -> None:
         """Replace what was changed, and give the folders around it their times again."""
         folders = {str(folder) for path in changed for folder in Path(path).parents[:-1]}
         for path in sorted(changed):
-            kept, place = self._kept / path, self.folder / path
-            is_kept = path in self.kept_listing
+            kept, place = state.folder / path, self.folder / path
+            is_kept = path in state.listing
             if is_kept and _is_folder(kept) and _is_folder(place):
                 # At once, because its mode may forbid to write in it.
                 shutil.copystat(kept, place)
@@ -283,12 +312,8 @@ class World:
                 folders.add(path)
             elif is_kept:
                 shutil.copy2(kept, place, follow_symlinks=False)
-        for path in folders & self.kept_listing.keys() | set(PARTS):
-            shutil.copystat(self._kept / path, self.folder / path)
-
-    @property
-    def _kept(self) -> Path:
-        return self.folder / "kept"
+        for path in folders & state.listing.keys() | set(PARTS):
+            shutil.copystat(state.folder / path, self.folder / path)
 
 
 def make_world(materials: Materials, folder: Path, *, source: str = "release") -> World:
@@ -305,7 +330,7 @@ def make_world(materials: Materials, folder: Path, *, source: str = "release") -
     env = {
         "PATH": os.pathsep.join([str(materials.bin), "/usr/local/bin", "/usr/bin", "/bin"]),
         "HOME": str(home),
-        "LC_ALL": "C.UTF-8",
+        "LC_ALL": WARM_LOCALE,
         "UV_DEFAULT_INDEX": view.url,
         "UV_CACHE_DIR": str(materials.folder / "uv-cache"),
         "UV_NO_CONFIG": "1",
@@ -329,7 +354,7 @@ def _template(materials: Materials) -> Path:
 
     With the byte code of this clone: without it a verb takes half as long again.
     """
-    root = materials.folder / "template"
+    root = materials.template
     if root.exists():
         return root
     root.mkdir()

@@ -18,9 +18,6 @@ from tests.install.test_trouble import read_only
 from tests.small.materials import Materials, git
 from tests.small.world import Ended, World, make_world
 
-# Its module's fixture is made once, on one worker.
-pytestmark = pytest.mark.xdist_group("report")
-
 USER, HOST, PERSON = "quentinxavier", "spark-zq7", "Zoe Plantagenet"
 TOKEN, KEY, PASSWORD = "hf_ZqPlantedToken0123456789", 'pl"anted/Key+9=%ü', "plantedPw77xy"
 EMAIL, ADDRESS, MAC, MIRROR = (

@@ -107,6 +107,7 @@ def checked(replayed: Replayed, bounds: Bounds) -> float:
 def _replayed(budget_gib: float) -> Callable[[Context], Sides]:
     """Prepare a row: the shipped trace, through the admission, against its lower bound."""
 
+    def prepare(_: Context) -> Sides:
         entries, bounds = read_table(), Bounds(CORES, budget_gib)
         return (
             lambda: checked(simulate(entries, bounds), bounds),

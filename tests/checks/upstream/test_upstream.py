@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.bump.conftest import run
 from tests.small.world import Ended, World
 from workspace.checks import upstream as upstream_module
 from workspace.checks.upstream_selection import Decision, Reach, Reached
@@ -15,7 +14,7 @@ from workspace.machine.machine import Machine
 
 
 def upstream(world: World, *args: str) -> Ended:
-    return run(world, "-m", "workspace.cli.sessions", "upstream", *args)
+    return world.session("upstream", *args)
 
 
 def test_nothing_built_is_an_error_that_names_the_command_and_leaves_nothing(world: World) -> None:

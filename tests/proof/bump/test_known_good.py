@@ -2,7 +2,7 @@
 
 import shutil
 
-from tests.bump.conftest import RECORD, run, smoke
+from tests.bump.conftest import smoke
 from tests.bump.test_known_good import names
 from tests.small.materials import git
 from tests.small.world import World
@@ -20,7 +20,8 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(
     clone.git("commit", "--quiet", "--all", "-m", "Mine\n\nUpstream-Status: Pending")
     ended = clone.run("patch.export")
     assert ended.code == 0, ended.output
-    assert "not recorded as good: the smoke has not passed on this tree" in run(clone, *RECORD).err
+    refused = clone.session("record-good").err
+    assert "not recorded as good: the smoke has not passed on this tree" in refused
     assert names(clone) == [first]
 
     # With uncommitted patches the reference is a separate commit; no branch moves.
@@ -56,7 +57,7 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(
         (layout.known_good_states / other).mkdir()
         (layout.known_good_states / other / "good.json").write_text(record.replace(second, other))
         clone.git("update-ref", f"refs/good/{other}", "HEAD")
-    assert run(clone, *RECORD).code == 0
+    assert clone.session("record-good").code == 0
     assert git(clone.root, "rev-parse", f"refs/good/{second}") == kept, (
         "recorded again, it is the same commit"
     )
