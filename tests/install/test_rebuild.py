@@ -122,6 +122,22 @@ def test_plan_shows_target_and_reason_and_changes_no_file_of_the_tree(patched: W
     assert observed(patched).kernels.state == "stale"
 
 
+@pytest.mark.parametrize("due", ["nothing", "the install of the wheel"])
+def test_plan_is_a_document_where_nothing_is_compiled_and_installs_nothing(
+    built: World, due: str
+) -> None:
+    if due != "nothing":
+        built.layout.stamp("vllm").unlink()
+    before = built.status()
+    document = json.loads(built.run("rebuild", "--plan", "--json").out)
+    assert (document["schema"], document["rows"], document["units"]) == (1, [], 0)
+    ended = built.run("rebuild", "--plan")
+    assert ended.out, ended.output
+    assert ended.code == 0
+    assert "rebuilt" not in ended.err
+    assert built.status() == before
+
+
 def test_target_that_was_only_requested_is_compiled_ahead_and_the_precompiled_library_stays(
     built: World,
 ) -> None:
