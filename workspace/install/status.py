@@ -120,7 +120,7 @@ def require_runnable(machine: Machine) -> plan.Observation:
     driver.
     """
     observed = require_built(machine)
-    if _is_for_another_machine(observed):
+    if lacks_gpu(observed.machine, observed.device):
         raise ToolchainError(
             "the build is for a GPU, and this machine has no NVIDIA driver",
             hint=next_command(observed),
@@ -128,10 +128,11 @@ def require_runnable(machine: Machine) -> plan.Observation:
     return observed
 
 
-def _is_for_another_machine(observed: plan.Observation) -> bool:
-    """Return whether the build needs a GPU of which nothing is here; a driver that fails is."""
-    environment = observed.machine.settings.child_environment("plain")
-    return observed.device == "cuda" and not gpu.is_installed(environment)
+def lacks_gpu(machine: Machine, device: str) -> bool:
+    """Return whether a build for `device` needs a GPU of which nothing is here; a driver that fails
+    counts as here.
+    """
+    return device == "cuda" and not gpu.is_installed(machine.settings.child_environment("plain"))
 
 
 def next_command(observed: plan.Observation) -> str:
@@ -149,7 +150,7 @@ def next_command(observed: plan.Observation) -> str:
         return hints.text("inv.rebuild")
     if any(layer.state != "ok" for layer in observed.layers):
         return hints.text("inv.bootstrap")
-    if _is_for_another_machine(observed):
+    if lacks_gpu(observed.machine, observed.device):
         return hints.text("install.wheel_for_gpu")
     return hints.text("nox.smoke")
 
