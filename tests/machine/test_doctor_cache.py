@@ -52,6 +52,14 @@ def test_cache_that_can_hit_is_ok_and_shows_size_limit_and_settings(house):
         assert text in found.text
 
 
+def test_cache_that_is_a_file_is_moved_and_gets_no_owner(house, tmp_path):
+    (tmp_path / "ccache").touch()
+    ccache(house, cache_dir=str(tmp_path / "ccache"))
+    found = row(house)
+    assert (found.state, "chown" in (found.hint or "")) == ("warn", False)
+    assert "is a file, not a folder, so it keeps nothing" in (found.why or "")
+
+
 def test_cache_of_size_0_is_called_empty_and_a_limit_of_0_none(house):
     ccache(house, size_kib="0", max_size="0")
     found = row(house)

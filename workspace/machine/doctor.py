@@ -5,7 +5,6 @@ A preflight selects from the one table of checks. Checks only read, and run in p
 """
 
 import contextlib
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,9 +122,8 @@ def _ccache_faults(
     value = {name: text for name, (text, _) in config.items()}
     yield from _ccache_switches(config)
     folder = Path(value.get("cache_dir", ""))
-    if value.get("cache_dir") and folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        hint = hints.text("machine.own_folder", folder=folder)
-        yield f"{folder} is not writable, so it keeps nothing", hint
+    if value.get("cache_dir") and (fault := doctor_host.unusable_folder(folder)):
+        yield f"{fault[0]}, so it keeps nothing", fault[1]
     need = CACHE_GIB[case.device]
     if limit_gib is not None and 0 < limit_gib < need * 0.9:
         yield _too_small(need), f"ccache --set-config max_size={2 * need:.0f}G"

@@ -40,6 +40,14 @@ ELSEWHERE = {
     "machine.completion": (
         "tests/machine/test_doctor_machine.py::test_hint_for_a_shell_without_completion_is_enough"
     ),
+    "machine.make_own_folder": (
+        "tests/machine/test_doctor_machine.py::"
+        "test_place_below_a_folder_of_others_is_made_and_that_folder_stays_theirs"
+    ),
+    "machine.move_file": (
+        "tests/machine/test_doctor_machine.py::"
+        "test_file_in_the_place_of_a_folder_is_moved_by_the_hint"
+    ),
     "machine.git_identity": (
         "tests/machine/test_doctor_machine.py::"
         "test_git_without_a_name_or_an_address_is_a_row_with_the_command_that_sets_both"
