@@ -96,10 +96,11 @@ def _require_context(observed: plan.Observation, *, is_sandbox: bool) -> None:
             f"the environment is stale: {observed.environment.why}",
             hint=hints.text("install.bootstrap_rebuild"),
         )
-    if observed.stack.state is State.IN_PROGRESS or (
-        observed.stack.state is State.FOREIGN and not is_sandbox
-    ):
+    stack, away = observed.stack, observed.stack.state is State.FOREIGN and not is_sandbox
+    if stack.state is State.IN_PROGRESS or away:
+        from workspace.install import status
+
+        why = f"is in the middle of {stack.operation}" if stack.operation else "is not on the pin"
         raise CheckoutError(
-            "cannot rebuild: vendor/vllm has a git operation under way, or is not on the pin",
-            hint=hints.text("inv.patch"),
+            f"cannot rebuild: vendor/vllm {why}", hint=status.next_command(observed)
         )

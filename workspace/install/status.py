@@ -144,6 +144,8 @@ def next_command(observed: plan.Observation) -> str:
     if observed.stack and observed.stack.state is patches.State.IN_PROGRESS:
         return hints.text("install.operation_under_way")
     if observed.stack and observed.stack.state is patches.State.FOREIGN:
+        if observed.stack.operation:
+            return hints.text("install.bisect_reset")
         return hints.text("install.no_descendant")
     is_native_stale = observed.kernels_wanted.source.is_native and observed.kernels.state == "stale"
     if (observed.needs_compilation or is_native_stale) and observed.environment.state == "ok":
@@ -289,7 +291,12 @@ def patches_row(stack: patches.Stack | None) -> Row:
             State.FAIL,
             f"{count}; {stack.operation} is not finished in vendor/vllm",
         ),
-        patches.State.FOREIGN: (State.FAIL, "vendor/vllm does not descend from the pin"),
+        patches.State.FOREIGN: (
+            State.FAIL,
+            f"{stack.operation} is not finished in vendor/vllm"
+            if stack.operation
+            else "vendor/vllm does not descend from the pin",
+        ),
         patches.State.MISSING: (State.MISSING, "no checkout"),
     }
     state, text = texts[stack.state]

@@ -81,6 +81,10 @@ ELSEWHERE = {
     "repo.trust": (
         "tests/repo/test_checkout.py::test_checkout_of_another_user_has_a_hint_to_trust_it"
     ),
+    "install.bisect_reset": (
+        "tests/install/test_rebuild.py::"
+        "test_rebuild_in_the_middle_of_a_bisect_names_it_and_the_command_that_ends_it"
+    ),
     "install.wheel_for_gpu": (
         "tests/install/test_plan.py::test_build_for_a_gpu_that_is_not_here_is_packed_and_not_smoked"
     ),
