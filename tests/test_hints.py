@@ -87,6 +87,7 @@ PROGRAMS = {
         "kill",
         "less",
         "ls",
+        "mkdir",
         "mount",
         "mv",
     ),

@@ -2,9 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,5 +113,5 @@ def test_misuse_is_refused_before_any_sandbox_is_made(built: World, args: tuple[
 
 def test_tree_with_a_git_operation_in_progress_is_refused(built: World) -> None:
     (Path(built.git("rev-parse", "--absolute-git-dir")) / "MERGE_HEAD").write_text("")
-    with pytest.raises(CheckoutError, match="operation in progress"):
+    with pytest.raises(CheckoutError, match="in the middle of git "):
         ab_trees.working_tree(built.layout, observed(built), sandbox_name="ab-b")

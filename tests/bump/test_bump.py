@@ -1,11 +1,14 @@
 """The pin moves beside the working tree and is promoted when its smoke is green."""
 
+import signal
+import sys
 from pathlib import Path
 
 from tests.bump.conftest import ROWS, user_files
 from tests.small.materials import git
 from tests.small.releases import CLEAN
 from tests.small.world import World
+from workspace.bump import known_good
 from workspace.repo import pins
 
 
@@ -96,6 +99,34 @@ def test_there_and_back(clone: World) -> None:
     assert {name: state for name, state in clone.status().items() if name in ROWS} == dict.fromkeys(
         ROWS, "ok"
     )
+
+
+# Run `inv` and kill it where it is to write the redo log of a promotion.
+KILLED = """import os, runpy, signal, sys
+sys.argv = sys.argv[sys.argv.index("-B") + 1 :]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+from workspace.bump import staging
+staging.begin_move = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_release_that_was_never_promoted_is_not_good_after_the_bump_is_given_up(
+    clone: World,
+) -> None:
+    def names() -> list[str]:
+        return [state.name for state in known_good.states(clone.layout)]
+
+    before, refs = names(), clone.git("for-each-ref", "refs/good")
+    killed = clone.run("pin.bump", f"v{CLEAN}", through=[sys.executable, "-Es", "-c", KILLED])
+    assert killed.code == -signal.SIGKILL, killed.output
+    assert len(names()) == len(before) + 1
+    ended = clone.run("patch.continue", "--abort")
+    assert ended.code == 0, ended.output
+    # The rollback goes to the newest other state: it would have gone to the new release.
+    assert names() == before
+    assert clone.git("for-each-ref", "refs/good") == refs
+    assert not clone.layout.bump_sandbox.exists()
 
 
 def changed_by_a_move(paths: set[str]) -> set[str]:

@@ -2,6 +2,7 @@
 Python and out of it.
 """
 
+import os
 import subprocess
 import sys
 import threading
@@ -260,7 +261,10 @@ def test_seconds_of_compilers_are_counted_apart_even_in_a_child_that_is_killed(
     assert probe_runs.compilation([answer, answer, again])["Triton"] == 5.0
 
 
-def test_wait_names_each_probe_with_its_models_and_the_seconds_of_last_time(tmp_path: Path) -> None:
+def test_wait_names_each_probe_with_its_models_and_the_seconds_of_last_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.5, 0.5))
     record = tmp_path / "smoke.json"
     assert probe_runs.Running(record).text("parity.llama") == ""
     record.write_text('{"schema": 2, "parity": {"llama": {}, "steps": {"parity.llama": 41.4}}}')
@@ -273,3 +277,19 @@ def test_wait_names_each_probe_with_its_models_and_the_seconds_of_last_time(tmp_
     with running.timed("kernels.norm"):
         pass
     assert running.steps["kernels.norm"] < 41
+
+
+def test_wait_says_that_the_machine_is_busy_where_others_load_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, load = probe_runs.Running(tmp_path / "smoke.json"), [4.5]
+    monkeypatch.setattr(os, "getloadavg", lambda: (load[0], 0.0, 0.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    busy = "the machine is busy, load {} on 2 cores; "
+    with running.noted("parity.py", ()):
+        assert running.text("parity.llama") == busy.format(4) + "vLLM 0 s"
+        # The threads of two probes are the smoke's own.
+        with running.noted("reference.py", ()):
+            assert running.text("parity.llama") == "vLLM 0 s; Hugging Face 0 s"
+            load[0] = 14.2
+            assert running.text("parity.llama").startswith(busy.format(14))

@@ -89,6 +89,15 @@ def test_long_detail_of_a_step_is_cut_and_its_title_is_not(narrow: Terminal) -> 
     assert not any("_vllm_fa2_C" in line for line in shown)
 
 
+def test_full_bar_moves_again_by_itself_without_a_total(narrow: Terminal) -> None:
+    with Console(err=narrow).step("upstream") as step:
+        step.progress(5, 5, "unpacking")
+        step.progress(0, None, "committing")
+        assert step._progress is not None
+        task = step._progress.tasks[0]
+        assert (task.completed, task.total, str(task.fields["detail"])) == (0, None, "committing")
+
+
 def test_text_beside_a_spinner_is_made_anew_each_time_it_is_drawn(narrow: Terminal) -> None:
     texts = iter([f"second {count}" for count in range(1000)])
     with Console(err=narrow).step("parity") as step:

@@ -6,6 +6,7 @@ Reached targets are compiled; all other libraries stay those of the precompiled 
 import hashlib
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,22 @@ def test_plan_shows_target_and_reason_and_changes_no_file_of_the_tree(patched: W
     assert observed(patched).kernels.state == "stale"
 
 
+@pytest.mark.parametrize("due", ["nothing", "the install of the wheel"])
+def test_plan_is_a_document_where_nothing_is_compiled_and_installs_nothing(
+    built: World, due: str
+) -> None:
+    if due != "nothing":
+        built.layout.stamp("vllm").unlink()
+    before = built.status()
+    document = json.loads(built.run("rebuild", "--plan", "--json").out)
+    assert (document["schema"], document["rows"], document["units"]) == (1, [], 0)
+    ended = built.run("rebuild", "--plan")
+    assert ended.out, ended.output
+    assert ended.code == 0
+    assert "rebuilt" not in ended.err
+    assert built.status() == before
+
+
 def test_target_that_was_only_requested_is_compiled_ahead_and_the_precompiled_library_stays(
     built: World,
 ) -> None:
@@ -163,6 +180,41 @@ def test_bad_input_is_refused_with_a_hint(
 ) -> None:
     assert sentence in built.run("rebuild", *args).error(code)
     assert observed(built).kernels.state == "ok"
+
+
+@pytest.mark.parametrize("operation", ["am", "rebase", "merge", "cherry-pick", "revert"])
+def test_rebuild_names_the_git_operation_that_is_not_finished(built: World, operation: str) -> None:
+    git_dir = Path(built.git("rev-parse", "--absolute-git-dir"))
+    entries = {"am": "rebase-apply", "rebase": "rebase-merge", "cherry-pick": "CHERRY_PICK_HEAD"}
+    entry = git_dir / entries.get(operation, f"{operation.upper()}_HEAD")
+    if entry.name.startswith("rebase"):
+        entry.mkdir()
+    else:
+        entry.write_text(built.git("rev-parse", "HEAD") + "\n")
+    ended = built.run("rebuild")
+    assert f"vendor/vllm is in the middle of git {operation}" in ended.error(3)
+    assert "patch.continue" in ended.err
+
+
+def test_rebuild_in_the_middle_of_a_bisect_names_it_and_the_command_that_ends_it(
+    built: World,
+) -> None:
+    head = built.git("rev-parse", "HEAD")
+    # A history beside the pin, as upstream's main is.
+    commits = [built.git("commit-tree", "-m", "0", "HEAD^{tree}")]
+    for number in "12":
+        parent = ("-p", commits[-1])
+        commits.append(built.git("commit-tree", "-m", number, *parent, "HEAD^{tree}"))
+    built.git("bisect", "start", commits[2], commits[0])
+    assert built.git("rev-parse", "HEAD") != head
+    ended = built.run("rebuild")
+    assert "vendor/vllm is in the middle of git bisect" in ended.error(3)
+    assert "git bisect" in built.run("patch").out
+    hint = ended.err.splitlines()[-1].removeprefix("hint: ").partition("    ")[0]
+    assert built.run("status").out.splitlines()[-1] == ended.err.splitlines()[-1]
+    subprocess.run(hint.split(), cwd=built.root, env=built.env, check=True, capture_output=True)
+    assert built.git("rev-parse", "HEAD") == head
+    assert "nothing to do" in rebuild(built)
 
 
 def test_bootstrap_leaves_compilation_to_rebuild_and_names_it(built: World) -> None:

@@ -12,7 +12,7 @@ from workspace.core.console import Console
 from workspace.core.errors import ToolchainError, WorkspaceError
 from workspace.core.settings import Settings
 from workspace.install import triton_fix
-from workspace.machine import interpreter
+from workspace.machine import hardware, interpreter
 
 __all__ = ["built", "house"]
 
@@ -101,6 +101,24 @@ def test_cache_of_a_wrong_triton_is_renamed_in_the_run_that_replaces_the_triton(
     assert interpreter.installed(house.layout)["triton"] == "3.7.1"
     assert len(list(cache.parent.glob("cache.of-*/key/kernel.json"))) == 1
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(("device", "following"), [("cpu", "nox -s smoke"), ("cuda", "inv status")])
+def test_next_command_is_no_smoke_where_the_build_needs_a_gpu_that_is_not_here(
+    house: House,
+    built: Callable[[], Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    following: str,
+) -> None:
+    built()
+    monkeypatch.setattr(hardware, "has_nvidia_module", lambda: False)
+    settings, errors = house.settings(DEVICE=device), io.StringIO()
+    wheel(house, "3.7.1")
+    house.torch("2.13.0+cu130", cuda="13.0", requires=("triton==3.7.1",))
+    install(house, settings, "torch", "triton==3.7.1")
+    fix(house, settings, errors)
+    assert errors.getvalue().endswith(f"Triton has no fault\nhint: ./scripts/{following}\n")
 
 
 def test_rounds_end_where_another_program_fills_the_cache_each_time(

@@ -1,5 +1,6 @@
 """Memory and disk of the machine that runs the tests, and of groups and folders made here."""
 
+import getpass
 import os
 import shlex
 import shutil
@@ -90,12 +91,38 @@ def test_cache_on_the_clones_own_file_system_does_not_count_twice(house, tmp_pat
     assert need["workspace"] > 1
 
 
-def test_place_below_a_file_fails_with_the_command_that_fixes_it(house, tmp_path):
-    (tmp_path / "file").touch()
-    (row,) = doctor_host.folders(
-        case(house, places=(Place("models", tmp_path / "file" / "hub", 0.0),))
-    )
-    assert (row.state, row.hint) == ("FAIL", f'sudo chown -R "$USER" {tmp_path / "file"}')
+def type_in_shell(house, hint: str | None) -> None:
+    """Type a hint as the user would; sudo runs the command as this user."""
+    house.program("sudo", 'exec "$@"')
+    environment = {"PATH": f"{house.bin}:/usr/bin:/bin", "USER": getpass.getuser()}
+    subprocess.run(["/bin/sh", "-c", hint or "false"], env=environment, check=True)
+
+
+def test_file_in_the_place_of_a_folder_is_moved_by_the_hint(house, tmp_path):
+    file = tmp_path / "a file"
+    file.write_text("mine")
+    needed = case(house, places=(Place("models", file / "hub", 0.0),))
+    (row,) = doctor_host.folders(needed)
+    assert (row.state, row.text) == ("FAIL", f"{file} is a file, not a folder")
+    type_in_shell(house, row.hint)
+    assert list(doctor_host.folders(needed)) == []
+    assert (tmp_path / "a file.old").read_text() == "mine"
+
+
+def test_place_below_a_folder_of_others_is_made_and_that_folder_stays_theirs(
+    house, tmp_path, monkeypatch
+):
+    # root may write into every folder.
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and real(path, mode))
+    wanted = tmp_path / "a cache" / "hub"
+    needed = case(house, places=(Place("models", wanted, 0.0),))
+    (row,) = doctor_host.folders(needed)
+    assert (row.state, row.text) == ("FAIL", f"{tmp_path} is not writable")
+    assert f"chown -R {tmp_path}" not in (row.hint or "")
+    type_in_shell(house, row.hint)
+    assert wanted.is_dir()
+    assert list(doctor_host.folders(needed)) == []
 
 
 def test_service_that_stops_programs_in_time_is_found_among_those_that_run(house, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.repo.conftest import Upstream, add_member, sh_git
+from workspace.core.console import Step
 from workspace.core.errors import SourceError
 from workspace.repo import pins
 
@@ -36,6 +37,24 @@ def test_commit_holds_the_tracked_files_and_nothing_that_packing_made(
         sh_git(made, "log", "--format=%an %ae %aI %cI")
         == "vLLM workspace workspace@invalid 2000-01-01T00:00:00+00:00 2000-01-01T00:00:00+00:00"
     )
+
+
+class Shown(Step):
+    """A step that keeps what its bar shows."""
+
+    def progress(self, done: float, total: float | None, text: str = "") -> None:
+        self.last += f"{text}: {'moves' if total is None else f'{done:g} of {total:g}'}\n"
+
+
+def test_bar_does_not_stand_still_while_the_unpacked_files_are_committed(
+    upstream: Upstream, tmp_path: Path
+) -> None:
+    step, name = Shown("upstream"), upstream.archive.name
+    pins.build_archive(upstream.archive, tmp_path / "made", upstream.pin, step=step)
+    *unpacked, committed = step.last.splitlines()
+    assert all(line.startswith(f"unpacking {name}: ") for line in unpacked)
+    assert unpacked
+    assert committed == f"committing the files of {name}: moves"
 
 
 def test_same_archive_gives_the_same_commit_whatever_umask_and_owner(

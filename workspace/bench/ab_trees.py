@@ -63,7 +63,7 @@ def working_tree(layout: Layout, observed: plan.Observation, *, sandbox_name: st
         )
     if stack.state is State.IN_PROGRESS:
         raise CheckoutError(
-            f"git has an operation in progress in {shown}",
+            f"{shown} is in the middle of {stack.operation}",
             hint=hints.text("inv.patch_continue_or_abort"),
         )
     tip = worktree.snapshot(git, "The working tree, as nox -s ab measures it")

@@ -261,6 +261,7 @@ def _abort(layout: Layout, console: Console) -> None:
             "this bump is being promoted and can only be finished",
             hint=hints.text("bump.continue_then_rollback"),
         )
+    known_good.forget_unpromoted(layout, Layout(layout.bump_sandbox))
     kept = staging.remove(layout)
     console.info(
         "the bump is given up; nothing else changed"
@@ -402,6 +403,7 @@ def _begin_promotion(
     # is made from an archive.
     gitlink = None if bump_sandbox.pin.is_from_archive else bump_sandbox.pin.commit
     tested = plan.observe(bump_sandbox.layout, settings)
+    known_good.note_unpromoted(layout, tested)
     wanted = known_good.keep(tested, run_log=run_log, outer=layout, gitlink=gitlink)
     staging.begin_move(layout.promoting, layout, wanted, present=present, left=left)
 

@@ -174,7 +174,9 @@ def run(
     stack = patches.observe(layout, pin.name, pin, found)
     with RunLog(console, layout.logs, verb="pin.forecast", secrets=settings.secrets) as run_log:
         candidate = find_candidate(layout, settings, pin, ref, found, run_log=run_log)
-    made = work_out(layout, settings, candidate, found, stack)
+        with stages.step(run_log, "forecast") as view:
+            made = work_out(layout, settings, candidate, found, stack)
+            view.reason = f"{pin.tag} → {candidate.pin.tag}"
     if as_json:
         console.document(_record(made))
     else:

@@ -27,6 +27,8 @@ from workspace.repo.git import Git, worktree
 from workspace.repo.series import State
 
 KEPT = 3
+# In the folder of a bump's sandbox: the name of the state that it made, until it is promoted.
+UNPROMOTED = "unpromoted"
 _MOST_COMMITS = 20
 
 
@@ -364,10 +366,29 @@ def present_name(layout: Layout) -> str | None:
 def _prune(layout: Layout, *, using: str, run_log: RunLog) -> None:
     """Delete all but the newest KEPT states; the state in use counts and is never deleted."""
     others = [state for state in states(layout) if state.name != using]
-    outer = checkout.superproject(layout)
     for state in others[KEPT - 1 :]:
         run_log.write(f"no longer kept: {state.name}")
-        stamp.withdraw(folder(layout, state.name) / "good.json")
-        for git in filter(None, (Git(layout.vllm), outer)):
-            worktree.delete_ref(git, f"refs/good/{state.name}")
-        shutil.rmtree(folder(layout, state.name), ignore_errors=True)
+        _forget(layout, state.name)
+
+
+def note_unpromoted(layout: Layout, tested: plan.Observation) -> None:
+    """Note a new state in the bump's sandbox before it is stored, for `forget_unpromoted`."""
+    own, stack = tested.machine.layout, tested.stack
+    name = name_of(tested.pin.tag, (stack and stack.tree) or "")
+    if read(layout, name) is None:
+        forget_unpromoted(layout, own)
+        write_atomic(own.root / UNPROMOTED, name.encode())
+
+
+def forget_unpromoted(layout: Layout, own: Layout) -> None:
+    """Delete the state that the bump's sandbox `own` made and that was never promoted, if any."""
+    if (note := own.root / UNPROMOTED).exists():
+        _forget(layout, note.read_text(encoding="utf-8"))
+
+
+def _forget(layout: Layout, name: str) -> None:
+    """Delete a state: its record first, then its references and its folder."""
+    stamp.withdraw(folder(layout, name) / "good.json")
+    for git in filter(None, (Git(layout.vllm), checkout.superproject(layout))):
+        worktree.delete_ref(git, f"refs/good/{name}")
+    shutil.rmtree(folder(layout, name), ignore_errors=True)

@@ -122,11 +122,14 @@ class Step:
         self.state, self.reason = State.SKIPPED, reason
 
     def progress(self, done: float, total: float | None, text: str = "") -> None:
-        """Move the bar; `done` and `total` share a unit, which `text` names."""
+        """Move the bar; `done` and `total` share a unit, which `text` names. Without `total` it
+        moves by itself.
+        """
         if self._progress is not None:
-            self._progress.update(
-                self._progress.task_ids[0], completed=done, total=total, detail=printable(text)
-            )
+            task = self._progress.tasks[0]
+            # update() takes None for a total that stays: a bar that is full would stand still.
+            task.total = total
+            self._progress.update(task.id, completed=done, detail=printable(text))
 
     def watch(self, text: Callable[[], str]) -> None:
         """Show what `text` returns beside the spinner, called anew at each refresh."""

@@ -46,15 +46,29 @@ def run(
     if options.clean and not options.plan_only:
         _clean(layout, console, wait=wait)
     if not options.targets and observed.kernels.state == observed.install.state == "ok":
-        recorded = observed.kernels.recorded
-        console.info(
-            f"nothing to do: the kernels of vllm {observed.version} are up to date"
-            f" ({text_of(recorded.kernels if recorded else None)}); Python files are live"
-        )
+        _report_nothing_due(observed, options, console)
         return observed
     from workspace.install import rebuild_job
 
     return rebuild_job.rebuild(observed, options, console=console, wait=wait, is_sandbox=is_sandbox)
+
+
+def _report_nothing_due(
+    observed: plan.Observation, options: RebuildOptions, console: Console
+) -> None:
+    """Print that all is up to date; a plan is printed on stdout, and as JSON if requested."""
+    if options.as_json:
+        from workspace.install import rebuild_job
+
+        rebuild_job.show_empty(
+            rebuild_job.bounds_of(observed.machine, options), console, as_json=True
+        )
+    recorded = observed.kernels.recorded
+    is_talk = options.as_json or not options.plan_only
+    (console if is_talk else console.stdout).info(
+        f"nothing to do: the kernels of vllm {observed.version} are up to date"
+        f" ({text_of(recorded.kernels if recorded else None)}); Python files are live"
+    )
 
 
 def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
@@ -82,10 +96,11 @@ def _require_context(observed: plan.Observation, *, is_sandbox: bool) -> None:
             f"the environment is stale: {observed.environment.why}",
             hint=hints.text("install.bootstrap_rebuild"),
         )
-    if observed.stack.state is State.IN_PROGRESS or (
-        observed.stack.state is State.FOREIGN and not is_sandbox
-    ):
+    stack, away = observed.stack, observed.stack.state is State.FOREIGN and not is_sandbox
+    if stack.state is State.IN_PROGRESS or away:
+        from workspace.install import status
+
+        why = f"is in the middle of {stack.operation}" if stack.operation else "is not on the pin"
         raise CheckoutError(
-            "cannot rebuild: vendor/vllm has a git operation under way, or is not on the pin",
-            hint=hints.text("inv.patch"),
+            f"cannot rebuild: vendor/vllm {why}", hint=status.next_command(observed)
         )

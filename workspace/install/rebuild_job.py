@@ -375,6 +375,13 @@ def rebuild(
     return observed
 
 
+def show_empty(bounds: tuple[Jobs, Memory], console: Console, *, as_json: bool) -> None:
+    """Print the plan where no unit is compiled: for a program, the same document as elsewhere."""
+    within = Bounds(bounds[0].count, bounds[1].budget_gib)
+    empty = jobs.work_out((), Project((), ()), Costs(()), within)
+    jobs.show(empty, console, as_json=as_json)
+
+
 def bounds_of(machine: Machine, options: RebuildOptions) -> tuple[Jobs, Memory]:
     """Return the limits of cores and memory. Raises SettingsError for a flag that is none."""
     host, settings = machine.host(), machine.settings
@@ -399,6 +406,9 @@ def _act(
     """Run the steps in order; each reads what the step before it left. Return what was built."""
     rebuilt = f"vllm {run.observed.version} is rebuilt"
     if not is_compiled:
+        if options.plan_only:
+            show_empty(bounds, run.run_log.console, as_json=options.as_json)
+            return "nothing was built"
         stages.act(run, stages.VLLM)
         return rebuilt
     run.job = job = Job(run, *bounds, targets=options.targets)

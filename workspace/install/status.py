@@ -120,7 +120,7 @@ def require_runnable(machine: Machine) -> plan.Observation:
     driver.
     """
     observed = require_built(machine)
-    if _is_for_another_machine(observed):
+    if lacks_gpu(observed.machine, observed.device):
         raise ToolchainError(
             "the build is for a GPU, and this machine has no NVIDIA driver",
             hint=next_command(observed),
@@ -128,10 +128,11 @@ def require_runnable(machine: Machine) -> plan.Observation:
     return observed
 
 
-def _is_for_another_machine(observed: plan.Observation) -> bool:
-    """Return whether the build needs a GPU of which nothing is here; a driver that fails is."""
-    environment = observed.machine.settings.child_environment("plain")
-    return observed.device == "cuda" and not gpu.is_installed(environment)
+def lacks_gpu(machine: Machine, device: str) -> bool:
+    """Return whether a build for `device` needs a GPU of which nothing is here; a driver that fails
+    counts as here.
+    """
+    return device == "cuda" and not gpu.is_installed(machine.settings.child_environment("plain"))
 
 
 def next_command(observed: plan.Observation) -> str:
@@ -143,13 +144,15 @@ def next_command(observed: plan.Observation) -> str:
     if observed.stack and observed.stack.state is patches.State.IN_PROGRESS:
         return hints.text("install.operation_under_way")
     if observed.stack and observed.stack.state is patches.State.FOREIGN:
+        if observed.stack.operation:
+            return hints.text("install.bisect_reset")
         return hints.text("install.no_descendant")
     is_native_stale = observed.kernels_wanted.source.is_native and observed.kernels.state == "stale"
     if (observed.needs_compilation or is_native_stale) and observed.environment.state == "ok":
         return hints.text("inv.rebuild")
     if any(layer.state != "ok" for layer in observed.layers):
         return hints.text("inv.bootstrap")
-    if _is_for_another_machine(observed):
+    if lacks_gpu(observed.machine, observed.device):
         return hints.text("install.wheel_for_gpu")
     return hints.text("nox.smoke")
 
@@ -288,7 +291,12 @@ def patches_row(stack: patches.Stack | None) -> Row:
             State.FAIL,
             f"{count}; {stack.operation} is not finished in vendor/vllm",
         ),
-        patches.State.FOREIGN: (State.FAIL, "vendor/vllm does not descend from the pin"),
+        patches.State.FOREIGN: (
+            State.FAIL,
+            f"{stack.operation} is not finished in vendor/vllm"
+            if stack.operation
+            else "vendor/vllm does not descend from the pin",
+        ),
         patches.State.MISSING: (State.MISSING, "no checkout"),
     }
     state, text = texts[stack.state]

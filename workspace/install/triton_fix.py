@@ -19,7 +19,7 @@ from workspace.core.errors import BuildError, SettingsError, ToolchainError, cou
 from workspace.core.files import sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import stages, stamp, triton_fixes
+from workspace.install import stages, stamp, status, triton_fixes
 from workspace.install.triton_diagnosis import Diagnosis, Kernel, diagnose, try_kernel
 from workspace.install.triton_fixes import Context, Fix
 from workspace.machine import dotenv, hardware, interpreter, torch
@@ -65,7 +65,8 @@ def run(
     screen = console.stdout if options.check else console
     screen.rows(found.findings)
     if options.check or (not found.bad and not options.from_source):
-        _close(found, screen, hints.text("install.fix_what_can", first=_in_shell(found, settings)))
+        hint = hints.text("install.fix_what_can", first=_in_shell(found, settings))
+        _close(machine, found, screen, hint)
         return
     context, found = _fix(machine, console=console, wait=wait, is_from_source=options.from_source)
     if options.from_source or not (found.can_compile or found.paired is None):
@@ -76,11 +77,8 @@ def run(
             )
         limits = limits or _limits(context.machine, options)
         found = _from_source(context, options, limits, provide=provide, wait=wait)
-    _close(
-        found,
-        console,
-        hints.text("install.build_triton", first=_in_shell(found, settings)),
-    )
+    hint = hints.text("install.build_triton", first=_in_shell(found, settings))
+    _close(context.machine, found, console, hint)
 
 
 def _fix(
@@ -122,7 +120,7 @@ def _limits(machine: Machine, options: FixOptions) -> tuple[Jobs, Memory]:
     )
 
 
-def _close(found: Diagnosis, console: Console, hint: str) -> None:
+def _close(machine: Machine, found: Diagnosis, console: Console, hint: str) -> None:
     """Print the next command. Raises ToolchainError with `hint` where a fault remains."""
     if found.bad:
         first = found.bad[0]
@@ -132,7 +130,8 @@ def _close(found: Diagnosis, console: Console, hint: str) -> None:
             hint=hint,
         )
     console.info("Triton has no fault")
-    console.hint(hints.text("nox.smoke") if found.installed else hints.text("inv.status"))
+    is_runnable = found.installed and not status.lacks_gpu(machine, Case(machine).device)
+    console.hint(hints.text("nox.smoke") if is_runnable else hints.text("inv.status"))
 
 
 def _in_shell(found: Diagnosis, settings: Settings) -> str:

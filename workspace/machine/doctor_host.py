@@ -139,11 +139,27 @@ def disk(case: Case) -> Iterator[Row]:
 def folders(case: Case) -> Iterator[Row]:
     """Check that every folder that will grow is writable; no row where all are."""
     for place in case.places:
-        nearest = hardware.existing(place.path)
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-            state = State.FAIL if place.is_vital else State.WARN
-            seen, why = f"{nearest} is not writable", f"{place.path} is created or changed there"
-            yield Row(state, "folder", seen, why, hints.text("machine.own_folder", folder=nearest))
+        if fault := unusable_folder(place.path):
+            state, why = State.FAIL if place.is_vital else State.WARN, "is created or changed there"
+            yield Row(state, "folder", fault[0], f"{place.path} {why}", fault[1])
+
+
+def unusable_folder(path: Path) -> tuple[str, str] | None:
+    """Return why no file can be made below `path`, and the hint; None where one can.
+
+    Another owner makes no folder of a file, and a folder above `path` belongs to others as well.
+    """
+    nearest = hardware.existing(path)
+    if nearest.is_file():
+        return f"{nearest} is a file, not a folder", hints.text("machine.move_file", path=nearest)
+    if not nearest.is_dir():
+        return f"{nearest} is no folder", hints.text("core.list_folder", folder=nearest)
+    if os.access(nearest, os.W_OK | os.X_OK):
+        return None
+    hint = hints.text("machine.make_own_folder", folder=path)
+    if nearest == path.absolute():
+        hint = hints.text("machine.own_folder", folder=path)
+    return f"{nearest} is not writable", hint
 
 
 def rights(case: Case) -> Iterator[Row]:

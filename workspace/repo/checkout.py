@@ -239,12 +239,7 @@ def _make_from_archive(making: _Making) -> None:
         settings=making.settings,
         on_progress=lambda done, total: step.progress(done, total, f"bytes of {name}"),
     )
-    pins.make_from_archive(
-        file,
-        making.path,
-        pin,
-        on_progress=lambda done, total: step.progress(done, total, f"unpacking {name}"),
-    )
+    pins.make_from_archive(file, making.path, pin, step=step)
 
 
 def _clone(making: _Making, modules: Path | None, references: Mapping[str, str]) -> None:

@@ -226,13 +226,11 @@ def _stack_row(
 ) -> Entry:
     count = counted(len(stack.names), "patch", "patches")
     place = f"{layout.relative(checkouts.folder_of(layout, pin))}, {checkout.detail}"
-    is_waiting = stack.state is State.IN_PROGRESS
-    operation = Git(checkouts.folder_of(layout, pin)).under_way() if is_waiting else ""
     details = {
         State.APPLIED: f"tree {(stack.tree or '')[:12]}",
         State.UNEXPORTED: "its commits and the series differ",
-        State.IN_PROGRESS: f"it waits in the middle of git {operation}",
-        State.FOREIGN: f"at {stack.head[:12]}, which is not on the pin" if stack.head else "",
+        State.IN_PROGRESS: f"it waits in the middle of {stack.operation}",
+        State.FOREIGN: _away(stack) if stack.head else "",
     }
     parts = [
         f"{count} for {place}",
@@ -243,6 +241,11 @@ def _stack_row(
     return Entry(
         stack.state.value, "stack", "; ".join(part for part in parts if part), None, stack.dirty
     )
+
+
+def _away(stack: Stack) -> str:
+    why = f" in the middle of {stack.operation}" if stack.operation else ", which is not on the pin"
+    return f"at {(stack.head or '')[:12]}{why}"
 
 
 How = Literal["continue", "skip", "abort"]

@@ -102,6 +102,8 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
         state = State.APPLIED if tree == expected else State.UNEXPORTED
     else:
         state = State.FOREIGN
+        # Elsewhere a bisect is no obstacle: each of its steps may be built.
+        operation = "bisect" if git.path_of("BISECT_LOG").exists() else None
     return Stack(
         state,
         checkout.base,

@@ -5,12 +5,13 @@ import re
 import reprlib
 import tarfile
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from workspace.core import files, hints, records
+from workspace.core.console import Step
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
@@ -224,18 +225,17 @@ def make_from_archive(
     destination: Path,
     pin: Pin,
     *,
-    on_progress: Callable[[int, int | None], None] | None = None,
+    step: Step | None = None,
 ) -> None:
     """Make the checkout of `pin` from the archive file `source`, complete or not at all.
 
-    `destination` is missing or an empty folder. `on_progress` gets bytes read and in all. Raises
-    SourceError for an archive that is damaged, would write elsewhere, or gives another commit than
-    pinned.
+    `destination` is missing or an empty folder. Raises SourceError for an archive that is damaged,
+    would write elsewhere, or gives another commit than pinned.
     """
     archive = require_archive(pin)
     with files.folder_beside(destination) as folder:
         tree = folder / "tree"
-        commit, found = build_archive(source, tree, pin, on_progress=on_progress)
+        commit, found = build_archive(source, tree, pin, step=step)
         if (commit, found) != (archive.commit, archive.tree):
             raise SourceError(
                 f"{archive.filename} gives commit {commit} with tree {found}, not the"
@@ -250,20 +250,23 @@ def build_archive(
     folder: Path,
     pin: Pin,
     *,
-    on_progress: Callable[[int, int | None], None] | None = None,
+    step: Step | None = None,
 ) -> tuple[str, str]:
     """Unpack an archive into the new folder `folder`, commit and tag it.
 
     Return the commit and its tree OID.
     """
     folder.mkdir()
+    step = step or Step("unpack")
     try:
-        _unpack(source, folder, pin, on_progress or (lambda done, total: None))
+        _unpack(source, folder, pin, step)
     except (tarfile.TarError, EOFError, zlib.error) as exc:
         raise SourceError(
             f"{source.name} is damaged: {exc}",
             hint=hints.text("repo.delete_file_again", path=source),
         ) from exc
+    # As long as the unpacking on a busy machine, and git prints nothing meanwhile.
+    step.progress(0, None, f"committing the files of {source.name}")
     git = Git(folder, failure=SourceError)
     git.init()
     commit = git.commit_everything(
@@ -273,9 +276,7 @@ def build_archive(
     return commit, git.tree(commit)
 
 
-def _unpack(
-    source: Path, folder: Path, pin: Pin, on_progress: Callable[[int, int | None], None]
-) -> None:
+def _unpack(source: Path, folder: Path, pin: Pin, step: Step) -> None:
     """Write the files of the archive without its top folder, owners and times.
 
     Files get one of git's two modes. Each path is checked here, because Python 3.11 before 3.11.4
@@ -286,7 +287,7 @@ def _unpack(
     with source.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:gz") as archive:
         top: str | None = None
         for member in archive:
-            on_progress(raw.tell(), total)
+            step.progress(raw.tell(), total, f"unpacking {source.name}")
             parts = _parts(member, source)
             top = top or parts[0]
             if parts[0] != top:

@@ -211,7 +211,7 @@ class Stack:
     """The stack in a checkout.
 
     `dirty` are tracked paths with edits, in any state; DIRTY means that they block the application.
-    IN_PROGRESS has the git `operation` that is not finished.
+    IN_PROGRESS has the git `operation` that is not finished, and FOREIGN a `git bisect`.
     `untracked` are files that git does not track, so that no patch has them.
     """
 

@@ -357,14 +357,8 @@ class _Search:
             )
             with files.folder_beside(into.path) as folder:
                 of = replace(self.pin, tag=self.name, version=self.version or self.name)
-                commit, _ = pins.build_archive(
-                    file,
-                    folder / "tree",
-                    of,
-                    on_progress=lambda done, total: self.step.progress(
-                        done, total, f"unpacking {sdist.filename}"
-                    ),
-                )
+                commit, _ = pins.build_archive(file, folder / "tree", of, step=self.step)
+                self.step.progress(0, None, f"keeping the commit of {sdist.filename}")
                 into.set_setting(key, _commit_id(file, self.pin) or "unknown")
                 into.fetch_from(folder / "tree", f"+HEAD:{ref}")
         prefix = into.setting(key)

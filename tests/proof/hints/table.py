@@ -40,6 +40,14 @@ ELSEWHERE = {
     "machine.completion": (
         "tests/machine/test_doctor_machine.py::test_hint_for_a_shell_without_completion_is_enough"
     ),
+    "machine.make_own_folder": (
+        "tests/machine/test_doctor_machine.py::"
+        "test_place_below_a_folder_of_others_is_made_and_that_folder_stays_theirs"
+    ),
+    "machine.move_file": (
+        "tests/machine/test_doctor_machine.py::"
+        "test_file_in_the_place_of_a_folder_is_moved_by_the_hint"
+    ),
     "machine.git_identity": (
         "tests/machine/test_doctor_machine.py::"
         "test_git_without_a_name_or_an_address_is_a_row_with_the_command_that_sets_both"
@@ -72,6 +80,10 @@ ELSEWHERE = {
     ),
     "repo.trust": (
         "tests/repo/test_checkout.py::test_checkout_of_another_user_has_a_hint_to_trust_it"
+    ),
+    "install.bisect_reset": (
+        "tests/install/test_rebuild.py::"
+        "test_rebuild_in_the_middle_of_a_bisect_names_it_and_the_command_that_ends_it"
     ),
     "install.wheel_for_gpu": (
         "tests/install/test_plan.py::test_build_for_a_gpu_that_is_not_here_is_packed_and_not_smoked"
