@@ -92,16 +92,6 @@ def test_a_wrong_row_or_count_is_misuse(world: World) -> None:
         assert "Traceback" not in ended.err
 
 
-def test_without_its_tool_environment_a_clone_names_the_command_that_makes_it(world: World) -> None:
-    argv = [sys.executable, "-m", "workspace.cli.sessions", "perf", "--row", "list"]
-    done = subprocess.run(
-        argv, env=world.env, cwd=world.root, capture_output=True, text=True, timeout=60, check=False
-    )
-    ended = Ended(done.returncode, done.stdout, done.stderr)
-    assert ".workspace/tools does not exist" in ended.error(7)
-    assert "./scripts/inv --list" in ended.err
-
-
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_names_of_rows_are_single_and_fit_their_column(row) -> None:
     assert [other.name for other in ROWS].count(row.name) == 1

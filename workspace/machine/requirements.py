@@ -155,7 +155,7 @@ def _project(root: Path) -> tuple[Mapping[str, object], str]:
     except (OSError, ValueError) as exc:
         raise BuildError(
             f"{root / 'pyproject.toml'} cannot be read: {getattr(exc, 'strerror', exc)}",
-            hint=hints.text("machine.bootstrap_checkout"),
+            hint=hints.text("core.list_folder", folder=root),
         ) from exc
 
 

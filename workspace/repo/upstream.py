@@ -200,7 +200,7 @@ class _Search:
         if named.commit not in into.present((named.commit,)):
             raise SourceError(
                 f"{without_user(self.url)} did not serve {self.name}, commit {named.commit}",
-                hint=hints.text("repo.set_mirror"),
+                hint=hints.text("repo.network_or_copy"),
             )
         made, release = self._release_of(into, named, lacking)
         if named.is_tag:

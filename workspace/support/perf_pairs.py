@@ -112,16 +112,10 @@ class Context:
         }
         return self.settings.child_environment("inv", chosen)
 
-    @functools.cached_property
+    @property
     def python(self) -> Path:
-        """The Python of the tool environment. Raises ToolchainError where it is missing."""
-        found = self.layout.tools / "bin" / "python"
-        if not found.exists():
-            raise ToolchainError(
-                f"{self.layout.relative(self.layout.tools)} does not exist",
-                hint=hints.text("support.make_tools"),
-            )
-        return found
+        """The Python of the tool environment, which scripts/nox has made."""
+        return self.layout.tools / "bin" / "python"
 
     @functools.cached_property
     def built(self) -> Observation:

@@ -30,8 +30,8 @@ def wheel_of_another_clone(user: User) -> None:
     assert user.world.status()["install"] == "ok"
 
 
-@runs("install.fix_what_can")
-def triton_that_has_a_fault(user: User) -> None:
+def torch_cache_of_another(user: User) -> Path:
+    """Let TorchInductor have a cache that another torch wrote, and return it."""
     cache = user.world.folder / "tmp" / "torchinductor_root"
     cache.mkdir(parents=True)
     user.world.env["TMPDIR"] = str(cache.parent)
@@ -39,6 +39,12 @@ def triton_that_has_a_fault(user: User) -> None:
     (cache / "old.py").write_text("old")
     os.utime(cache / "old.py", (1, 1))
     os.utime(cache, (1, 1))
+    return cache
+
+
+@runs("install.fix_what_can")
+def triton_that_has_a_fault(user: User) -> None:
+    torch_cache_of_another(user)
     user.follow("install.fix_what_can", "fix-triton", "--check", then=False)
 
 

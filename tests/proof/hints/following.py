@@ -41,6 +41,8 @@ class User:
 
     world: World
     followed: set[str] = field(default_factory=set)
+    # What stands before each command line, and runs it in other surroundings.
+    through: tuple[str, ...] = ()
 
     @property
     def root(self) -> Path:
@@ -61,7 +63,7 @@ class User:
         """Run a verb, or the command line of a session: `./scripts/nox`, `-s`, its name."""
         if args[:1] == ("./scripts/nox",):
             return self.type(shlex.join(args), **env)
-        return self.world.run(*args, env=env)
+        return self.world.run(*args, env=env, through=self.through)
 
     def type(self, command: str, **env: str) -> Ended:
         """Run a command line in the clone, with `./scripts/inv` of this interpreter."""
@@ -70,7 +72,7 @@ class User:
         typed = SESSION.sub(rf"{tools} -m workspace.cli.sessions \1", typed)
         typed = typed.replace(".workspace/tools/bin/uv", str(self.world.materials.bin / "uv"))
         done = subprocess.run(
-            ["bash", "-c", typed],
+            [*self.through, "bash", "-c", typed],
             cwd=self.root,
             env=self.world.env | IDENTITY | {"GIT_EDITOR": self._editor_of_git()} | env,
             stdin=subprocess.DEVNULL,
@@ -80,6 +82,11 @@ class User:
             check=False,
         )
         return Ended(done.returncode, done.stdout, f"> {command}\n{done.stderr}")
+
+    def mounts(self, *lines: str) -> None:
+        """Type from now on in a mount namespace, after these commands of a shell in it."""
+        script = "\n".join(("set -e", *lines, 'exec "$@"'))
+        self.through = ("unshare", "--mount", "sh", "-c", script, "sh")
 
     def edits_with(self, script: str) -> None:
         """Let the user's editor be a shell script; `$file` is the file, `$line` its line."""

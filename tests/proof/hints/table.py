@@ -132,15 +132,11 @@ _REASONS = {
         bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.disk_of_all
         bump.other_states bump.rollback_or inv.pin_rollback""",
     "it needs another index, hub, proxy or host": """
-        repo.net_change repo.set_mirror repo.source_release""",
+        repo.net_change repo.source_release""",
     "the machine or a disk has to be broken": """
-        cli.look_further core.bootstrap_names core.disk_and_rights core.disk_of core.disk_or_cache
-        core.list_all machine.bootstrap_checkout machine.cache_folder machine.control_group
-        machine.does_python_work machine.own_environment machine.python_version
-        machine.renew_tools machine.uv_pythons repo.delete_store repo.git_config repo.git_version
-        repo.memory_again support.make_tools""",
+        core.bootstrap_names core.list_all repo.git_config""",
     "no situation was written yet": """
-        inv.env machine.restore_torch repo.by_hand_reword repo.pins_changed""",
+        inv.env repo.by_hand_reword repo.pins_changed""",
 }
 NOT_RUN = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
