@@ -411,9 +411,7 @@ def check_device_code(
     from workspace.compile import device_code
 
     capabilities = run.observed.machine.capabilities
-    listed = device_code.list_cubins(
-        run.layout, [run.layout.vllm / path for path in libraries]
-    )
+    listed = device_code.list_cubins(run.layout, [run.layout.vllm / path for path in libraries])
     judged = device_code.judge(listed, capabilities=capabilities, archs=archs)
     left_out = device_code.judge_not_built(not_built, archs)
     rows = (f"{row.library}: {row.state}: {row.sentence}" for row in judged)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from workspace.core import hints, process
 from workspace.core.console import Console, RunLog
-from workspace.core.errors import BuildError, SourceError, ToolchainError
+from workspace.core.errors import BuildError, SourceError
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
