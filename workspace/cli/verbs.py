@@ -1,17 +1,14 @@
-"""Every verb of `inv`.
+"""Verbs of `inv`; those of patches and servers are in verbs_patch.py and verbs_serve.py.
 
 A verb parses its arguments, calls one function of the library and prints nothing itself. Imports of
 the library stand inside the verbs, so that `inv --list` starts at once.
 """
 
-from typing import Literal
-
 from invoke.context import Context
 
 from workspace.cli import main
-from workspace.cli.main import JSON, PROJECT, RECORD, WAIT, after_dashes, task
-from workspace.core import hints, paths
-from workspace.core.errors import SettingsError
+from workspace.cli.main import JSON, RECORD, WAIT, after_dashes, task
+from workspace.core import paths
 
 
 @task(
@@ -258,183 +255,6 @@ def pin_rollback(_: Context, good: str = "", force: bool = False, wait: bool = F
     from workspace.bump import rollback
 
     rollback.run(*main.opened(), good or None, console=main.console(), force=force, wait=wait)
-
-
-@task(
-    name="start",
-    default=True,
-    positional=["recipe"],
-    help={
-        "recipe": "a recipe, a model on the hub, or a folder; vLLM's flags go after --",
-        "dry-run": "print environment and command line; start nothing",
-        "detach": "return when ready; the server outlives the terminal",
-        "force": "start although memory is short, or others reach it without a key",
-    },
-)
-def serve(
-    _: Context, recipe: str, dry_run: bool = False, detach: bool = False, force: bool = False
-) -> None:
-    """Serve a recipe or a model; vLLM's flags go after --."""
-    from workspace.server import start
-
-    options = start.ServeOptions(
-        recipe, tuple(after_dashes()), dry_run=dry_run, detach=detach, force=force
-    )
-    start.run(*main.opened(), options, console=main.console())
-
-
-@task(name="status", help={"json": JSON})
-def serve_status(_: Context, json: bool = False) -> None:
-    """Show the server: ready, since when, memory."""
-    from workspace.server import verbs as verb
-
-    verb.status(*main.opened(), console=main.console(), as_json=json)
-
-
-@task(
-    name="logs",
-    help={"lines": "print the last N lines", "follow": "print new lines until the server ends"},
-)
-def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
-    """Print the server's log; --follow prints new lines."""
-    from workspace.server import verbs as verb
-
-    verb.logs(*main.opened(), console=main.console(), lines=lines, follow=follow)
-
-
-@task(name="stop")
-def serve_stop(_: Context) -> None:
-    """Stop the server; wait until port and memory are free."""
-    from workspace.server import verbs as verb
-
-    verb.stop(paths.here(), console=main.console())
-
-
-@task(name="list", help={"json": JSON})
-def serve_list(_: Context, json: bool = False) -> None:
-    """List the recipes: which fit, which are on disk."""
-    from workspace.server import verbs as verb
-
-    verb.show_recipes(main.machine(), console=main.console(), as_json=json)
-
-
-@task(
-    name="fetch",
-    positional=["recipe"],
-    help={"recipe": "a recipe, or a model on the hub such as Qwen/Qwen3-8B"},
-)
-def serve_fetch(_: Context, recipe: str) -> None:
-    """Fetch weights and vocabularies before a start."""
-    from workspace.server import models
-
-    models.fetch(main.machine(), recipe, console=main.console())
-
-
-@task(name="status", default=True, help={"project": PROJECT, "json": JSON})
-def patch_status(_: Context, project: str = "vllm", json: bool = False) -> None:
-    """List the patches: state, subject, Upstream-Status."""
-    from workspace.repo import overview
-
-    overview.show(main.opened()[0], project, console=main.console(), as_json=json)
-
-
-@task(name="apply", help={"project": PROJECT, "wait": WAIT})
-def patch_apply(_: Context, project: str = "vllm", wait: bool = False) -> None:
-    """Apply the series to the pin, all or nothing."""
-    from workspace.repo import patching
-
-    patching.apply(*main.opened(), project, console=main.console(), wait=wait)
-
-
-@task(name="unapply", help={"project": PROJECT, "wait": WAIT})
-def patch_unapply(_: Context, project: str = "vllm", wait: bool = False) -> None:
-    """Return to the pin; the commits stay under refs."""
-    from workspace.repo import patching
-
-    patching.unapply(*main.opened(), project, console=main.console(), wait=wait)
-
-
-@task(
-    name="export",
-    help={
-        "check": "write nothing; print the difference and exit with 5",
-        "branch": "make this branch: one signed-off patch on upstream's main",
-        "patch": "file name of the patch for --branch",
-        "project": PROJECT,
-        "wait": WAIT,
-    },
-)
-def patch_export(
-    _: Context,
-    check: bool = False,
-    branch: str = "",
-    patch: str = "",
-    project: str = "vllm",
-    wait: bool = False,
-) -> None:
-    """Write the commits on the pin as patches and series."""
-    here, settings = main.opened()
-    from workspace.repo import patching
-
-    if bool(patch) != bool(branch) or (branch and check):
-        raise SettingsError(
-            "--branch needs --patch, --patch needs --branch, and neither works with --check",
-            hint=hints.text("cli.export_branch_patch"),
-        )
-    if branch:
-        patching.make_branch(
-            here, settings, project, branch, patch, console=main.console(), wait=wait
-        )
-    else:
-        patching.export(here, settings, project, console=main.console(), wait=wait, check=check)
-
-
-@task(
-    name="import",
-    positional=["origin"],
-    help={
-        "origin": "a mail file, a URL, or the number of a pull request",
-        "merge": "stop at a conflict in the checkout, for patch.continue",
-        "project": PROJECT,
-        "wait": WAIT,
-    },
-)
-def patch_import(
-    _: Context, origin: str, merge: bool = False, project: str = "vllm", wait: bool = False
-) -> None:
-    """Import a patch: a file, a URL, a pull request."""
-    from workspace.repo import patching
-
-    options = patching.ImportOptions(origin, stops=merge)
-    patching.import_(*main.opened(), project, options, console=main.console(), wait=wait)
-
-
-@task(
-    name="continue",
-    help={
-        "skip": "leave out the conflicting patch",
-        "abort": "give up and return to the start",
-        "project": PROJECT,
-        "wait": WAIT,
-    },
-)
-def patch_continue(
-    _: Context, skip: bool = False, abort: bool = False, project: str = "vllm", wait: bool = False
-) -> None:
-    """Resume after a conflict, also in a bump."""
-    here, settings = main.opened()
-    from workspace.bump import bump
-    from workspace.repo import patching
-
-    if skip and abort:
-        raise SettingsError(
-            "--skip and --abort exclude each other", hint=hints.text("cli.help_continue")
-        )
-    how: Literal["continue", "skip", "abort"] = "skip" if skip else "abort" if abort else "continue"
-    if project == "vllm" and bump.is_under_way(here):
-        bump.go_on(here, settings, how, console=main.console(), wait=wait)
-    else:
-        patching.resume(here, settings, project, how, console=main.console(), wait=wait)
 
 
 @task(default=True, name="list", help={"json": JSON})
