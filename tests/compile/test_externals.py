@@ -344,14 +344,6 @@ def test_missing_commit_is_reported_and_leaves_no_folder(
     assert left == []
 
 
-def test_missing_submodule_leaves_no_folder(site: Site, mirror: Path, tmp_path: Path) -> None:
-    half = tmp_path / "half"
-    shutil.copytree(mirror / "vllm-project", half / "vllm-project")
-    with pytest.raises(SourceError, match="flashy"):
-        site.provide((flashy(mirror),), (), EXTERNALS_MIRROR=str(half))
-    assert not (site.settings().cache / "externals" / "flashy" / flashy(mirror).tag).exists()
-
-
 def test_password_of_the_mirror_is_never_shown(
     site: Site, mirror: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -456,7 +448,7 @@ def test_moved_checkout_is_refused(site: Site, mirror: Path) -> None:
         site.provide((external,), (), EXTERNALS_MIRROR=str(mirror))
 
 
-# Overrides, and leftovers of earlier builds
+# Overrides
 
 
 @pytest.mark.parametrize("how", ["shell", ".env", "CMAKE_ARGS", "relative"])

@@ -27,11 +27,6 @@ COSTS = Costs(
 )
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def units(target: str, *sources: str) -> tuple[Unit, ...]:
     return tuple(Unit(source, f"CMakeFiles/{target}.dir/{source}.o", "CUDA") for source in sources)
 
@@ -138,22 +133,6 @@ def test_screen_explains_that_a_first_change_compiles_all_units_of_a_target() ->
         ),
         "from the precompiled wheel: _fa2_C",
     ]
-
-
-@pytest.mark.parametrize("width", [80, 120])
-def test_reasons_too_long_for_the_row_are_below_their_target(
-    width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setenv("TERM", "dumb")
-    name = "_moe_C_stable_libtorch"
-    reason = "csrc/libtorch_stable/moe/topk_softmax_kernels.cu changed"
-    out = Terminal()
-    plan = work_out(Reached(name, reason, units(name, "csrc/a.cu"), False))
-    jobs.show(plan, Console(out=out, err=io.StringIO()))
-    lines = out.getvalue().splitlines()
-    assert all(len(line) <= width for line in lines)
-    assert (f"    {reason}" in lines) == (width == 80)
 
 
 def test_json_is_the_whole_plan() -> None:

@@ -62,17 +62,6 @@ def test_failed_unit_is_not_recorded_in_the_history(site: Site, tmp_path: Path) 
     assert history.entries == ()
 
 
-def test_bound_holds_when_ninja_starts_all_units_at_once(site: Site) -> None:
-    names = [f"u{number}" for number in range(30)]
-    site.compiler("sleep 0.05")
-    with start_job_server(site, jobs=3, units=30) as server:
-        child = site.ninja(names)
-        output, _ = child.communicate(timeout=30)
-    assert child.returncode == 0, output
-    assert len(server.finished) == 30
-    assert site.most() == 3
-
-
 def test_unit_larger_than_the_budget_is_compiled_alone(site: Site) -> None:
     site.compiler("sleep 0.05")
     costs = Costs(
@@ -91,27 +80,6 @@ def test_unit_larger_than_the_budget_is_compiled_alone(site: Site) -> None:
     at = names.index("CMakeFiles/t.dir/big.cu.o")
     assert names[at] == names[at + 1]
     assert site.most() <= 4
-
-
-def test_after_a_failure_waiting_units_are_refused(site: Site) -> None:
-    site.compiler('case "$5" in *bad*) echo "error: bad"; exit 5;; esac')
-    costs = Costs(
-        [
-            Entry("t", "bad.cu", 9.0, 9.0),
-            *[Entry("t", f"u{number}.cu", 0.1, 1.0) for number in range(19)],
-        ]
-    )
-    with job_server.JobServer(
-        site.server_folder, Admission(Bounds(1, 100.0)), costs, units=20
-    ) as server:
-        child = site.ninja(["bad", *[f"u{number}" for number in range(19)]])
-        output, _ = child.communicate(timeout=20)
-    assert child.returncode != 0
-    # On a loaded machine one or two units may have requested a token, and run, before the bad one.
-    assert len(server.finished) < 10
-    assert server.finished[-1].status == 5
-    assert "error: bad" in output
-    assert "not compiled: another unit failed" in output
 
 
 def test_compiler_started_by_a_compiler_with_a_token_needs_no_token(site: Site) -> None:

@@ -5,16 +5,14 @@ and no process is left.
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from tests.compile.launching import ROOT, Site, command_of, start_job_server, until
+from tests.compile.launching import Site, command_of, start_job_server, until
 from workspace.compile import job_server, jobs, launcher
-from workspace.compile.costs import Costs, History
+from workspace.compile.costs import Costs
 from workspace.compile.scheduler import Admission, Bounds, MemoryStatus
 from workspace.machine import failures
 
@@ -74,27 +72,10 @@ def test_compiler_without_its_launcher_ends_with_the_build(site: Site) -> None:
     assert site.running() == []
 
 
-def test_compiler_killed_for_memory_runs_again_with_half_the_budget(
-    site: Site, tmp_path: Path
-) -> None:
-    site.compiler("test -e again || { touch again; kill -9 $$; }")
-    history = History(tmp_path / "h", setup="s")
-    admission = Admission(Bounds(4, 64.0))
-    with job_server.JobServer(
-        site.server_folder, admission, Costs([]), units=1, history=history
-    ) as server:
-        child = site.launch("a")
-        output, _ = child.communicate(timeout=10)
-    assert child.returncode == 0
-    assert "killed by SIGKILL" in output
-    assert [(done.status, done.is_killed) for done in server.finished] == [(-9, True), (0, False)]
-    assert admission.bounds.budget_gib == 32.0
-    assert server.trouble is None
-
-
 @pytest.mark.parametrize(
     "script",
     [
+        "kill -KILL $$",
         # earlyoom sends SIGTERM below 10 % of memory, and SIGKILL only below 5 %.
         "kill -TERM $$",
         "exit 143",
@@ -146,23 +127,6 @@ def test_reports_of_ended_programs_are_known_symptoms() -> None:
         symptom = failures.match(failures.parse(f"cc: error: {report.decode()}x"))
         assert symptom
         assert symptom.name == names[number]
-
-
-def test_third_out_of_memory_kill_is_reported_with_all_budgets(
-    site: Site,
-) -> None:
-    site.compiler("exit 137")
-    with start_job_server(site, budget_gib=64.0) as server:
-        child = site.launch("a")
-        output, _ = child.communicate(timeout=10)
-    assert child.returncode == 137
-    assert len(server.finished) == 3
-    assert server.trouble is not None
-    assert (
-        "3 times, with budgets of 64.0, 32.0, 16.0 GiB; the last killed unit was a.cu of t: 8.0"
-        " GiB expected" in server.trouble
-    )
-    assert server.trouble in output
 
 
 def test_hidden_kill_of_a_compilers_child_is_detected_by_the_kernels_counter(
@@ -219,74 +183,3 @@ def test_when_only_ninja_is_killed_its_compilers_end_too(site: Site) -> None:
     # The shell of a compiler may still log its end.
     assert sum(line.startswith("+") for line in site.log) == 2
     assert not [pid for pid in jobs.living() if command_of(pid).startswith(str(site.folder))]
-
-
-def test_interrupted_build_leaves_no_process_and_the_next_build_resumes(site: Site) -> None:
-    # A shell that starts a child when the signal arrives would leave it behind: start none.
-    site.compiler("test -e calm || exec sleep 100")
-    names = [f"u{number}" for number in range(6)]
-    with start_job_server(site, jobs=2, units=6):
-        child = site.ninja(names)
-        until(
-            lambda: (
-                [Path(f"/proc/{pid}/comm").read_text() for pid in site.running()] == ["sleep\n"] * 2
-            )
-        )
-        child.send_signal(signal.SIGINT)
-        output, _ = child.communicate(timeout=10)
-    assert child.returncode != 0
-    assert "Traceback" not in output
-    assert site.running() == []
-    (site.folder / "calm").touch()
-    with start_job_server(site, jobs=2, units=6) as server:
-        again = site.ninja(names)
-        again.communicate(timeout=20)
-    assert (again.returncode, len(server.finished)) == (0, 6)
-
-
-TASK = """
-import sys
-import time
-from pathlib import Path
-from workspace.compile import job_server
-from workspace.compile.scheduler import Admission, Bounds
-from workspace.compile.costs import Costs
-admission = Admission(Bounds(1, 100.0))
-with job_server.JobServer(Path(sys.argv[1]), admission, Costs([]), units=1) as server:
-    print("ready", flush=True)
-    while server.state.waiting < 3:
-        time.sleep(0.01)
-    print("3 wait", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_killed_task_ends_waiting_launchers_and_the_next_build_works(site: Site) -> None:
-    site.compiler("gate")
-    task = subprocess.Popen(
-        [sys.executable, "-c", TASK, str(site.server_folder)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert task.stdout is not None
-    assert task.stdout.readline() == "ready\n"
-    holder = site.launch("a")
-    until(site.running)
-    waiters = [site.launch(name) for name in "bcd"]
-    assert task.stdout.readline() == "3 wait\n"
-    task.kill()
-    task.communicate()
-    for waiter in waiters:
-        output, _ = waiter.communicate(timeout=10)
-        assert (waiter.returncode, output) == (
-            1,
-            "not compiled: the build of this unit has ended\n",
-        )
-    site.open_gate()
-    holder.communicate(timeout=10)
-    assert holder.returncode == 0
-    site.compiler("echo compiled")
-    with start_job_server(site):
-        assert site.launch("b").communicate(timeout=10)[0] == "compiled\n"

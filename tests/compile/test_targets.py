@@ -566,21 +566,6 @@ def test_ninja_state_is_unknown_if_cmake_has_to_run_first(
     assert targets.read_ninja_state(damaged, site.tree, compiled[1].targets) is None
 
 
-def test_missing_source_makes_only_its_own_target_unknown(
-    site: Site, compiled: tuple[Path, Project]
-) -> None:
-    build, project = compiled
-    assert site.ninja(build, "spinloop").returncode == 0
-    with written(site.tree / "csrc/c.c", None):
-        found = targets.follow(
-            site.tree, ["csrc/c.c", "csrc/spinloop.c"], project, build=build, pinned=project
-        ).targets
-    assert [(one.target, one.reason, len(one.units)) for one in found] == [
-        ("_C", "csrc/c.c deleted", 5),
-        ("spinloop", "csrc/spinloop.c changed", 0),
-    ]
-
-
 # Real git.
 
 

@@ -35,15 +35,6 @@ _ABSENT = (
 )
 
 
-def make_placeholder(
-    folder: Path, name: str, tag: str, *, files: Sequence[str], defines: Sequence[str]
-) -> None:
-    """Create the missing files of the placeholder at `folder`; up-to-date files are not touched."""
-    _write(folder / "CMakeLists.txt", _placeholder_cmake(name, tag, defines))
-    for file in files:
-        _write(folder / file, _refusal(folder / file, f"{name} {tag}"))
-
-
 def complete_placeholder(root: Path, output: str) -> tuple[Path, ...]:
     """Create the files below `root`, the folder of all placeholders, that the output of a configure
     names as missing, and return them.
@@ -74,8 +65,8 @@ def shown_source(folder: str | None) -> str:
     )
 
 
-def _placeholder_cmake(name: str, tag: str, defines: Sequence[str]) -> str:
-    prefix = name.upper()
+def _placeholder_cmake(external: "External") -> str:
+    name, tag, prefix = external.name, external.tag, external.name.upper()
     here = "${CMAKE_CURRENT_SOURCE_DIR}"
     places = {
         "DIR": here,
@@ -93,7 +84,7 @@ def _placeholder_cmake(name: str, tag: str, defines: Sequence[str]) -> str:
         *(f'set({prefix}_{suffix} "{place}" PARENT_SCOPE)' for suffix, place in places.items()),
         *(f"add_library({library} INTERFACE)" for library in _LIBRARIES.get(name.lower(), ())),
     ]
-    for target in defines:
+    for target in external.defines:
         message = f"{target} needs {name} {tag}, which was not fetched"
         lines.append(
             f'add_custom_target({target} COMMAND "${{CMAKE_COMMAND}}" -E echo "{message}" COMMAND'
@@ -420,8 +411,10 @@ def _checked_out(folder: Path) -> str | None:
 
 
 def _placeholder(layout: Layout, external: External) -> Path:
-    place = layout.builds / PLACEHOLDERS / external.name.lower() / external.tag.replace("/", "_")
-    make_placeholder(
-        place, external.name, external.tag, files=external.files, defines=external.defines
-    )
+    """Create the missing files of a placeholder; up-to-date files are not touched."""
+    name, tag = external.name, external.tag
+    place = layout.builds / PLACEHOLDERS / name.lower() / tag.replace("/", "_")
+    _write(place / "CMakeLists.txt", _placeholder_cmake(external))
+    for file in external.files:
+        _write(place / file, _refusal(place / file, f"{name} {tag}"))
     return place

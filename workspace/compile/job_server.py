@@ -96,7 +96,7 @@ class JobServer:
         history: History | None = None,
         units: int = 0,
     ) -> None:
-        self.state = State()
+        self.state = State(budget_gib=admission.bounds.budget_gib)
         self.trouble: str | None = None
         self._folder, self._admission, self._costs = folder, admission, costs
         self._memory, self._history = memory, history

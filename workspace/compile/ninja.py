@@ -270,14 +270,7 @@ def under_job_server(
     history = History(history_file(settings), setup=work.setup)
     costs = Costs(read_table(), history.entries)
     server = _job_server(work, costs, history)
-    meter = Meter(
-        server,
-        work.planned,
-        costs,
-        budget_gib=work.memory.budget_gib,
-        console=run_log.console,
-        step=step,
-    )
+    meter = Meter(server, work.planned, costs, console=run_log.console, step=step)
     began, failures = time.monotonic(), Failures()
 
     def read_line(line: str) -> None:

@@ -128,7 +128,6 @@ class Meter:
         planned: Sequence[Unit],
         costs: Costs,
         *,
-        budget_gib: float,
         console: Console,
         step: Step,
     ) -> None:
@@ -136,7 +135,7 @@ class Meter:
         self._console, self._step = console, step
         self.expect(planned)
         self._is_over = threading.Event()
-        self._budget_gib = budget_gib
+        self._budget_gib = server.state.budget_gib
         self._last_text = ""
 
     def expect(self, planned: Sequence[Unit]) -> None:
@@ -163,8 +162,6 @@ class Meter:
 
     def _look(self, now: float) -> None:
         state, finished = self._server.state, self._server.finished
-        if not state.budget_gib:
-            return
         self._warn(state, finished)
         found = estimate(self._planned, finished, state, began=self._began, now=now)
         if self._console.width:
@@ -183,10 +180,10 @@ class Meter:
 
     def _warn(self, state: State, finished: Sequence[Finished]) -> None:
         killed = next((one for one in reversed(finished) if one.is_killed), None)
-        if killed and 0 < state.budget_gib < self._budget_gib and not self._server.trouble:
+        if killed and state.budget_gib < self._budget_gib and not self._server.trouble:
             name = Path(killed.unit.source).name
             self._console.warn(
                 f"memory ran out while {name} was compiled: the build continues with"
                 f" {state.budget_gib:.1f} GiB instead of {self._budget_gib:.1f}"
             )
-        self._budget_gib = state.budget_gib or self._budget_gib
+        self._budget_gib = state.budget_gib

@@ -83,15 +83,11 @@ def _dependencies(
 
 
 def _due(program: str, build: Path, compiled: Mapping[str, Collection[str]]) -> set[str] | None:
-    """Return the objects that ninja would make for these targets; all of a target that ninja cannot
-    plan.
+    """Return the objects that ninja would make for these targets; all of them if a missing source
+    stops ninja before it prints its plan.
     """
     objects = {one for group in compiled.values() for one in group}
     lines = _ninja(program, build, *compiled)
-    if lines is None and len(compiled) > 1:
-        # A missing source stops ninja before it prints its plan, also that of other targets.
-        alone = [_due(program, build, {name: group}) for name, group in compiled.items()]
-        return None if None in alone else {one for group in alone if group for one in group}
     if lines is None:
         return objects
     # ninja would first let CMake configure again.
