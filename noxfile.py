@@ -1,13 +1,14 @@
-"""Checks and benchmarks of the built vLLM; ./scripts/nox alone runs the smoke. The sessions tests,
-lint, typecheck, docs and proof are for developers of the workspace. Arguments go after --, such as
-nox -s smoke -- --help.
+"""Checks and benchmarks of the built vLLM; ./scripts/nox alone runs the smoke.
+The sessions tests, lint, typecheck, docs and proof are for developers of the
+workspace. Arguments go after --, such as nox -s smoke -- --help.
 
-A single session exits as its program does: 8 if the smoke failed. Several sessions all run, and
-nox exits with 1 if any of them failed.
+A single session exits as its program does: 8 if the smoke failed. Several
+sessions all run, and nox exits with 1 if any of them failed.
 """
 
-# `nox --list` prints the text above. This file imports nothing of the library. scripts/nox starts
-# it in the tool environment; another nox hands over to that script.
+# `nox --list` prints the text above and the first line of each session, and wraps neither: they fit
+# a terminal of 80 columns. This file imports nothing of the library. scripts/nox starts it in the
+# tool environment; another nox hands over to that script.
 
 import os
 import shlex
@@ -183,7 +184,7 @@ def typecheck(session):
 
 @nox.session
 def docs(session):
-    """Compare the generated pages with the code, build the site, check .github/."""
+    """Check the generated pages and .github/, and build the site."""
     run(session, "scripts.docs", "--check")
     run(session, "scripts.docs_site")
 
@@ -205,7 +206,7 @@ def upstream(session):
 
 @nox.session
 def bench(session):
-    """Measure the built tree: latency (default), throughput, serve, startup."""
+    """Measure latency (default), throughput, serve or startup of the tree."""
     run_own(session, "bench", *session.posargs)
 
 

@@ -65,12 +65,14 @@ def normalised(text: str) -> str:
     return text
 
 
-def screen(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> str:
-    """Return what a program prints on a terminal of 100x30, normalised."""
+def screen(
+    argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], columns: int = COLUMNS
+) -> str:
+    """Return what a program prints on a terminal of 100x30, or so many columns, normalised."""
     terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
     # On a dumb terminal rich draws no bars and no colours.
-    of_terminal = {"TERM": "dumb", "COLUMNS": str(COLUMNS), "LINES": str(ROWS)}
+    of_terminal = {"TERM": "dumb", "COLUMNS": str(columns), "LINES": str(ROWS)}
     program = subprocess.Popen(
         argv, cwd=cwd, env={**env, **of_terminal}, stdin=subprocess.DEVNULL, stdout=end, stderr=end
     )

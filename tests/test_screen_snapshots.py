@@ -16,7 +16,7 @@ from syrupy.assertion import SnapshotAssertion
 from tests.bench import test_measure
 from tests.bench.materials import record
 from tests.clone import Clone, make_clone
-from tests.screens import screen
+from tests.screens import COLUMNS, screen
 from tests.small.world import World
 from workspace.bench import results
 from workspace.core import records
@@ -105,5 +105,13 @@ def test_help(bare: Clone, snapshot: SnapshotAssertion, args: str) -> None:
     entrance, *rest = args.split()
     assert bare.inv("--version").returncode == 0
     argv = [str(bare.root / "scripts" / entrance), *rest]
-    seen = screen(argv, cwd=bare.root, env=bare.environment())
-    assert seen.replace(str(bare.root), "CLONE") == snapshot
+    wide, narrow = (
+        screen(argv, cwd=bare.root, env=bare.environment(), columns=columns).replace(
+            str(bare.root), "CLONE"
+        )
+        for columns in (COLUMNS, 80)
+    )
+    assert wide == snapshot
+    # A terminal breaks a longer line in the middle of a word, and so may a program.
+    assert [line for line in narrow.splitlines() if len(line) > 80] == []
+    assert set(narrow.split()) <= set(wide.split())

@@ -37,7 +37,7 @@ LIMIT = "WORKSPACE_SMOKE_LIMIT_S"
 PROBE_SHARE, DUMP_SHARE = 0.8, 0.9
 # More runnable threads than so many for each core and probe are those of other programs: a probe
 # has a thread for each core, and compilers beside them.
-BUSY = 2.0
+LOADED = 2.0
 # Probes that run at once, at most, and the GiB that must be available for each: an engine with its
 # front-end and compilers. On a GB10 that is the GPU's memory, too.
 MOST_LANES, LANE_GIB = 4, 4.0
@@ -342,9 +342,9 @@ class Running:
         parts = [f"{title} {now - began:.0f} s" for title, began in [*self._began.items()]]
         last = [f"last time {self._last[step]:.0f} s"] if step in self._last else []
         load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-        is_busy = load > BUSY * cores * max(1, len(parts))
-        busy = [f"the machine is busy, load {load:.0f} on {cores} cores"] if is_busy else []
-        return "; ".join([*busy, *last, *parts])
+        is_loaded = load > LOADED * cores * max(1, len(parts))
+        loaded = [f"the machine is busy, load {load:.0f} on {cores} cores"] if is_loaded else []
+        return "; ".join([*loaded, *last, *parts])
 
 
 def timeout_text(program: Program) -> str:

@@ -122,10 +122,10 @@ class Step:
         self.state, self.reason = State.SKIPPED, reason
 
     def progress(self, done: float, total: float | None, text: str = "") -> None:
-        """Move the bar; `done` and `total` share a unit. Without `total` it moves by itself."""
+        """Move the bar; `done` and `total` share a unit, which `text` names."""
         if self._progress is not None:
             task = self._progress.tasks[0]
-            task.total = total  # update() would take None for a total that stays
+            task.total = total  # Without one the bar moves by itself; update() ignores None.
             self._progress.update(task.id, completed=done, detail=printable(text))
 
     def watch(self, text: Callable[[], str]) -> None:

@@ -55,7 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest="seconds",
         type=float,
         default=float("inf"),
-        help="begin nothing new after so many seconds",
+        help="begin nothing new after so many seconds; a test that has not done all then fails",
     )
     group.addoption(
         "--part",
@@ -142,7 +142,7 @@ def grounds(
 
     def of(case: KillCase) -> list[Place]:
         if ledger.is_over:
-            pytest.skip("the time given by --for was over before it began")
+            pytest.fail("the time given by --for was over before it began")
         if case.name not in made:
             made[case.name] = make_places(
                 case, slots, [tmp_path_factory.mktemp("place") for _ in slots], ledger

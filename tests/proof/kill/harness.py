@@ -244,8 +244,8 @@ def failed_rightly(ended: Ended, codes: Iterable[int]) -> list[str]:
 def each(
     places: list[Place], work: Callable[[Place, int], Result | None], numbers: Iterable[int]
 ) -> list[Result]:
-    """Do the work for every number, side by side on the places given, until enough of them fail or
-    the time given is over.
+    """Do the work for every number, side by side on the places given, until enough of them fail.
+    Raises AssertionError where the time given ends before and none has failed.
 
     Each place takes the next few numbers: what comes of neighbours is often the same state, and
     that is run once by a place.
@@ -256,6 +256,7 @@ def each(
     lock = threading.Lock()
     results: list[Result] = []
     ledger = places[0].ledger
+    cut = threading.Event()
 
     def worker(place: Place) -> None:
         while True:
@@ -264,7 +265,9 @@ def each(
             if chunk is None:
                 return
             for number in chunk:
-                if ledger.is_over or failed(tuple(results)) >= ENOUGH_FAILURES:
+                if ledger.is_over:
+                    cut.set()
+                if cut.is_set() or failed(tuple(results)) >= ENOUGH_FAILURES:
                     return
                 result = work(place, number)
                 if result:
@@ -282,6 +285,10 @@ def each(
             )
         for future in futures:
             future.result()
+    # Complaints are the caller's to report.
+    assert failed(tuple(results)) or not cut.is_set(), (
+        f"the time given by --for was over after {len(results)} of {len(left)}"
+    )
     return results
 
 

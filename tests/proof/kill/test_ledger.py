@@ -5,12 +5,18 @@ special that its calls are not counted.
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from tests.proof.kill import launcher
+from tests.proof.kill.cases import KillCase
+from tests.proof.kill.harness import Place, each
 from tests.proof.kill.ledger import Ledger, Result
+from tests.small.world import World
 
 KINDS = ["before"] * 50 + ["after"] * 33
 CHANGES = (
@@ -50,6 +56,19 @@ def test_record_is_gone_on_with_and_what_failed_is_done_again(tmp_path: Path) ->
         list(third.table())[-1]
         == "83 kills, 0 not completed rightly by the next run; 83 of 83 calls that were counted"
     )
+
+
+@pytest.mark.parametrize(("seconds", "fails"), [(60.0, False), (-1.0, True)])
+def test_time_that_ends_before_all_is_done_is_no_pass(seconds: float, fails: bool) -> None:
+    ledger = Ledger(until=time.monotonic() + seconds)
+    # A case and a world are for the work alone, and this work needs none.
+    case = SimpleNamespace(name="a case")
+    places = [Place(cast(KillCase, case), cast(World, None), ledger)]
+    if fails:
+        with pytest.raises(AssertionError, match="--for was over after 0 of 3"):
+            each(places, lambda _, number: done(number), range(3))
+    else:
+        assert len(each(places, lambda _, number: done(number), range(3))) == 3
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
