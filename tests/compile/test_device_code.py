@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from workspace.compile import device_code
-from workspace.compile.device_code import Cubins, judge, list_cubins
+from workspace.compile.device_code import Cubins, judge, judge_not_built, list_cubins
 from workspace.core.paths import Layout
 
 FATBINS = Path(__file__).parent / "fatbins"
@@ -32,6 +32,19 @@ RELEASE = (
     "ptx 8.0",
     "ptx 8.9",
     "ptx 9.0",
+)
+# Messages of vLLM 0.31.0's CMake for 12.1a with CUDA 13.0.
+SPARK = (
+    "Not building Machete kernels as no compatible archs found in CUDA target architectures",
+    "Not building scaled_mm_c3x_sm90 as no compatible archs found in CUDA target architectures",
+    "Not building scaled_mm_c3x_100 as no compatible archs found in CUDA target architectures",
+    "Not building grouped_mm_c3x as no compatible archs found in CUDA target architectures.",
+    "Not building grouped_mm_c3x as no compatible archs found in CUDA target architectures.",
+    "Not building SM10x/11x NVFP4/MXFP4 as no compatible archs were found.",
+    "Not building W4A8 kernels as no compatible archs found in CUDA target architectures",
+    "Not building CUTLASS MLA as no compatible archs were found.",
+    "FlashMLA will not compile: unsupported CUDA architecture 12.0",
+    "DeepSelect will not compile: unsupported CUDA architecture 12.0",
 )
 
 
@@ -314,10 +327,116 @@ def test_without_gpu_and_list_only_an_empty_library_is_wrong() -> None:
     ] == ["ok", "wrong"]
 
 
-def test_only_messages_about_an_old_toolkit_are_failures() -> None:
-    old = (
-        "Not building scaled_mm_c3x_sm120 as CUDA Compiler version is not >= 12.8",
-        "[QUTLASS] Skipping build: CUDA 12.8 or newer is required (found 12.6).",
+def test_sentences_of_a_spark_are_all_expected() -> None:
+    output = judge_not_built([f"-- {sentence}" for sentence in SPARK], "12.1a")
+    assert (output.failures, output.unknown, len(output.expected)) == ((), (), len(set(SPARK)))
+
+
+@pytest.mark.parametrize(
+    ("sentence", "archs", "part"),
+    [
+        (
+            (
+                "Not building scaled_mm_c3x_120 as no compatible archs found in CUDA target"
+                " architectures"
+            ),
+            "12.1a",
+            "failures",
+        ),
+        ("Not building SM12x NVFP4 as no compatible archs were found.", "12.1a", "failures"),
+        ("Not building SM12x NVFP4 as no compatible archs were found.", "9.0", "expected"),
+        (
+            "Not building Marlin kernels as no compatible archs found in CUDA target architectures",
+            "12.1",
+            "failures",
+        ),
+        (
+            (
+                "Not building Marlin MOE kernels as no compatible archs found in CUDA target"
+                " architectures"
+            ),
+            "12.1",
+            "failures",
+        ),
+        (
+            "Not building moe_data as no compatible archs found in CUDA target architectures.",
+            "12.1",
+            "failures",
+        ),
+        (
+            "Not building moe_data as no compatible archs found in CUDA target architectures.",
+            "8.9",
+            "expected",
+        ),
+        (
+            (
+                "Not building Machete kernels as no compatible archs found in CUDA target"
+                " architectures"
+            ),
+            "12.1;9.0",
+            "failures",
+        ),
+        (
+            (
+                "Not building AllSpark kernels as no compatible archs found in CUDA target"
+                " architectures"
+            ),
+            "12.1a",
+            "expected",
+        ),
+        (
+            (
+                "Not building scaled_mm_c2x as all archs are already built for and covered by"
+                " scaled_mm_c3x"
+            ),
+            "9.0",
+            "expected",
+        ),
+        (
+            (
+                "Not building scaled_mm_c3x_sm120 as CUDA Compiler version is not >= 12.8, we"
+                " recommend upgrading"
+            ),
+            "12.1",
+            "failures",
+        ),
+        (
+            (
+                "[QUTLASS] Skipping build: no supported arch (12.0f / 10.0f) found in"
+                " CUDA_ARCHS='9.0'."
+            ),
+            "9.0",
+            "expected",
+        ),
+        (
+            "[QUTLASS] Skipping build: CUDA 12.8 or newer is required (found 12.6).",
+            "12.1",
+            "failures",
+        ),
+        ("Not building warp_drive as no compatible archs found", "12.1a", "unknown"),
+        (
+            (
+                "Not building Machete kernels as no compatible archs found in CUDA target"
+                " architectures"
+            ),
+            "",
+            "unknown",
+        ),
+    ],
+)
+def test_sentence_is_judged_by_the_list_of_architectures(
+    sentence: str, archs: str, part: str
+) -> None:
+    output = judge_not_built([sentence], archs)
+    (quoted,) = getattr(output, part)
+    assert quoted.startswith(sentence)
+    assert sum(map(len, (output.expected, output.failures, output.unknown))) == 1
+
+
+def test_message_of_two_blocks_fails_if_printed_more_often_than_expected() -> None:
+    sentence = (
+        "Not building grouped_mm_c3x as no compatible archs found in CUDA target architectures."
     )
-    right = "Not building Machete kernels as no compatible archs found in CUDA target architectures"
-    assert device_code.too_old([old[0], right, old[1], old[0]]) == old
+    assert judge_not_built([sentence], "9.0").failures == ()
+    assert len(judge_not_built([sentence, sentence], "9.0").failures) == 1
+    assert judge_not_built([sentence, sentence], "12.1").failures == ()

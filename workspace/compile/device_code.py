@@ -7,6 +7,7 @@ It is read from the libraries' own headers: cuobjdump takes 3 s for 79 MB and om
 import mmap
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -130,6 +131,10 @@ def name(*, is_ptx: bool, number: int, suffix: str) -> str:
     return f"ptx {number // 10}.{number % 10}{suffix}" if is_ptx else f"sm_{number}{suffix}"
 
 
+_SM9X_UP = "9.0a;10.0f;10.7f;11.0f;12.0f"
+_SM10X = "10.0f;10.7f;11.0f"
+
+
 @dataclass(frozen=True)
 class ArchSupport:
     """Architectures for which upstream compiles a library, empty without own device code, and their
@@ -142,8 +147,7 @@ class ArchSupport:
     takes_one: bool = False
 
     def serves(self, capability: str) -> bool:
-        """Return whether code for one of `archs` runs on a GPU of this capability."""
-        return any(runs_on(entry, capability) for entry in parse(self.archs))
+        return serves(self.archs, capability)
 
 
 HOST = ArchSupport("", "only the host's compiler compiles it (CMakeLists.txt, LANGUAGE CXX)")
@@ -172,15 +176,118 @@ LIBRARIES = {
 }
 
 
-# CMake prints this only if a requested architecture would have had the kernels.
-_TOO_OLD = re.compile(r"as CUDA Compiler version is|CUDA [0-9.]+ or newer is required")
-
-
-def too_old(not_built: Sequence[str]) -> tuple[str, ...]:
-    """Return those of configure's messages about kernels that it leaves out that blame the
-    toolkit: the requested architectures would have had these kernels.
+@dataclass(frozen=True)
+class Rule:
+    """A message of configure, and the architectures of each block that may print it: it is expected
+    if a block serves none of the requested ones.
     """
-    return tuple(dict.fromkeys(sentence for sentence in not_built if _TOO_OLD.search(sentence)))
+
+    pattern: str
+    blocks: tuple[str, ...]
+    rule: str
+
+
+# `as CUDA Compiler version is not >= 12.8` is printed only if a requested architecture would have
+# had the kernels.
+_TOO_OLD = re.compile(r"as CUDA Compiler version is|CUDA [0-9.]+ or newer is required")
+RULES = (
+    Rule(r"Not building Machete kernels as no", ("9.0a",), "MACHETE_ARCHS"),
+    Rule(r"Not building Marlin kernels as no", ("7.5;8.0+PTX",), "MARLIN_OTHER_ARCHS"),
+    Rule(r"Not building Marlin MOE kernels as no", ("7.5;8.0+PTX",), "MARLIN_MOE_OTHER_ARCHS"),
+    Rule(r"Not building AllSpark kernels as no", ("8.0;8.6;8.7;8.9",), "ALLSPARK_ARCHS"),
+    Rule(r"Not building dsv3_fused_a_gemm as no", (_SM9X_UP,), "DSV3_FUSED_A_GEMM_ARCHS"),
+    Rule(
+        r"Not building (fp32_router_gemm|DSV3 router GEMM kernels) as no",
+        (_SM9X_UP,),
+        "cuda_archs_sm90plus",
+    ),
+    Rule(r"Not building scaled_mm_c3x_(sm)?90 as no", ("9.0a",), "SCALED_MM_ARCHS"),
+    Rule(r"Not building scaled_mm_c3x_(sm)?100 as no", (_SM10X,), "SCALED_MM_ARCHS"),
+    Rule(r"Not building scaled_mm_c3x_(sm)?120 as no", ("12.0f",), "SCALED_MM_ARCHS"),
+    Rule(r"Not building scaled_mm_c2x as all archs are already built", ("",), "SCALED_MM_3X_ARCHS"),
+    Rule(r"Not building scaled_mm_c2x as no", ("7.5;8.0;8.7;8.9+PTX",), "SCALED_MM_2X_ARCHS"),
+    # Two blocks print the same message.
+    Rule(
+        r"Not building grouped_mm_c3x as no",
+        ("9.0a", _SM10X),
+        "SCALED_MM_ARCHS of CUTLASS MoE, SM90 and SM100",
+    ),
+    Rule(r"Not building moe_data as no", (_SM9X_UP,), "CUTLASS_MOE_DATA_ARCHS"),
+    Rule(r"Not building SM12x NVFP4 as no", ("12.0f",), "FP4_SM120_ARCHS"),
+    Rule(r"Not building SM10x/11x NVFP4/MXFP4 as no", (_SM10X,), "FP4_SM100_ARCHS"),
+    Rule(r"Not building W4A8 kernels as no", ("9.0a",), "W4A8_ARCHS"),
+    Rule(r"Not building CUTLASS MLA as no", (_SM10X,), "MLA_ARCHS"),
+    Rule(
+        r"FlashMLA will not compile",
+        (LIBRARIES["_flashmla_C"].archs,),
+        LIBRARIES["_flashmla_C"].rule,
+    ),
+    Rule(
+        r"DeepSelect will not compile",
+        (LIBRARIES["_deepselect_C"].archs,),
+        LIBRARIES["_deepselect_C"].rule,
+    ),
+    Rule(
+        r"FlashKDA will not compile",
+        (LIBRARIES["_flashkda_C"].archs,),
+        LIBRARIES["_flashkda_C"].rule,
+    ),
+    Rule(
+        r"DeepGEMM will not compile",
+        ("9.0a;10.0f;10.7f;12.0f",),
+        "deepgemm.cmake, DEEPGEMM_SUPPORT_ARCHS",
+    ),
+    Rule(
+        r"\[QUTLASS\] Skipping build: no supported arch",
+        (LIBRARIES["_qutlass_C"].archs,),
+        "qutlass.cmake, QUTLASS_ARCHS",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """Messages of configure about kernels it leaves out, quoted: expected, failures, or unknown
+    here.
+    """
+
+    expected: tuple[str, ...]
+    failures: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def serves(archs: str, capability: str) -> bool:
+    """Return whether code for one of `archs` runs on a GPU of this capability."""
+    return any(runs_on(entry, capability) for entry in parse(archs))
+
+
+def judge_not_built(sentences: Sequence[str], archs: str) -> NotBuilt:
+    """Judge configure's messages about kernels that it leaves out, by its architecture list. With
+    an empty list all messages are unknown.
+    """
+    wanted = tuple(entry.number for entry in parse(archs))
+    expected, failures, unknown = [], [], []
+    counts = Counter(sentence.strip().removeprefix("-- ") for sentence in sentences)
+    for sentence, count in counts.items():
+        rule = next((rule for rule in RULES if re.match(rule.pattern, sentence)), None)
+        if _TOO_OLD.search(sentence):
+            failures.append(f"{sentence}: the toolkit is too old for {archs}")
+        elif rule is None or not wanted:
+            unknown.append(
+                f"{sentence}: not in the table of the workspace, so it may be right or wrong for"
+                f" {archs or 'no architecture list'}"
+            )
+        else:
+            serving = [block for block in rule.blocks if any(serves(block, one) for one in wanted)]
+            others = " or ".join(block for block in rule.blocks if block not in serving)
+            if count <= len(rule.blocks) - len(serving):
+                expected.append(f"{sentence}: {others or 'covered'} ({rule.rule})")
+            else:
+                failures.append(
+                    f"{sentence}: upstream has them for {' and '.join(serving)}, which {archs}"
+                    f" requests ({rule.rule})"
+                )
+    return NotBuilt(tuple(expected), tuple(failures), tuple(unknown))
 
 
 _NAME = re.compile(r"(?P<ptx>ptx |sm_)(?P<major>\d+?)\.?(?P<minor>\d)(?P<suffix>[af]?)")

@@ -413,16 +413,16 @@ def check_device_code(
     capabilities = run.observed.machine.capabilities
     listed = device_code.list_cubins(run.layout, [run.layout.vllm / path for path in libraries])
     judged = device_code.judge(listed, capabilities=capabilities, archs=archs)
-    too_old = [f"{line}: the toolkit is too old" for line in device_code.too_old(not_built)]
+    left_out = device_code.judge_not_built(not_built, archs)
     rows = (f"{row.library}: {row.state}: {row.sentence}" for row in judged)
-    for sentence in rows:
+    for sentence in (*rows, *left_out.expected):
         run.run_log.write(sentence)
     if capabilities:
         run.outcome[status.DRIVER_WORK] = device_code.driver_work(listed, capabilities)
-    for sentence in () if is_native else too_old:
+    for sentence in (*left_out.unknown, *(left_out.failures if not is_native else ())):
         run.run_log.console.warn(sentence)
     wrong = [f"{row.library} {row.sentence}" for row in judged if row.state == "wrong"]
-    wrong += too_old if is_native else []
+    wrong += left_out.failures if is_native else ()
     wanted = " and ".join(capabilities) or archs
     if wrong:
         raise BuildError(
