@@ -416,7 +416,7 @@ def _arch_fault(
     case: Case, entries: tuple[arch.Entry, ...], capabilities: tuple[str, ...]
 ) -> str | None:
     found = case.toolkit()
-    fault = arch.fault_of(entries, capabilities, toolkit_version=found.version if found else None)
+    fault = arch.fault_of(entries, capabilities)
     if fault or found is None:
         return fault
     listing = process.certain(
