@@ -74,23 +74,20 @@ def test_torch_of_an_editable_build_is_seen_where_it_lies(house, built, tmp_path
     assert house.machine().torch() == torch.TorchBuild("2.15.0a0+mine", "13.0")
 
 
-def test_torch_that_cannot_be_imported_is_a_build_error_that_names_what_fails(house, built):
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("raise ImportError('libcudart.so.13: cannot open')", r"libcudart\.so\.13"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGILL)", "SIGILL"),
+    ],
+)
+def test_torch_that_cannot_be_imported_is_a_build_error_that_names_what_fails(
+    house, built, source, message
+):
     settings = built()
     install_torch(house, settings, "2.13.0+cpu")
-    (packages(house) / "torch" / "__init__.py").write_text(
-        "raise ImportError('libcudart.so.13: cannot open shared object file')\n"
-    )
-    with pytest.raises(BuildError, match=r"libcudart\.so\.13"):
-        torch.load(house.layout, settings)
-
-
-def test_torch_that_dies_at_import_is_a_build_error_that_names_the_signal(house, built):
-    settings = built()
-    install_torch(house, settings, "2.13.0+cpu")
-    (packages(house) / "torch" / "__init__.py").write_text(
-        "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
-    )
-    with pytest.raises(BuildError, match="SIGILL"):
+    (packages(house) / "torch" / "__init__.py").write_text(f"{source}\n")
+    with pytest.raises(BuildError, match=message):
         torch.load(house.layout, settings)
 
 

@@ -272,7 +272,7 @@ VARIABLES: tuple[Variable, ...] = (
              "the checkout stays as it is"),
     Variable("PYTHONUNBUFFERED", "1", "constant", ("triton",), "the progress is shown at once"),
     Variable("UV_HTTP_TIMEOUT UV_HTTP_CONNECT_TIMEOUT UV_HTTP_RETRIES", GIVEN, "verb",
-             ("plain", "build"), "short where uv only looks whether something is there"),
+             ("plain",), "short where uv may have to do without a network"),
     Variable("UV_CACHE_DIR", _uv_cache, "machine", ("plain", "build", "install", "shell"),
              "a cache below .workspace where the home folder is read-only", is_default=True),
     Variable("UV_INDEX_*", GIVEN, "setting", ("plain", "install"),

@@ -74,43 +74,24 @@ def suggest_list(capabilities: Iterable[str]) -> str:
     return ";".join(_ARCH_WITH_SUFFIX.get(capability, capability) for capability in capabilities)
 
 
-def fault_of(
-    entries: Sequence[Entry], capabilities: Sequence[str], *, toolkit_version: str | None
-) -> str | None:
+def fault_of(entries: Sequence[Entry], capabilities: Sequence[str]) -> str | None:
     """Return a sentence on what is wrong with an architecture list; None where it is right."""
     if not entries:
         return _fault_of_empty(capabilities)
     families = [entry.text for entry in entries if entry.suffix == "f"]
     if families:
         return f"torch.utils.cpp_extension refuses {families[0]}: Unknown CUDA arch"
-    faults = (_fault_for(entries, capability, toolkit_version) for capability in capabilities)
-    return next((fault for fault in faults if fault), None)
+    for capability in capabilities:
+        if not any(runs_on(entry, capability) for entry in entries):
+            listed = " and ".join(entry.text for entry in entries)
+            return f"kernels for {listed} do not run on capability {capability}"
+    return None
 
 
 def _fault_of_empty(capabilities: Sequence[str]) -> str:
     if not capabilities or USUAL_CAPABILITY in capabilities:
         return "without a list torch's CMake turns a GB10's 12.1 into compute_20, unknown to nvcc"
     return "without a list a build compiles every architecture of vLLM and takes many times as long"
-
-
-def _fault_for(
-    entries: Sequence[Entry], capability: str, toolkit_version: str | None
-) -> str | None:
-    fitting = [entry for entry in entries if runs_on(entry, capability)]
-    if not fitting:
-        listed = " and ".join(entry.text for entry in entries)
-        return f"kernels for {listed} do not run on capability {capability}"
-    if (
-        capability == "12.1"
-        and all(entry.number == "12.0" for entry in fitting)
-        and toolkit_version
-        and key(toolkit_version) < (13,)
-    ):
-        return (
-            f"with CUDA {toolkit_version} vLLM turns 12.0 into 12.0a, which does not run on a GB10;"
-            " CUDA 13 turns it into the family 12.0f, which does"
-        )
-    return None
 
 
 def archs_of_nvcc(listing: str) -> frozenset[str]:

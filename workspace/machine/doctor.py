@@ -24,7 +24,7 @@ from workspace.machine import (
     toolchain,
 )
 from workspace.machine.doctor_toolchain import required_compiler
-from workspace.machine.machine import Case, Machine, unanswered
+from workspace.machine.machine import Case, Machine, Place, unanswered
 
 __all__ = ["CHECKS", "examine", "preflight", "required_compiler", "show"]
 
@@ -152,7 +152,7 @@ def preflight(
         machine,
         device=device,
         is_native=is_native,
-        places=doctor_host.preflight_places(need_gib),
+        places=tuple(Place("", path, need) for path, need in need_gib.items()),
         is_environment_due=is_environment_due,
     )
     return examine(case, [check for check in CHECKS if check.purposes & wanted])

@@ -5,7 +5,7 @@ memory, disk, remotes and package indexes. They only read.
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -235,11 +235,6 @@ def proxy(case: Case) -> Iterator[Row]:
 
 def _named(place: Place) -> str:
     return f"{place.label} {place.path}" if place.label else str(place.path)
-
-
-def preflight_places(need_gib: Mapping[Path, float]) -> tuple[Place, ...]:
-    """Return the folders that a caller names, each of them vital."""
-    return tuple(Place("", path, need) for path, need in need_gib.items())
 
 
 def token(case: Case) -> Iterator[Row]:

@@ -17,13 +17,13 @@ from workspace.core.process import Absent, Broken, NoAnswer, Slow, There
 from workspace.machine import arch, dotenv, interpreter, requirements
 from workspace.machine.arch import OLDEST_CAPABILITY, key
 from workspace.machine.machine import Case, unanswered, verdict
+from workspace.machine.torch import CUDA_MAJOR
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
 # vLLM's requirement (pyproject.toml), and Triton's upper bound: both build in one environment.
 CMAKE_FROM, CMAKE_BELOW = "3.26.1", "4"
-CUDA_MAJOR = "13"
 # The oldest driver that supports CUDA 13 (CUDA Toolkit Release Notes, table of driver versions).
 DRIVER = "580"
 NOT_NEEDED = "not needed: the device is cpu"
@@ -416,7 +416,7 @@ def _arch_fault(
     case: Case, entries: tuple[arch.Entry, ...], capabilities: tuple[str, ...]
 ) -> str | None:
     found = case.toolkit()
-    fault = arch.fault_of(entries, capabilities, toolkit_version=found.version if found else None)
+    fault = arch.fault_of(entries, capabilities)
     if fault or found is None:
         return fault
     listing = process.certain(

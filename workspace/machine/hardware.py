@@ -383,30 +383,11 @@ def _account() -> tuple[set[str], set[str]]:
 
 
 def _hosts(shell: Mapping[str, str]) -> set[str]:
-    """Return this machine's names, with the domains that the resolver appends.
-
-    They are those of the kernel, the shell and /etc/hosts.
-    """
-    node = platform.node()
-    names = {
-        node,
-        node.split(".")[0],
-        *(shell.get(name, "") for name in ("HOSTNAME", "HOST", "CONTAINER_NAME")),
-    }
-    for line in read_small(Path("/etc/hosts")).decode("utf-8", "replace").splitlines():
-        aliases = line.partition("#")[0].split()[1:]
-        if node in aliases or names & set(aliases):
-            names |= set(aliases)
-    names |= {
-        part
-        for name in names
-        for part in (name.split(".")[0], name.partition(".")[2])
-        if "." in name and part
-    }
-    for line in read_small(Path("/etc/resolv.conf")).decode("utf-8", "replace").splitlines():
-        if line.startswith(("search", "domain")):
-            names |= {domain for domain in line.split()[1:] if "." in domain}
-    return names
+    """Return this machine's names, those of the kernel and the shell, with and without a domain."""
+    named = (shell.get(name, "") for name in ("HOSTNAME", "HOST", "CONTAINER_NAME"))
+    names = {platform.node(), *named}
+    pairs = (name.partition(".") for name in names)
+    return names | {part for host, _, domain in pairs if domain for part in (host, domain)}
 
 
 def assignments(path: Path) -> list[tuple[str, str]]:

@@ -129,7 +129,7 @@ def find_cache(settings: Settings) -> Cache | None:
     environment = settings.child_environment("build")
     if found := shutil.which("ccache", path=environment.get("PATH", "")):
         return Cache("ccache", Path(found))
-    if is_cache_on(environment.get("VLLM_DISABLE_SCCACHE", "")):
+    if environment.get("VLLM_DISABLE_SCCACHE", "").strip().lower() in ("1", "true", "yes", "on"):
         return None
     found = shutil.which("sccache", path=environment.get("PATH", ""))
     return Cache("sccache", Path(found)) if found else None
@@ -149,11 +149,6 @@ def cache_configuration(layout: Layout, settings: Settings) -> Mapping[str, str]
     # mode an edit in code for the host's compiler only (#ifndef __CUDA_ARCH__) is a hit on the
     # object from before it; nvcc's own list of dependencies has both.
     return {name: shell.get(name, text) for name, text in wanted.items()} | {"CCACHE_DEPEND": "1"}
-
-
-def is_cache_on(text: str) -> bool:
-    """Return whether a switch in the environment is on, as ccache and vLLM spell it."""
-    return text.strip().lower() in ("1", "true", "yes", "on")
 
 
 def find_python(uv: Path, settings: Settings, request: str) -> Path | None:

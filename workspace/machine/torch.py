@@ -23,7 +23,7 @@ from workspace.machine.requirements import COMPANIONS
 
 # uv's backend for CUDA 13 of a DGX Spark. Since torch 2.11 the plain index has CUDA 13 builds for
 # Linux as well.
-CUDA_BACKEND = "cu130"
+CUDA_MAJOR, CUDA_BACKEND = "13", "cu130"
 IMPORT_S = 300.0
 PIP_ANSWER_S = 60.0
 _VERSION = re.compile(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)

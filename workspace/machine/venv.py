@@ -20,12 +20,10 @@ from workspace.machine import interpreter, requirements, toolchain, torch
 from workspace.machine.machine import Machine
 from workspace.machine.requirements import COMPANIONS
 
-ANSWER_S = 60.0
 IMPORT_S = 600.0
 _NEEDED = ("METADATA", "RECORD", "INSTALLER")
 # uv's names for files that it has not renamed yet.
 _UNFINISHED = ".tmp??????"
-CUDA_MAJOR = "13"
 
 
 def repair(
@@ -112,10 +110,10 @@ def install_torch(machine: Machine, *, device: str, run_log: RunLog) -> str:
     again = ("--reinstall-package", "torch") if is_replaced else ()
     source = _install_from_sources(layout, settings, wanted, again, run_log=run_log)
     build = torch.load(layout, settings)
-    if device == "cuda" and (build.cuda or "").split(".")[0] != CUDA_MAJOR:
+    if device == "cuda" and (build.cuda or "").split(".")[0] != torch.CUDA_MAJOR:
         raise BuildError(
             f"torch {build.version} is built for CUDA {build.cuda or 'none'}, but vLLM"
-            f" needs CUDA {CUDA_MAJOR}",
+            f" needs CUDA {torch.CUDA_MAJOR}",
             hint=hints.text("machine.cuda_index"),
         )
     return f"{build.version}, CUDA {build.cuda or 'none'}; {source}"
