@@ -86,7 +86,6 @@ class _Import:
     by_hand: str
     check: str
     place: Path
-    notes: list[str]
     merging: str
 
 
@@ -120,7 +119,7 @@ def run(session: Session, source: str, *, stops: bool = False) -> export.Export:
             write_atomic(kept, readable)
         place = layout.state / f"{project}-stack"
         again = patches.merging_command(source, project)
-        work = _Import(git, origin, parts, by_hand, check, place, notes, again)
+        work = _Import(git, origin, parts, by_hand, check, place, again)
         holder = session if stops else None
         tip = stack.head if _is_applied(work, stack) else _tip_on(work, stack.head, holder)
     try:
