@@ -85,12 +85,8 @@ def test_known_good_state(tmp_path: Path) -> None:
     )
 
 
-def test_times_and_notes_of_a_move(tmp_path: Path) -> None:
+def test_note_of_a_move(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
-    placed("times.json", layout.times("vllm"))
-    assert moves.read_times(layout.times("vllm"), tmp_path) == {
-        "csrc/a.cu": [("a" * 40, 1700000000000000001), ("b" * 40, 1700000000000000002)]
-    }
     placed("moving.json", layout.moving("vllm"))
     assert moves.is_begun(layout, "vllm")
 
