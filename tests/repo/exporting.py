@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.conftest import Snapshot, Workspace
+from tests.repo.conftest import Snapshot
 from tests.repo.shell import sh_git
+from tests.repo.workspaces import Workspace
 from workspace.core.errors import PatchDrift
 from workspace.repo import export
 from workspace.repo.export import Export

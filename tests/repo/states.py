@@ -2,8 +2,8 @@
 
 import os
 
-from tests.repo.conftest import Workspace
 from tests.repo.shell import sh_git
+from tests.repo.workspaces import Workspace
 
 
 def everything(workspace: Workspace) -> dict[str, str]:
