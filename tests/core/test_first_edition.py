@@ -66,7 +66,7 @@ def test_bump_and_its_redo_log(tmp_path: Path) -> None:
     assert start == BumpStart("v0.32.0", "v0.32.0", "a" * 40, "b" * 40, "d" * 64, "c" * 40)
     log = staging.find_redo_log(FOLDER / "promoting.json")
     assert log is not None
-    assert (log.facts, log.done) == ({"name": "v0.31.0-abc"}, ("pins", "patches"))
+    assert log.facts == {"name": "v0.31.0-abc"}
 
 
 def test_known_good_state(tmp_path: Path) -> None:
@@ -85,12 +85,8 @@ def test_known_good_state(tmp_path: Path) -> None:
     )
 
 
-def test_times_and_notes_of_a_move(tmp_path: Path) -> None:
+def test_note_of_a_move(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
-    placed("times.json", layout.times("vllm"))
-    assert moves.read_times(layout.times("vllm"), tmp_path) == {
-        "csrc/a.cu": [("a" * 40, 1700000000000000001), ("b" * 40, 1700000000000000002)]
-    }
     placed("moving.json", layout.moving("vllm"))
     assert moves.is_begun(layout, "vllm")
 

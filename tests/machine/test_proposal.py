@@ -1,6 +1,8 @@
 """`inv env.init`: .env is completed, and no line of the user's is lost or changed unasked."""
 
 import io
+import resource
+import subprocess
 
 import pytest
 
@@ -78,3 +80,17 @@ def test_dotenv_that_cannot_be_written_is_a_sentence(house: House) -> None:
     house.layout.dotenv.symlink_to("/proc/sys/kernel/core_uses_pid/.env")
     with pytest.raises((ToolchainError, SettingsError), match="cannot be"):
         init(house, DEVICE="cpu")
+
+
+def test_dotenv_that_has_no_room_is_a_sentence_with_a_look_at_its_folders(house: House) -> None:
+    machine, unlimited = house.machine(DEVICE="cpu"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    house.layout.dotenv.write_text("MY_OWN=1\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
+    try:
+        with pytest.raises(ToolchainError, match=r"\.env cannot be written: ") as failure:
+            dotenv.complete(machine, console=Console(out=io.StringIO(), err=io.StringIO()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    shown = subprocess.run(failure.value.hint or "", shell=True, check=True, capture_output=True)
+    assert str(house.layout.dotenv) in shown.stdout.decode()
+    assert house.layout.dotenv.read_text() == "MY_OWN=1\n"

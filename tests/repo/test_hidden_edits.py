@@ -91,7 +91,6 @@ def test_snapshot_has_an_edit_marked_as_unchanged(release: Workspace) -> None:
 
 @pytest.mark.parametrize("verb", ["apply", "unapply"])
 def test_edit_in_the_second_in_which_a_move_ended_is_seen(applied: Workspace, verb: str) -> None:
-    # The move has set times back, so that the index is newer than the files.
     applied.unapply()
     if verb == "apply":
         applied.apply()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.conftest import LINES, PATCHED, Workspace, commit, sh_git, write
+from tests.repo.conftest import LINES, PATCHED, Snapshot, Workspace, commit, sh_git, write
 from tests.repo.states import everything
 from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.repo import moves
@@ -19,6 +19,25 @@ from workspace.repo.git import Git
 from workspace.repo.patches import State
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def files(workspace: Workspace, snapshot: Snapshot) -> dict[str, tuple[int, int]]:
+    return {
+        name: entry
+        for name, entry in snapshot(workspace.vllm).items()
+        if "/.git" not in name and Path(name).is_file()
+    }
+
+
+def test_move_writes_no_file_that_both_commits_have(release: Workspace, snapshot: Snapshot) -> None:
+    before = files(release, snapshot)
+    release.apply()
+    after = files(release, snapshot)
+    assert {Path(name).name for name in before | after if before.get(name) != after.get(name)} == {
+        "lines.py",
+        "dos.h",
+        "new.py",
+    }
 
 
 def test_unapply_that_was_killed_is_finished(release: Workspace) -> None:

@@ -182,18 +182,6 @@ def test_content_kept_at_an_earlier_abort_stays_too(stopped: Workspace) -> None:
     assert {"first", "second"} <= set(shown)
 
 
-def test_abort_gives_the_files_their_times_back(
-    mergeable: Workspace, conflicting: dict[str, bytes]
-) -> None:
-    header = mergeable.vllm / "csrc" / "dos.h"
-    before = header.stat().st_mtime_ns
-    with pytest.raises(PatchConflict):
-        mergeable.apply(stop_at_conflict=True)
-    assert header.stat().st_mtime_ns != before
-    mergeable.resume("abort")
-    assert header.stat().st_mtime_ns == before
-
-
 def test_am_from_elsewhere_is_continued_just_the_same(
     mergeable: Workspace, conflicting: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,7 +39,6 @@ SKIPPED = "skipped"
 # by then.
 APPLIED_REF = f"{worktree.OWN_REFS}/applied"
 _BASE = re.compile(rb"^(\s*# base: )([0-9a-f]{40})\s*$", re.MULTILINE)
-Step = Callable[[Mapping[str, str]], None]
 
 
 @dataclass(frozen=True)
@@ -213,14 +212,12 @@ def _rename(environment: Path, scratch: Path) -> None:
 
 @dataclass(frozen=True)
 class RedoLog:
-    """Redo log: a change in steps that an interrupted run resumes and never rolls back.
+    """A move that was begun: it is never taken back, and the next run does all of it again.
 
-    `facts` were true when the change began; `done` are the names of the finished steps. Both are on
-    disk, so their names stay.
+    `facts` were true when it began. They are on disk, so their names stay.
     """
 
     facts: Mapping[str, str]
-    done: tuple[str, ...] = ()
 
 
 def find_redo_log(path: Path) -> RedoLog | None:
@@ -232,17 +229,6 @@ def find_redo_log(path: Path) -> RedoLog | None:
             f"the redo log {path} cannot be read: {exc}",
             hint=hints.text("bump.read_state", path=path),
         ) from exc
-
-
-def finish_steps(path: Path, redo_log: RedoLog, steps: Sequence[tuple[str, Step]]) -> None:
-    """Do the remaining steps in order. The log stays; the caller removes it."""
-    for name, step in steps:
-        if name not in redo_log.done:
-            step(redo_log.facts)
-            # Sync first: after a power cut the log must not list a step whose files were lost.
-            os.sync()
-            redo_log = replace(redo_log, done=(*redo_log.done, name))
-            records.write(path, redo_log)
 
 
 def begin_move(
@@ -264,6 +250,7 @@ def begin_move(
         # All build products, and the compiled libraries that the stamp names, one path a line.
         "products": "\n".join(stages.build_products(layout.vllm)),
         "libraries": "\n".join(library.path for library in build.libraries) if build else "",
+        "environment": "kept" if os.path.lexists(_environment(path, layout, wanted)) else "",
     }
     redo_log = RedoLog(facts)
     records.write(path, redo_log)
@@ -273,7 +260,10 @@ def begin_move(
 def finish_move(
     path: Path, layout: Layout, settings: Settings, redo_log: RedoLog, run_log: RunLog
 ) -> KnownGood:
-    """Do the remaining steps of a move and return its state; the caller removes the redo log."""
+    """Bring a state here and return it; the caller removes the redo log.
+
+    What an interrupted run did already is left as it is.
+    """
     title = "promote" if path == layout.promoting else "back"
     shown = layout.relative(path)
     # A promotion that the first edition began has other facts.
@@ -287,59 +277,44 @@ def finish_move(
         )
     # To make room, delete only what this workspace made.
     discarded = layout.state / ".back.gone"
+    environment = _environment(path, layout, wanted)
+    git, source = Git(layout.vllm), known_good.pinned_files(layout, wanted.name)
     with stages.step(run_log, title) as view:
-        finish_steps(path, redo_log, _steps(path, layout, wanted, discarded, run_log))
-        kept = redo_log.facts["present"] or f"refs/left/{redo_log.facts['left']}"
+        facts = redo_log.facts
+        _keep_environment(layout, facts, environment, discarded)
+        move_tree(layout, facts["tip"], wanted.head, run_log)
+        git.set_ref(TIP_REF, wanted.head)
+        git.set_ref(BASE_REF, wanted.base)
+        if os.path.lexists(environment):
+            os.rename(environment, layout.environment)
+        _exchange_products(layout, facts, known_good.kernels(layout, wanted.name))
+        _write_patches(layout, source, facts)
+        pins.save(layout.pins, pins.load(source.pins).vllm)
+        set_gitlink(layout, wanted.gitlink, run_log=run_log)
+        os.sync()
+        kept = facts["present"] or f"refs/left/{facts['left']}"
         view.reason = f"{wanted.name}; the former state is kept as {kept}"
     _install_here(layout, settings, run_log)
     shutil.rmtree(discarded, ignore_errors=True)
     return wanted
 
 
-def _steps(
-    path: Path, layout: Layout, wanted: KnownGood, discarded: Path, run_log: RunLog
-) -> tuple[tuple[str, Step], ...]:
-    """Return the steps of a move, in order; the redo log on disk has their names."""
-    git, files = Git(layout.vllm), known_good.pinned_files(layout, wanted.name)
-    made_in = Layout(layout.bump_sandbox) if path == layout.promoting else None
-    environment = made_in.environment if made_in else known_good.environment(layout, wanted.name)
-
-    def set_refs(_: Mapping[str, str]) -> None:
-        git.set_ref(TIP_REF, wanted.head)
-        git.set_ref(BASE_REF, wanted.base)
-
-    def return_environment(_: Mapping[str, str]) -> None:
-        if os.path.lexists(environment) and not os.path.lexists(layout.environment):
-            os.rename(environment, layout.environment)
-
-    def return_products(_: Mapping[str, str]) -> None:
-        # The known-good state keeps its own.
-        folder = known_good.kernels(layout, wanted.name)
-        copy_files(folder, layout.vllm, files_below(folder))
-
-    return (
-        (
-            "environment aside",
-            lambda facts: _keep_environment(layout, facts, environment, discarded),
-        ),
-        ("source", lambda facts: move_tree(layout, facts["tip"], wanted.head, run_log)),
-        ("references", set_refs),
-        ("environment", return_environment),
-        ("products aside", lambda facts: _remove_products(layout, facts)),
-        ("products", return_products),
-        ("patches", lambda facts: _write_patches(layout, files, facts)),
-        ("pins", lambda _: pins.save(layout.pins, pins.load(files.pins).vllm)),
-        ("gitlink", lambda _: set_gitlink(layout, wanted.gitlink, run_log=run_log)),
-    )
+def _environment(path: Path, layout: Layout, wanted: KnownGood) -> Path:
+    """Return where the environment of a state waits for the move whose redo log is at `path`."""
+    if path == layout.promoting:
+        return Layout(layout.bump_sandbox).environment
+    return known_good.environment(layout, wanted.name)
 
 
 def _keep_environment(
     layout: Layout, facts: Mapping[str, str], following: Path, discarded: Path
 ) -> None:
-    """Move the present environment to its known-good state.
+    """Move the present environment to its known-good state, unless `following` is in place already.
 
     Without such a state it is discarded, if the environment `following` takes its place.
     """
+    if facts.get("environment") and not os.path.lexists(following):
+        return
     if facts["present"]:
         _rename(layout.environment, known_good.environment(layout, facts["present"]))
     elif os.path.lexists(following):
@@ -381,8 +356,8 @@ def _install_here(layout: Layout, settings: Settings, run_log: RunLog) -> None:
         stamp.write(layout.stamp("environment"), replace(environment, inputs=inputs))
 
 
-def _remove_products(layout: Layout, facts: Mapping[str, str]) -> None:
-    """Remove the former pin's products from vendor/vllm.
+def _exchange_products(layout: Layout, facts: Mapping[str, str], kernels: Path) -> None:
+    """Replace the former pin's products in vendor/vllm by copies of those in `kernels`.
 
     Those that the former known-good state does not hold move to the leftovers folder.
     """
@@ -391,11 +366,13 @@ def _remove_products(layout: Layout, facts: Mapping[str, str]) -> None:
     )
     stages.take_products_away(
         layout,
-        listed,
+        # An interrupted run may have copied some.
+        [path for path in listed if not stages.is_same(layout.vllm / path, kernels / path)],
         ours=ours,
         kept=known_good.kernels(layout, facts["present"]) if facts["present"] else None,
         left=known_good.leftovers(layout, facts["left"]) / "products",
     )
+    copy_files(kernels, layout.vllm, files_below(kernels))
 
 
 def report_leftovers(layout: Layout, facts: Mapping[str, str], *, console: Console) -> None:

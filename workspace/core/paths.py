@@ -35,10 +35,6 @@ class Layout:
         """Bare repository of the workspace in which other releases than the pin are examined."""
         return self.state / "upstream" / f"{project}.git"
 
-    def times(self, project: str) -> Path:
-        """Modification times of the files of a checkout, by content; see repo/moves.py."""
-        return self.state / "times" / f"{project}.json"
-
     def moving(self, project: str) -> Path:
         """Marker that exists while a checkout moves between commits, or after an interrupted
         move.

@@ -34,7 +34,6 @@ from workspace.install.plan import RebuildOptions
 from workspace.install.precompiled import KernelSource
 from workspace.machine import doctor, venv
 from workspace.machine.machine import Machine
-from workspace.repo import moves
 from workspace.repo.git import Git, remotes
 
 # The key in the stamp's outcome: names of the targets that were compiled here, with blanks between.
@@ -211,14 +210,13 @@ class Job:
         return self._configured(view, inputs, (), externals.declared(tree, inputs.device))
 
     def compile(self, view: Step) -> None:
-        """Forget remembered times of sources and compile what ninja finds out of date."""
+        """Compile what ninja finds out of date."""
         run = self.run
         if not self.reached:
             view.skip("no target is reached")
             return
         if not run.is_sandbox and not project.link_database(run.layout, self.folder):
             run.run_log.write(f"{run.layout.relative(run.layout.compile_commands)} is kept")
-        moves.forget_times(run.layout, "vllm")
         for sentence in (self.jobs.sentence, self.memory.sentence):
             run.run_log.console.info(sentence)
         names = [reached.target for reached in self.reached]

@@ -303,7 +303,7 @@ def find(layout: Layout, name: str) -> Sandbox | None:
 
 
 def move(sandbox: Sandbox, tip: str, *, settings: Settings, run_log: RunLog) -> Sandbox:
-    """Check another commit out and keep the times of unchanged files.
+    """Check another commit out; unchanged files are not written.
 
     Build products of other compiled sources are removed. Raises CheckoutError where the tree cannot
     be created, SourceError where contents of files cannot be fetched.

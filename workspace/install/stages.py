@@ -464,7 +464,7 @@ def take_products_away(
         file = layout.vllm / path
         if not os.path.lexists(file):
             continue
-        if path in ours or (kept and _is_same(file, kept / path)):
+        if path in ours or (kept and is_same(file, kept / path)):
             file.unlink()
         else:
             (left / path).parent.mkdir(parents=True, exist_ok=True)
@@ -472,10 +472,11 @@ def take_products_away(
         _clear(file.parent, top=layout.vllm)
 
 
-def _is_same(file: Path, other: Path) -> bool:
+def is_same(file: Path, other: Path) -> bool:
+    """Return whether both paths are files of the same content, or links to the same path."""
     if file.is_symlink() or other.is_symlink():
         return file.is_symlink() and other.is_symlink() and os.readlink(file) == os.readlink(other)
-    return other.is_file() and filecmp.cmp(file, other, shallow=False)
+    return file.is_file() and other.is_file() and filecmp.cmp(file, other, shallow=False)
 
 
 def _clear(folder: Path, *, top: Path) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from workspace.core import files, hints
 from workspace.core.console import Console, RunLog
@@ -31,13 +30,6 @@ from workspace.repo.series import BASE_REF, TIP_REF
 
 _COMMENTED = re.compile(r"#.*?([A-Za-z0-9_][A-Za-z0-9._+-]*\.patch)")
 TEMPLATE = f"\n\n{mail.TRAILER}: Pending\n# {mail.TRAILER}: {mail.VOCABULARY}\n"
-
-
-class Written(NamedTuple):
-    """File names in the folder of a series."""
-
-    written: tuple[str, ...]
-    removed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -229,15 +221,13 @@ def series_of(git: Git, base: str, tip: str) -> Patches:
     return mail.read_back(git, base, stack, patches, shown=shown)
 
 
-def write(folder: Path, *, base: str, patches: Patches) -> Written:
+def write(folder: Path, *, base: str, patches: Patches) -> None:
     """Write these patches and their series for the pinned commit `base` into a folder.
 
     A file with the same patch in another spelling is not rewritten. The series is written last, so
     that a second call finishes what a killed one began. Raises ToolchainError.
     """
-    plan = _plan(folder, base, patches)
-    _write(folder, plan)
-    return Written(tuple(plan.changed), plan.gone)
+    _write(folder, _plan(folder, base, patches))
 
 
 def set_template(git: Git, run_log: RunLog) -> None:

@@ -86,7 +86,6 @@ class _Import:
     by_hand: str
     check: str
     place: Path
-    notes: list[str]
     merging: str
 
 
@@ -120,7 +119,7 @@ def run(session: Session, source: str, *, stops: bool = False) -> export.Export:
             write_atomic(kept, readable)
         place = layout.state / f"{project}-stack"
         again = patches.merging_command(source, project)
-        work = _Import(git, origin, parts, by_hand, check, place, notes, again)
+        work = _Import(git, origin, parts, by_hand, check, place, again)
         holder = session if stops else None
         tip = stack.head if _is_applied(work, stack) else _tip_on(work, stack.head, holder)
     try:
@@ -182,9 +181,7 @@ def _tip_on(work: _Import, head: str, session: Session | None = None) -> str:
 
 def _commits_in_checkout(session: Session, work: _Import, head: str) -> tuple[Commit, ...]:
     """Apply the mails in the checkout; leave the `am` that stops there and raise PatchConflict."""
-    git, layout, project = work.git, session.layout, session.project
-    touched = (path for part in work.parts for path in git.patch_paths(part))
-    moves.remember_times(git, touched, memory=layout.times(project))
+    git, layout = work.git, session.layout
     done = am.start(git, work.parts, run_log=session.run_log)
     if done.tip is None:
         subject = mail.read_mail(work.parts[done.position - 1]).subject

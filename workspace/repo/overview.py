@@ -12,7 +12,7 @@ from workspace.core.console import State as RowState
 from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError, counted
 from workspace.core.paths import Layout
 from workspace.repo import checkout as checkouts
-from workspace.repo import mail, moves, patches, pins, series
+from workspace.repo import mail, patches, pins, series
 from workspace.repo.checkout import Checkout
 from workspace.repo.git import Git, am, command, repository, worktree
 from workspace.repo.git.command import first_line
@@ -265,7 +265,7 @@ def resume(
             f"{layout.relative(path)} is {checkout.detail}, so no operation is under way there",
             hint=hints.text("inv.bootstrap"),
         )
-    git, known = Git(path), moves.read_times(layout.times(project), path)
+    git = Git(path)
     names = _patch_names(layout, project, pin, run_log)
     resume_in(
         git,
@@ -275,7 +275,6 @@ def resume(
         names=names,
         shown=layout.relative(path),
     )
-    moves.restore_times(git, known)
     stack = patches.observe(layout, project, pin, checkouts.observe(layout, pin))
     # After another resolution than the series has, the next export sets these references. Set now,
     # they would make that export take the patch file for newer than its commit.

@@ -195,11 +195,7 @@ def _apply_in_checkout(
     layout: Layout, project: str, git: Git, stack: Stack, files: Sequence[Path], run_log: RunLog
 ) -> None:
     """Apply the series in the checkout; leave an `am` that stops and raise PatchConflict."""
-    base, memory = stack.base or "", layout.times(project)
-    known = moves.read_times(memory, git.path)
-    moves.remember_times(
-        git, (path for file in files for path in git.patch_paths(file)), memory=memory
-    )
+    base = stack.base or ""
     applied = am.start(git, files, run_log=run_log)
     if applied.tip is None:
         raise series.sentence(
@@ -211,7 +207,6 @@ def _apply_in_checkout(
             base=base,
         )
     _keep(git, base, applied.tip)
-    moves.restore_times(git, known)
     _check(project, git, stack, base, applied.tip)
 
 

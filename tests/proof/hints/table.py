@@ -29,6 +29,10 @@ ELSEWHERE = {
     "bump.pop_edits": _FORCED,
     "bump.rollback_force": _FORCED,
     "bump.smoke_or_force": _FORCED,
+    "core.list_folders": (
+        "tests/machine/test_proposal.py::"
+        "test_dotenv_that_has_no_room_is_a_sentence_with_a_look_at_its_folders"
+    ),
     "machine.drop_caches_yes": (
         "tests/machine/test_page_cache.py::test_root_agrees_first_and_takes_no_program_of_the_users_path"
     ),
