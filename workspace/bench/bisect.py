@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from workspace.bench import bisect_log, bisect_predicate, compare, measure
@@ -162,14 +162,13 @@ class Search:
     attempt: Attempt
     console: Console
     log: BisectLog
-    left: tuple[str, ...] = field(default=())
 
     def run(self) -> Found:
         """Try the ends, then what git asks for, until nothing is left to try.
 
         Raises WorkspaceError where an end cannot be tried.
         """
-        good, bad = self.searched.good, self.searched.bad
+        good, bad, left = self.searched.good, self.searched.bad, tuple[str, ...]()
         for commit, verdict in ((good, "good"), (bad, "bad")):
             tried = self._tried(commit, f"the {verdict} end: ")
             if tried.verdict != verdict:
@@ -177,21 +176,21 @@ class Search:
         with self._repository() as git:
             answer, marked = git.write("bisect", "start", "--no-checkout", bad, good), {good}
             while True:
-                self.left = _suspects(git)
+                left = _suspects(git)
                 following = git.resolve("BISECT_HEAD")
                 if following is None or following in marked:
                     break
-                tried = self._tried(following, f"{len(self.left)} suspects left: ")
+                tried = self._tried(following, f"{len(left)} suspects left: ")
                 marked.add(following)
                 answer = git.write("bisect", tried.verdict, following, check=False)
                 if answer.status == _MERGE_BASE_IS_BAD:
                     return Found(self.searched, self.log, (), wrong=tried)
-        if answer.status not in (0, _ONLY_SKIPPED_LEFT) and len(self.left) > 1:
+        if answer.status not in (0, _ONLY_SKIPPED_LEFT) and len(left) > 1:
             # With one suspect left, git fails only to show it: a partial clone lacks its files.
             raise CheckoutError(
                 f"git bisect failed: {answer.err.strip()}", hint=hints.text("bench.bisect_abort")
             )
-        return Found(self.searched, self.log, self.left)
+        return Found(self.searched, self.log, left)
 
     @contextlib.contextmanager
     def _repository(self) -> Iterator[Git]:

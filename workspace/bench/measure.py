@@ -428,14 +428,14 @@ def _load_of_others(ours: Collection[int], look_s: float) -> list[str]:
     import psutil
 
     known = _processor_seconds()
-    busy = psutil.cpu_percent(look_s, percpu=True)
+    shares = psutil.cpu_percent(look_s, percpu=True)
     used = {
         program: (seconds - known.get(program, seconds)) / look_s
         for program, seconds in _processor_seconds().items()
     }
     cores = os.sched_getaffinity(0)
     own = sum(share for (pid, _), share in used.items() if pid in ours)
-    load = sum(busy[core] for core in cores) / 100 - own
+    load = sum(shares[core] for core in cores) / 100 - own
     if load <= max(LEAST_CORES, len(cores) * MOST_SHARE):
         return []
     others = [one for one in used if one[0] not in ours and used[one] >= LEAST_CORES / 2]

@@ -121,10 +121,9 @@ def select(
         found = Reach(tuple(Reached(path, why) for path, why in tests.items()), found.unreached)
     else:
         chosen, found = changed, upstream_selection.find(layout.vllm, changed, known)
-    lists = upstream_selection.cpu_lists(layout.vllm)
     decisions = {
         test.path: upstream_selection.decide_runnable(
-            layout.vllm, test.path, lists, known, device=observed.device, try_all=options.try_all
+            layout.vllm, test.path, known, device=observed.device, try_all=options.try_all
         )
         for test in found.tests
     }

@@ -10,18 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from workspace.core import hints, records
-from workspace.core.errors import SmokeError
+from workspace.core import records
 
 RULES = Path(__file__).with_name("reach.toml")
 _PACKAGE = "__init__"
-LISTS = ("test_areas/*.yaml", "hardware_tests/cpu.yaml")
 # Marks a test that runs on CPUs in a file that runs on GPUs (pyproject.toml,
 # tool.pytest.ini_options.markers).
 MARKER = "cpu_test"
 How = Literal["whole", "marked", "not"]
-_CPU = re.compile(r"(?:intel_|arm_)?cpu\b")
-_ARGUMENT = re.compile(r"""'[^']*'|"[^"]*"|[^\s'"]+""")
 
 
 @dataclass(frozen=True)
@@ -231,14 +227,6 @@ def _mention(name: str, *, is_package: bool) -> re.Pattern[str]:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A path in upstream's lists, relative to the tree, and its expression of marks, or none."""
-
-    path: str
-    marks: str
-
-
-@dataclass(frozen=True)
 class Decision:
     """How a test file runs here, and the reason; `marked` means only the tests with MARKER."""
 
@@ -246,88 +234,17 @@ class Decision:
     why: str
 
 
-def cpu_lists(tree: Path) -> tuple[Listed, ...]:
-    """Read which tests upstream runs on CPUs; empty if the tree has no .buildkite."""
-    files = [file for pattern in LISTS for file in sorted((tree / ".buildkite").glob(pattern))]
-    return tuple(
-        dict.fromkeys(
-            line
-            for file in files
-            for line in listed(file.read_text(encoding="utf-8", errors="replace"), file.name)
-        )
-    )
-
-
-def listed(text: str, name: str = "a list") -> tuple[Listed, ...]:
-    """Read one file of steps, called `name`. Raises SmokeError where it is not YAML."""
-    import yaml
-
-    try:
-        # Ten times as fast as yaml.safe_load, which does not use the library in C.
-        document = yaml.load(text, Loader=yaml.CSafeLoader)
-    except yaml.YAMLError as exc:
-        problem = " ".join(str(exc).split())
-        raise SmokeError(
-            f"{name} of upstream's CPU tests cannot be read: {problem}",
-            hint=hints.text("checks.buildkite_status"),
-        ) from exc
-    steps = document.get("steps") if isinstance(document, dict) else None
-    found: list[Listed] = []
-    for step in steps if isinstance(steps, list) else ():
-        # What is below a step's `mirror` is for other machines.
-        if isinstance(step, dict) and (
-            _CPU.match(str(step.get("device", ""))) or step.get("no_gpu") is True
-        ):
-            for command in step.get("commands") or ():
-                for line in str(command).replace("\\\n", " ").splitlines():
-                    found += _of_command(line)
-    return tuple(found)
-
-
-def _of_command(line: str) -> list[Listed]:
-    # Text after # is a comment or a disabled line.
-    args = _ARGUMENT.findall(re.sub(r"(^|\s)#.*", "", line).partition("pytest ")[2])
-    marks, paths = "", []
-    before = ""
-    for arg in args:
-        if before == "-m":
-            marks = arg.strip("'\"")
-        elif (
-            before != "--ignore"
-            and not arg.startswith("-")
-            and "::" not in arg
-            and re.fullmatch(r"[\w./-]+", arg)
-        ):
-            # Steps run in tests/, those of hardware_tests in its parent folder.
-            paths.append(arg if arg.startswith("tests/") else f"tests/{arg}")
-        before = arg
-    return [Listed(path.rstrip("/"), marks) for path in paths]
-
-
-def decide_runnable(
-    tree: Path, path: str, lists: tuple[Listed, ...], known: Rules, *, device: str, try_all: bool
-) -> Decision:
+def decide_runnable(tree: Path, path: str, known: Rules, *, device: str, try_all: bool) -> Decision:
     """Decide how one test file runs.
 
     With a GPU all files run: tests that need more or other GPUs skip themselves.
     """
     if device == "cuda":
         return Decision("whole", "there is a GPU")
-    covering = [line for line in lists if _covers(line.path, path)]
-    if any(not line.marks for line in covering):
-        return Decision("whole", "upstream runs it on CPUs")
     if rule := nearest(path, known.cpu):
         return Decision("whole", rule.why)
     if try_all:
         return Decision("whole", "tried because of --try-all")
     if MARKER in (tree / path).read_text(encoding="utf-8", errors="replace"):
         return Decision("marked", f"the tests that upstream marks {MARKER}")
-    if any("cpu_model" in line.marks for line in covering):
-        return Decision(
-            "not", "upstream runs it on CPUs with models from the hub; --try-all --online runs it"
-        )
-    return Decision("not", "it is in none of upstream's lists for CPUs; --try-all runs it")
-
-
-def _covers(listed_path: str, path: str) -> bool:
-    return path == listed_path or path.startswith(f"{listed_path}/")
+    return Decision("not", f"it has no {MARKER} and no rule in reach.toml; --try-all runs it")

@@ -3,10 +3,10 @@
 `imports.py share SOCKET`, one import of vLLM for many probes.
 
 companions: each installed companion of torch, with null if it can be imported beside this torch,
-else its error in a line. torch: version, CUDA
-version (null without CUDA) and file of the imported torch. variables: the values are in the
-environment; any Python can run it without site-packages. share: import vLLM, then run a probe in a
-forked child for each connection, until this process is ended.
+else its error in a line. torch: version, CUDA version (null without CUDA) and file of the imported
+torch. variables: the values are in the environment; any Python can run it without site-packages.
+share: import vLLM, then run a probe in a forked child for each connection, until this process is
+ended.
 """
 
 import argparse

@@ -5,45 +5,8 @@ from pathlib import Path
 import pytest
 
 from workspace.checks import upstream_selection
-from workspace.core.errors import SmokeError
 
 KNOWN = upstream_selection.rules()
-STEPS = """group: Misc
-steps:
-- label: ":nvidia: (L4) Samplers"
-  device: l4
-  commands:
-  - pytest -v -s samplers
-  mirror:
-    amd:
-      device: cpu-small
-- label: ":computer: (CPU) Others"
-  depends_on:
-    - image-build-cpu
-  source_file_dependencies: &deps
-    - vllm/v1/
-
-  device: cpu-small
-  commands:
-    # - pytest -v -s taken_out
-    - pip install cmake # pytest is there
-    - pytest -v -s -m 'cpu_test' v1/core
-    - pytest -v -s test_envs.py
-    - pytest -v -s models --ignore models/test_x.py
-- label: CPU-Kernel Tests
-  device: intel_cpu
-  no_plugin: true
-  commands:
-    - |
-      bash run-cpu-test.sh 30m "
-      pytest -x -v -s --num-shards=2 \\
-      tests/kernels/test_onednn.py \\
-      tests/v1/sample/test_topk.py::TestTriton"
-- label: CPU models
-  device: intel_cpu
-  commands:
-    - pytest -x tests/models/language -m cpu_model
-"""
 
 
 def make(tree: Path, files: dict[str, str]) -> Path:
@@ -140,20 +103,9 @@ def test_file_that_reaches_no_test_is_listed_with_the_reason(tree: Path, changed
     assert found.unreached[0].why
 
 
-def test_lists_of_cpu_steps_are_read_without_what_is_for_other_machines() -> None:
-    assert {(one.path, one.marks) for one in upstream_selection.listed(STEPS)} == {
-        ("tests/v1/core", "cpu_test"),
-        ("tests/test_envs.py", ""),
-        ("tests/models", ""),
-        ("tests/kernels/test_onednn.py", ""),
-        ("tests/models/language", "cpu_model"),
-    }
-
-
 @pytest.mark.parametrize(
     ("path", "device", "try_all", "how"),
     [
-        ("tests/test_envs.py", "cpu", False, "whole"),
         ("tests/v1/core/test_scheduler.py", "cpu", False, "marked"),
         ("tests/v1/core/test_other.py", "cpu", False, "not"),
         ("tests/v1/core/test_other.py", "cpu", True, "whole"),
@@ -164,31 +116,6 @@ def test_lists_of_cpu_steps_are_read_without_what_is_for_other_machines() -> Non
 def test_only_what_upstream_runs_on_cpus_is_run_without_a_gpu(
     tree: Path, path: str, device: str, try_all: bool, how: str
 ) -> None:
-    decision = upstream_selection.decide_runnable(
-        tree, path, upstream_selection.listed(STEPS), KNOWN, device=device, try_all=try_all
-    )
+    decision = upstream_selection.decide_runnable(tree, path, KNOWN, device=device, try_all=try_all)
     assert decision.how == how
     assert decision.why
-
-
-def test_damaged_list_is_an_error_that_names_the_file_and_the_line(tree: Path) -> None:
-    make(tree, {".buildkite/test_areas/misc.yaml": "steps:\n- label: a\n  device: [cpu\n"})
-    with pytest.raises(SmokeError, match=r"^misc\.yaml of upstream's CPU tests .* line 4"):
-        upstream_selection.cpu_lists(tree)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "- a\n- b\n", "steps: none\n", "steps:\n- word\n", "steps:\n"]
-)
-def test_list_without_steps_names_no_test(text: str) -> None:
-    assert upstream_selection.listed(text) == ()
-
-
-def test_tree_without_lists_still_has_the_marks(tree: Path) -> None:
-    assert upstream_selection.cpu_lists(tree) == ()
-    assert (
-        upstream_selection.decide_runnable(
-            tree, "tests/v1/core/test_scheduler.py", (), KNOWN, device="cpu", try_all=False
-        ).how
-        == "marked"
-    )

@@ -52,7 +52,7 @@ def test_list_gives_each_file_a_decision_with_its_reason_and_writes_nothing(buil
     assert [
         "skip",
         "tests/test_envs.py",
-        "was changed itself; it is in none of upstream's lists for CPUs; --try-all runs it",
+        "was changed itself; it has no cpu_test and no rule in reach.toml; --try-all runs it",
     ] in lines
     assert ["none", "setup.py"] in [line[:2] for line in lines]
     named = upstream(

@@ -15,28 +15,30 @@ from tests.small.world import World, make_world
 REAL = ("pytest", "pytest-xdist", "execnet", "iniconfig", "pluggy", "pygments")
 EMPTY = ("pytest-asyncio", "pytest-forked", "pytest-rerunfailures", "tblib")
 TIMEOUT = b"def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
-LISTS = (
-    "- label: CPU\n  device: intel_cpu\n  commands:\n  - pytest -x tests/test_alpha.py"
-    " tests/test_hub.py\n"
-)
 TREE = {
     "vllm/alpha.py": "def answer():\n    return 42\n",
     "vllm/beta.py": "",
     "vllm/hub.py": "def ask():\n    return 'tokenizer'\n",
     "tests/__init__.py": "",
+    # As in upstream's pyproject.toml.
+    "tests/conftest.py": (
+        "def pytest_configure(config):\n"
+        "    config.addinivalue_line('markers', 'cpu_test: runs on CPUs')\n"
+    ),
     "tests/test_alpha.py": (
-        "from vllm.alpha import answer\n\n"
+        "import pytest\n\nfrom vllm.alpha import answer\n\n"
+        "pytestmark = pytest.mark.cpu_test\n\n"
         "def test_answer():\n    assert answer() == 42\n\n"
         "def test_is_whole():\n    assert answer() % 1 == 0\n\n"
         "def test_old_wound():\n    assert answer() == 43\n"
     ),
     "tests/test_beta.py": "def test_on_a_gpu():\n    assert False\n",
     "tests/test_hub.py": (
-        "from huggingface_hub.errors import OfflineModeIsEnabled\n\nfrom vllm import hub\n\n"
+        "import pytest\nfrom huggingface_hub.errors import OfflineModeIsEnabled\n\n"
+        "from vllm import hub\n\npytestmark = pytest.mark.cpu_test\n\n"
         "def test_model():\n    raise OfflineModeIsEnabled('no model')\n\n"
         "def test_tokenizer():\n    assert hub.ask() == 'tokenizer'\n"
     ),
-    ".buildkite/hardware_tests/cpu.yaml": LISTS,
     # A small copy of the library: the parts that the tests use.
     "huggingface_hub/__init__.py": "",
     "huggingface_hub/errors.py": "class OfflineModeIsEnabled(ConnectionError):\n    pass\n",
