@@ -1,6 +1,5 @@
 """probes/engine.py without torch: its comparisons, and the verdicts on its rows."""
 
-import importlib.util
 from types import ModuleType
 
 import pytest
@@ -8,20 +7,8 @@ import pytest
 from workspace.checks import numeric
 from workspace.checks.probe_runs import Answer
 from workspace.checks.registry import REGISTRY
-from workspace.core.paths import here
 
-PROBE = here().probes / "engine.py"
 EXPECTED = {"tokens": [5, 6, 7], "logprobs": [-0.5, -1.0, -2.0], "margins": [1.0, 1.0, 1.0]}
-
-
-@pytest.fixture(scope="module")
-def probe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("engine_probe", PROBE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

@@ -1,23 +1,6 @@
 """probes/layers.py without torch: names, windows, and the forms that a model has."""
 
-import importlib.util
-import sys
 from types import ModuleType
-
-import pytest
-
-from workspace.core.paths import here
-
-
-@pytest.fixture(scope="module")
-def probe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("layers_probe", here().probes / "layers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 PLAIN = {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 

@@ -1,6 +1,5 @@
 """probes/parity.py without torch: its arguments, and the comparison of two answers."""
 
-import importlib.util
 import math
 import re
 import subprocess
@@ -14,16 +13,6 @@ from workspace.core.child_variables import VARIABLES
 from workspace.core.paths import here
 
 PROBE = here().probes / "parity.py"
-
-
-@pytest.fixture(scope="module")
-def probe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("parity_probe", PROBE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def answer(tokens: list[int], logprobs: list[float]) -> dict[str, object]:

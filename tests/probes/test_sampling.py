@@ -1,6 +1,5 @@
 """probes/sampling.py without torch: its comparisons, and the test of its samples."""
 
-import importlib.util
 import math
 import random
 from types import ModuleType, SimpleNamespace
@@ -10,20 +9,8 @@ import pytest
 from workspace.checks import numeric
 from workspace.checks.probe_runs import Answer
 from workspace.checks.registry import REGISTRY, Check
-from workspace.core.paths import here
 
-PROBE = here().probes / "sampling.py"
 CHANCES = [(5, 0.5), (6, 0.3), (7, 0.1)]
-
-
-@pytest.fixture(scope="module")
-def probe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sampling_probe", PROBE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def chance(logprob: float, rank: int) -> SimpleNamespace:

@@ -2,26 +2,15 @@
 measured.
 """
 
-import importlib.util
 import sys
-from types import ModuleType
 
 import pytest
 
-from workspace.core.paths import here
+from tests.probes.conftest import load
 
 # In roundings of float32: what one per cent is, and the most that was measured for silu_and_mul on
 # x86-64 and on an emulated aarch64.
 ONE_PER_CENT, EXACT, COARSE = 84_000.0, 2.2, 238.0
-
-
-def probe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_probe", here().probes / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Anything:
@@ -43,7 +32,7 @@ class Anything:
 def test_coarse_exp_of_arm_processors_is_allowed_there_and_in_one_operator_only(
     device: str, machine: str, least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = probe("kernels")
+    kernels = load("kernels")
     for name in ("torch", "torch.nn"):
         monkeypatch.setitem(sys.modules, name, Anything())  # type: ignore[arg-type]
     monkeypatch.setattr(kernels, "drawn", Anything())
@@ -63,7 +52,7 @@ def test_coarse_exp_of_arm_processors_is_allowed_there_and_in_one_operator_only(
 
 
 def test_layer_that_uses_that_exp_has_the_same_limit_there() -> None:
-    layers, arm = probe("layers"), probe("kernels").SILU_ROUNDINGS["cpu aarch64"]
+    layers, arm = load("layers"), load("kernels").SILU_ROUNDINGS["cpu aarch64"]
     assert layers.roundings("cpu", "aarch64") == layers.ROUNDINGS | {"mlp": arm["float32"]}
     for device, machine in (("cpu", "x86_64"), ("cuda", "aarch64")):
         assert layers.roundings(device, machine) == layers.ROUNDINGS
