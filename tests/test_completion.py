@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.clone import Clone, make_clone
+from tests.small.processes import CommandLine, Warm
 from workspace.cli.completion import SCRIPTS
 
 # The options that start a shell without the user's own files.
@@ -48,6 +49,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     (clone.programs / "inv").symlink_to(clone.root / "scripts" / "inv")
     assert clone.inv("--version").returncode == 0
     return clone
+
+
+@pytest.fixture(scope="module")
+def warm(clone: Clone) -> Iterator[Warm]:
+    made = Warm(clone.root, clone.programs)
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize(
@@ -88,16 +96,22 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
         ("nonsense ", None),
     ],
 )
-def test_values_of_this_clone_follow_a_line(clone: Clone, line: str, found: str | None) -> None:
-    done = clone.inv("--complete", "--", "inv", *line.split(" "))
-    assert (done.returncode, done.stderr) == (0, "")
+def test_values_of_this_clone_follow_a_line(warm: Warm, line: str, found: str | None) -> None:
+    code, out, err = complete(warm, "--", "inv", *line.split(" "))
+    assert (code, err) == (0, "")
     if found is not None:
-        assert done.stdout.split() == found.split()
+        assert out.split() == found.split()
 
 
-def test_line_that_no_shell_sends_is_no_traceback(clone: Clone) -> None:
+def complete(warm: Warm, *args: str) -> tuple[int, str, str]:
+    clone = Clone(warm.root, warm.folder)
+    line = CommandLine(clone.root, ("--complete", *args), clone.environment(), clone.programs)
+    return warm.run(line, timeout_s=LONGEST_S)
+
+
+def test_line_that_no_shell_sends_is_no_traceback(warm: Warm) -> None:
     for rest in ([], ["--"], ["--", "inv"], ["--", "inv", "patch", "'"], ["--", ""]):
-        assert clone.inv("--complete", *rest).stderr == ""
+        assert complete(warm, *rest)[2] == ""
 
 
 def test_flag_of_invoke_prints_the_same_script(clone: Clone) -> None:

@@ -449,16 +449,16 @@ def _is_folder(path: Path) -> bool:
 
 def _listing(folder: Path, parts: Sequence[str]) -> Listing:
     found: Listing = {}
-    for part in parts:
-        for place, folders, names in os.walk(folder / part):
-            for name in (*folders, *names):
-                stat = os.lstat(os.path.join(place, name))
-                found[os.path.relpath(os.path.join(place, name), folder)] = (
-                    stat.st_mtime_ns,
-                    stat.st_size,
-                    stat.st_ino,
-                    stat.st_mode,
-                )
+    start = len(os.path.join(folder, ""))
+    left = [str(folder / part) for part in parts]
+    while left:
+        with contextlib.suppress(PermissionError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                stat = entry.stat(follow_symlinks=False)
+                facts = (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_mode)
+                found[entry.path[start:]] = facts
+                if entry.is_dir(follow_symlinks=False):
+                    left.append(entry.path)
     return found
 
 
