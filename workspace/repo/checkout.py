@@ -88,6 +88,8 @@ class _Making:
             )
 
     def check_out(self, made: Git, commit: str) -> None:
+        # Also for vendor/triton: see protect.
+        made.set_setting("core.autocrlf", "false")
         made.check_out(
             commit, settings=self.settings, run_log=self.run_log, on_line=shown(self.step)
         )
