@@ -121,7 +121,7 @@ def observe(layout: Layout, pin: Pin) -> Checkout:
     except OSError as exc:
         raise CheckoutError(
             f"{layout.relative(path)} cannot be read: {exc.strerror}",
-            hint=hints.text("core.list_all", path=layout.relative(path)),
+            hint=hints.text("core.list_folder", folder=layout.relative(path)),
         ) from exc
     if not os.path.lexists(path / ".git"):
         return Checkout(Kind.FOREIGN, None, None, "not a git checkout")

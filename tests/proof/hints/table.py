@@ -87,12 +87,9 @@ ELSEWHERE = {
 # Why nothing runs the command. tests/test_hints.py parses all of them.
 _REASONS = {
     "it installs programs on the machine, or needs root": """
-        bump.unmount machine.apt_ccache machine.apt_git machine.apt_gxx machine.apt_gxx_major
-        machine.apt_headers machine.apt_patch machine.apt_procps machine.apt_ptxas
-        machine.apt_toolkit machine.as_owner machine.close_folder_as_root machine.cuda_home_after
-        machine.cuda_home_dotenv machine.earlyoom machine.earlyoom_on_host machine.install_python
-        machine.own_files_of_root machine.own_folder machine.own_token machine.sudoers
-        machine.upgrade_driver machine.uv_python machine.uv_python_anew repo.trust_or_own""",
+        bump.unmount machine.apt_headers machine.cuda_home_dotenv machine.earlyoom
+        machine.earlyoom_on_host machine.install_python machine.sudoers machine.uv_python
+        machine.uv_python_anew""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
         bench.ab_again bench.bisect_more bench.delete_tree bench.drop_series_line bench.each_patch
         bench.factor_limit bench.inspect_both bench.log_fix bench.log_range bench.same_code
@@ -114,7 +111,7 @@ _REASONS = {
     "it needs another index, hub, proxy or host": """
         repo.net_change repo.source_release""",
     "the machine or a disk has to be broken": """
-        core.bootstrap_names core.list_all repo.git_config""",
+        core.bootstrap_names repo.git_config""",
     "no situation was written yet": """
         inv.env repo.by_hand_reword repo.pins_changed""",
 }
