@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from tests.machine.programs import NEW, OLD, PTXAS, SMI
 from tests.proof.hints.doctor_situations import assembler, driver, program, without_row
-from tests.proof.hints.following import User, runs
+from tests.proof.hints.following import User, printed, runs
 
 DOCTOR = ("doctor", "--offline")
 OVERLAYS = """set -e
@@ -151,3 +151,19 @@ def machine_whose_driver_is_old(user: User) -> None:
     package = ("nvidia-driver-580-open", {place: new})
     with other_machine(user, present, nvidias(package)):
         installs(user, "machine.upgrade_driver", *DOCTOR)
+
+
+@runs("machine.earlyoom_on_host")
+def machine_without_an_out_of_memory_daemon(user: User) -> None:
+    with other_machine(user):
+        assert user.type(user.meets("machine.earlyoom_on_host", *DOCTOR)).code == 0
+        # A host starts it with the package, a container has no systemd.
+        started = "cp /bin/sleep .workspace/earlyoom && test -x /usr/bin/earlyoom"
+        assert user.type(started).code == 0
+        with subprocess.Popen([user.root / ".workspace" / "earlyoom", "60"]) as daemon:
+            try:
+                ended = user.inv(*DOCTOR)
+            finally:
+                daemon.kill()
+        assert not printed("machine.earlyoom_on_host", ended), ended.output
+    user.followed.add("machine.earlyoom_on_host")

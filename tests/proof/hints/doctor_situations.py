@@ -250,3 +250,12 @@ def assemblers_that_do_not_know_the_gpu(user: User) -> None:
     without_row(user, "machine.set_ptxas", user.meets("machine.set_ptxas", "doctor"), "doctor")
     (own / "ptxas").write_text("#!/bin/sh\nexit 1\n")
     user.follow("machine.pip_triton", "doctor", then=False)
+
+
+@runs("machine.hf_login")
+def token_that_is_empty(user: User) -> None:
+    token = user.world.folder / "home" / ".cache" / "huggingface" / "token"
+    token.parent.mkdir(parents=True)
+    token.touch(0o600)
+    in_environment(user, "hf", f'test "$*" = "auth login" && echo hf_abc > {token}')
+    user.follow("machine.hf_login", "doctor", "--offline")

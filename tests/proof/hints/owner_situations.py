@@ -80,3 +80,18 @@ def files_of_root_in_the_clone_of_another(user: User) -> None:
         assert "d---------" in shown.out, shown.output
         root("chmod 755 vendor/vllm; chown -R root: vendor/vllm")
         user.follow("repo.trust_or_own", "patch")
+
+
+@runs("machine.sudoers")
+def user_who_may_not_drop_the_page_cache(user: User) -> None:
+    # Ada may write the file by sudo; the program does nothing, for the sake of this machine.
+    allowed = "ada ALL=(ALL) NOPASSWD: /usr/bin/tee, /usr/bin/chmod, /usr/sbin/visudo"
+    with clone_of_ada(user):
+        for line in (
+            f"echo '{allowed}' > /etc/sudoers.d/ada",
+            "rm /usr/sbin/sysctl; printf '#!/bin/sh\\n' > /usr/sbin/sysctl",
+            "chmod 755 /usr/sbin/sysctl",
+        ):
+            assert user.type(line).code == 0
+        as_ada(user)
+        user.follow("machine.sudoers", "drop-caches")

@@ -87,16 +87,15 @@ ELSEWHERE = {
 # Why nothing runs the command. tests/test_hints.py parses all of them.
 _REASONS = {
     "it installs programs on the machine, or needs root": """
-        bump.unmount machine.apt_headers machine.cuda_home_dotenv machine.earlyoom
-        machine.earlyoom_on_host machine.install_python machine.sudoers machine.uv_python
-        machine.uv_python_anew""",
+        machine.apt_headers machine.cuda_home_dotenv machine.earlyoom machine.install_python
+        machine.uv_python machine.uv_python_anew""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
         bench.ab_again bench.bisect_more bench.delete_tree bench.drop_series_line bench.each_patch
         bench.factor_limit bench.inspect_both bench.log_fix bench.log_range bench.same_code
         bench.same_torch bump.test_present checks.only_named checks.origin checks.pytest_arguments
         checks.rebuild checks.server_log checks.timeout_or_fewer install.build_for_gpu
-        machine.cpu_native machine.cuda_index machine.hf_login nox.upstream
-        server.drop_caches_then server.ps_stuck server.who_listens""",
+        machine.cpu_native machine.cuda_index nox.upstream server.drop_caches_then server.ps_stuck
+        server.who_listens""",
     "it needs a build of the real tree, or of Triton": """
         compile.check_place compile.defect compile.delete_external compile.disk_then_resume
         compile.doctor_cmake compile.doctor_compilers compile.network_or_mirror compile.one_job
@@ -106,8 +105,8 @@ _REASONS = {
         install.members_lack install.rebuild_native install.status_defect install.twice_in_dotenv
         support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
-        bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.disk_of_all
-        bump.other_states bump.rollback_or inv.pin_rollback""",
+        bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.other_states
+        bump.rollback_or""",
     "it needs another index, hub, proxy or host": """
         repo.net_change repo.source_release""",
     "the machine or a disk has to be broken": """
