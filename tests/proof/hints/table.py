@@ -87,23 +87,21 @@ ELSEWHERE = {
 # Why nothing runs the command. tests/test_hints.py parses all of them.
 _REASONS = {
     "it installs programs on the machine, or needs root": """
-        machine.apt_headers machine.cuda_home_dotenv machine.earlyoom machine.install_python
-        machine.uv_python machine.uv_python_anew""",
+        machine.apt_headers machine.earlyoom machine.install_python machine.uv_python
+        machine.uv_python_anew""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
         bench.ab_again bench.bisect_more bench.delete_tree bench.drop_series_line bench.each_patch
         bench.factor_limit bench.inspect_both bench.log_fix bench.log_range bench.same_code
         bench.same_torch bump.test_present checks.only_named checks.origin checks.pytest_arguments
-        checks.rebuild checks.server_log checks.timeout_or_fewer install.build_for_gpu
-        machine.cpu_native machine.cuda_index nox.upstream server.drop_caches_then server.ps_stuck
-        server.who_listens""",
+        checks.rebuild checks.server_log checks.timeout_or_fewer nox.upstream
+        server.drop_caches_then server.ps_stuck server.who_listens""",
     "it needs a build of the real tree, or of Triton": """
-        compile.check_place compile.defect compile.delete_external compile.disk_then_resume
-        compile.doctor_cmake compile.doctor_compilers compile.network_or_mirror compile.one_job
-        compile.override_external compile.rebuild_clean compile.rebuild_target compile.resume
-        compile.then_resume compile.unset_external compile.unset_override install.again_or_native
-        install.build_triton install.delete_sandbox install.judge_archs install.kernels_auto
-        install.members_lack install.rebuild_native install.status_defect install.twice_in_dotenv
-        support.scheduler_defect""",
+        compile.defect compile.delete_external compile.disk_then_resume compile.doctor_cmake
+        compile.network_or_mirror compile.one_job compile.override_external compile.rebuild_clean
+        compile.rebuild_target compile.then_resume compile.unset_external compile.unset_override
+        install.again_or_native install.build_triton install.delete_sandbox install.judge_archs
+        install.kernels_auto install.members_lack install.rebuild_native install.status_defect
+        install.twice_in_dotenv support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
         bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.other_states
         bump.rollback_or""",

@@ -128,4 +128,4 @@ def triton_that_torch_does_not_pair_with(user: User) -> None:
         place = packages / "triton" / "backends" / "nvidia" / "bin" / name
         assembler(place, "13.0", NEW)
     shell = {"TRITON_PTXAS_BLACKWELL_PATH": "/nowhere/ptxas"}
-    user.follow("install.unset_then_fix", "fix-triton", then=False, **shell)
+    user.follow("install.unset_then_fix", "fix-triton", put=None, then=False, **shell)
