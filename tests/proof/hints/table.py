@@ -96,12 +96,12 @@ _REASONS = {
         checks.rebuild checks.server_log checks.timeout_or_fewer nox.upstream
         server.drop_caches_then server.ps_stuck server.who_listens""",
     "it needs a build of the real tree, or of Triton": """
-        compile.defect compile.delete_external compile.disk_then_resume compile.doctor_cmake
-        compile.network_or_mirror compile.one_job compile.override_external compile.rebuild_clean
-        compile.rebuild_target compile.then_resume compile.unset_external compile.unset_override
-        install.again_or_native install.build_triton install.delete_sandbox install.judge_archs
-        install.kernels_auto install.members_lack install.rebuild_native install.status_defect
-        install.twice_in_dotenv support.scheduler_defect""",
+        compile.defect compile.delete_external compile.disk_then_resume compile.network_or_mirror
+        compile.one_job compile.override_external compile.rebuild_target compile.then_resume
+        compile.unset_external compile.unset_override install.again_or_native install.build_triton
+        install.delete_sandbox install.judge_archs install.kernels_auto install.members_lack
+        install.rebuild_native install.status_defect install.twice_in_dotenv
+        support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
         bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.other_states
         bump.rollback_or""",
