@@ -464,7 +464,7 @@ def put_in_place(made: Path, destination: Path) -> None:
     except OSError as exc:
         raise ToolchainError(
             f"{destination} cannot be put in place: {exc.strerror}",
-            hint=hints.text("core.list_all", path=destination),
+            hint=hints.text("core.list_names", folder=destination),
         ) from exc
 
 

@@ -85,6 +85,8 @@ class _Making:
             )
 
     def check_out(self, made: Git, commit: str) -> None:
+        # Also for vendor/triton: see protect.
+        made.set_setting("core.autocrlf", "false")
         made.check_out(
             commit, settings=self.settings, run_log=self.run_log, on_line=shown(self.step)
         )
@@ -116,7 +118,7 @@ def observe(layout: Layout, pin: Pin) -> Checkout:
     except OSError as exc:
         raise CheckoutError(
             f"{layout.relative(path)} cannot be read: {exc.strerror}",
-            hint=hints.text("core.list_all", path=layout.relative(path)),
+            hint=hints.text("core.list_folder", folder=layout.relative(path)),
         ) from exc
     if not os.path.lexists(path / ".git"):
         return Checkout(Kind.FOREIGN, None, None, "not a git checkout")

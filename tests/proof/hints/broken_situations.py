@@ -151,3 +151,18 @@ def program_that_changes_torch_during_a_bootstrap(user: User) -> None:
     done = user.type(command)
     assert (done.code, user.world.status()["environment"]) == (0, "ok"), done.output
     user.followed.add("machine.restore_torch")
+
+
+@runs("compile.doctor_cmake", "compile.rebuild_clean")
+def cmake_that_does_half_of_its_work(user: User) -> None:
+    source = user.vllm / "csrc" / "cpu" / "answer.c"
+    source.write_text(source.read_text().replace("42", "43"))
+    replies = f"find {user.root}/.workspace -path '*/v1/reply/*' -delete"
+    fails(user, "cmake", '" -G "', f'"$real" "$@" && {replies}; exit')
+    user.look("compile.doctor_cmake", "rebuild", shows=r"ok +cmake")
+    cmake = fails(user, "cmake", '" --install "', "echo no >&2; exit 1")
+    command = user.meets("compile.rebuild_clean", "rebuild")
+    cmake.unlink()
+    done = user.type(command)
+    assert (done.code, user.world.status()["kernels"]) == (0, "ok"), done.output
+    user.followed.add("compile.rebuild_clean")

@@ -80,3 +80,21 @@ def remote_that_no_mirror_stands_for(user: User) -> None:
 def tree_without_its_command_line(user: User) -> None:
     # The small vLLM has none.
     user.look("core.git_status", "serve", "tiny", "--dry-run", shows="nothing to commit")
+
+
+@runs("compile.resume", "compile.doctor_compilers", "compile.check_place")
+def builds_that_fail(user: User) -> None:
+    source, cmake = user.vllm / "csrc" / "cpu" / "answer.c", user.vllm / "CMakeLists.txt"
+    text, lists = source.read_text(), cmake.read_text()
+    source.write_text(f"{text}\nint broken(\n")
+    command = user.meets("compile.resume", "rebuild")
+    source.write_text(text.replace("42", "43"))
+    done = user.type(command)
+    assert (done.code, user.world.status()["kernels"]) == (0, "ok"), done.output
+    user.followed.add("compile.resume")
+    for name, reason, shows in (
+        ("compile.doctor_compilers", "CMAKE_CXX_COMPILER is wrong", r"ok +compiler"),
+        ("compile.check_place", "it is wrong", r"CMakeLists\.txt"),
+    ):
+        cmake.write_text(f'{lists}\nmessage(FATAL_ERROR "{reason}")\n')
+        user.look(name, "rebuild", shows=shows)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tests.proof.hints.broken_situations import bound
 from tests.proof.hints.following import User, printed, runs
 from tests.proof.hints.pin_situations import publish
 from tests.proof.hints.smoke_situations import MARKS, smoked
@@ -138,3 +139,25 @@ def smoke_that_fails_after_a_move(user: User) -> None:
     shown = user.type(user.meets("bump.doctor_or", "pin.rollback", "--force"))
     assert "git" in shown.out, shown.output
     user.followed.add("bump.doctor_or")
+
+
+@runs("bump.disk_of_all", "bump.unmount", "inv.pin_rollback")
+def environment_that_cannot_be_renamed(user: User) -> None:
+    smoked(user)
+    publish(user, CLEAN)
+    assert user.inv("pin.bump", f"v{CLEAN}").code == 0
+    environment = user.world.layout.environment
+    back = ("pin.rollback", "--force")
+    copy = user.world.folder / "disk"
+    copy.mkdir()
+    user.mounts(
+        f"mount -t tmpfs tmpfs {copy}",
+        f"cp -a {environment}/. {copy}",
+        f"mount --bind {copy} {environment}",
+    )
+    user.look("bump.disk_of_all", *back, shows="Filesystem")
+    user.mounts(bound(environment))
+    user.look("bump.unmount", *back, shows=str(environment))
+    user.through = ()
+    user.follow("inv.pin_rollback", "patch.apply")
+    assert not is_promoted(user, CLEAN)

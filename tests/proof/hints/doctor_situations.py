@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.machine.programs import NEW, OLD, PTXAS, SMI
 from tests.proof.hints.following import User, printed, runs
+from tests.small import wheels
 from tests.small.index import Fault
 
 
@@ -220,3 +221,48 @@ def assemblers_that_do_not_know_the_gpu(user: User) -> None:
     without_row(user, "machine.set_ptxas", user.meets("machine.set_ptxas", "doctor"), "doctor")
     (own / "ptxas").write_text("#!/bin/sh\nexit 1\n")
     user.follow("machine.pip_triton", "doctor", then=False)
+
+
+@runs("machine.hf_login")
+def token_that_is_empty(user: User) -> None:
+    token = user.world.folder / "home" / ".cache" / "huggingface" / "token"
+    token.parent.mkdir(parents=True)
+    token.touch(0o600)
+    in_environment(user, "hf", f'test "$*" = "auth login" && echo hf_abc > {token}')
+    user.follow("machine.hf_login", "doctor", "--offline")
+
+
+@runs("install.build_for_gpu", "machine.cuda_index")
+def driver_that_answers_again(user: User) -> None:
+    driver(user)
+    command = user.meets("install.build_for_gpu", "doctor", "--offline")
+    index = printed("machine.cuda_index", user.type(command))
+    assert index
+    folder = user.root / "wheels"
+    folder.mkdir()
+    user.world.index.add(wheels.write_torch(folder, "2.13.0+cu130", cuda="13.0"))
+    added = index.replace("=URL", f"={user.world.index.url}")
+    done = user.type(f"{added} && {command}")
+    # What comes after torch needs a GPU.
+    assert "torch         2.13.0+cu130, CUDA 13.0" in done.err, done.output
+    user.followed |= {"install.build_for_gpu", "machine.cuda_index"}
+
+
+@runs("machine.cuda_home_dotenv")
+def toolkit_whose_libraries_come_before_those_of_torch(user: User) -> None:
+    torchs_libraries(user, "libcublas.so.13")
+    home = user.root / "cuda"
+    (home / "lib64").mkdir(parents=True)
+    (home / "lib64" / "libcublas.so.13").touch()
+    user.world.layout.dotenv.write_text(f"CUDA_HOME={home}\n")
+    verb = ("doctor", "--offline")
+    command = user.meets("machine.cuda_home_dotenv", *verb)
+    without_row(user, "machine.cuda_home_dotenv", command, *verb)
+    assert f"# CUDA_HOME={home}" in user.world.layout.dotenv.read_text()
+
+
+@runs("machine.cpu_native")
+def processor_without_precompiled_wheels(user: User) -> None:
+    user.through = ("linux32",)
+    user.follow("machine.cpu_native", "doctor", "--offline", then=False)
+    assert user.world.status()["kernels"] == "ok"

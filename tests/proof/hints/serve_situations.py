@@ -24,7 +24,7 @@ STANDIN = Path(__file__).parents[2] / "server" / "standin.py"
 
 MORE = (
     "gpu-memory-utilization max-num-seqs max-model-len api-key hf-token model config uds headless"
-    " dtype enforce-eager"
+    " dtype enforce-eager tensor-parallel-size"
 )
 VLLM = """#!/bin/sh
 for arg; do

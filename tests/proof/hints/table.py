@@ -103,42 +103,28 @@ ELSEWHERE = {
 # Why nothing runs the command. tests/test_hints.py parses all of them.
 _REASONS = {
     "it installs programs on the machine, or needs root": """
-        bump.unmount install.triton_mounts machine.apt_ccache machine.apt_git machine.apt_gxx
-        machine.apt_gxx_major machine.apt_headers machine.apt_patch
-        machine.apt_ptxas machine.apt_toolkit machine.as_owner machine.close_folder_as_root
-        machine.cuda_home_after machine.cuda_home_dotenv machine.drop_as_root machine.earlyoom
-        machine.earlyoom_on_host
-        machine.install_python machine.own_files_of_root machine.own_folder machine.own_token
-        machine.upgrade_driver machine.uv_python machine.uv_python_anew
-        repo.trust_or_own""",
+        machine.apt_headers machine.drop_as_root machine.earlyoom machine.install_python
+        machine.uv_python machine.uv_python_anew""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
         bench.ab_again bench.delete_tree bench.drop_series_line
         bench.inspect_both bench.log_fix bench.log_range bench.same_code
         bench.same_torch bump.test_present checks.only_named checks.origin checks.pytest_arguments
-        checks.rebuild checks.server_log checks.timeout_or_fewer install.build_for_gpu
-        machine.cpu_native machine.cuda_index machine.hf_login nox.upstream server.drop_caches
-        server.drop_caches_then server.end_processes server.gpu_order server.gpus
-        server.less_memory server.or_force server.ps_stuck server.recipes_fit
-        server.utilization_least server.who_listens""",
+        checks.rebuild checks.server_log checks.timeout_or_fewer nox.upstream
+        server.drop_caches_then server.ps_stuck server.who_listens""",
     "it needs a build of the real tree, or of Triton": """
-        bump.commit_triton bump.triton_again bump.triton_continue bump.triton_keep
-        bump.triton_patch bump.triton_ref bump.triton_stash compile.check_place compile.defect
-        compile.delete_external compile.disk_then_resume compile.doctor_cmake
-        compile.doctor_compilers compile.network_or_mirror compile.one_job
-        compile.override_external compile.rebuild_clean compile.rebuild_target compile.resume
-        compile.set_folder compile.then_resume compile.triton_edits compile.triton_mirror
-        compile.triton_origin compile.unset_external compile.unset_override
-        install.again_or_native install.build_triton install.delete_sandbox install.fix_triton
-        install.judge_archs install.kernels_auto install.members_lack install.rebuild_native
-        install.status_defect install.triton_ref install.triton_source install.twice_in_dotenv
-        install.unset_then_fix support.scheduler_defect""",
+        compile.defect compile.delete_external compile.disk_then_resume compile.network_or_mirror
+        compile.one_job compile.override_external compile.rebuild_target compile.then_resume
+        compile.unset_external compile.unset_override install.again_or_native install.build_triton
+        install.delete_sandbox install.judge_archs install.kernels_auto install.members_lack
+        install.rebuild_native install.status_defect install.twice_in_dotenv
+        support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
-        bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.disk_of_all
-        bump.other_states bump.rollback_or inv.pin_rollback""",
+        bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.other_states
+        bump.rollback_or""",
     "it needs another index, hub, proxy or host": """
         repo.net_change repo.source_release""",
     "the machine or a disk has to be broken": """
-        core.bootstrap_names core.list_all repo.git_config""",
+        core.bootstrap_names repo.git_config""",
     "no situation was written yet": """
         inv.env repo.by_hand_reword repo.pins_changed""",
 }
