@@ -3,15 +3,20 @@
 This module installs nothing, and never changes the tree.
 """
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workspace.core import hints, records
+from workspace.core import hints, process, records
 from workspace.core.errors import BuildError
+from workspace.core.settings import Settings
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -21,6 +26,9 @@ COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 ACCELERATORS = ("xgrammar", "triton", "flashinfer-python", "flashinfer-jit-cache")
 # Triton, which may be built in the same environment, does not configure with CMake 4.
 CMAKE = "cmake>=3.26.1,<4"
+SCRIPT_S = 60.0
+# The paths of the script: in tools/ since v0.31.0, in the root before.
+_SCRIPTS = ("tools/use_existing_torch.py", "use_existing_torch.py")
 _NEVER = 'sys_platform == "never"'
 _LEFT_OUT: Mapping[str, str] = {
     "flashinfer-cubin": "not on the plain index; FlashInfer fetches its cubins at run time",
@@ -60,30 +68,25 @@ def read(
     machine: str,
     python_version: str,
     use_existing_torch: bool,
+    settings: Settings,
 ) -> Requirements:
     """Read the requirements of `tree` for a device (cpu or cuda), a machine (x86_64, aarch64) and a
     Python version.
 
-    For an existing torch every package with torch in its name is left out, as the tree's own
-    use_existing_torch.py does. Raises BuildError where a file is missing or a line is malformed.
+    Raises BuildError where a file is missing or a line is malformed, and, for an existing torch,
+    where the tree's own script that removes torch is missing or leaves it in.
     """
-    project, text = _project(tree)
-    files: dict[str, str] = {"pyproject.toml": text}
-    build_lines, runtime_lines = _device_lines(tree, device, files)
+    with (
+        _editable_copy(tree, settings) if use_existing_torch else contextlib.nullcontext(tree)
+    ) as root:
+        project, text = _project(root)
+        files: dict[str, str] = {"pyproject.toml": text}
+        build_lines, runtime_lines = _device_lines(root, device, files)
     markers = _markers(machine, python_version)
     left_out: dict[str, str] = {}
     build = _evaluate(build_lines, markers, left_out)
     runtime = _evaluate(runtime_lines, markers, left_out)
-    if use_existing_torch:
-        build, runtime = (
-            [line for line in lines if "torch" not in line.name] for lines in (build, runtime)
-        )
-    torch = next((str(line) for line in (*runtime, *build) if line.name == "torch"), "")
-    if not use_existing_torch and not torch:
-        raise BuildError(
-            f"the tree's requirements for {device} name no torch",
-            hint=hints.text("machine.existing_torch"),
-        )
+    torch = _torch_of((*runtime, *build), device=device, use_existing_torch=use_existing_torch)
     special = {"torch", *COMPANIONS, *ACCELERATORS}
     accelerators = tuple(str(line) for line in runtime if line.name in ACCELERATORS)
     return Requirements(
@@ -116,6 +119,22 @@ def _device_lines(
     return build_lines, list(_lines(root, runtime, files))
 
 
+def _torch_of(found: Sequence["Requirement"], *, device: str, use_existing_torch: bool) -> str:
+    """Return the requirement of torch, empty for an existing one; raise where it is wrong."""
+    torch = next((str(line) for line in found if line.name == "torch"), "")
+    if use_existing_torch and torch:
+        raise BuildError(
+            f"the tree's use_existing_torch.py left {torch} in the requirements",
+            hint=hints.text("machine.pinned_torch"),
+        )
+    if not use_existing_torch and not torch:
+        raise BuildError(
+            f"the tree's requirements for {device} name no torch",
+            hint=hints.text("machine.existing_torch"),
+        )
+    return torch
+
+
 def python_of(tree: Path) -> "SpecifierSet":
     """Return the Python versions that a tree supports.
 
@@ -146,6 +165,37 @@ def _overrides(
     # The tree's own settings for uv do not reach uv, because uv runs in another folder.
     never += [name for name in uv.get("exclude-dependencies", []) if isinstance(name, str)]
     return tuple(f"{name} ; {_NEVER}" for name in dict.fromkeys(never))
+
+
+@contextlib.contextmanager
+def _editable_copy(tree: Path, settings: Settings) -> Iterator[Path]:
+    """Yield a copy of the tree's requirements from which its own script has removed torch."""
+    script = next((tree / name for name in _SCRIPTS if (tree / name).is_file()), None)
+    if script is None:
+        raise BuildError(
+            "the tree has no use_existing_torch.py, neither in tools/ nor in its root",
+            hint=hints.text("machine.pinned_torch"),
+        )
+    with tempfile.TemporaryDirectory(prefix="requirements-") as name:
+        copy = Path(name)
+        if (tree / "requirements").is_dir():
+            shutil.copytree(tree / "requirements", copy / "requirements")
+        for file in (tree / "pyproject.toml", *tree.glob("requirements*.txt")):
+            if file.is_file():
+                shutil.copy(file, copy)
+        # Its patterns are relative: outside the copy it would find no file, and report no error.
+        done = process.capture(
+            [sys.executable, script],
+            env=settings.child_environment("plain"),
+            cwd=copy,
+            timeout_s=SCRIPT_S,
+        )
+        if done.returncode != 0:
+            raise BuildError(
+                f"{script} {process.describe_status(done.returncode)}",
+                details=tuple(done.stderr.splitlines()[-10:]),
+            )
+        yield copy
 
 
 def _project(root: Path) -> tuple[Mapping[str, object], str]:

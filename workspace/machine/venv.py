@@ -235,6 +235,7 @@ def _needs(
         machine=platform.machine(),
         python_version=python_version,
         use_existing_torch=machine.settings.switch("USE_EXISTING_TORCH"),
+        settings=machine.settings,
     )
 
 

@@ -252,6 +252,7 @@ def _by_hand(context: Context, observed: Observation, packed: Path) -> Side:
         machine=platform.machine(),
         python_version=observed.python.version if observed.python else "",
         use_existing_torch=False,
+        settings=context.settings,
     )
     source = torch.plan(wanted.torch, device=observed.device, settings=context.settings)
     return command(

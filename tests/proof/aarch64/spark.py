@@ -105,6 +105,7 @@ def closure(device: str, *, python: str, folder: Path) -> tuple[Package, ...]:
         machine=MACHINE,
         python_version=f"{python}.0",
         use_existing_torch=False,
+        settings=own_settings(),
     )
     torch = found.torch.partition("+")[0]
     companions = found.companions if device == "cuda" else ()

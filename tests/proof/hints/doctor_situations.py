@@ -152,12 +152,19 @@ def network_that_refuses_or_is_slow(user: User) -> None:
     user.followed.add("machine.ls_remote_plain")
 
 
-@runs("machine.existing_torch", "machine.requirements_diff")
+@runs("machine.pinned_torch", "machine.existing_torch", "machine.requirements_diff")
 def requirements_that_were_edited(user: User) -> None:
+    for script in user.vllm.glob("**/use_existing_torch.py"):
+        script.unlink()
     shutil.rmtree(user.world.layout.environment)
     shell = {"USE_EXISTING_TORCH": "1"}
     user.world.venv()
     user.world.uv("install", "torch")
+    command = user.meets("machine.pinned_torch", "bootstrap", **shell)
+    done = user.type(f"{command} && ./scripts/inv bootstrap", **shell)
+    assert done.code == 0, done.output
+    user.followed.add("machine.pinned_torch")
+    user.world.git("stash")
     for file in (user.vllm / "requirements").rglob("*.txt"):
         file.write_text(re.sub(r"(?m)^torch\b.*\n", "", file.read_text()))
     command = user.meets("machine.existing_torch", "bootstrap")
