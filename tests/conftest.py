@@ -22,7 +22,7 @@ from tests.small.world import World, make_world
 
 # Rooms whose modules use a world that takes long to make.
 SHARE_A_WORLD = ("tests/bump", "tests/fuzz")
-# A file system in memory: the suite makes 100,000 small files, and git syncs many of them.
+# A file system in memory: a run makes 150,000 files and folders, and git syncs many of them.
 IN_MEMORY = Path("/dev/shm")
 # A whole run leaves 0.9 GiB there.
 ROOM_BYTES = 4 << 30
