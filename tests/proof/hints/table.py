@@ -102,16 +102,25 @@ ELSEWHERE = {
 
 # Why nothing runs the command. tests/test_hints.py parses all of them.
 _REASONS = {
+<<<<<<< HEAD
     "it installs programs on the machine, or needs root": """
         machine.apt_headers machine.drop_as_root machine.earlyoom machine.install_python
         machine.uv_python machine.uv_python_anew""",
     "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
         bench.ab_again bench.delete_tree bench.drop_series_line
         bench.inspect_both bench.log_fix bench.log_range bench.same_code
+=======
+    "it needs another Python than that of the tests, or a machine that systemd started": """
+        machine.apt_headers machine.earlyoom machine.install_python machine.uv_python
+        machine.uv_python_anew""",
+    "no situation yet of an A/B, a long bisect, upstream's tests, or a server on a GPU": """
+        bench.ab_again bench.bisect_more bench.delete_tree bench.drop_series_line bench.each_patch
+        bench.factor_limit bench.inspect_both bench.log_fix bench.log_range bench.same_code
+>>>>>>> 7270a03ad629475c262d8af1c02e2dab783f2ab5
         bench.same_torch bump.test_present checks.only_named checks.origin checks.pytest_arguments
         checks.rebuild checks.server_log checks.timeout_or_fewer nox.upstream
         server.drop_caches_then server.ps_stuck server.who_listens""",
-    "it needs a build of the real tree, or of Triton": """
+    "no situation yet of externals, sandboxes, device code, or a build without memory or disk": """
         compile.defect compile.delete_external compile.disk_then_resume compile.network_or_mirror
         compile.one_job compile.override_external compile.rebuild_target compile.then_resume
         compile.unset_external compile.unset_override install.again_or_native install.build_triton
@@ -121,9 +130,9 @@ _REASONS = {
     "it needs a bump of minutes, or one that was killed": """
         bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.other_states
         bump.rollback_or""",
-    "it needs another index, hub, proxy or host": """
+    "it needs GitHub, or a server of git that does not serve what it offers": """
         repo.net_change repo.source_release""",
-    "the machine or a disk has to be broken": """
+    "it needs a program that goes, or a file that changes, in the middle of a verb": """
         core.bootstrap_names repo.git_config""",
     "no situation was written yet": """
         inv.env repo.by_hand_reword repo.pins_changed""",
