@@ -14,7 +14,7 @@ from tests.proof.hints.following import User, printed, runs
 
 DOCTOR = ("doctor", "--offline")
 OVERLAYS = """set -e
-top=$(mktemp -d)
+top=/mnt
 mount -t tmpfs tmpfs "$top"
 for folder in usr etc var root; do
   mkdir "$top/$folder" "$top/$folder.work"
