@@ -14,7 +14,7 @@ from workspace.compile import cmake, costs, tree_files
 from workspace.core import records
 from workspace.core.paths import Layout
 from workspace.install import stamp
-from workspace.repo import moves
+from workspace.repo.git import worktree
 from workspace.server import observation
 from workspace.server.observation import Address, Ended
 from workspace.server.process_tree import ProcessTree
@@ -88,7 +88,7 @@ def test_known_good_state(tmp_path: Path) -> None:
 def test_note_of_a_move(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     placed("moving.json", layout.moving("vllm"))
-    assert moves.is_begun(layout, "vllm")
+    assert worktree.is_move_begun(layout, "vllm")
 
 
 def test_bisect_with_the_former_name_of_its_options(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from tests.repo.conftest import LINES, Workspace, sh_git, write
 from workspace.core.errors import CheckoutError
-from workspace.repo import moves
 from workspace.repo.git import Git, worktree
 from workspace.repo.patches import State
 
@@ -78,7 +77,7 @@ def test_edit_marked_as_unchanged_is_not_overwritten_by_a_second_try(
         with pytest.raises(CheckoutError):
             release.apply()
         assert (release.vllm / "vllm" / "lines.py").read_text() == MINE
-        assert not moves.is_begun(release.layout, "vllm")
+        assert not worktree.is_move_begun(release.layout, "vllm")
     assert release.stack().head == release.stack().base
 
 

@@ -14,8 +14,7 @@ import pytest
 from tests.repo.conftest import LINES, PATCHED, Snapshot, Workspace, commit, sh_git, write
 from tests.repo.states import everything
 from workspace.core.errors import CheckoutError, ToolchainError
-from workspace.repo import moves
-from workspace.repo.git import Git
+from workspace.repo.git import Git, worktree
 from workspace.repo.patches import State
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,8 +175,8 @@ def test_move_whose_git_was_killed_is_finished_and_one_that_git_refused_is_not(
     git = Git(release.vllm)
     (release.vllm / "vllm" / "new.py").write_text("mine\n")
     with pytest.raises(CheckoutError, match="is in the way"):
-        moves.move(release.layout, "vllm", git, tip, run_log=release.run_log)
-    assert not moves.is_begun(release.layout, "vllm")
+        worktree.move(release.layout, "vllm", git, tip, run_log=release.run_log)
+    assert not worktree.is_move_begun(release.layout, "vllm")
     (release.vllm / "vllm" / "new.py").unlink()
     git_of_path = (
         '#!/bin/sh\ncase "$*" in *" read-tree -m -u "*) kill -9 $$;; esac\nexec'
@@ -190,9 +189,9 @@ def test_move_whose_git_was_killed_is_finished_and_one_that_git_refused_is_not(
         pytest.raises(ToolchainError, match="git read-tree in .* was killed by SIGKILL"),
     ):
         patch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-        moves.move(release.layout, "vllm", git, tip, run_log=release.run_log)
-    assert moves.is_begun(release.layout, "vllm")
-    assert moves.finish(release.layout, "vllm", git, run_log=release.run_log)
+        worktree.move(release.layout, "vllm", git, tip, run_log=release.run_log)
+    assert worktree.is_move_begun(release.layout, "vllm")
+    assert worktree.finish_move(release.layout, "vllm", git, run_log=release.run_log)
     assert (git.head(), git.edits()) == (tip, ())
 
 
@@ -206,7 +205,7 @@ def test_finished_move_leaves_no_folder_that_it_has_emptied_and_no_file_of_the_u
     (release.vllm / "a" / "b" / "c" / "d").unlink()
     write(release.vllm, {"e/f/mine": "mine\n"})
     assert release.observe().head == tip
-    assert moves.finish(release.layout, "vllm", Git(release.vllm), run_log=release.run_log)
+    assert worktree.finish_move(release.layout, "vllm", Git(release.vllm), run_log=release.run_log)
     assert sh_git(release.vllm, "rev-parse", "HEAD") == base
     assert not (release.vllm / "a").exists()
     assert (release.vllm / "e" / "f" / "mine").read_text() == "mine\n"

@@ -19,9 +19,9 @@ from tests.repo.conftest import (
     write,
 )
 from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
-from workspace.repo import moves, overview
+from workspace.repo import overview
 from workspace.repo.export import run as export_run
-from workspace.repo.git import Git
+from workspace.repo.git import Git, worktree
 from workspace.repo.patches import State
 
 
@@ -225,8 +225,10 @@ def test_am_that_was_killed_after_its_commit_makes_it_once(stopped: Workspace) -
 def test_note_of_the_first_edition_on_an_am_is_dropped(stopped: Workspace) -> None:
     former = Path(__file__).parents[1] / "core" / "first_edition" / "attempt.json"
     write(stopped.layout.root, {".workspace/moving/vllm.json": former.read_text()})
-    assert not moves.finish(stopped.layout, "vllm", Git(stopped.vllm), run_log=stopped.run_log)
-    assert not moves.is_begun(stopped.layout, "vllm")
+    assert not worktree.finish_move(
+        stopped.layout, "vllm", Git(stopped.vllm), run_log=stopped.run_log
+    )
+    assert not worktree.is_move_begun(stopped.layout, "vllm")
     assert stopped.stack().state is State.IN_PROGRESS
 
 

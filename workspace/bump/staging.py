@@ -28,7 +28,7 @@ from workspace.core.files import copy_files, files_below, read_regular, write_at
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, sandbox, stages, stamp, verify
-from workspace.repo import checkout, moves, pins, series
+from workspace.repo import checkout, pins, series
 from workspace.repo.git import Applied, Git, worktree
 from workspace.repo.pins import Pin
 from workspace.repo.series import BASE_REF, TIP_REF
@@ -166,8 +166,8 @@ def move_tree(layout: Layout, old: str, new: str, run_log: RunLog) -> None:
     Raises CheckoutError if HEAD is at neither commit, or if there are edits of the user.
     """
     git, shown = Git(layout.vllm), layout.relative(layout.vllm)
-    if moves.is_begun(layout, "vllm"):
-        moves.finish(layout, "vllm", git, run_log=run_log)
+    if worktree.is_move_begun(layout, "vllm"):
+        worktree.finish_move(layout, "vllm", git, run_log=run_log)
     head = git.head()
     if head == new:
         return
@@ -181,7 +181,7 @@ def move_tree(layout: Layout, old: str, new: str, run_log: RunLog) -> None:
         raise CheckoutError(
             f"{shown} has edits ({', '.join(edited[:3])}), which stay unchanged", hint=hint
         )
-    moves.move(layout, "vllm", git, new, run_log=run_log)
+    worktree.move(layout, "vllm", git, new, run_log=run_log)
 
 
 def require_one_disk(layout: Layout) -> None:
@@ -424,7 +424,7 @@ def _run_am(bump_sandbox: BumpSandbox, tree: Git, names: Sequence[str], run_log:
     files = [bump_sandbox.outer.patches("vllm") / name for name in names]
     done = am.applied(tree, base, files, place=own.state / "am")
     if done.tip:
-        moves.move(own, "vllm", tree, done.tip, run_log=run_log)
+        worktree.move(own, "vllm", tree, done.tip, run_log=run_log)
         return
     # It stays if the verb or its git is killed, or if the disk is full.
     write_atomic(bump_sandbox.applying, b"{}")
@@ -440,8 +440,8 @@ def _run_am(bump_sandbox: BumpSandbox, tree: Git, names: Sequence[str], run_log:
 
 def recover(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
     """Finish a move that was killed, and take an `am` back that was killed before its conflict."""
-    if moves.is_begun(bump_sandbox.layout, "vllm"):
-        moves.finish(bump_sandbox.layout, "vllm", tree, run_log=run_log)
+    if worktree.is_move_begun(bump_sandbox.layout, "vllm"):
+        worktree.finish_move(bump_sandbox.layout, "vllm", tree, run_log=run_log)
     if bump_sandbox.applying.exists():
         folder = bump_sandbox.outer.patches("vllm")
         files = [folder / name for name in series_names(bump_sandbox)]

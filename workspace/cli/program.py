@@ -15,7 +15,7 @@ from invoke.parser import Parser
 from invoke.parser.argument import Argument
 from invoke.program import Program
 
-from workspace.cli import completion, main, verbs, verbs_patch, verbs_serve
+from workspace.cli import completion, main, verbs, verbs_patch
 from workspace.cli.completion import LIST_FORMATS
 from workspace.core import hints, known_settings
 from workspace.core.errors import SettingsError
@@ -47,12 +47,12 @@ COLLECTIONS = {
     "pin": (verbs.pin_show, verbs.pin_forecast, verbs.pin_bump, verbs.pin_rollback),
     "env": (verbs.env_check, verbs.env_init, verbs.env_export),
     "serve": (
-        verbs_serve.serve,
-        verbs_serve.serve_status,
-        verbs_serve.serve_logs,
-        verbs_serve.serve_stop,
-        verbs_serve.serve_list,
-        verbs_serve.serve_fetch,
+        verbs.serve,
+        verbs.serve_status,
+        verbs.serve_logs,
+        verbs.serve_stop,
+        verbs.serve_list,
+        verbs.serve_fetch,
     ),
     "bench": (
         verbs.bench_list,

@@ -21,8 +21,8 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stages, stamp, status
 from workspace.machine import check, doctor, jit_caches, run_environment
-from workspace.repo import checkout, moves, patches, pins
-from workspace.repo.git import Git
+from workspace.repo import checkout, patches, pins
+from workspace.repo.git import Git, worktree
 
 # GiB that a bootstrap adds, measured on 0.31.0 and rounded up: checkout 0.2, CPU environment 3.1
 # and libraries 0.5, CUDA environment 10 and libraries 0.8; in the cache the release archive and the
@@ -127,7 +127,7 @@ def _patches(layout: Layout, observed: plan.Observation) -> tuple[bool, str]:
     stack = observed.stack
     if stack is None:
         return True, "there is no checkout yet"
-    if moves.is_begun(layout, "vllm"):
+    if worktree.is_move_begun(layout, "vllm"):
         return True, "a move was interrupted"
     if stack.state is patches.State.APPLIED:
         return False, f"{len(stack.names)} applied"

@@ -20,7 +20,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
 from workspace.install import bootstrap, plan, precompiled, stages, stamp
 from workspace.machine import jit_caches
-from workspace.repo import moves, pins, series
+from workspace.repo import pins, series
 from workspace.repo.git import Git, command, worktree
 from workspace.repo.pins import COMMIT, Pin
 
@@ -323,7 +323,7 @@ def move(sandbox: Sandbox, tip: str, *, settings: Settings, run_log: RunLog) -> 
                 lambda line: None,
             )
         _take_products_away(sandbox, tree, head, tip)
-        moves.move(sandbox.layout, "vllm", tree, tip, run_log=run_log)
+        worktree.move(sandbox.layout, "vllm", tree, tip, run_log=run_log)
     _record(sandbox.layout, tip)
     return replace(sandbox, tip=tip)
 
@@ -335,7 +335,10 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
     of a precompiled wheel never count as its own; SourceError where a download fails.
     """
     wanted = as_built(settings, plan.observe(sandbox.outer, settings))
-    if moves.is_begun(sandbox.layout, "vllm") or Git(sandbox.layout.vllm).head() != sandbox.tip:
+    if (
+        worktree.is_move_begun(sandbox.layout, "vllm")
+        or Git(sandbox.layout.vllm).head() != sandbox.tip
+    ):
         raise CheckoutError(
             f"{sandbox.shown} is not on {sandbox.tip[:12]}",
             hint=hints.text("install.delete_sandbox", folder=sandbox.shown),
@@ -418,8 +421,8 @@ def _settled(sandbox: Sandbox, tip: str, settings: Settings, run_log: RunLog) ->
         return open_tree(sandbox.outer, sandbox.layout, tip, settings, run_log=run_log, hint=hint)
 
     tree = open_again()
-    if moves.is_begun(sandbox.layout, "vllm"):
-        moves.finish(sandbox.layout, "vllm", tree, run_log=run_log)
+    if worktree.is_move_begun(sandbox.layout, "vllm"):
+        worktree.finish_move(sandbox.layout, "vllm", tree, run_log=run_log)
     work = worktree.snapshot(tree, _why(sandbox))
     if kept := _keep_work(sandbox, work=work):
         run_log.console.info(f"your work in {sandbox.shown} is kept in vendor/vllm as {kept}")

@@ -30,8 +30,8 @@ from workspace.core.files import opened, read_regular, reason_of, received, writ
 from workspace.core.paths import typed
 from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
-from workspace.repo import export, mail, moves, patches, series
-from workspace.repo.git import AM_BY_HAND, Git, am
+from workspace.repo import export, mail, patches, series
+from workspace.repo.git import AM_BY_HAND, Git, am, worktree
 from workspace.repo.git.am import Commit
 from workspace.repo.git.command import file_stems
 from workspace.repo.patches import Session
@@ -129,7 +129,7 @@ def run(session: Session, source: str, *, stops: bool = False) -> export.Export:
         hint = hints.text("repo.by_hand_reword", command=by_hand, shown=shown, commit=at)
         raise mail.Unfit(f"{origin.name}: {exc.message}", hint=hint, details=exc.details) from exc
     git.set_ref(TIP_REF, tip)
-    moves.move(layout, project, git, tip, run_log=run_log)
+    worktree.move(layout, project, git, tip, run_log=run_log)
     done = export.finish(layout, prepared)
     for note in notes:
         run_log.console.info(note)

@@ -14,7 +14,7 @@ from workspace.core.errors import PatchDrift, SettingsError, counted
 from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
-from workspace.repo import moves, series
+from workspace.repo import series
 from workspace.repo.checkout import Checkout, Kind
 from workspace.repo.git import Git, am, repository, worktree
 from workspace.repo.pins import Pin
@@ -155,7 +155,7 @@ def apply(
             raise series.refused(project, stack.names[applied.position - 1], stack, applied)
         _check(project, git, stack, stack.base, applied.tip)
         _keep(git, stack.base, applied.tip)
-        moves.move(layout, project, git, applied.tip, run_log=run_log)
+        worktree.move(layout, project, git, applied.tip, run_log=run_log)
     return observe(layout, project, pin, replace(checkout, head=git.head()))
 
 
@@ -176,7 +176,7 @@ def unapply(
     if stack.state is not State.APPLIED or stack.base is None or stack.head is None or stack.dirty:
         raise series.refusal(layout.relative(path), git, stack, verb=UNAPPLY)
     _keep(git, stack.base, stack.head)
-    moves.move(layout, project, git, stack.base, run_log=run_log)
+    worktree.move(layout, project, git, stack.base, run_log=run_log)
     return observe(layout, project, pin, checkouts.observe(layout, pin))
 
 
@@ -184,7 +184,7 @@ def _finished(
     layout: Layout, project: str, pin: Pin, checkout: Checkout, run_log: RunLog
 ) -> Checkout:
     """Return the checkout, after a move that a killed run began is finished."""
-    if moves.is_begun(layout, project) and moves.finish(
+    if worktree.is_move_begun(layout, project) and worktree.finish_move(
         layout, project, Git(checkouts.folder_of(layout, pin)), run_log=run_log
     ):
         return checkouts.observe(layout, pin)
@@ -240,7 +240,7 @@ def user(git: Git) -> tuple[str, str]:
 
 
 def _keep(git: Git, base: str, tip: str) -> None:
-    """Make references name the stack before anything moves, so that a kill loses no commit.
+    """Make references name the stack before anything so that a kill loses no commit.
 
     A former stack with the user's own commits, not those that `am` makes of patches, gets its own
     reference.

@@ -23,7 +23,7 @@ from workspace.core.errors import (
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
-from workspace.repo import mail, moves, patches, pins
+from workspace.repo import mail, patches, pins
 from workspace.repo.git import AM_BY_HAND, Git, Remote, am, remotes, worktree
 from workspace.repo.git.am import Commit
 from workspace.repo.patches import Session, Stack, State
@@ -311,8 +311,10 @@ def _opened(
             console, layout.logs, verb=verb.split()[1], secrets=settings.secrets, held=held
         ) as run_log,
     ):
-        if moves.is_begun(layout, project):
-            moves.finish(layout, project, Git(checkouts.folder_of(layout, pin)), run_log=run_log)
+        if worktree.is_move_begun(layout, project):
+            worktree.finish_move(
+                layout, project, Git(checkouts.folder_of(layout, pin)), run_log=run_log
+            )
         yield Session(layout, settings, project, pin, checkouts.observe(layout, pin), run_log)
 
 

@@ -1,6 +1,6 @@
+
 """Situations of GPUs, whose driver is a shell script; the build is for the CPU, so serve is dry."""
 
-import os
 
 from tests.proof.hints.doctor_situations import driver, program
 from tests.proof.hints.following import User, runs
@@ -58,7 +58,8 @@ def model_for_which_the_page_cache_has_to_go(user: User) -> None:
     assert command == "./scripts/inv drop-caches"
     # Not the cache of the machine that runs the tests.
     harmless = program(user, "sysctl", "exit 0")
-    user.mounts(f"mount --bind {harmless} {hardware.root_program('sysctl')}")
+    sysctl = shutil.which("sysctl", path=os.pathsep.join(hardware.ROOT_PATH))
+    user.mounts(f"mount --bind {harmless} {sysctl}")
     done = user.type(f"{command} --yes")
     assert (done.code, "freed" in done.err) == (0, True), done.output
     user.followed.add("server.drop_caches")

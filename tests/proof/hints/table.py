@@ -102,21 +102,12 @@ ELSEWHERE = {
 
 # Why nothing runs the command. tests/test_hints.py parses all of them.
 _REASONS = {
-<<<<<<< HEAD
-    "it installs programs on the machine, or needs root": """
+    "it needs another Python than that of the tests, or a machine that systemd started": """
         machine.apt_headers machine.drop_as_root machine.earlyoom machine.install_python
         machine.uv_python machine.uv_python_anew""",
-    "the small world has no GPU and no engine: servers, benchmarks, bisects, the smoke": """
-        bench.ab_again bench.delete_tree bench.drop_series_line
-        bench.inspect_both bench.log_fix bench.log_range bench.same_code
-=======
-    "it needs another Python than that of the tests, or a machine that systemd started": """
-        machine.apt_headers machine.earlyoom machine.install_python machine.uv_python
-        machine.uv_python_anew""",
     "no situation yet of an A/B, a long bisect, upstream's tests, or a server on a GPU": """
         bench.ab_again bench.bisect_more bench.delete_tree bench.drop_series_line bench.each_patch
         bench.factor_limit bench.inspect_both bench.log_fix bench.log_range bench.same_code
->>>>>>> 7270a03ad629475c262d8af1c02e2dab783f2ab5
         bench.same_torch bump.test_present checks.only_named checks.origin checks.pytest_arguments
         checks.rebuild checks.server_log checks.timeout_or_fewer nox.upstream
         server.drop_caches_then server.ps_stuck server.who_listens""",
