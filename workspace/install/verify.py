@@ -157,7 +157,7 @@ def _linked(layout: Layout, recorded: Stamp) -> dict[str, Linked | None]:
 
 @dataclass(frozen=True)
 class Linkage:
-    """What a library tells the loader: its processor (e_machine, 0 for another file), its own
+    """What the loader reads in a library: its processor (e_machine, 0 for another file), its own
     name if it has one, the libraries that it names, and the symbols that it needs and has.
 
     A symbol of `weak` may stay undefined.

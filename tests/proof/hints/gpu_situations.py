@@ -1,6 +1,7 @@
-
 """Situations of GPUs, whose driver is a shell script; the build is for the CPU, so serve is dry."""
 
+import os
+import shutil
 
 from tests.proof.hints.doctor_situations import driver, program
 from tests.proof.hints.following import User, runs

@@ -106,8 +106,8 @@ _REASONS = {
         machine.apt_headers machine.drop_as_root machine.earlyoom machine.install_python
         machine.uv_python machine.uv_python_anew""",
     "no situation yet of an A/B, a long bisect, upstream's tests, or a server on a GPU": """
-        bench.ab_again bench.bisect_more bench.delete_tree bench.drop_series_line bench.each_patch
-        bench.factor_limit bench.inspect_both bench.log_fix bench.log_range bench.same_code
+        bench.ab_again bench.delete_tree bench.drop_series_line
+        bench.inspect_both bench.log_fix bench.log_range bench.same_code
         bench.same_torch bump.test_present checks.only_named checks.origin checks.pytest_arguments
         checks.rebuild checks.server_log checks.timeout_or_fewer nox.upstream
         server.drop_caches_then server.ps_stuck server.who_listens""",
