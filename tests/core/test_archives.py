@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz.strategies import fuzz
+from workspace.core.console import Step
 from workspace.core.errors import WorkspaceError
 from workspace.install import verify
 from workspace.repo import pins
@@ -76,7 +77,7 @@ def release(folder: Path, found: list[Member]) -> Path:
         as_tar(folder / "a.tar.gz", in_folder),
         _made(folder / "tree"),
         pin,
-        lambda done, total: None,
+        Step("source"),
     )
     return folder / "tree"
 

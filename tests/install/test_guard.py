@@ -256,4 +256,4 @@ def test_a_torch_that_is_no_version_and_pins_that_are_none_are_sentences(
     layout.pins.write_text("[")
     output = ask(make(tmp_path))
     assert output is not None
-    assert output.startswith("vendor/pins.toml is not TOML")
+    assert output.startswith("vendor/pins.toml: Invalid ")

@@ -319,3 +319,12 @@ def test_rewritten_base_line_and_removed_files_of_a_bump(
     export.write(folder, base="2" * 40, patches=((second, upstream.patches[second]),))
     assert (folder / "series").read_text().split("\n")[1:] == ["# base: " + "2" * 40, second, ""]
     assert sorted(path.name for path in folder.iterdir()) == sorted([second, "series"])
+
+
+def test_objects_of_the_stack_have_their_names_only_when_they_are_whole(applied: Workspace) -> None:
+    """git takes an object file that a power cut emptied for complete, and never writes it again."""
+    objects = applied.vllm / ".git" / "objects"
+    assert not list(objects.glob("*/tmp_obj_*"))
+    assert sh_git(applied.vllm, "fsck", "--connectivity-only") == ""
+    head = applied.observe().head or ""
+    assert (objects / head[:2] / head[2:]).stat().st_mode & 0o777 == 0o444

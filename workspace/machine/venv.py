@@ -82,7 +82,7 @@ def _repair_cache(layout: Layout, settings: Settings) -> list[str]:
     done = process.capture(
         [interpreter.uv(layout), "cache", "dir"],
         env=settings.child_environment("plain"),
-        timeout_s=ANSWER_S,
+        timeout_s=interpreter.ANSWER_S,
     )
     damaged = []
     for archive in Path(done.stdout.strip() or "/nonexistent").glob("archive-v*/*"):

@@ -19,7 +19,7 @@ from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.repo.git import command
 from workspace.repo.git.command import Answer, first_line, split
-from workspace.repo.git.repository import Git
+from workspace.repo.git.repository import Git, take_in
 
 # The result must not depend on the user, the place and the time.
 _AM = (
@@ -116,9 +116,8 @@ def _applied_in(
         am = (*_AM, *(() if has_files else ("--no-3way",)), *map(str, patches))
         answer = scratch.write(*_SMALL_INDEX, *_UNSYNCED, *am, check=False)
         if answer.status == 0:
-            tip = scratch.head()
-            git.fetch_from(folder / "git", "HEAD")
-            return Applied(tip)
+            take_in(folder / "git" / "objects", git.path_of("objects"))
+            return Applied(scratch.head())
         stopped = position(scratch)
         return stopped_at(scratch, stopped.number if stopped else 1, answer)
 
