@@ -24,7 +24,7 @@ from workspace.core import records
 # Rows of the doctor on the machine itself.
 _OF_THE_MACHINE = re.compile(
     r"^\w+ +(disk|architecture|cores|memory|swap|oom daemon|python|git|uv|headers|cmake|ninja"
-    r"|running|token)  .*\n(?:    .*\n)*",
+    r"|running|token)(?:  .*)?\n(?:    .*\n)*",  # A long path stands below its row.
     re.MULTILINE,
 )
 
