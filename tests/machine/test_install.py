@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from workspace.core.errors import BuildError, SourceError, ToolchainError
-from workspace.machine import interpreter
+from workspace.machine import interpreter, toolchain
 
 
 def install(house, settings, *arguments: str, **more) -> None:
@@ -223,6 +223,41 @@ def test_index_that_refuses_the_password_is_not_reported_to_lack_the_package(hou
     house.program("uv", script, folder=house.layout.tools / "bin")
     with pytest.raises(SourceError, match="401 Unauthorized"):
         install(house, house.settings(), "leaf")
+
+
+class _Dripping(http.server.BaseHTTPRequestHandler):
+    """An index that sends a byte every tenth of a second, of a page that never ends."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/vnd.pypi.simple.v1+json")
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while not self.server.is_over.wait(0.1):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_index_that_drips_is_given_up_and_named(house, built, monkeypatch):
+    built()
+    monkeypatch.setattr(toolchain, "STALL_S", 2.0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Dripping) as server:
+        server.is_over = threading.Event()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        index = f"http://127.0.0.1:{server.server_port}/simple"
+        settings = house.settings(UV_OFFLINE="0", UV_FIND_LINKS="", UV_DEFAULT_INDEX=index)
+        with pytest.raises(SourceError) as failure:
+            install(house, settings, "leaf==1.0")
+        server.is_over.set()
+        server.shutdown()
+    assert failure.value.message == (
+        f"the package index answers too slowly: uv did nothing for 2 s while it waited for {index}"
+    )
+    assert (failure.value.hint or "").startswith("./scripts/inv doctor ")
 
 
 @contextlib.contextmanager

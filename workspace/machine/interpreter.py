@@ -282,19 +282,22 @@ def install(
     shown, secret = _without_credentials(arguments)
     environment = settings.child_environment(phase, {**(phase_env or {}), **secret}, layout=layout)
     lists = _written_lists(layout, constraints=constraints, overrides=overrides)
-    output = deque[str](maxlen=KEPT_LINES)
+    output, watch = deque[str](maxlen=KEPT_LINES), toolchain.StallWatch()
     argv = (uv(layout), "pip", "install", "--python", layout.environment_python)
     try:
         # uv reads [tool.uv] in its working directory: never vLLM's, wherever the person works.
-        process.run(
-            [*argv, *lists, *shown],
-            env=environment,
-            cwd=layout.root,
-            run_log=run_log,
-            on_line=_keeping(output, on_line),
-            failure=failure,
-        )
+        with watch:
+            process.run(
+                [*argv, *lists, *shown],
+                env=environment,
+                cwd=layout.root,
+                run_log=run_log,
+                on_line=_keeping(output, watch.line, on_line),
+                failure=failure,
+            )
     except failure as exc:
+        if watch.stalled:
+            raise toolchain.stalled_error(settings, shown, exc.details) from exc
         known = toolchain.classify_uv_failure(
             output, layout=layout, env=environment, is_build=phase == "install", otherwise=exc
         )
@@ -303,13 +306,13 @@ def install(
         raise known from exc
 
 
-def _keeping(output: deque[str], on_line: Callable[[str], None] | None) -> Callable[[str], None]:
+def _keeping(output: deque[str], *callbacks: Callable[[str], None] | None) -> Callable[[str], None]:
     """Return a callback that keeps each line and passes it on."""
 
     def keep(line: str) -> None:
         output.append(line)
-        if on_line:
-            on_line(line)
+        for callback in filter(None, callbacks):
+            callback(line)
 
     return keep
 

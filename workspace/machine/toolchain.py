@@ -3,9 +3,12 @@ the Pythons that it finds or fetches, and the causes of its failures.
 """
 
 import contextlib
+import itertools
 import re
 import shlex
 import shutil
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +19,10 @@ from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.process import Absent, Answer, Broken, Slow, There
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, without_user
 
 if TYPE_CHECKING:
-    pass
+    import psutil
 
 USUAL_HOME = Path("/usr/local/cuda")
 # What decides how vLLM is built gets more time than it needs even on a loaded machine.
@@ -29,6 +32,12 @@ LIST_S = 120.0
 # Without a network uv gives up within this time, twice: on its own mirror, then on GitHub.
 FETCH_ANSWER_S = 4
 FETCH_S = 240.0
+# UV_HTTP_TIMEOUT bounds one read: an index that sends a byte a second is never given up. In this
+# time uv must print a line, start a program, or do this much work.
+STALL_S = 600.0
+STALL_CPU_S = 5.0
+STALL_BYTES = 10 << 20
+_INDEX_FLAGS = ("--default-index", "--index", "--index-url", "--extra-index-url", "--find-links")
 _VERSION_LINE = re.compile(r"^(\d+(?:\.\d+)+)$", re.MULTILINE)
 _RELEASE = re.compile(r"release (\d+\.\d+)")
 # A dry run prints nvcc's own home, whatever script or link is in front of it; the source file need
@@ -182,6 +191,84 @@ def fetch_python(uv: Path, settings: Settings, version: str) -> bool:
     with contextlib.suppress(ToolchainError):
         return process.capture(argv, env=environment, timeout_s=FETCH_S).returncode == 0
     return False
+
+
+class StallWatch:
+    """Ends a uv that waits for an index which sends next to nothing; `stalled` is then true."""
+
+    def __init__(self) -> None:
+        self.stalled = False
+        self._lines = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "StallWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def line(self, _: str) -> None:
+        """Count a line of uv: a sign of progress."""
+        self._lines += 1
+
+    def _watch(self) -> None:
+        since, before = time.monotonic(), _Work(0, 0.0, 0)
+        while not self._is_over.wait(min(5.0, STALL_S / 4)):
+            uv, now = _work_of_uv(self._lines)
+            if uv is None or now.is_progress_after(before):
+                since, before = time.monotonic(), now
+            elif time.monotonic() - since >= STALL_S:
+                self.stalled = True
+                uv.terminate()
+                return
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a uv has done: its lines, CPU seconds and written bytes, and programs that it runs."""
+
+    lines: int
+    cpu_s: float
+    written: int
+    programs: int = 0
+
+    def is_progress_after(self, before: "_Work") -> bool:
+        return (
+            bool(self.programs)
+            or self.lines > before.lines
+            or self.cpu_s - before.cpu_s >= STALL_CPU_S
+            or self.written - before.written >= STALL_BYTES
+        )
+
+
+def _work_of_uv(lines: int) -> "tuple[psutil.Process | None, _Work]":
+    """Return the uv that this process runs, if any, and its work so far."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            if child.name() == "uv":
+                times, written = child.cpu_times(), child.io_counters().write_chars
+                work = _Work(lines, times.user + times.system, written, len(child.children()))
+                return child, work
+    return None, _Work(lines, 0.0, 0)
+
+
+def stalled_error(
+    settings: Settings, arguments: Sequence[str], details: tuple[str, ...]
+) -> SourceError:
+    """Return the error for a stalled uv, with the indexes that its command line names."""
+    named = [after for flag, after in itertools.pairwise(arguments) if flag in _INDEX_FLAGS]
+    indexes = list(dict.fromkeys([*named, settings.index_url or "the default index of uv"]))
+    return SourceError(
+        f"the package index answers too slowly: uv did nothing for {STALL_S:g} s while it waited"
+        f" for {' or '.join(map(without_user, indexes))}",
+        hint=hints.text("machine.network_or_index"),
+        details=details,
+    )
 
 
 class NotOffered(SourceError):
