@@ -21,6 +21,7 @@ from workspace.core.errors import (
 )
 from workspace.repo import importing
 from workspace.repo.export import Export
+from workspace.repo.git import remotes
 from workspace.repo.patches import State
 
 
@@ -318,7 +319,7 @@ def test_address_is_followed_and_named_in_the_status_without_credentials(
 def test_no_credentials_of_the_user_are_sent_and_failures_are_sentences(
     applied: Workspace, server: _Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importing, "LARGEST_BYTES", 3 << 20)
+    monkeypatch.setattr(remotes, "LARGEST_BYTES", 3 << 20)
     place = f"http://127.0.0.1:{server.server_port}"
     for path, match in (
         ("/nothing", "the server answers 404"),

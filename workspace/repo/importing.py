@@ -5,7 +5,6 @@ cannot be a patch, is refused with nothing changed.
 """
 
 import contextlib
-import functools
 import re
 import shlex
 import tempfile
@@ -13,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from email.utils import format_datetime, localtime
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from workspace.core import hints
 from workspace.core.errors import (
@@ -26,23 +23,17 @@ from workspace.core.errors import (
     WorkspaceError,
     counted,
 )
-from workspace.core.files import opened, read_regular, reason_of, received, write_atomic
+from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import typed
-from workspace.core.settings import Settings, without_user
+from workspace.core.settings import without_user
 from workspace.repo import checkout as checkouts
 from workspace.repo import export, mail, patches, series
-from workspace.repo.git import AM_BY_HAND, Git, am, worktree
+from workspace.repo.git import AM_BY_HAND, Git, am, remotes, worktree
 from workspace.repo.git.am import Commit
 from workspace.repo.git.command import file_stems
 from workspace.repo.patches import Session
 from workspace.repo.series import TIP_REF, Stack, State
 
-if TYPE_CHECKING:
-    import requests
-
-# A patch of 5 MB is large; a larger file is a release, or a mistake.
-LARGEST_BYTES = 64 << 20
-LONGEST_S = 120.0
 _GITHUB = re.compile(
     r"(?:https?://|ssh://)?(?:[^/@]*@)?github\.com[:/]([A-Za-z0-9_.-]+)/"
     r"([A-Za-z0-9_-][A-Za-z0-9_.-]*?)(?:\.git)?/?"
@@ -268,7 +259,7 @@ def _origin(session: Session, source: str) -> Origin:
         ].strip("-.")
         # Its .diff is the net change, its .patch has a mail for each commit.
         suffix = ".diff" if source.endswith(".diff") else ".patch"
-        raw = _fetched(f"{page}{suffix}" if page else source, session.settings)
+        raw = remotes.fetched(f"{page}{suffix}" if page else source, session.settings)
         return Origin(raw, name, public)
     path = typed(source)
     try:
@@ -305,52 +296,7 @@ def _pull_request(session: Session, number: int) -> Origin:
             f" serves one, or a mirror on this disk with refs/pull/{number}/head",
             hint=hints.text("repo.import_url"),
         )
-    return Origin(_fetched(f"{public}.patch", settings), f"pull-{number}", public)
-
-
-def _fetched(url: str, settings: Settings) -> bytes:
-    """Fetch the content of a URL without any credentials. Raises SourceError."""
-    import requests
-
-    shown = without_user(url)
-    hint = hints.text("repo.address_or_file")
-    timeout_s = settings.connect_timeout_s
-    try:
-        with requests.Session() as session:
-            check = functools.partial(_check_redirect, url)
-            # Without this, requests would send the credentials that ~/.netrc has for the host.
-            session.auth = _no_credentials
-            with opened(url, timeout_s=timeout_s, session=session, check_redirect=check) as reply:
-                reply.raise_for_status()
-                return b"".join(received(reply, LARGEST_BYTES, longest_s=LONGEST_S))
-    except requests.HTTPError as exc:
-        raise SourceError(f"{shown}: {reason_of(exc)}", hint=hint) from exc
-    except (requests.RequestException, ValueError) as exc:
-        reason = without_user(reason_of(exc))
-        raise SourceError(f"{shown} could not be fetched: {reason}", hint=hint) from exc
-
-
-def _check_redirect(typed: str, target: str) -> None:
-    """Raise ValueError for a redirect to another host than the typed one, GitHub's content aside.
-
-    A page must not choose an address at which a service of this machine, or the metadata of a cloud
-    (169.254.169.254), answers. GitHub serves mails from a host of its own.
-    """
-    old, new = urlsplit(typed), urlsplit(target)
-    if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
-        raise ValueError(f"it redirects to {new.scheme}, which is refused")
-    is_same = new.hostname == old.hostname and (new.port or 443) in (old.port or 443, 443)
-    is_github = (
-        old.hostname in ("github.com", "gist.github.com")
-        and (new.scheme, new.port or 443) == ("https", 443)
-        and (new.hostname or "").endswith(".githubusercontent.com")
-    )
-    if not (is_same or is_github):
-        raise ValueError(f"it redirects to another host, {new.netloc.rpartition('@')[2]}")
-
-
-def _no_credentials(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
-    return request
+    return Origin(remotes.fetched(f"{public}.patch", settings), f"pull-{number}", public)
 
 
 def _as_mail(origin: Origin, git: Git) -> tuple[bytes, list[str]]:
