@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -229,6 +230,47 @@ def complete_store(store: Git, ends: tuple[str, str], remote: Remote, refspec: s
         remote.run_log.write("the remote serves no single objects; fetching all of them")
         whole = (*_WHOLE, refspec)
         store.talk(whole, remote.settings, remote.run_log, remote.on_line)
+
+
+_MAIN = "refs/requests/main"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A pull request: its commits are base..head, without those of the main that it merged.
+
+    `merges` is the number of merges among them.
+    """
+
+    base: str
+    head: str
+    merges: int
+
+
+def fetch_request(git: Git, number: int, pinned: str, remote: Remote) -> Request:
+    """Fetch a pull request, with all contents that its diffs need.
+
+    Raises SourceError where the remote cannot be reached, or has no such request.
+    """
+    name, head = f"refs/pull/{number}/head", f"refs/requests/{number}"
+    if name not in advertised(remote.url, (name,), cwd=git.path, settings=remote.settings):
+        raise SourceError(f"{without_user(remote.url)} has no {name}")
+    git.fetch(remote, (f"+HEAD:{_MAIN}", f"+{name}:{head}"), whole=False)
+    # The base of the request and of a merge of main and pin (git-merge-base(1)): a request may be
+    # for the branch of a release.
+    bases = git.look("merge-base", head, _MAIN, pinned, check=False).out.split()
+    if not bases:
+        raise SourceError(
+            f"{name} of {without_user(remote.url)} has no history in common with main"
+        )
+    commits = f"{bases[0]}..{head}"
+    if git.is_partial:
+        # git fetches what it lacks for a diff.
+        for args in (("log", "--shortstat"), ("diff", "--shortstat")):
+            missing = (*args, "--no-renames", "-O/dev/null", commits, "--")
+            git.talk(missing, remote.settings, remote.run_log, remote.on_line)
+    merges = git.look("rev-list", "--merges", commits, "--").out.split()
+    return Request(bases[0], git.resolve(head) or head, len(merges))
 
 
 def fetched(url: str, settings: Settings) -> bytes:
