@@ -2,9 +2,11 @@
 
 import functools
 import http.server
+import ssl
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ from workspace.repo.patches import ImportOptions, State
 
 ANN, BOB, EVE = ("Ann Ö <ann@a.example>", "Bob (QA) <bob@b.example>", "Doe, Eve <eve@c.example>")
 LONG = "[Bugfix] Größenänderung " + "über mehrere Wörter, 日本語, " * 9
+# Of github.com, for the tests alone: nothing trusts it.
+CERTIFICATE = Path(__file__).with_name("github.pem")
 BINARY = bytes(range(256)) * 3
 FILE = "csrc/a.cu"
 
@@ -140,6 +144,60 @@ def www(forge: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         thread.join()
 
 
+@pytest.fixture
+def github(forge: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Serve the mails and diffs at the addresses of GitHub, behind a proxy."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE)
+
+    class Proxy(http.server.SimpleHTTPRequestHandler):
+        def do_CONNECT(self) -> None:
+            assert self.path == "github.com:443"
+            self.send_response(200)
+            self.end_headers()
+            with context.wrap_socket(self.connection, server_side=True) as secure:
+                self.rfile = secure.makefile("rb")
+                self.wfile = secure.makefile("wb", buffering=0)
+                self.handle_one_request()
+                self.rfile.close()
+
+        def do_GET(self) -> None:
+            self.path = self.path.removeprefix("/o/r/pull")
+            super().do_GET()
+            self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for name in ("NO_PROXY", "no_proxy", "https_proxy", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    serve = functools.partial(Proxy, directory=str(forge.parent / "www"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        server.daemon_threads = True
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.usefixtures("github")
+def test_mails_of_github_are_taken_where_git_cannot_reach_the_remote(
+    applied: Workspace, forge: Path
+) -> None:
+    applied.pin = replace(applied.pin, url="https://github.com/o/r.git")
+    gone = forge.parent / "gone"
+    assert len(take(applied, gone, "https://github.com/o/r/pull/1/files").written) == 3
+    assert "the mails of https://github.com/o/r/pull/1 are taken" in applied.err.getvalue()
+    assert "Submitted [https://github.com/o/r/pull/1]" in "\n".join(log(applied, "%B"))
+    take(applied, gone, 2, squash=True)
+    assert (applied.vllm / "vllm/feature.py").read_text() == "1\nresolved!\n"
+    with pytest.raises(SourceError, match=r"pull/77.patch: the server answers 404.*; with git: "):
+        take(applied, gone, 77)
+
+
 def test_commits_of_three_authors_are_taken_one_by_one(
     either_applied: Workspace, forge: Path
 ) -> None:
@@ -203,7 +261,9 @@ def test_test_that_the_release_lacks_is_left_out_and_named(
     either_applied: Workspace, forge: Path
 ) -> None:
     assert len(take(either_applied, forge, 5).written) == 2
-    assert "tests/later.py is left out: " in either_applied.err.getvalue()
+    assert (
+        "tests/later.py is left out: vendor/vllm has no such file" in either_applied.err.getvalue()
+    )
     assert (either_applied.vllm / "tests/new.py").read_text() == "newer\n"
     assert (either_applied.vllm / FILE).read_text() == "tested\n"
 
@@ -317,11 +377,11 @@ def test_file_of_another_project_is_named_so(
     commit(other, "second", {"src/main.c": "int main() { return 2; }\n"})
     mails = sh_git(other, "format-patch", "--stdout", "-1")
     write(tmp_path, {"other.patch": f"{mails}\n"})
-    with pytest.raises(PatchConflict, match="has none of its files, which may be another project"):
+    with pytest.raises(PatchConflict, match="has none of its files: it may be of another project"):
         take(applied, forge, str(tmp_path / "other.patch"))
     sh_git(other, "update-ref", "refs/pull/1/head", "HEAD")
     sh_git(other, "reset", "--quiet", "--hard", "HEAD~1")
-    with pytest.raises(PatchConflict, match="pull-1: .* may be another project"):
+    with pytest.raises(PatchConflict, match="pull-1: .* may be of another project"):
         take(applied, other, 1)
     sh_git(other, "checkout", "--quiet", "--orphan", "alone")
     commit(other, "alone", {"src/main.c": "\n"})

@@ -206,7 +206,7 @@ def _not_applied(work: _Import, done: am.Applied, subjects: Sequence[str]) -> Wo
         )
     cause = done.cause
     if done.paths and not work.git.entries(done.paths, work.head):
-        cause += f"; {work.head[:12]} has none of its files, which may be another project's"
+        cause += f"; vendor/{work.project} has none of its files: it may be of another project"
     merging = replace(work.options, stops=True)
     hint = hints.text("repo.by_hand_conflict", command=merging.command(work.project))
     if len(subjects) > 1 and (squash := _offer(work)):
@@ -299,7 +299,7 @@ def _without_tests(work: _Import, raws: Sequence[bytes]) -> tuple[list[bytes], l
                 left_out |= dict.fromkeys(sorted(paths))
         is_whole = len(kept) == len(changes) + 1
         kept_raws.append(raw if is_whole else b"\n".join(kept).rstrip(b"\n") + b"\n")
-    why = "on request" if work.options.without_tests else f"{work.head[:12]} has no such file"
+    why = "on request" if work.options.without_tests else f"vendor/{work.project} has no such file"
     return kept_raws, [f"{path} is left out: {why}" for path in left_out]
 
 
