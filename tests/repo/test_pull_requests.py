@@ -1,5 +1,6 @@
 """Pull requests of a real forge: a git remote with refs/pull, and a server of mails and diffs."""
 
+import contextlib
 import functools
 import http.server
 import ssl
@@ -277,24 +278,29 @@ def test_all_tests_are_left_out_on_request(applied: Workspace, forge: Path, squa
     assert (applied.vllm / FILE).read_text() == "tested\n"
 
 
+@pytest.mark.parametrize("squash", [False, True])
 def test_conflict_has_the_squash_in_its_hint_and_both_ways_lead_on(
-    either_applied: Workspace, forge: Path, snapshot: Snapshot
+    either_applied: Workspace, forge: Path, snapshot: Snapshot, squash: bool
 ) -> None:
     take(either_applied, forge, 1, squash=True)
     with pytest.raises(PatchConflict, match=r"patch 1 of 2, 'Twenty'") as failure:
         take(either_applied, forge, 6)
-    assert (failure.value.hint or "").startswith("./scripts/inv patch.import 6 --squash --merge   ")
+    hint = failure.value.hint or ""
+    assert hint.startswith("./scripts/inv patch.import 6 --squash --merge   ")
+    assert "or ./scripts/inv patch.import 6 --merge, then ./scripts/inv patch.continue" in hint
     before = state(either_applied, snapshot)
     with pytest.raises(PatchConflict, match="nothing was changed"):
         take(either_applied, forge, 6, squash=True)
     assert state(either_applied, snapshot) == before
     with pytest.raises(PatchConflict):
-        take(either_applied, forge, 6, squash=True, stops=True)
-    assert either_applied.stack().state is State.IN_PROGRESS
-    write(either_applied.vllm, {"vllm/lines.py": "both\n", FILE: "both\n"})
-    sh_git(either_applied.vllm, "add", "--update")
-    either_applied.resume("continue")
-    assert "".join(log(either_applied, "%B")[-2:]).startswith(f"Co-authored-by: {BOB}")
+        take(either_applied, forge, 6, squash=squash, stops=True)
+    stopped = 0
+    while either_applied.stack().state is State.IN_PROGRESS:
+        stopped += 1
+        write(either_applied.vllm, {"vllm/lines.py": "both\n", FILE: f"both, {stopped}\n"})
+        sh_git(either_applied.vllm, "add", "--update")
+        with contextlib.suppress(PatchConflict):
+            either_applied.resume("continue")
     done = export.run(
         either_applied.layout,
         "vllm",
@@ -302,7 +308,10 @@ def test_conflict_has_the_squash_in_its_hint_and_both_ways_lead_on(
         either_applied.observe(),
         run_log=either_applied.run_log,
     )
-    assert done.written == ("Twenty.patch",)
+    assert (done.written[0], len(done.written)) == ("Twenty.patch", 1 if squash else 2)
+    names = [ANN, BOB] if not squash else [f"Co-authored-by: {BOB}"]
+    form = "%b" if squash else "%an <%ae>"
+    assert set(names) <= set(log(either_applied, form, len(done.written)))
 
 
 def test_squash_is_offered_where_only_the_net_change_applies(

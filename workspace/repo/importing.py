@@ -163,6 +163,8 @@ def _tip_on(work: _Import, head: str, session: Session | None = None) -> str:
 def _commits_in_checkout(session: Session, work: _Import, head: str) -> tuple[Commit, ...]:
     """Apply the mails in the checkout; leave the `am` that stops there and raise PatchConflict."""
     git, layout = work.git, session.layout
+    for part in work.parts:
+        part.write_bytes(mail.with_status(part.read_bytes(), _status_of(work.origin)))
     done = am.start(git, work.parts, run_log=session.run_log)
     if done.tip is None:
         subject = mail.read_mail(work.parts[done.position - 1]).subject

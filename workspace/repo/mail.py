@@ -35,6 +35,7 @@ _STATUS = re.compile(
 _TRAILER_LINE = re.compile(rf"^{TRAILER}:[ \t]*(.*?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
 # Where git mailinfo lets a message end (git-am(1), DISCUSSION).
 _END = re.compile(rb"^(?:diff -|Index: |---[ \t\r\f\v]*$|--- \S)", re.MULTILINE)
+_ENCODED = ("quoted-printable", "base64")
 _DIFF = re.compile(rb"^diff --git ", re.MULTILINE)
 _HAS_DIFF = re.compile(rb"^(?:diff --git |--- \S.*\n\+\+\+ \S)", re.MULTILINE)
 _HUNK = re.compile(rb"(@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@).*", re.DOTALL)
@@ -83,7 +84,7 @@ def read_mail(path: Path) -> Mail:
 def parse(raw: bytes) -> Mail:
     """Parse a mail: headers are unfolded and decoded (RFC 2047), the diff stays unchanged."""
     headers, body = _headers(raw)
-    if headers.get("content-transfer-encoding", "").lower() in ("quoted-printable", "base64"):
+    if headers.get("content-transfer-encoding", "").lower() in _ENCODED:
         decoded = message_from_bytes(raw).get_payload(decode=True)
         body = decoded.replace(b"\r\n", b"\n") if isinstance(decoded, bytes) else body
     end = _END.search(body)
@@ -163,10 +164,23 @@ def has_diff(raw: bytes) -> bool:
 
 def made(author: str, date: str, message: bytes, diff: bytes) -> bytes:
     """Return a mail of a diff; the first paragraph of the message is the subject."""
-    head = f"From: {author}\nDate: {date}\nSubject: ".encode(errors="surrogateescape")
+    dated = f"Date: {date}\n" if date else ""
+    head = f"From: {author}\n{dated}Subject: ".encode(errors="surrogateescape")
     subject, _, text = message.partition(b"\n\n")
     body = b" ".join(subject.split()) + b"\n\n" + text + b"\n---\n"
     return SEPARATOR + head + body + with_prefixes(diff)
+
+
+def with_status(raw: bytes, line: str) -> bytes:
+    """Return a mail with this last line of its message, unless it has a status or is encoded."""
+    headers, body = _headers(raw)
+    read, end = parse(raw), _END.search(body)
+    is_encoded = headers.get("content-transfer-encoding", "").lower() in _ENCODED
+    if is_encoded or end is None or (read.status and is_status(read.status)):
+        return raw
+    message = with_trailer(without_status(f"{read.subject}\n\n{read.message}"), line)
+    text = message.encode(errors="surrogateescape")
+    return made(read.author, read.date, text, body[end.start() :])
 
 
 def with_header(raw: bytes, name: str, text: str) -> bytes:
