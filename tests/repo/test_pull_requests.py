@@ -1,12 +1,14 @@
 """Pull requests of a real forge: a git remote with refs/pull, and a server of mails and diffs."""
 
+import base64
 import contextlib
 import functools
 import http.server
+import quopri
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -274,6 +276,21 @@ def test_all_tests_are_left_out_on_request(applied: Workspace, forge: Path, squa
     done = take(applied, forge, 5, without_tests=True, squash=squash)
     assert done.written == ("Core-With-tests.patch",)
     assert "tests/new.py is left out: on request" in applied.err.getvalue()
+    assert not (applied.vllm / "tests").exists()
+    assert (applied.vllm / FILE).read_text() == "tested\n"
+
+
+@pytest.mark.parametrize("encode", [base64.encodebytes, quopri.encodestring])
+def test_encoded_mail_is_read_as_any_other(
+    applied: Workspace, forge: Path, tmp_path: Path, encode: Callable[[bytes], bytes]
+) -> None:
+    mails = (forge.parent / "www" / "5.patch").read_bytes().split(b"\nFrom ")
+    head, _, body = mails[0].partition(b"\n\n")
+    name = b"base64" if encode is base64.encodebytes else b"quoted-printable"
+    head += b"\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: " + name
+    write(tmp_path, {"encoded.patch": head + b"\n\n" + encode(body)})
+    done = take(applied, forge, str(tmp_path / "encoded.patch"), without_tests=True)
+    assert done.written == ("Core-With-tests.patch",)
     assert not (applied.vllm / "tests").exists()
     assert (applied.vllm / FILE).read_text() == "tested\n"
 

@@ -241,7 +241,7 @@ def _chosen(work: _Import, notes: list[str]) -> _Import:
     for part, raw in zip(work.parts, raws, strict=True):
         if raw != part.read_bytes():
             part.write_bytes(raw)
-        if mail.has_diff(raw) or b"base64" in raw.lower():
+        if mail.has_diff(raw):
             parts.append(part)
     if not parts:
         raise SettingsError(
@@ -439,11 +439,11 @@ def _readable(
     kept = []
     for part in parts:
         raw = part.read_bytes()
-        read = mail.parse(raw)
-        if not (read.diff or mail.has_diff(raw) or b"base64" in raw.lower()):
+        changed = mail.with_prefixes(mail.decoded(raw))
+        read = mail.parse(changed)
+        if not mail.has_diff(changed):
             notes.append(f"{origin.name}: {read.subject!r} changes no file and is left out")
             continue
-        changed = mail.with_prefixes(raw)
         if not re.search(r"<[^<>\s]+>|\S@\S", read.author):
             name = read.author.replace("<>", "").strip()
             author = f"{name} <unknown>" if name else "{} <{}>".format(*patches.user(git))

@@ -83,10 +83,7 @@ def read_mail(path: Path) -> Mail:
 
 def parse(raw: bytes) -> Mail:
     """Parse a mail: headers are unfolded and decoded (RFC 2047), the diff stays unchanged."""
-    headers, body = _headers(raw)
-    if headers.get("content-transfer-encoding", "").lower() in _ENCODED:
-        decoded = message_from_bytes(raw).get_payload(decode=True)
-        body = decoded.replace(b"\r\n", b"\n") if isinstance(decoded, bytes) else body
+    headers, body = _headers(raw := decoded(raw))
     end = _END.search(body)
     start = _DIFF.search(body, end.start()) if end else None
     charset = re.search(r"charset=\"?([\w.-]+)", headers.get("content-type", ""), re.IGNORECASE)
@@ -103,6 +100,17 @@ def parse(raw: bytes) -> Mail:
         status_of(message),
         body[start.start() :] if start else b"",
     )
+
+
+def decoded(raw: bytes) -> bytes:
+    """Return a mail without transfer encoding: quoted-printable or base64 (RFC 2045)."""
+    if _headers(raw)[0].get("content-transfer-encoding", "").lower() not in _ENCODED:
+        return raw
+    body = message_from_bytes(raw).get_payload(decode=True)
+    if not isinstance(body, bytes):
+        return raw
+    head = re.sub(rb"(?i)\nContent-Transfer-Encoding:.*", b"", raw.partition(b"\n\n")[0])
+    return head + b"\n\n" + body.replace(b"\r\n", b"\n")
 
 
 def status_of(message: str) -> str | None:
@@ -172,11 +180,10 @@ def made(author: str, date: str, message: bytes, diff: bytes) -> bytes:
 
 
 def with_status(raw: bytes, line: str) -> bytes:
-    """Return a mail with this last line of its message, unless it has a status or is encoded."""
-    headers, body = _headers(raw)
+    """Return a mail with this last line of its message, unless it has a status."""
+    _, body = _headers(raw := decoded(raw))
     read, end = parse(raw), _END.search(body)
-    is_encoded = headers.get("content-transfer-encoding", "").lower() in _ENCODED
-    if is_encoded or end is None or (read.status and is_status(read.status)):
+    if end is None or (read.status and is_status(read.status)):
         return raw
     message = with_trailer(without_status(f"{read.subject}\n\n{read.message}"), line)
     text = message.encode(errors="surrogateescape")
