@@ -218,7 +218,8 @@ def test_squash_is_one_patch_with_all_authors_once(either_applied: Workspace, fo
     assert log(either_applied, "%an <%ae>") == [ANN]
     assert "\n".join(log(either_applied, "%B")) == (
         "[Core] Größer\n\n* [Misc] Say\n\nWhy.\n\n* address comments\n\n* address comments\n\n"
-        f"And more.\n\nCo-authored-by: {BOB}\nCo-authored-by: {EVE}\nUpstream-Status: Pending"
+        f"And more.\n\nSigned-off-by: {ANN}\nCo-authored-by: {BOB}\nCo-authored-by: {EVE}\n"
+        "Upstream-Status: Pending"
     )
     assert (either_applied.vllm / FILE).read_text() == "three\n"
     with pytest.raises(PatchDrift, match="upstreamed: '.Misc. Say' changes nothing"):

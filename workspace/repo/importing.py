@@ -47,7 +47,7 @@ _SHOWN = re.compile(
 class _Import:
     """An import on the commit `head`: its origin, and one file per mail in `folder`.
 
-    `check` is a hint.
+    `by_hand` is a command line, `check` a hint.
     """
 
     git: Git
@@ -57,6 +57,7 @@ class _Import:
     head: str
     folder: Path
     parts: Sequence[Path]
+    by_hand: str
     check: str
     place: Path
 
@@ -96,7 +97,9 @@ def run(session: Session, options: ImportOptions, origin: Origin, stack: Stack) 
         mails.mkdir()
         parts = _readable(am.split_mails(git, kept, mails), origin, git, notes)
         place = layout.state / f"{project}-stack"
-        work = _Import(git, origin, options, project, stack.head, Path(folder), parts, check, place)
+        work = _Import(
+            git, origin, options, project, stack.head, Path(folder), parts, by_hand, check, place
+        )
         work = _chosen(work, notes)
         readable = b"".join(part.read_bytes() for part in work.parts)
         if readable != kept.read_bytes():
@@ -183,12 +186,11 @@ def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
     if len(made) != len(subjects):
         found = [" ".join(commit.message.split("\n\n")[0].split()) for commit in made]
         lost = [subject for subject in subjects if subject not in found] or subjects
-        by_hand = replace(work.options, stops=True).command(work.project)
         raise PatchDrift(
             f"{work.origin.name}: upstreamed: {', '.join(map(repr, lost))} changes nothing on"
             f" {head[:12]}; nothing was changed",
             hint=(
-                hints.text("repo.other_patches", command=by_hand)
+                hints.text("repo.other_patches", command=work.by_hand)
                 if made
                 else hints.text("repo.present_stack")
             ),
@@ -338,15 +340,15 @@ def _message_of(mails: Sequence[mail.Mail], subject: str, status: str) -> str:
 
     As a forge makes it when it squashes a pull request.
     """
-    texts, trailers = [], {}
+    texts: list[str] = []
+    trailers: dict[tuple[str, str], str] = {}
     for part in mails:
         message = mail.without_status(part.message)
-        trailers[_address(part.author)] = f"Co-authored-by: {part.author}"
-        for line in _CREDIT.findall(message):
-            trailers.setdefault(_address(line), line)
+        for line in (f"Co-authored-by: {part.author}", *_CREDIT.findall(message)):
+            trailers.setdefault(_credit_of(line), line)
         text = _CREDIT.sub("", message).strip()
         texts.append(f"* {part.subject}" + (f"\n\n{text}" if text else ""))
-    del trailers[_address(mails[0].author)]
+    del trailers[_credit_of(f"Co-authored-by: {mails[0].author}")]
     known = [part.status for part in mails if part.status and mail.is_status(part.status)]
     message = "\n\n".join((subject or mails[0].subject, *texts))
     for line in (*trailers.values(), f"{mail.TRAILER}: {known[0]}" if known else status):
@@ -354,10 +356,11 @@ def _message_of(mails: Sequence[mail.Mail], subject: str, status: str) -> str:
     return message
 
 
-def _address(author: str) -> str:
-    """Return what identifies an author: the address in lower case, else the text."""
+def _credit_of(line: str) -> tuple[str, str]:
+    """Return what identifies a trailer: its name and address, in lower case."""
+    name, _, author = line.lower().partition(": ")
     found = re.search(r"<([^<>]+)>", author)
-    return (found[1] if found else author).lower()
+    return name, found[1] if found else author
 
 
 def _status_of(origin: Origin) -> str:
