@@ -16,7 +16,8 @@ from workspace.core import files
 from workspace.core.errors import SourceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, load
-from workspace.repo import importing, index
+from workspace.repo import index
+from workspace.repo.git import remotes
 
 MANNERS = (
     "endless",
@@ -112,7 +113,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(files, "ANSWER_S", 0.6)
     monkeypatch.setattr(files, "LARGEST_FILE", 3 << 20)
     monkeypatch.setattr(files, "LARGEST_PAGE", 3 << 20)
-    monkeypatch.setattr(importing, "LARGEST_BYTES", 3 << 20)
+    monkeypatch.setattr(remotes, "LARGEST_BYTES", 3 << 20)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.daemon_threads = True
         server.is_read_on = False  # type: ignore[attr-defined]
@@ -129,7 +130,7 @@ def fetch(way: str, url: str, settings: Settings, place: Path) -> None:
     if way == "file":
         files.download(url, place, expected_sha256=None, timeout_s=5)
     elif way == "patch":
-        importing._fetched(url, settings)
+        remotes.fetched(url, settings)
     else:
         index.project_page("vllm", settings)
 

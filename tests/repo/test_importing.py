@@ -19,13 +19,14 @@ from workspace.core.errors import (
     SourceError,
     WorkspaceError,
 )
-from workspace.repo import importing
+from workspace.repo import patching
 from workspace.repo.export import Export
-from workspace.repo.patches import State
+from workspace.repo.git import remotes
+from workspace.repo.patches import ImportOptions, State
 
 
 def take(workspace: Workspace, source: Path | str, **settings: str) -> Export:
-    return importing.run(workspace.session(**settings), str(source))
+    return patching.take(workspace.session(**settings), ImportOptions(str(source)))
 
 
 def state(workspace: Workspace, snapshot: Snapshot) -> object:
@@ -125,7 +126,7 @@ def test_pull_request_of_a_mirror_on_this_disk(applied: Workspace, mails: Path) 
     assert done.written == ("Core-first-one.patch", "A-second-one.patch"), "the merge is left out"
     with pytest.raises(
         SourceError,
-        match="pull request 7 of https://upstream.invalid/vllm.git cannot be fetched: only GitHub",
+        match="pull request 7 of https://upstream.invalid/vllm.git cannot .* has no refs/pull/7/h",
     ):
         take(applied, "7", VLLM_MIRROR=str(mails / "work"))
 
@@ -144,7 +145,7 @@ def test_conflict_is_refused_with_its_files_and_nothing_changed(
     file = mails / "conflict.patch"
     assert hint.split("    ")[0] == f"./scripts/inv patch.import {file} --merge"
     with pytest.raises(PatchConflict, match="'Twenty again'") as stopped:
-        importing.run(either_applied.session(), str(file), stops=True)
+        patching.take(either_applied.session(), ImportOptions(str(file), stops=True))
     assert "git -C vendor/vllm add vllm/lines.py && ./scripts/inv patch.continue" in (
         stopped.value.hint or ""
     )
@@ -318,7 +319,7 @@ def test_address_is_followed_and_named_in_the_status_without_credentials(
 def test_no_credentials_of_the_user_are_sent_and_failures_are_sentences(
     applied: Workspace, server: _Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importing, "LARGEST_BYTES", 3 << 20)
+    monkeypatch.setattr(remotes, "LARGEST_BYTES", 3 << 20)
     place = f"http://127.0.0.1:{server.server_port}"
     for path, match in (
         ("/nothing", "the server answers 404"),
@@ -359,7 +360,7 @@ def test_no_credentials_of_the_user_are_sent_and_failures_are_sentences(
     ],
 )
 def test_addresses_of_github_lead_to_the_mail(source: str, fetched: str | None) -> None:
-    assert importing.public_of(source) == fetched
+    assert patching.public_of(source) == fetched
 
 
 ESCAPES = """From 1111111111111111111111111111111111111111 Mon Sep 17 00:00:00 2001

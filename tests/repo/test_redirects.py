@@ -10,7 +10,7 @@ import pytest
 from workspace.core.errors import SourceError
 from workspace.core.paths import Layout
 from workspace.core.settings import load
-from workspace.repo import importing
+from workspace.repo.git import remotes
 
 TYPED = "https://github.com/o/r/pull/1.patch"
 
@@ -39,7 +39,7 @@ TYPED = "https://github.com/o/r/pull/1.patch"
 )
 def test_another_host_or_protocol_is_refused(target: str) -> None:
     with pytest.raises(ValueError, match="redirects to|Invalid|out of range"):
-        importing._check_redirect(TYPED, target)
+        remotes._check_redirect(TYPED, target)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_another_host_or_protocol_is_refused(target: str) -> None:
     ],
 )
 def test_redirect_on_the_typed_host_and_to_githubs_own_is_followed(typed: str, target: str) -> None:
-    importing._check_redirect(typed, target)
+    remotes._check_redirect(typed, target)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -90,7 +90,7 @@ def test_service_of_this_machine_is_not_requested(
     with serving(f"http://localhost:{service.server_port}/secret") as page:
         threading.Thread(target=page.serve_forever, args=(0.01,), daemon=True).start()
         with pytest.raises(SourceError, match="redirects to another host"):
-            importing._fetched(
+            remotes.fetched(
                 f"http://127.0.0.1:{page.server_port}/1.patch",
                 load(Layout(tmp_path), environ={"HOME": "/h"}),
             )

@@ -74,18 +74,29 @@ def patch_export(
     positional=["origin"],
     help={
         "origin": "a mail file, a URL, or the number of a pull request",
+        "squash": "take the net change as one patch, with all authors",
+        "subject": "subject of the patch, of a diff or with --squash",
+        "without-tests": "leave out all changes below tests/",
         "merge": "stop at a conflict in the checkout, for patch.continue",
         "project": PROJECT,
         "wait": WAIT,
     },
 )
 def patch_import(
-    _: Context, origin: str, merge: bool = False, project: str = "vllm", wait: bool = False
+    _: Context,
+    origin: str,
+    squash: bool = False,
+    subject: str = "",
+    without_tests: bool = False,
+    merge: bool = False,
+    project: str = "vllm",
+    wait: bool = False,
 ) -> None:
     """Import a patch: a file, a URL, a pull request."""
     from workspace.repo import patching
+    from workspace.repo.patches import ImportOptions
 
-    options = patching.ImportOptions(origin, stops=merge)
+    options = ImportOptions(origin, merge, squash, " ".join(subject.split()), without_tests)
     patching.import_(*main.opened(), project, options, console=main.console(), wait=wait)
 
 

@@ -1,11 +1,10 @@
-"""Patches from a file, a URL or a pull request become commits and patches: `inv patch.import`.
+"""Mails of a file, a URL or a pull request become commits and patches: `inv patch.import`.
 
-The commits are first made and proven outside of the checkout: an import that does not apply, or
-cannot be a patch, is refused with nothing changed.
+patching.py reads and fetches them. The commits are first made and proven outside of the checkout:
+an import that does not apply, or cannot be a patch, is refused with nothing changed.
 """
 
 import contextlib
-import functools
 import re
 import shlex
 import tempfile
@@ -13,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from email.utils import format_datetime, localtime
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from workspace.core import hints
 from workspace.core.errors import (
@@ -22,41 +19,23 @@ from workspace.core.errors import (
     PatchConflict,
     PatchDrift,
     SettingsError,
-    SourceError,
     WorkspaceError,
     counted,
 )
-from workspace.core.files import opened, read_regular, reason_of, received, write_atomic
-from workspace.core.paths import typed
-from workspace.core.settings import Settings, without_user
+from workspace.core.files import write_atomic
 from workspace.repo import checkout as checkouts
 from workspace.repo import export, mail, patches, series
 from workspace.repo.git import AM_BY_HAND, Git, am, worktree
 from workspace.repo.git.am import Commit
 from workspace.repo.git.command import file_stems
-from workspace.repo.patches import Session
+from workspace.repo.patches import ImportOptions, Origin, Session
 from workspace.repo.series import TIP_REF, Stack, State
-
-if TYPE_CHECKING:
-    import requests
-
-# A patch of 5 MB is large; a larger file is a release, or a mistake.
-LARGEST_BYTES = 64 << 20
-LONGEST_S = 120.0
-_GITHUB = re.compile(
-    r"(?:https?://|ssh://)?(?:[^/@]*@)?github\.com[:/]([A-Za-z0-9_.-]+)/"
-    r"([A-Za-z0-9_-][A-Za-z0-9_.-]*?)(?:\.git)?/?"
-)
-_ON_GITHUB = re.compile(
-    r"(https?://github\.com/[^/]+/[^/]+)/"
-    r"(?:pull/\d+/commits/([0-9a-f]{7,40})|(pull/\d+|commit/[0-9a-f]{7,40}))(?:[./?#].*)?"
-)
-
 
 # Messages of git about content that differs, not about a patch that it cannot read.
 _UNFITTING = re.compile(
     r"^patch failed: |does not exist|already exists|does not match|No such file|does not apply"
 )
+_CREDIT = re.compile(r"^(?:Co-authored-by|Signed-off-by): .*$", re.MULTILINE | re.IGNORECASE)
 # What `git show` and `git log -1 --patch` print before a diff.
 _SHOWN = re.compile(
     rb"commit [0-9a-f]{40}.*\n(?:Merge: .*\n)?Author: +(.+)\n(?:Author)?Date: +(.+)\n(?:.*\n)??\n"
@@ -65,62 +44,67 @@ _SHOWN = re.compile(
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Mails to import: their bytes, their name in messages, and their public URL if any."""
-
-    raw: bytes
-    name: str
-    url: str | None
-
-
-@dataclass(frozen=True)
 class _Import:
-    """An import: its origin, one file per mail, and what applies or checks it by hand.
+    """An import on the commit `head`: its origin, and one file per mail in `folder`.
 
-    `by_hand` and `merging` are command lines, `check` a hint.
+    `by_hand` is a command line, `check` a hint.
     """
 
     git: Git
     origin: Origin
+    options: ImportOptions
+    project: str
+    head: str
+    folder: Path
     parts: Sequence[Path]
     by_hand: str
     check: str
     place: Path
-    merging: str
 
 
-def run(session: Session, source: str, *, stops: bool = False) -> export.Export:
-    """Apply the commits of a mail to the stack and export all patches.
+def ready(session: Session, options: ImportOptions) -> Stack:
+    """Return the stack that the import extends. Raises CheckoutError where it is in the way."""
+    layout, project = session.layout, session.project
+    git = Git(checkouts.folder_of(layout, session.pin))
+    stack = patches.observe(layout, project, session.pin, session.checkout)
+    if stack.head is None or not stack.has_patches or stack.dirty:
+        again = f"./scripts/inv patch.import {shlex.quote(options.source)}"
+        raise _refusal(project, layout.relative(git.path), git, stack, again)
+    return stack
 
-    `source` is a file, a URL, or the number of a pull request. Author and date stay; each message
-    gets an Upstream-Status unless it has one. Raises CheckoutError where the checkout cannot take
-    commits, SettingsError and SourceError for a source that is no mail or cannot be fetched,
-    PatchConflict where it does not apply, PatchDrift where it is upstream already or cannot be a
-    patch. Nothing is changed then, but `stops` leaves a conflict in the checkout.
+
+def run(session: Session, options: ImportOptions, origin: Origin, stack: Stack) -> export.Export:
+    """Apply the commits of an origin to the stack and export all patches.
+
+    Author and date stay; each message gets an Upstream-Status unless it has one. Raises
+    SettingsError for content that is no mail, PatchConflict where it does not apply, PatchDrift
+    where it is upstream already or cannot be a patch. Nothing is changed then, but `options.stops`
+    leaves a conflict in the checkout.
     """
     layout, project, run_log = session.layout, session.project, session.run_log
     git = Git(checkouts.folder_of(layout, session.pin))
     shown = layout.relative(git.path)
-    stack = patches.observe(layout, project, session.pin, session.checkout)
-    if stack.head is None or not stack.has_patches or stack.dirty:
-        verb = f"./scripts/inv patch.import {shlex.quote(source)}"
-        raise _refusal(project, shown, git, stack, verb)
-    origin = _origin(session, source)
+    assert stack.head, "ready returns no other stack"
+    notes = [origin.note] if origin.note else []
     # The user may have to apply it by hand.
     kept = layout.state / "imported" / f"{origin.name}.patch"
-    raw, notes = _as_mail(origin, git)
-    write_atomic(kept, raw)
+    write_atomic(kept, _as_mail(origin, git, options.subject, notes))
     file = f"../../{layout.relative(kept)}"
     by_hand = f"git -C {shown} {AM_BY_HAND} {shlex.quote(file)}"
     check = hints.text("repo.check_diff", shown=shown, path=file)
     with tempfile.TemporaryDirectory(prefix="workspace-import-") as folder:
-        parts = _readable(am.split_mails(git, kept, Path(folder)), origin, git, notes)
-        if (readable := b"".join(part.read_bytes() for part in parts)) != raw:
-            write_atomic(kept, readable)
+        mails = Path(folder, "mails")
+        mails.mkdir()
+        parts = _readable(am.split_mails(git, kept, mails), origin, git, notes)
         place = layout.state / f"{project}-stack"
-        again = patches.merging_command(source, project)
-        work = _Import(git, origin, parts, by_hand, check, place, again)
-        holder = session if stops else None
+        work = _Import(
+            git, origin, options, project, stack.head, Path(folder), parts, by_hand, check, place
+        )
+        work = _chosen(work, notes)
+        readable = b"".join(part.read_bytes() for part in work.parts)
+        if readable != kept.read_bytes():
+            write_atomic(kept, readable)
+        holder = session if options.stops else None
         tip = stack.head if _is_applied(work, stack) else _tip_on(work, stack.head, holder)
     try:
         prepared = export.prepare(layout, project, session.pin, replace(session.checkout, head=tip))
@@ -182,6 +166,8 @@ def _tip_on(work: _Import, head: str, session: Session | None = None) -> str:
 def _commits_in_checkout(session: Session, work: _Import, head: str) -> tuple[Commit, ...]:
     """Apply the mails in the checkout; leave the `am` that stops there and raise PatchConflict."""
     git, layout = work.git, session.layout
+    for part in work.parts:
+        part.write_bytes(mail.with_status(part.read_bytes(), _status_of(work.origin)))
     done = am.start(git, work.parts, run_log=session.run_log)
     if done.tip is None:
         subject = mail.read_mail(work.parts[done.position - 1]).subject
@@ -192,7 +178,6 @@ def _commits_in_checkout(session: Session, work: _Import, head: str) -> tuple[Co
 
 def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
     """Make the commits on `head` with their original messages; no file and no reference changes."""
-    origin, by_hand = work.origin, work.by_hand
     done = am.applied(work.git, head, work.parts, place=work.place)
     subjects = [mail.read_mail(part).subject for part in work.parts]
     if done.tip is None:
@@ -202,10 +187,10 @@ def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
         found = [" ".join(commit.message.split("\n\n")[0].split()) for commit in made]
         lost = [subject for subject in subjects if subject not in found] or subjects
         raise PatchDrift(
-            f"{origin.name}: upstreamed: {', '.join(map(repr, lost))} changes nothing on"
+            f"{work.origin.name}: upstreamed: {', '.join(map(repr, lost))} changes nothing on"
             f" {head[:12]}; nothing was changed",
             hint=(
-                hints.text("repo.other_patches", command=by_hand)
+                hints.text("repo.other_patches", command=work.by_hand)
                 if made
                 else hints.text("repo.present_stack")
             ),
@@ -221,17 +206,165 @@ def _not_applied(work: _Import, done: am.Applied, subjects: Sequence[str]) -> Wo
     )
     if not done.conflicted and not _UNFITTING.search(done.reason):
         return SettingsError(
-            f"{which} is refused by git am: {done.reason}; nothing was changed",
-            hint=work.check,
+            f"{which} is refused by git am: {done.reason}; nothing was changed", hint=work.check
         )
-    hint = hints.text("repo.by_hand_conflict", command=work.merging)
-    if done.position > 1 and work.origin.url and public_of(work.origin.url):
-        # A merge of main is in no mail, so the commits after it need not apply.
-        url = f"{work.origin.url}.diff"
-        hint = hints.text("repo.net_change", url=url, command=work.merging)
-    return PatchConflict(
-        f"{which} {done.cause}; nothing was changed", hint=hint, details=done.details
+    cause = done.cause
+    if done.paths and not work.git.entries(done.paths, work.head):
+        cause += f"; vendor/{work.project} has none of its files: it may be of another project"
+    merging = replace(work.options, stops=True)
+    hint = hints.text("repo.by_hand_conflict", command=merging.command(work.project))
+    if len(subjects) > 1 and (squash := _offer(work)):
+        by_hand = merging.command(work.project)
+        hint = hints.text("repo.squash", command=squash.command(work.project), by_hand=by_hand)
+    return PatchConflict(f"{which} {cause}; nothing was changed", hint=hint, details=done.details)
+
+
+def _offer(work: _Import) -> ImportOptions | None:
+    """Return the options that take the net change of a request, or None where it is not known."""
+    with contextlib.suppress(WorkspaceError):
+        if not work.options.stops and (net := work.origin.net()):
+            diff = work.folder / "net.diff"
+            diff.write_bytes(_without_tests(work, [net])[0][0])
+            stops = worktree.tree_after(work.git, work.head, [diff]) is None
+            return replace(work.options, squash=True, stops=stops)
+    return None
+
+
+def _chosen(work: _Import, notes: list[str]) -> _Import:
+    """Return the import with the mails that the options ask for, or that a merge of main needs.
+
+    What is left out is added to `notes`. Raises what `_squashed` raises, and SettingsError for a
+    subject where there are several patches.
+    """
+    name, options = work.origin.name, work.options
+    raws, left_out = _without_tests(work, [part.read_bytes() for part in work.parts])
+    notes += [f"{name}: {note}" for note in left_out]
+    parts = []
+    for part, raw in zip(work.parts, raws, strict=True):
+        if raw != part.read_bytes():
+            part.write_bytes(raw)
+        if mail.has_diff(raw):
+            parts.append(part)
+    if not parts:
+        raise SettingsError(
+            f"{name} changes nothing but tests that are left out, so there is nothing to import",
+            hint=hints.text("inv.patch"),
+        )
+    work = replace(work, parts=parts)
+    if options.squash and (len(parts) > 1 or work.origin.has_merges):
+        return _squashed(work)
+    if options.subject and len(parts) > 1:
+        command = replace(options, squash=True).command(work.project)
+        raise SettingsError(
+            f"--subject is for one patch, and {name} has {len(parts)}; nothing was changed",
+            hint=hints.text("repo.squash_subject", command=command),
+        )
+    if options.subject:
+        parts[0].write_bytes(mail.with_header(parts[0].read_bytes(), "Subject", options.subject))
+    if not work.origin.has_merges:
+        return work
+    net = _squashed(work)
+    wanted = worktree.tree_after(work.git, work.head, net.parts)
+    with contextlib.suppress(PatchConflict, PatchDrift, SettingsError):
+        tip = _commits_on(replace(work, options=net.options), work.head)[-1].oid
+        if work.git.tree(tip) == wanted:
+            return work
+    notes.append(f"{name} merges main, so its net change is taken, as one patch")
+    return net
+
+
+def _without_tests(work: _Import, raws: Sequence[bytes]) -> tuple[list[bytes], list[str]]:
+    """Return mails or diffs without some changes below tests/, and notes that name these.
+
+    On request all are left out, else those of files that neither `head` has nor the request adds.
+    """
+    read = [mail.file_changes(raw) for raw in raws]
+    tests = {
+        path
+        for _, changes in read
+        for change in changes
+        for path in (change.old, change.new)
+        if path and path.startswith("tests/")
+    }
+    known = set(work.git.entries(sorted(tests), work.head)) if tests else set()
+    left_out: dict[str, None] = {}
+    kept_raws = []
+    for raw, (text, changes) in zip(raws, read, strict=True):
+        kept = [text]
+        for change in changes:
+            paths = {path for path in (change.old, change.new) if path}
+            is_fitting = not work.options.without_tests and (
+                change.old is None or change.old in known
+            )
+            if is_fitting or not paths <= tests:
+                kept.append(change.text)
+                known |= paths
+            else:
+                left_out |= dict.fromkeys(sorted(paths))
+        is_whole = len(kept) == len(changes) + 1
+        kept_raws.append(raw if is_whole else b"\n".join(kept).rstrip(b"\n") + b"\n")
+    why = "on request" if work.options.without_tests else f"vendor/{work.project} has no such file"
+    return kept_raws, [f"{path} is left out: {why}" for path in left_out]
+
+
+def _squashed(work: _Import) -> _Import:
+    """Return the import with one mail: the net change, by the authors of its commits.
+
+    Where the net change is not known, it is that of the commits, which then have to apply. Raises
+    PatchDrift where it is empty, and what `_commits_on` raises.
+    """
+    net = work.origin.net()
+    if net is None:
+        plain = ImportOptions(work.options.source, without_tests=work.options.without_tests)
+        made = _commits_on(replace(work, options=plain), work.head)
+        diff = am.net_change(work.git, work.head, made[-1].oid)
+    else:
+        diff = _without_tests(work, [net])[0][0]
+    if not mail.has_diff(diff):
+        raise PatchDrift(
+            f"{work.origin.name}: its commits change nothing together; nothing was changed",
+            hint=hints.text("repo.present_stack"),
+        )
+    mails = [mail.read_mail(part) for part in work.parts]
+    message = _message_of(mails, work.options.subject, _status_of(work.origin))
+    date = mails[-1].date or format_datetime(localtime())
+    one = work.folder / "squashed.patch"
+    one.write_bytes(
+        mail.made(mails[0].author, date, message.encode(errors="surrogateescape"), diff)
     )
+    return replace(work, parts=[one], options=replace(work.options, squash=True))
+
+
+def _message_of(mails: Sequence[mail.Mail], subject: str, status: str) -> str:
+    """Return the message of one commit for all: each message, then its authors as trailers.
+
+    As a forge makes it when it squashes a pull request.
+    """
+    texts: list[str] = []
+    trailers: dict[tuple[str, str], str] = {}
+    for part in mails:
+        message = mail.without_status(part.message)
+        for line in (f"Co-authored-by: {part.author}", *_CREDIT.findall(message)):
+            trailers.setdefault(_credit_of(line), line)
+        text = _CREDIT.sub("", message).strip()
+        texts.append(f"* {part.subject}" + (f"\n\n{text}" if text else ""))
+    del trailers[_credit_of(f"Co-authored-by: {mails[0].author}")]
+    known = [part.status for part in mails if part.status and mail.is_status(part.status)]
+    message = "\n\n".join((subject or mails[0].subject, *texts))
+    for line in (*trailers.values(), f"{mail.TRAILER}: {known[0]}" if known else status):
+        message = mail.with_trailer(message, line)
+    return message
+
+
+def _credit_of(line: str) -> tuple[str, str]:
+    """Return what identifies a trailer: its name and address, in lower case."""
+    name, _, author = line.lower().partition(": ")
+    found = re.search(r"<([^<>]+)>", author)
+    return name, found[1] if found else author
+
+
+def _status_of(origin: Origin) -> str:
+    return f"{mail.TRAILER}: " + (f"Submitted [{origin.url}]" if origin.url else "Pending")
 
 
 def _with_status(git: Git, head: str, made: Sequence[Commit], origin: Origin) -> str:
@@ -239,8 +372,7 @@ def _with_status(git: Git, head: str, made: Sequence[Commit], origin: Origin) ->
 
     A commit that has it, and whose parent is unchanged, stays the same.
     """
-    status = f"{mail.TRAILER}: " + (f"Submitted [{origin.url}]" if origin.url else "Pending")
-    tip = head
+    status, tip = _status_of(origin), head
     for commit in made:
         known = mail.status_of(commit.message)
         message = (
@@ -256,107 +388,11 @@ def _with_status(git: Git, head: str, made: Sequence[Commit], origin: Origin) ->
     return tip
 
 
-def _origin(session: Session, source: str) -> Origin:
-    """Read or fetch the mails of a source. Raises SettingsError and SourceError."""
-    if number := re.fullmatch(r"#?([1-9][0-9]{0,8})", source):
-        return _pull_request(session, int(number[1]))
-    if re.match(r"https?://", source):
-        page = public_of(source)
-        public = page or without_user(source)
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", public.split("://", 1)[1].removesuffix(".patch"))[
-            -80:
-        ].strip("-.")
-        # Its .diff is the net change, its .patch has a mail for each commit.
-        suffix = ".diff" if source.endswith(".diff") else ".patch"
-        raw = _fetched(f"{page}{suffix}" if page else source, session.settings)
-        return Origin(raw, name, public)
-    path = typed(source)
-    try:
-        return Origin(read_regular(path), path.name.removesuffix(".patch"), None)
-    except OSError as exc:
-        raise SettingsError(
-            f"{source} cannot be read: {exc.strerror}",
-            hint=hints.text("repo.what_to_import"),
-        ) from exc
+def _as_mail(origin: Origin, git: Git, subject: str, notes: list[str]) -> bytes:
+    """Return the mails with git's line ends, made of a diff if need be.
 
-
-def public_of(url: str) -> str | None:
-    """Return the GitHub page of the pull request or commit of a URL, or None.
-
-    GitHub serves its mails at that address with .patch appended.
-    """
-    found = _ON_GITHUB.fullmatch(url)
-    return f"{found[1]}/{found[3] or 'commit/' + found[2]}" if found else None
-
-
-def _pull_request(session: Session, number: int) -> Origin:
-    """Fetch a pull request of the pinned project from a mirror on this disk, else from GitHub."""
-    pin, settings = session.pin, session.settings
-    found = _GITHUB.fullmatch(pin.url)
-    public = f"https://github.com/{found[1]}/{found[2]}/pull/{number}" if found else None
-    mirror = Path(checkouts.url_of(session.layout, pin, settings).removeprefix("file://"))
-    if mirror.is_dir():
-        raw = am.pull_request(Git(mirror, failure=SourceError), number)
-        if raw:
-            return Origin(raw, f"pull-{number}", public)
-    if public is None:
-        raise SourceError(
-            f"pull request {number} of {without_user(pin.url)} cannot be fetched: only GitHub"
-            f" serves one, or a mirror on this disk with refs/pull/{number}/head",
-            hint=hints.text("repo.import_url"),
-        )
-    return Origin(_fetched(f"{public}.patch", settings), f"pull-{number}", public)
-
-
-def _fetched(url: str, settings: Settings) -> bytes:
-    """Fetch the content of a URL without any credentials. Raises SourceError."""
-    import requests
-
-    shown = without_user(url)
-    hint = hints.text("repo.address_or_file")
-    timeout_s = settings.connect_timeout_s
-    try:
-        with requests.Session() as session:
-            check = functools.partial(_check_redirect, url)
-            # Without this, requests would send the credentials that ~/.netrc has for the host.
-            session.auth = _no_credentials
-            with opened(url, timeout_s=timeout_s, session=session, check_redirect=check) as reply:
-                reply.raise_for_status()
-                return b"".join(received(reply, LARGEST_BYTES, longest_s=LONGEST_S))
-    except requests.HTTPError as exc:
-        raise SourceError(f"{shown}: {reason_of(exc)}", hint=hint) from exc
-    except (requests.RequestException, ValueError) as exc:
-        reason = without_user(reason_of(exc))
-        raise SourceError(f"{shown} could not be fetched: {reason}", hint=hint) from exc
-
-
-def _check_redirect(typed: str, target: str) -> None:
-    """Raise ValueError for a redirect to another host than the typed one, GitHub's content aside.
-
-    A page must not choose an address at which a service of this machine, or the metadata of a cloud
-    (169.254.169.254), answers. GitHub serves mails from a host of its own.
-    """
-    old, new = urlsplit(typed), urlsplit(target)
-    if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
-        raise ValueError(f"it redirects to {new.scheme}, which is refused")
-    is_same = new.hostname == old.hostname and (new.port or 443) in (old.port or 443, 443)
-    is_github = (
-        old.hostname in ("github.com", "gist.github.com")
-        and (new.scheme, new.port or 443) == ("https", 443)
-        and (new.hostname or "").endswith(".githubusercontent.com")
-    )
-    if not (is_same or is_github):
-        raise ValueError(f"it redirects to another host, {new.netloc.rpartition('@')[2]}")
-
-
-def _no_credentials(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
-    return request
-
-
-def _as_mail(origin: Origin, git: Git) -> tuple[bytes, list[str]]:
-    """Return the mails with git's line ends, made of a diff if need be, and notes on what is new.
-
-    Raises SettingsError for other content, and for a diff where the user has no name in git.
+    What is new is added to `notes`; `subject` is that of a diff. Raises SettingsError for other
+    content, and for a diff where the user has no name in git.
     """
     raw = origin.raw
     head = raw.partition(b"\n\n")[0].partition(b"\r\n\r\n")[0]
@@ -369,27 +405,31 @@ def _as_mail(origin: Origin, git: Git) -> tuple[bytes, list[str]]:
         if re.search(rb"^%b: " % name, head, re.MULTILINE | re.IGNORECASE)
     }
     if len(has) == 2:
-        return raw, []
-    if not mail.has_diff(raw) or raw.lstrip().startswith(b"<"):
+        return raw
+    is_page = raw.lstrip().startswith(b"<")
+    if not mail.has_diff(raw) or is_page:
+        what = ": it is empty" if not raw.strip() else ": it is a web page" if is_page else ""
         raise SettingsError(
-            f"{origin.name} is neither a mail of git format-patch nor a diff",
+            f"{origin.name} is neither a mail of git format-patch nor a diff{what}",
             hint=hints.text("repo.github_patch"),
         )
     if found := _SHOWN.search(raw):
         author, date = (text.decode(errors="surrogateescape") for text in found.groups()[:2])
         message = re.sub(rb"^ {4}", b"", found[3], flags=re.MULTILINE).strip(b"\n")
-        return mail.made(author, date, message, raw[found.end() :]), []
+        return mail.made(author, date, message, raw[found.end() :])
     name, email = patches.user(git)
     author = f"{name} <{email}>"
     if has:
-        return b"From: " + author.encode() + b"\n" + raw, [f"{origin.name} has no author: {author}"]
-    subject = re.sub(r"\.(diff|txt)$", "", origin.name)
-    note = (
+        notes.append(f"{origin.name} has no author: {author}")
+        return b"From: " + author.encode() + b"\n" + raw
+    named = subject or re.sub(r"\.(diff|txt)$", "", origin.name)
+    notes.append(
         f"{origin.name} is a diff without author and message: it is a commit of {author},"
-        f" {subject!r}; another message: git -C vendor/vllm commit --amend &&"
-        " ./scripts/inv patch.export"
+        f" {named!r}"
+        + ("" if subject else "; another subject: --subject, or git -C vendor/vllm commit --amend")
+        + ("" if subject else " && ./scripts/inv patch.export")
     )
-    return mail.made(author, format_datetime(localtime()), subject.encode(), raw), [note]
+    return mail.made(author, format_datetime(localtime()), named.encode(), raw)
 
 
 def _readable(
@@ -402,15 +442,15 @@ def _readable(
     kept = []
     for part in parts:
         raw = part.read_bytes()
-        read = mail.parse(raw)
-        if not (read.diff or mail.has_diff(raw) or b"base64" in raw.lower()):
+        changed = mail.with_prefixes(mail.decoded(raw))
+        read = mail.parse(changed)
+        if not mail.has_diff(changed):
             notes.append(f"{origin.name}: {read.subject!r} changes no file and is left out")
             continue
-        changed = mail.with_prefixes(raw)
         if not re.search(r"<[^<>\s]+>|\S@\S", read.author):
             name = read.author.replace("<>", "").strip()
             author = f"{name} <unknown>" if name else "{} <{}>".format(*patches.user(git))
-            changed = mail.with_author(changed, author)
+            changed = mail.with_header(changed, "From", author)
             notes.append(f"{origin.name}: {read.author!r} has no address; the author is {author}")
         if changed != raw:
             part.write_bytes(changed)

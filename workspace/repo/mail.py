@@ -1,8 +1,10 @@
 """Patches as mails: parsing, Upstream-Status, comparison, and commits that no mail can carry."""
 
+import codecs
+import itertools
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from email import message_from_bytes
@@ -33,6 +35,7 @@ _STATUS = re.compile(
 _TRAILER_LINE = re.compile(rf"^{TRAILER}:[ \t]*(.*?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
 # Where git mailinfo lets a message end (git-am(1), DISCUSSION).
 _END = re.compile(rb"^(?:diff -|Index: |---[ \t\r\f\v]*$|--- \S)", re.MULTILINE)
+_ENCODED = ("quoted-printable", "base64")
 _DIFF = re.compile(rb"^diff --git ", re.MULTILINE)
 _HAS_DIFF = re.compile(rb"^(?:diff --git |--- \S.*\n\+\+\+ \S)", re.MULTILINE)
 _HUNK = re.compile(rb"(@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@).*", re.DOTALL)
@@ -80,10 +83,7 @@ def read_mail(path: Path) -> Mail:
 
 def parse(raw: bytes) -> Mail:
     """Parse a mail: headers are unfolded and decoded (RFC 2047), the diff stays unchanged."""
-    headers, body = _headers(raw)
-    if headers.get("content-transfer-encoding", "").lower() in ("quoted-printable", "base64"):
-        decoded = message_from_bytes(raw).get_payload(decode=True)
-        body = decoded.replace(b"\r\n", b"\n") if isinstance(decoded, bytes) else body
+    headers, body = _headers(raw := decoded(raw))
     end = _END.search(body)
     start = _DIFF.search(body, end.start()) if end else None
     charset = re.search(r"charset=\"?([\w.-]+)", headers.get("content-type", ""), re.IGNORECASE)
@@ -100,6 +100,17 @@ def parse(raw: bytes) -> Mail:
         status_of(message),
         body[start.start() :] if start else b"",
     )
+
+
+def decoded(raw: bytes) -> bytes:
+    """Return a mail without transfer encoding: quoted-printable or base64 (RFC 2045)."""
+    if _headers(raw)[0].get("content-transfer-encoding", "").lower() not in _ENCODED:
+        return raw
+    body = message_from_bytes(raw).get_payload(decode=True)
+    if not isinstance(body, bytes):
+        return raw
+    head = re.sub(rb"(?i)\nContent-Transfer-Encoding:.*", b"", raw.partition(b"\n\n")[0])
+    return head + b"\n\n" + body.replace(b"\r\n", b"\n")
 
 
 def status_of(message: str) -> str | None:
@@ -161,17 +172,29 @@ def has_diff(raw: bytes) -> bool:
 
 def made(author: str, date: str, message: bytes, diff: bytes) -> bytes:
     """Return a mail of a diff; the first paragraph of the message is the subject."""
-    head = f"From: {author}\nDate: {date}\nSubject: ".encode(errors="surrogateescape")
+    dated = f"Date: {date}\n" if date else ""
+    head = f"From: {author}\n{dated}Subject: ".encode(errors="surrogateescape")
     subject, _, text = message.partition(b"\n\n")
     body = b" ".join(subject.split()) + b"\n\n" + text + b"\n---\n"
     return SEPARATOR + head + body + with_prefixes(diff)
 
 
-def with_author(raw: bytes, author: str) -> bytes:
-    """Return a mail with another From header."""
-    header = f"From: {author}".encode(errors="surrogateescape")
+def with_status(raw: bytes, line: str) -> bytes:
+    """Return a mail with this last line of its message, unless it has a status."""
+    _, body = _headers(raw := decoded(raw))
+    read, end = parse(raw), _END.search(body)
+    if end is None or (read.status and is_status(read.status)):
+        return raw
+    message = with_trailer(without_status(f"{read.subject}\n\n{read.message}"), line)
+    text = message.encode(errors="surrogateescape")
+    return made(read.author, read.date, text, body[end.start() :])
+
+
+def with_header(raw: bytes, name: str, text: str) -> bytes:
+    """Return a mail with another text of a header that it has."""
+    header = f"{name}: {text}".encode(errors="surrogateescape")
     return re.sub(
-        rb"^From:.*(?:\n[ \t].*)*",
+        rb"^%b:.*(?:\n[ \t].*)*" % name.encode(),
         lambda _: header,
         raw,
         count=1,
@@ -182,15 +205,12 @@ def with_author(raw: bytes, author: str) -> bytes:
 def with_prefixes(raw: bytes) -> bytes:
     """Return a mail or a diff with a/ and b/ before paths, as `git diff --no-prefix` omits them."""
     lines = raw.split(b"\n")
-    old = new = 0
     is_bare = False
-    for index, line in enumerate(lines):
-        if old > 0 or new > 0:
-            old -= line[:1] in (b" ", b"-", b"")
-            new -= line[:1] in (b" ", b"+", b"")
-        elif found := _HUNK.match(line):
-            old, new = (1 if count is None else int(count) for count in found.groups()[1:])
-        elif line.startswith(b"diff --git "):
+    for index, is_content in enumerate(tuple(_in_hunks(lines))):
+        line = lines[index]
+        if is_content:
+            continue
+        if line.startswith(b"diff --git "):
             pair = _bare_pair(lines[index : index + 5])
             is_bare = pair is not None
             lines[index] = b"diff --git a/%b b/%b" % pair if pair else line
@@ -199,6 +219,67 @@ def with_prefixes(raw: bytes) -> bytes:
         if is_bare and line[:4] in (b"--- ", b"+++ ") and line[4:] != b"/dev/null":
             lines[index] = line[:4] + (b"a/" if line[:1] == b"-" else b"b/") + line[4:]
     return b"\n".join(lines)
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """The part of a mail that changes one file.
+
+    `old` and `new` are its paths, None where the file is added or deleted.
+    """
+
+    old: str | None
+    new: str | None
+    text: bytes
+
+
+def file_changes(raw: bytes) -> tuple[bytes, tuple[FileChange, ...]]:
+    """Return the text before the first diff of a mail, and its diffs, one for each file.
+
+    The diffs need prefixes (a/ and b/). Joined by line ends, they are the mail again.
+    """
+    lines = raw.split(b"\n")
+    starts: list[int] = []
+    is_begun = False
+    for index, is_content in enumerate(_in_hunks(lines)):
+        if is_content:
+            continue
+        if lines[index].startswith(b"diff --git "):
+            starts.append(index)
+            is_begun = True
+        elif _HAS_DIFF.match(b"\n".join(lines[index : index + 2])):
+            starts += [] if is_begun else [index]
+            is_begun = False
+    ends = [*starts, len(lines)]
+    changes = tuple(_file_change(lines[i:j]) for i, j in itertools.pairwise(ends))
+    return b"\n".join(lines[: ends[0]]), changes
+
+
+def _file_change(lines: Sequence[bytes]) -> FileChange:
+    paths = am.paths(lines[0])
+    old = new = paths[0] if paths else None
+    for line, is_content in zip(lines, _in_hunks(lines), strict=True):
+        if is_content:
+            break
+        if found := re.match(rb"(?:(---|(?:rename|copy) from)|\+\+\+|(?:rename|copy) to) ", line):
+            path = _path_of(line[found.end() :], has_prefix=line[:3] in (b"---", b"+++"))
+            old, new = (path, new) if found[1] else (old, path)
+        elif line.startswith(b"new file mode"):
+            old = None
+        elif line.startswith(b"deleted file mode"):
+            new = None
+    return FileChange(old, new, b"\n".join(lines))
+
+
+def _path_of(text: bytes, *, has_prefix: bool) -> str | None:
+    """Return the path of a line of a diff, which git may have quoted; None for /dev/null."""
+    text = text.split(b"\t")[0].rstrip(b"\r")
+    if text == b"/dev/null":
+        return None
+    if text.startswith(b'"'):
+        text = codecs.escape_decode(text.strip(b'"'))[0]
+    path = text.decode(errors="surrogateescape")
+    return path.partition("/")[2] if has_prefix else path
 
 
 def _bare_pair(head: Sequence[bytes]) -> tuple[bytes, bytes] | None:
@@ -273,14 +354,13 @@ def _moment(mail: Mail) -> object:
 def _changes(diff: bytes, *, anywhere: bool) -> list[bytes]:
     """Return the lines of a diff that make the change; only lines outside of hunks are left out."""
     kept: list[bytes] = []
-    old = new = index = 0
+    index = 0
     blobs = b""
-    for line in diff.split(b"\n"):
-        if old > 0 or new > 0:
-            old -= line[:1] in (b" ", b"-", b"")
-            new -= line[:1] in (b" ", b"+", b"")
+    lines = diff.split(b"\n")
+    for line, is_content in zip(lines, _in_hunks(lines), strict=True):
+        if is_content:
+            pass
         elif found := _HUNK.match(line):
-            old, new = (1 if count is None else int(count) for count in found.groups()[1:])
             line = b"@@" if anywhere else found[1]
         elif line == b"-- ":
             break
@@ -293,6 +373,18 @@ def _changes(diff: bytes, *, anywhere: bool) -> list[bytes]:
             continue
         kept.append(line)
     return kept
+
+
+def _in_hunks(lines: Sequence[bytes]) -> Iterator[bool]:
+    """Yield for each line of a diff whether it is the content of a hunk."""
+    old = new = 0
+    for line in lines:
+        yield (is_content := old > 0 or new > 0)
+        if is_content:
+            old -= line[:1] in (b" ", b"-", b"")
+            new -= line[:1] in (b" ", b"+", b"")
+        elif found := _HUNK.match(line):
+            old, new = (1 if count is None else int(count) for count in found.groups()[1:])
 
 
 Patches = tuple[tuple[str, bytes], ...]

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +39,51 @@ class Session:
     run_log: RunLog
 
 
+@dataclass(frozen=True)
+class ImportOptions:
+    """What `inv patch.import` takes.
+
+    `stops` leaves a conflict in the checkout, `squash` takes the net change as one patch, `subject`
+    is the subject of one patch, `without_tests` leaves out all changes below tests/.
+    """
+
+    source: str
+    stops: bool = False
+    squash: bool = False
+    subject: str = ""
+    without_tests: bool = False
+
+    def command(self, project: str) -> str:
+        """Return the command line of this import."""
+        is_path = not re.match(r"#?\d+$|https?://", self.source)
+        argv = [
+            "./scripts/inv",
+            "patch.import",
+            str(typed(self.source)) if is_path else self.source,
+        ]
+        argv += ["--squash"] if self.squash else []
+        argv += ["--subject", self.subject] if self.subject else []
+        argv += ["--without-tests"] if self.without_tests else []
+        argv += ["--merge"] if self.stops else []
+        return shlex.join([*argv, *([] if project == "vllm" else ["--project", project])])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Mails to import: their bytes, their name in messages, and their public URL if any.
+
+    `net` gives the net change of a pull request as a diff, or None where only its mails are known.
+    `has_merges`: the request merged main, which is in no mail. `note` is a sentence for the user.
+    """
+
+    raw: bytes
+    name: str
+    url: str | None
+    net: Callable[[], bytes | None] = lambda: None
+    has_merges: bool = False
+    note: str = ""
+
+
 def next_command(layout: Layout, pin: Pin, stack: Stack, lacking: Sequence[str] = ()) -> str:
     """Return the command line to type next; the commits `lacking` have no Upstream-Status."""
     path = checkouts.folder_of(layout, pin)
@@ -53,13 +98,6 @@ def next_command(layout: Layout, pin: Pin, stack: Stack, lacking: Sequence[str] 
     if stack.head is None and stack.state is State.FOREIGN:
         return checkouts.keeping_command(layout.relative(path))
     return series.refusal(layout.relative(path), Git(path), stack, verb=APPLY).hint or APPLY
-
-
-def merging_command(source: str, project: str) -> str:
-    """Return the command that imports the source, and stops in the checkout at a conflict."""
-    again = source if re.match(r"#?\d+$|https?://", source) else str(typed(source))
-    more = "" if project == "vllm" else f" --project {project}"
-    return f"./scripts/inv patch.import {shlex.quote(again)} --merge{more}"
 
 
 def _exporting(shown: str, stack: Stack, lacking: Sequence[str]) -> str:

@@ -1,12 +1,14 @@
 """The verbs on a patch stack, each under the workspace's lock and with its own run log.
 
-The work itself is in patches, export, importing and overview; a patch as a branch is here.
+The work itself is in patches, export, importing and overview. A patch as a
+branch, and what is read or fetched for an import, are here.
 """
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,17 +22,26 @@ from workspace.core.errors import (
     SourceError,
     counted,
 )
-from workspace.core.paths import Layout
+from workspace.core.files import read_regular
+from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, patches, pins
 from workspace.repo.git import AM_BY_HAND, Git, Remote, am, remotes, worktree
 from workspace.repo.git.am import Commit
-from workspace.repo.patches import Session, Stack, State
+from workspace.repo.patches import ImportOptions, Origin, Session, Stack, State
 
 if TYPE_CHECKING:
     from workspace.repo.export import Export
 
+_GITHUB = re.compile(
+    r"(?:https?://|ssh://)?(?:[^/@]*@)?github\.com[:/]([A-Za-z0-9_.-]+)/"
+    r"([A-Za-z0-9_-][A-Za-z0-9_.-]*?)(?:\.git)?/?"
+)
+_ON_GITHUB = re.compile(
+    r"(https?://github\.com/[^/]+/[^/]+)/"
+    r"(?:pull/\d+/commits/([0-9a-f]{7,40})|(pull/\d+|commit/[0-9a-f]{7,40}))(?:[./?#].*)?"
+)
 # git, of a remote that answers and lacks the branch.
 _NO_REF = "couldn't find remote ref"
 
@@ -171,14 +182,6 @@ def _report_branch(session: Session, name: str, path: Path, shown: str) -> None:
     )
 
 
-@dataclass(frozen=True)
-class ImportOptions:
-    """What to import; `stops` leaves a conflict in the checkout."""
-
-    source: str
-    stops: bool = False
-
-
 def apply(
     layout: Layout, settings: Settings, project: str, *, console: Console, wait: bool
 ) -> None:
@@ -267,12 +270,119 @@ def import_(
     console: Console,
     wait: bool,
 ) -> None:
-    """Import a file, a URL or a pull request by its number. Raises what importing.run raises."""
+    """Import a file, a URL or a pull request by its number. Raises what `take` raises."""
+    with _opened(layout, settings, project, "inv patch.import", console, wait=wait) as session:
+        done = take(session, options)
+        _show_commit(layout, done, console)
+
+
+def take(session: Session, options: ImportOptions) -> "Export":
+    """Import a file, a URL or a pull request by its number.
+
+    Raises CheckoutError where the checkout cannot take commits, SettingsError and SourceError for a
+    source that cannot be read or fetched, and what importing.run raises.
+    """
     from workspace.repo import importing
 
-    with _opened(layout, settings, project, "inv patch.import", console, wait=wait) as session:
-        done = importing.run(session, options.source, stops=options.stops)
-        _show_commit(layout, done, console)
+    stack = importing.ready(session, options)
+    return importing.run(session, options, _origin(session, options.source), stack)
+
+
+def _origin(session: Session, source: str) -> Origin:
+    """Read or fetch the mails of a source. Raises SettingsError and SourceError."""
+    if number := re.fullmatch(r"#?([1-9][0-9]{0,8})", source):
+        return _pull_request(session, int(number[1]))
+    if re.match(r"https?://", source):
+        page = public_of(source)
+        if page and not source.endswith(".diff"):
+            found = re.fullmatch(f"{re.escape(_home(session) or '')}/pull/([0-9]+)", page)
+            if found:
+                return _pull_request(session, int(found[1]))
+        public = page or without_user(source)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", public.split("://", 1)[1].removesuffix(".patch"))[
+            -80:
+        ].strip("-.")
+        # Its .diff is the net change, its .patch has a mail for each commit.
+        url = f"{page}{'.diff' if source.endswith('.diff') else '.patch'}" if page else source
+        raw = remotes.fetched(url, session.settings)
+        if url.endswith(".patch"):
+            return Origin(raw, name, public, _net_of(url.removesuffix(".patch"), session))
+        return Origin(raw, name, public)
+    path = typed(source)
+    try:
+        return Origin(read_regular(path), path.name.removesuffix(".patch"), None)
+    except OSError as exc:
+        raise SettingsError(
+            f"{source} cannot be read: {exc.strerror}",
+            hint=hints.text("repo.what_to_import"),
+        ) from exc
+
+
+def _net_of(page: str, session: Session) -> Callable[[], bytes]:
+    """Return a function that fetches the net change of a request, which forges serve as a diff.
+
+    It raises SourceError.
+    """
+
+    def net() -> bytes:
+        raw = remotes.fetched(f"{page}.diff", session.settings)
+        if raw.strip() and not mail.has_diff(raw):
+            raise SourceError(
+                f"{without_user(page)}.diff is no diff", hint=hints.text("repo.import_url")
+            )
+        return raw
+
+    return net
+
+
+def _home(session: Session) -> str | None:
+    """Return the page at GitHub of the pinned project, or None."""
+    found = _GITHUB.fullmatch(session.pin.url)
+    return f"https://github.com/{found[1]}/{found[2]}" if found else None
+
+
+def public_of(url: str) -> str | None:
+    """Return the GitHub page of the pull request or commit of a URL, or None.
+
+    GitHub serves its mails at that address with .patch appended.
+    """
+    found = _ON_GITHUB.fullmatch(url)
+    return f"{found[1]}/{found[3] or 'commit/' + found[2]}" if found else None
+
+
+def _pull_request(session: Session, number: int) -> Origin:
+    """Fetch a pull request of the pinned project with git, else its mails from GitHub.
+
+    Raises SourceError where neither is possible, and PatchDrift for a request without commits.
+    """
+    layout, pin, settings = session.layout, session.pin, session.settings
+    git = Git(checkouts.folder_of(layout, pin))
+    home, name = _home(session), f"pull-{number}"
+    public = f"{home}/pull/{number}" if home else None
+    try:
+        with session.run_log.console.step("pull request") as view:
+            remote = _remote(session, view)
+            found = remotes.fetch_request(git, number, session.checkout.base or "HEAD", remote)
+        if found.base != found.head:
+            raw = am.mails_of_request(git, found.base, found.head)
+            net = functools.partial(am.net_change, git, found.base, found.head)
+            return Origin(raw, name, public, net, found.merges > 0)
+        reason = f"all commits of pull request {number} are in main already, or it is empty"
+        if public is None:
+            raise PatchDrift(reason, hint=hints.text("repo.newer_releases"))
+    except SourceError as exc:
+        reason = exc.message
+        if public is None:
+            raise SourceError(
+                f"pull request {number} of {without_user(pin.url)} cannot be fetched: {reason}",
+                hint=hints.text("repo.import_url"),
+            ) from exc
+    try:
+        raw = remotes.fetched(f"{public}.patch", settings)
+    except SourceError as exc:
+        raise SourceError(f"{exc.message}; with git: {reason}", hint=exc.hint) from exc
+    note = f"{name}: the mails of {public} are taken, without merges: {reason}"
+    return Origin(raw, name, public, _net_of(f"{public}", session), note=note)
 
 
 def resume(

@@ -82,6 +82,13 @@ ELSEWHERE = {
     "repo.connect_submodule": (
         "tests/repo/test_checkout.py::test_submodule_that_was_moved_is_connected_by_the_hint"
     ),
+    "repo.squash": (
+        "tests/repo/test_pull_requests.py::test_squash_is_offered_where_only_the_net_change_applies"
+    ),
+    "repo.squash_subject": (
+        "tests/repo/test_pull_requests.py::"
+        "test_subject_for_several_patches_is_refused_with_the_squash"
+    ),
     "repo.trust": (
         "tests/repo/test_checkout.py::test_checkout_of_another_user_has_a_hint_to_trust_it"
     ),
@@ -121,8 +128,8 @@ _REASONS = {
     "it needs a bump of minutes, or one that was killed": """
         bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.other_states
         bump.rollback_or""",
-    "it needs GitHub, or a server of git that does not serve what it offers": """
-        repo.net_change repo.source_release""",
+    "it needs a server of git that does not serve what it offers": """
+        repo.source_release""",
     "it needs a program that goes, or a file that changes, in the middle of a verb": """
         core.bootstrap_names repo.git_config""",
     "no situation was written yet": """

@@ -359,16 +359,16 @@ def split_mails(git: Git, mbox: Path, folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(folder.iterdir()))
 
 
-def pull_request(mirror: Git, number: int) -> bytes | None:
-    """Return the commits of a pull request, without merges, as mails, or None where it is missing.
+def mails_of_request(git: Git, base: str, head: str) -> bytes:
+    """Return the commits of a pull request, without merges, as mails."""
+    return b"".join(_formatted(git, base, head))
 
-    `mirror` is a copy of a forge's repository that has refs/pull.
-    """
-    head = mirror.resolve(f"refs/pull/{number}/head")
-    if head is None:
-        return None
-    base = mirror.write("merge-base", "HEAD", head).out.strip()
-    return b"".join(_formatted(mirror, base, head))
+
+def net_change(git: Git, base: str, head: str) -> bytes:
+    """Return the difference of two commits, contents of binary files included."""
+    flags = ("--binary", "--full-index", "--no-renames", "--submodule=short", "-O/dev/null")
+    answer = git.write(*_SETTINGS, "diff", *flags, base, head, "--")
+    return answer.out.encode(errors="surrogateescape")
 
 
 def recommitted(

@@ -1,20 +1,31 @@
-"""Remotes: queries without a repository, fetches, shallow clones, and the store of commits."""
+"""Remotes: queries, patches by HTTP, fetches, shallow clones, and the store of commits."""
 
+import functools
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from workspace.core import hints, process
 from workspace.core.console import RunLog
 from workspace.core.errors import SourceError
-from workspace.core.files import write_atomic
+from workspace.core.files import opened, reason_of, received, write_atomic
 from workspace.core.settings import Settings, without_user
 from workspace.repo.git import command
 from workspace.repo.git.command import OnLine, executable, first_line
 from workspace.repo.git.repository import Git, Remote
+
+if TYPE_CHECKING:
+    import requests
+
+# A patch of 5 MB is large; a larger file is a release, or a mistake.
+LARGEST_BYTES = 64 << 20
+LONGEST_S = 120.0
 
 
 def advertised(
@@ -219,3 +230,89 @@ def complete_store(store: Git, ends: tuple[str, str], remote: Remote, refspec: s
         remote.run_log.write("the remote serves no single objects; fetching all of them")
         whole = (*_WHOLE, refspec)
         store.talk(whole, remote.settings, remote.run_log, remote.on_line)
+
+
+_MAIN = "refs/requests/main"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A pull request: its commits are base..head, without those of the main that it merged.
+
+    `merges` is the number of merges among them.
+    """
+
+    base: str
+    head: str
+    merges: int
+
+
+def fetch_request(git: Git, number: int, pinned: str, remote: Remote) -> Request:
+    """Fetch a pull request, with all contents that its diffs need.
+
+    Raises SourceError where the remote cannot be reached, or has no such request.
+    """
+    name, head = f"refs/pull/{number}/head", f"refs/requests/{number}"
+    if name not in advertised(remote.url, (name,), cwd=git.path, settings=remote.settings):
+        raise SourceError(f"{without_user(remote.url)} has no {name}")
+    git.fetch(remote, (f"+HEAD:{_MAIN}", f"+{name}:{head}"), whole=False)
+    # The base of the request and of a merge of main and pin (git-merge-base(1)): a request may be
+    # for the branch of a release.
+    bases = git.look("merge-base", head, _MAIN, pinned, check=False).out.split()
+    if not bases:
+        raise SourceError(
+            f"{name} of {without_user(remote.url)} has no history in common with main"
+        )
+    commits = f"{bases[0]}..{head}"
+    if git.is_partial:
+        # git fetches what it lacks for a diff.
+        for args in (("log", "--shortstat"), ("diff", "--shortstat")):
+            missing = (*args, "--no-renames", "-O/dev/null", commits, "--")
+            git.talk(missing, remote.settings, remote.run_log, remote.on_line)
+    merges = git.look("rev-list", "--merges", commits, "--").out.split()
+    return Request(bases[0], git.resolve(head) or head, len(merges))
+
+
+def fetched(url: str, settings: Settings) -> bytes:
+    """Fetch the content of a URL without any credentials. Raises SourceError."""
+    import requests
+
+    shown = without_user(url)
+    hint = hints.text("repo.address_or_file")
+    timeout_s = settings.connect_timeout_s
+    try:
+        with requests.Session() as session:
+            check = functools.partial(_check_redirect, url)
+            # Without this, requests would send the credentials that ~/.netrc has for the host.
+            session.auth = _no_credentials
+            with opened(url, timeout_s=timeout_s, session=session, check_redirect=check) as reply:
+                reply.raise_for_status()
+                return b"".join(received(reply, LARGEST_BYTES, longest_s=LONGEST_S))
+    except requests.HTTPError as exc:
+        raise SourceError(f"{shown}: {reason_of(exc)}", hint=hint) from exc
+    except (requests.RequestException, ValueError) as exc:
+        reason = without_user(reason_of(exc))
+        raise SourceError(f"{shown} could not be fetched: {reason}", hint=hint) from exc
+
+
+def _check_redirect(typed: str, target: str) -> None:
+    """Raise ValueError for a redirect to another host than the typed one, GitHub's content aside.
+
+    A page must not choose an address at which a service of this machine, or the metadata of a cloud
+    (169.254.169.254), answers. GitHub serves mails from a host of its own.
+    """
+    old, new = urlsplit(typed), urlsplit(target)
+    if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
+        raise ValueError(f"it redirects to {new.scheme}, which is refused")
+    is_same = new.hostname == old.hostname and (new.port or 443) in (old.port or 443, 443)
+    is_github = (
+        old.hostname in ("github.com", "gist.github.com")
+        and (new.scheme, new.port or 443) == ("https", 443)
+        and (new.hostname or "").endswith(".githubusercontent.com")
+    )
+    if not (is_same or is_github):
+        raise ValueError(f"it redirects to another host, {new.netloc.rpartition('@')[2]}")
+
+
+def _no_credentials(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
+    return request
