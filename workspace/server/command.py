@@ -30,7 +30,7 @@ from workspace.server.observation import Address
 from workspace.server.recipes import Recipe
 
 # Lists of folders: our folders go before those of the shell that evaluates the lines.
-_LISTS = ("PATH", "LD_LIBRARY_PATH")
+LISTS = ("PATH", "LD_LIBRARY_PATH")
 # bash refuses to set these, and then evaluates no other line either; each shell sets `_` itself.
 _READ_ONLY = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "_")
 _LONG_SECRET = 8
@@ -414,7 +414,7 @@ def lines(
     interpreter's folder; with `is_exact` each value is that of the environment.
     """
     secret = secret_names(environment)
-    apart = _READ_ONLY if is_exact else (*_LISTS, *_READ_ONLY, "VIRTUAL_ENV")
+    apart = _READ_ONLY if is_exact else (*LISTS, *_READ_ONLY, "VIRTUAL_ENV")
     for name, text in sorted(environment.items()):
         if (
             name not in apart
@@ -427,7 +427,7 @@ def lines(
     if is_exact:
         return
     ours = {"PATH": [str(layout.root / "scripts")], "LD_LIBRARY_PATH": []}
-    for name in _LISTS:
+    for name in LISTS:
         present = outer.get(name, "").split(os.pathsep)
         added = [
             entry
