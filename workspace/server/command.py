@@ -25,7 +25,7 @@ from workspace.core.settings import Settings
 from workspace.machine import hardware, jit_caches, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
-from workspace.server import flags, models
+from workspace.server import flags, models, public_recipes
 from workspace.server.observation import Address
 from workspace.server.recipes import Recipe
 
@@ -193,7 +193,8 @@ def shown(
 def folder_of(name: str) -> Path | None:
     """Return the folder that a path on the command line means, None if it is no path."""
     path = paths.typed(name)
-    is_path = name.startswith(("/", "~")) or is_relative(name) or name.endswith(".gguf")
+    is_named = name.startswith(("/", "~")) or name.endswith((".gguf", *public_recipes.SUFFIXES))
+    is_path = is_named or is_relative(name)
     return path if is_path or ("/" in name and path.exists()) else None
 
 
