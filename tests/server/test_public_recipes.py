@@ -155,8 +155,11 @@ def test_relative_paths_count_from_the_folder_of_the_file(layout: Layout) -> Non
         ("a: " + "[" * 5000, "is not YAML"),
         ("a: 2026-99-99\n", "is not YAML"),
         ("a: !!python/object/apply:os.system [id]\n", "is not YAML"),
-        ("x" * 300_000, "more than 256 KiB"),
-        ("model: a/b\ncontainer: c\nmods: [m]\n", "it has no command, so that it describes a cont"),
+        ("x" * 70_000, "more than 64 KiB"),
+        (
+            "model: a/b\ncontainer: c\nmods: [m]\n",
+            "it has no command, and so no flags of",
+        ),
         ("model: a/b\ncommand: [vllm, serve]\n", "command is not a text"),
         ("model: a/b\ndefaults: 3\ncommand: vllm serve {x}\n", "defaults is not a table"),
         ("model: a/b\nruntime: sglang\ndefaults: {port: 1}\n", "it is a recipe of sglang"),
@@ -217,6 +220,22 @@ def test_operator_between_quotes_is_text(layout: Layout) -> None:
     text = "command: vllm serve a/b --served-model-name 'a && $HOME' \"b|c\" --port 1 \\\n"
     recipe = load(layout, f"model: a/b\n{text}")
     assert recipe.flags["served-model-name"] == ("a && $HOME", "b|c")
+
+
+def test_value_may_have_several_lines_and_a_comment_is_no_command(layout: Layout) -> None:
+    text = """model: a/b
+model_revision: abc
+command: |
+  # How it is started:
+  vllm serve {model} \\
+    --speculative-config '{
+      "method": "ngram"
+    }' \\
+    --port 1
+"""
+    flags_of_it = load(layout, text).flags
+    assert flags_of_it["speculative-config"] == '{\n    "method": "ngram"\n  }'
+    assert (flags_of_it["port"], flags_of_it["revision"]) == ("1", "abc")
 
 
 def test_missing_or_unreadable_file_is_a_sentence(layout: Layout) -> None:

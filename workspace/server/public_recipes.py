@@ -24,7 +24,7 @@ from workspace.server.flags import Flags
 from workspace.server.recipes import FlagValue, Recipe
 
 SUFFIXES = (".yaml", ".yml")
-MOST_BYTES = 256 * 1024
+MOST_BYTES = 64 * 1024
 # Nested aliases multiply what they stand for; real recipes have none.
 MOST_ALIASES = 20
 _READ = ("model", "model_revision", "runtime", "command", "defaults", "env")
@@ -93,6 +93,8 @@ def load(layout: Layout, path: Path) -> Recipe:
     command = _read_command(file)
     known = flags.known(layout)
     given, notes = _flags(file, command.args, known)
+    if revision := file.text("model_revision"):
+        given.setdefault("revision", revision)
     environment, own_notes = _environment(file, command.variables)
     return replace(
         _base(layout, file, command.model),
@@ -157,8 +159,7 @@ def _read_command(file: _File) -> _Command:
     if runtime and "vllm" not in runtime.lower():
         file.refuse(f"it is a recipe of {shortened(runtime)}, and only vLLM is served here")
     if not file.text("command"):
-        what = "a container" if file.content.get("container") else "no server"
-        file.refuse(f"it has no command, so that it describes {what} and no flags of vllm serve")
+        file.refuse("it has no command, and so no flags of vllm serve")
     tokens = _tokens(file, _filled(file, file.text("command"), "command"))
     variables = {}
     while tokens and _ASSIGNMENT.match(tokens[0]):
@@ -215,18 +216,19 @@ def _text_of(file: _File, name: str, value: object) -> str:
 
 def _tokens(file: _File, command: str) -> list[str]:
     """Split one simple command as sh does. Raises SettingsError for all that needs a shell."""
-    joined = re.sub(r"\\[ \t]*\n", " ", command.rstrip(" \t\n\\"))
-    lines = [line for line in joined.splitlines() if line.strip() and line.lstrip()[0] != "#"]
-    if len(lines) > 1:
+    text = re.sub(r"(?m)^[ \t]*#.*$", "", command).rstrip(" \t\n\\")
+    text = re.sub(r"\\[ \t]*\n", " ", text).strip()
+    # A newline between quotes is part of a value.
+    if "\n" in re.sub(r"'[^']*'|\"[^\"]*\"", "", text):
         file.refuse("its command has several commands, a line each; only one is read here")
-    lexer = shlex.shlex("".join(lines), posix=True, punctuation_chars=True)
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
     lexer.whitespace_split, lexer.commenters = True, ""
     try:
         tokens = list(lexer)
     except ValueError as exc:
         file.refuse(f"its command cannot be read: {exc}")
     # Between single quotes a shell expands nothing.
-    expansion = re.search(r"`|\$[\w({]\w*", re.sub(r"'[^']*'", "", "".join(lines)))
+    expansion = re.search(r"`|\$[\w({]\w*", re.sub(r"'[^']*'", "", text))
     operator = next((token for token in tokens if token and set(token) <= set("();<>|&")), None)
     if found := operator or (expansion and expansion[0]):
         file.refuse(f"its command needs a shell ({shortened(found)}), and none runs it here")
@@ -315,7 +317,7 @@ def _ignored(file: _File) -> tuple[str, ...]:
     spare = [name for name in file.table("defaults") if name not in used]
     if spare:
         notes.append(f"defaults that the command does not use: {', '.join(spare)}")
-    return tuple(shortened(note) for note in notes)
+    return tuple(notes)
 
 
 def _description(file: _File) -> str:
