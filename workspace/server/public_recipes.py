@@ -25,8 +25,9 @@ from workspace.server.recipes import FlagValue, Recipe
 
 SUFFIXES = (".yaml", ".yml")
 MOST_BYTES = 64 * 1024
-# Nested aliases multiply what they stand for; real recipes have none.
-MOST_ALIASES = 20
+# Nested aliases multiply what they stand for, and PyYAML needs seconds for thousands of levels; a
+# real recipe has no aliases and four levels.
+MOST_ALIASES, MOST_LEVELS = 20, 20
 _READ = ("model", "model_revision", "runtime", "command", "defaults", "env")
 _ABOUT = ("name", "description", "metadata", "recipe_version")
 # `${NAME}` is a variable of a shell.
@@ -132,25 +133,40 @@ def _parsed(path: Path) -> Mapping[str, object]:
 
     try:
         text = read_regular(path)
-        if len(text) > MOST_BYTES:
-            raise wrong(f"is no recipe: it has more than {MOST_BYTES // 1024} KiB")
-        events = yaml.parse(text, Loader=yaml.SafeLoader)
-        if sum(isinstance(event, yaml.AliasEvent) for event in events) > MOST_ALIASES:
-            raise wrong(f"is no recipe: it has more than {MOST_ALIASES} aliases")
+        if (excess := _excess(text)) is not None:
+            raise wrong(f"is no recipe: it has more than {excess}")
         found = yaml.safe_load(text)
     except OSError as exc:
         raise SettingsError(
             f"{path} cannot be read: {exc.strerror}",
             hint=hints.text("core.list_folder", folder=path.parent),
         ) from exc
-    except (yaml.YAMLError, ValueError, RecursionError) as exc:
-        problem = str(exc).partition("\n")[0] or "it is nested too deeply"
+    except (yaml.YAMLError, ValueError) as exc:
+        problem = str(exc).partition("\n")[0]
         mark = getattr(exc, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark else ""
         raise wrong(f"is not YAML{at}: {shortened(problem)}") from exc
     if not isinstance(found, dict):
         raise wrong("is no recipe: it has no keys such as model and command")
     return {str(name): value for name, value in found.items()}
+
+
+def _excess(text: bytes) -> str | None:
+    """Return what a YAML text has too much of, None if it is safe to load. Raises YAMLError."""
+    import yaml
+
+    if len(text) > MOST_BYTES:
+        return f"{MOST_BYTES // 1024} KiB"
+    levels = aliases = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        levels += isinstance(event, yaml.CollectionStartEvent)
+        levels -= isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if levels > MOST_LEVELS:
+            return f"{MOST_LEVELS} levels"
+        if aliases > MOST_ALIASES:
+            return f"{MOST_ALIASES} aliases"
+    return None
 
 
 def _read_command(file: _File) -> _Command:
@@ -203,7 +219,7 @@ def _text_of(file: _File, name: str, value: object) -> str:
     if isinstance(value, dict | list):
         try:
             return json.dumps(value)
-        except (TypeError, ValueError, RecursionError):
+        except (TypeError, ValueError):
             file.refuse(f"defaults.{name} cannot be written as JSON")
     text = str(value)
     # Such a default names another one, as in revision: "{model_revision}".
