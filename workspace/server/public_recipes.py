@@ -18,6 +18,7 @@ from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout, typed
 from workspace.core.settings import is_set_by_the_workspace, shortened
+from workspace.machine import hardware
 from workspace.repo import pins
 from workspace.server import flags, recipes
 from workspace.server.flags import Flags
@@ -139,7 +140,7 @@ def _parsed(path: Path) -> Mapping[str, object]:
     except OSError as exc:
         raise SettingsError(
             f"{path} cannot be read: {exc.strerror}",
-            hint=hints.text("core.list_folder", folder=path.parent),
+            hint=hints.text("core.list_folder", folder=hardware.existing(path)),
         ) from exc
     except (yaml.YAMLError, ValueError) as exc:
         problem = str(exc).partition("\n")[0]
