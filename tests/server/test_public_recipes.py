@@ -139,6 +139,7 @@ def test_users_flag_goes_before_a_short_flag_of_the_file(layout: Layout) -> None
 
 
 def test_relative_paths_count_from_the_folder_of_the_file(layout: Layout) -> None:
+    (layout.root / "own").mkdir()
     recipe = load(layout, "model: a/b\ncommand: vllm serve ./own --tokenizer ./words\n")
     assert recipe.model == str(layout.root / "own")
     assert recipe.flags == {"tokenizer": str(layout.root / "words")}
@@ -181,6 +182,7 @@ def test_relative_paths_count_from_the_folder_of_the_file(layout: Layout) -> Non
         ("command: vllm serve --port 1\n", "model is missing"),
         ("command: vllm serve other.yaml\n", "model is missing, or is not"),
         ("command: vllm serve word\n", "'word' is not the name of a model on the hub"),
+        ("command: vllm serve /models/a\n", "its model is the folder /models/a, which is not on"),
         ("command: vllm serve a/b c/d\n", "an argument without a flag, 'c/d'"),
         (f"{FULL.strip()} --max-modle-len 5\n", "the pinned vLLM has no flag --max-modle-len"),
         (f"{FULL.strip()} -zz 5\n", "the pinned vLLM has no flag -zz"),

@@ -318,6 +318,11 @@ def _weights(machine: Machine, recipe: Recipe, run_log: RunLog, view: Step) -> N
     if recipe.origin == "built-in":
         view.reason = str(_make_built_in(machine, recipe, run_log, view))
         return
+    if recipe.model.startswith("/"):
+        raise ServeError(
+            f"{recipe.model} lacks {lack_of(Path(recipe.model))}",
+            hint=hints.text("core.list_file", path=recipe.model),
+        )
     _require_hub(machine.settings, recipe)
     record = _fetch_from_hub(machine, recipe, run_log, view)
     folder = found_weights(machine, recipe)

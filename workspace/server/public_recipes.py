@@ -348,6 +348,8 @@ def _base(layout: Layout, file: _File, model: str) -> Recipe:
         return recipes.load(layout, model, version=pins.load(layout.pins).vllm.version)
     if model.startswith((".", "~")):
         model = str(flags.typed_value("model", model, file.path.parent))
+    if model.startswith("/") and not Path(model).exists():
+        file.refuse(f"its model is the folder {shortened(model)}, which is not on this machine")
     if not model.startswith("/") and not recipes.HUB.fullmatch(model):
         file.refuse(f"{shortened(model)!r} is not the name of a model on the hub, and no folder")
     return recipes.unnamed(model)

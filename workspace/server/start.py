@@ -325,11 +325,7 @@ def _recipe(machine: Machine, name: str) -> Recipe:
     if folder is None or public_recipes.is_file(name):
         if folder is None and ":" in name:
             _require_gguf(machine, name)
-        recipe = public_recipes.named(machine.layout, name)
-        if recipe.model.startswith("/"):
-            # The checks of a folder with a model in it.
-            _recipe(machine, recipe.model)
-        return recipe
+        return public_recipes.named(machine.layout, name)
     if folder.suffix == ".gguf" and folder.is_file():
         _require_gguf(machine, folder.name)
         return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))

@@ -154,9 +154,10 @@ def test_public_recipe_is_served_without_its_container_and_its_command_is_repeat
     assert clone.run("serve.stop").code == 0
     path.write_text(path.read_text().rstrip() + " && touch never\n")
     assert "needs a shell" in clone.run("serve", "--dry-run", str(path)).error(2)
-    for model in ("/nowhere/model", "other/folder/model"):
-        path.write_text(f"command: vllm serve {model} --port {port}\n")
-        clone.run("serve", "--dry-run", str(path)).error(10 if model[0] == "/" else 2)
+    (clone.folder / "empty").mkdir(exist_ok=True)
+    path.write_text(f"command: vllm serve {clone.folder}/empty --port {port}\n")
+    for verb in (["serve", str(path)], ["serve.fetch", str(path)]):
+        assert "empty lacks config.json" in clone.run(*verb).error(10)
 
 
 def test_dry_run_prints_lines_for_a_shell_and_starts_no_server(clone: World) -> None:
