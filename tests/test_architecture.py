@@ -48,6 +48,7 @@ SINGLE_ENTRANCES = {
     "msgspec": "workspace/core/records.py",
     "tomlkit": "workspace/repo/pins.py",
     "pynvml": "workspace/machine/gpu.py",
+    "yaml": "workspace/server/public_recipes.py",
 }
 # Programs that one module alone may start.
 SINGLE_PROGRAMS = {"nvidia-smi": "workspace/machine/gpu.py"}

@@ -15,15 +15,15 @@ from tests.parsed import parse
 from tests.small.materials import ROOT
 from tests.small.world import World
 from workspace.core import child_variables
-from workspace.core.child_variables import PHASES, VARIABLES, with_given
+from workspace.core.child_variables import EXPORTED, PHASES, VARIABLES, with_given
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
 from workspace.core.settings import load
 from workspace.server import lifecycle
 
 SECRET = "hf_swordfish42"
-# A shell sets these itself.
-OF_A_SHELL = {"_", "PWD", "OLDPWD", "SHLVL", "LC_CTYPE", "PYTHON_BASIC_REPL"}
+# A shell sets these itself; the last is the mark of what a command or a shell was given.
+OF_A_SHELL = {"_", "PWD", "OLDPWD", "SHLVL", "LC_CTYPE", "PYTHON_BASIC_REPL", EXPORTED}
 PROGRAM = """#!{python} -Es
 import json, os, sys
 json.dump(dict(os.environ), open({seen!r}, "w"))

@@ -129,6 +129,21 @@ def test_release_that_was_never_promoted_is_not_good_after_the_bump_is_given_up(
     assert not clone.layout.bump_sandbox.exists()
 
 
+def test_release_that_was_promoted_before_keeps_its_place_after_the_bump_is_given_up(
+    clone: World,
+) -> None:
+    assert clone.run("pin.bump", f"v{CLEAN}").code == 0
+    assert clone.run("pin.rollback").code == 0
+    times = {state.name: state.recorded for state in known_good.states(clone.layout)}
+    killed = clone.run("pin.bump", f"v{CLEAN}", through=[sys.executable, "-Es", "-c", KILLED])
+    assert killed.code == -signal.SIGKILL, killed.output
+    ended = clone.run("patch.continue", "--abort")
+    assert ended.code == 0, ended.output
+    after = {state.name: state.recorded for state in known_good.states(clone.layout)}
+    (bumped,) = (name for name in times if name.startswith(f"v{CLEAN}"))
+    assert after[bumped] == times[bumped]
+
+
 def changed_by_a_move(paths: set[str]) -> set[str]:
     """Return the files in which the two releases differ, and all folders."""
     names = (

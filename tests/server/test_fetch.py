@@ -28,7 +28,7 @@ from workspace.core.paths import Layout, here
 from workspace.core.settings import load
 from workspace.machine import run_environment
 from workspace.machine.machine import Machine
-from workspace.server import models, verbs
+from workspace.server import models, public_recipes, verbs
 
 FETCHED = """import json, os, pathlib, sys
 assert sys.argv[1] == "openai/gpt-oss-20b", sys.argv
@@ -127,7 +127,7 @@ def test_revision_is_fetched_and_then_found_by_its_name(clone: Clone) -> None:
         )
     )
     machine = Machine(clone.layout, load(clone.layout, environ=clone.shell))
-    recipe = replace(models.named(clone.layout, "gpt-oss-20b"), revision="v2")
+    recipe = replace(public_recipes.named(clone.layout, "gpt-oss-20b"), revision="v2")
     console = Console(out=io.StringIO(), err=io.StringIO())
     assert models.found_weights(machine, recipe) is None
     models.fetch_weights(machine, recipe, console=console)

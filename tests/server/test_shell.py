@@ -312,3 +312,25 @@ def test_export_leaves_out_secrets_with_a_note(tmp_path: Path) -> None:
     assert f"export MY_OWN={shlex.quote('a b')}" in out.getvalue().splitlines()
     assert "hf_secret" not in out.getvalue() + err.getvalue()
     assert "left out, because they are secret: HF_TOKEN" in err.getvalue()
+
+
+def test_exported_values_are_not_the_users_until_the_user_changes_one(tmp_path: Path) -> None:
+    layout = built(tmp_path)
+    layout.dotenv.write_text("MY_OWN=a\nHF_TOKEN=hf_secret\n")
+    own = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CUDA_CACHE_PATH": "/own"}
+    out = io.StringIO()
+    before = load(layout, environ=own)
+    verbs.export_variables(Machine(layout, before), console=Console(out=out, err=io.StringIO()))
+    seen = evaluated(out.getvalue().splitlines(), own)
+    assert {"MAX_JOBS", "TRITON_CACHE_DIR", "MY_OWN"} <= seen.keys()
+    after = load(layout, environ=seen)
+    assert after.source("MAX_JOBS") == "default"
+    assert not after.is_users("TRITON_CACHE_DIR")
+    assert after.is_users("CUDA_CACHE_PATH")
+    assert after.passed["MY_OWN"].source == ".env"
+    of_sh = {"PWD", "OLDPWD", "SHLVL", "_"}
+    compilers = [one.child_environment("compile", layout=layout).keys() for one in (before, after)]
+    assert compilers[0] - of_sh == compilers[1] - of_sh
+    changed = load(layout, environ={**seen, "MAX_JOBS": "7", "TRITON_CACHE_DIR": "/mine"})
+    assert (changed.text("MAX_JOBS"), changed.source("MAX_JOBS")) == ("7", "shell")
+    assert changed.is_users("TRITON_CACHE_DIR")

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from workspace.bench import results
-from workspace.bench.results import Better, Record
+from workspace.bench.results import Better, Record, ServeRuns
 from workspace.core import hints
 from workspace.core.console import Console, Row, State
-from workspace.core.errors import Regression, SettingsError
+from workspace.core.errors import Regression, SettingsError, counted
 from workspace.core.paths import Layout
 
+Measured = Record | ServeRuns
 Verdict = Literal["pass", "fail", "inconclusive"]
 FACTOR = 0.05
 # With fewer than four values in each arm no 95 % interval exists; this workspace requires six.
@@ -34,6 +35,11 @@ STATES: Mapping[str, State] = {"pass": State.OK, "fail": State.FAIL, "inconclusi
 # The smallest factor is 5 % of 5 %.
 LEAST_FACTOR, MOST_FACTOR = 0.0025, 10.0
 SHOWN_VALUE = 120
+# The load of a `vllm bench serve`, which both arms must share.
+_LOAD = (
+    *("backend", "model_id", "num_prompts", "request_rate", "burstiness", "max_concurrency"),
+    "total_input_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -177,11 +183,11 @@ def show(
     Raises Regression where a metric got worse, SettingsError where the records are not comparable.
     """
     allowed = parsed_factor(factor)
-    a, b = (found.record for found in (results.find(layout, first), results.find(layout, second)))
-    assert a is not None
-    assert b is not None
+    a, b = _measured(layout, first), _measured(layout, second)
     require_comparable(a, b, across=across, typed=(first, second))
     rows = judge_records(a, b, factor=allowed)
+    if isinstance(a, ServeRuns) and isinstance(b, ServeRuns):
+        _print_limits(a, b, console)
     if as_json:
         document = {
             "schema": 1,
@@ -194,15 +200,43 @@ def show(
     else:
         print_rows(rows, console=console.stdout)
     if names := worse(rows):
+        plots = hints.text("bench.report_plots", percent=allowed * 100)
         raise Regression(
             f"{b.stem} is slower than {a.stem}: {names}",
-            hint=hints.text("bench.report_plots", percent=allowed * 100),
+            hint=plots if isinstance(b, Record) else hints.text("nox.bench"),
         )
-    if needed := most_needed(rows):
+    if isinstance(b, Record) and (needed := most_needed(rows)):
         # Beside a document stdout has nothing else.
         (console if as_json else console.stdout).hint(
             hints.text("bench.repeat_both", kind=b.kind, label=b.label, needed=needed)
         )
+
+
+def _measured(layout: Layout, name: str) -> Measured:
+    """Return the record of a name, or the runs of `vllm bench serve` in its file or folder."""
+    if runs := results.serve_runs(name):
+        return runs
+    record = results.find(layout, name).record
+    assert record is not None
+    return record
+
+
+def _print_limits(first: ServeRuns, second: ServeRuns, console: Console) -> None:
+    """Print what results of `vllm bench serve` leave open."""
+    console.info(
+        "results of `vllm bench serve` name no machine, tree or version; a run counts as a start"
+        " here, and runs of one server are less independent than that"
+    )
+    if min(len(first.runs), len(second.runs)) < MIN_STARTS:
+        console.info(
+            "their std is a spread between requests; that between runs needs several:"
+            f" {MIN_STARTS} for each side, in a folder or in one file of --append-result"
+        )
+    if missing := sorted({*first.metrics} ^ {*second.metrics}):
+        console.info(f"not compared, because one side lacks it: {', '.join(missing)}")
+    for arm in (first, second):
+        if failed := sum(run.num_prompts - run.completed for run in arm.runs):
+            console.warn(f"{arm.stem}: {counted(failed, 'request')} failed and count nowhere")
 
 
 def print_rows(rows: Sequence[MetricDifference], *, console: Console) -> None:
@@ -248,7 +282,9 @@ def parsed_factor(text: str) -> float:
     return factor
 
 
-def judge_records(first: Record, second: Record, *, factor: float) -> tuple[MetricDifference, ...]:
+def judge_records(
+    first: Measured, second: Measured, *, factor: float
+) -> tuple[MetricDifference, ...]:
     """Judge each metric that both records have. Raises SettingsError if they share none."""
     shared = [name for name in first.metrics if name in second.metrics]
     if not shared:
@@ -295,8 +331,8 @@ def percent(ratio: float) -> str:
 
 
 def require_comparable(
-    first: Record,
-    second: Record,
+    first: Measured,
+    second: Measured,
     *,
     across: Sequence[str] = (),
     typed: tuple[str, str] | None = None,
@@ -305,6 +341,12 @@ def require_comparable(
 
     `typed` are the names or paths under which the user gave the records.
     """
+    if type(first) is not type(second):
+        raise SettingsError(
+            f"only one of {first.stem} and {second.stem} is a result of `vllm bench serve`: the"
+            " other is a record of this workspace, with a machine and a tree",
+            hint=hints.text("bench.measure_again"),
+        )
     names = fields(first).keys()
     unknown = [name for name in across if name not in names]
     if unknown:
@@ -326,8 +368,13 @@ def require_comparable(
         )
 
 
-def fields(record: Record) -> dict[str, str]:
+def fields(record: Measured) -> dict[str, str]:
     """Return the fields that must be equal, so that only the trees can cause a difference."""
+    if isinstance(record, ServeRuns):
+        return {
+            name: " and ".join(sorted({str(vars(run)[name]) for run in record.runs}))
+            for name in _LOAD
+        }
     machine, software = record.machine, record.software
     gpus = [f"{gpu.name} {gpu.capability or ''}".strip() for gpu in machine.gpus]
     drivers = sorted({gpu.driver or "unknown" for gpu in machine.gpus})
@@ -351,7 +398,7 @@ def fields(record: Record) -> dict[str, str]:
     }
 
 
-def differences(first: Record, second: Record) -> dict[str, str]:
+def differences(first: Measured, second: Measured) -> dict[str, str]:
     """Return the fields that differ, with both values.
 
     Of flags and environment only the flags and variables that differ are shown.
@@ -362,6 +409,8 @@ def differences(first: Record, second: Record) -> dict[str, str]:
         for name in a
         if a[name] != b[name]
     }
+    if isinstance(first, ServeRuns) or isinstance(second, ServeRuns):
+        return found
     if "flags" in found:
         found["flags"] = " against ".join(
             " ".join(flag for flag in record.flags if flag not in other.flags) or "nothing"

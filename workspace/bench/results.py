@@ -6,6 +6,7 @@ damaged, or that a newer workspace wrote, is refused.
 """
 
 import datetime
+import math
 import os
 import re
 import statistics
@@ -233,6 +234,77 @@ class Record(records.Record, schema=1):
     def is_noisy(self, metric: str) -> bool:
         """Return whether the starts differ too much for a verdict; unknown for one start."""
         return len(self.starts) > 1 and variation(self.values(metric)) > NOISY
+
+
+@dataclass(frozen=True)
+class ServeResult:
+    """One run of `vllm bench serve`, as its --save-result writes it; times are medians in ms.
+
+    It names no machine, no tree and no version, and no spread between runs.
+    """
+
+    date: str
+    backend: str
+    model_id: str
+    num_prompts: int
+    completed: int
+    request_throughput: float
+    request_rate: float | str = "inf"
+    burstiness: float = 1.0
+    max_concurrency: int | None = None
+    total_input_tokens: int | None = None
+    output_throughput: float | None = None
+    median_ttft_ms: float | None = None
+    median_itl_ms: float | None = None
+    median_tpot_ms: float | None = None
+    median_e2el_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class ServeRuns:
+    """Runs of `vllm bench serve` under one name, in a file or a folder: an arm of a comparison."""
+
+    stem: str
+    runs: tuple[ServeResult, ...]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that all runs have, without those that no request gave a value."""
+        return tuple(name for name in METRICS if all(self.values(name)))
+
+    def values(self, metric: str) -> tuple[float, ...]:
+        """Return one value for each run, 0 for a run that has none."""
+        found = (vars(run) for run in self.runs)
+        values = (one.get(metric, one.get(f"median_{metric}_ms")) or 0.0 for one in found)
+        return tuple(value if math.isfinite(value) and value > 0 else 0.0 for value in values)
+
+
+def serve_runs(name: str) -> ServeRuns | None:
+    """Return the runs of `vllm bench serve` in a file, a run a line, or in the files of a folder;
+    None where there are none. Raises SettingsError for a folder that has other JSON, too.
+    """
+    place = typed(name)
+    is_file = name.endswith(".json") and place.is_file()
+    # vLLM writes each result a second time, in PyTorch's form.
+    inside = [path for path in sorted(place.glob("*.json")) if ".pytorch." not in path.name]
+    found = {path: _serve_results(path) for path in ([place] if is_file else inside)}
+    runs = [run for each in found.values() for run in each]
+    if runs and (broken := next((path for path, each in found.items() if not each), None)):
+        hint = hints.text("core.list_file", path=broken)
+        raise SettingsError(f"{broken} is no result of `vllm bench serve`", hint=hint)
+    return ServeRuns(name, tuple(runs)) if runs else None
+
+
+def _serve_results(path: Path) -> list[ServeResult]:
+    try:
+        content = read_regular(path)
+        try:
+            documents = [records.parse(content)]
+        except DecodeError:
+            documents = [records.parse(line) for line in content.splitlines() if line.strip()]
+        return [records.convert(document, ServeResult) for document in documents]
+    except (OSError, DecodeError):
+        return []
 
 
 def read(path: Path, *, place: str) -> Record:

@@ -9,7 +9,7 @@ import datetime
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.checks import smoke as smoke_record
@@ -372,18 +372,29 @@ def _prune(layout: Layout, *, using: str, run_log: RunLog) -> None:
 
 
 def note_unpromoted(layout: Layout, tested: plan.Observation) -> None:
-    """Note a new state in the bump's sandbox before it is stored, for `forget_unpromoted`."""
+    """Note the state of the bump's sandbox before it is stored, for `forget_unpromoted`: its name,
+    and in a second line its former time if it was stored before.
+    """
     own, stack = tested.machine.layout, tested.stack
-    name = name_of(tested.pin.tag, (stack and stack.tree) or "")
-    if read(layout, name) is None:
-        forget_unpromoted(layout, own)
-        write_atomic(own.root / UNPROMOTED, name.encode())
+    name, note = name_of(tested.pin.tag, (stack and stack.tree) or ""), own.root / UNPROMOTED
+    if note.exists() and note.read_text(encoding="utf-8").partition("\n")[0] == name:
+        return
+    forget_unpromoted(layout, own)
+    former = read(layout, name)
+    write_atomic(note, f"{name}\n{former.recorded if former else ''}".encode())
 
 
 def forget_unpromoted(layout: Layout, own: Layout) -> None:
-    """Delete the state that the bump's sandbox `own` made and that was never promoted, if any."""
-    if (note := own.root / UNPROMOTED).exists():
-        _forget(layout, note.read_text(encoding="utf-8"))
+    """Delete the state that the bump's sandbox `own` made and that was never promoted, if any. A
+    state that was stored before gets its former time back.
+    """
+    if not (note := own.root / UNPROMOTED).exists():
+        return
+    name, _, recorded = note.read_text(encoding="utf-8").partition("\n")
+    if not recorded:
+        _forget(layout, name)
+    elif state := read(layout, name):
+        records.write(folder(layout, name) / "good.json", replace(state, recorded=recorded))
 
 
 def _forget(layout: Layout, name: str) -> None:

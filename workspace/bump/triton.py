@@ -14,7 +14,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings, without_user
 from workspace.install import sandbox, stages
 from workspace.repo import checkout, git, pins, series
-from workspace.repo.git import Git, am, worktree
+from workspace.repo.git import Git, am, history, worktree
 from workspace.repo.pins import COMMIT, Pin
 
 
@@ -128,6 +128,8 @@ def _move_tree(layout: Layout, settings: Settings, pin: Pin, new: Pin, run_log: 
             remote = checkout.remote(layout, new, settings, run_log, view)
             wanted = (f"+{new.commit}:refs/pins/triton",)
             tree.fetch(remote, wanted, whole=not tree.is_partial)
+        # A patch is merged in a scratch folder, which cannot fetch contents of a partial clone.
+        history.complete_range(tree, pin.commit, new.commit, settings, run_log=run_log)
         view.reason = new.commit[:12]
     tip = _apply_series(layout, tree, new.commit)
     tree.set_ref("refs/patches/tip", tip)

@@ -6,8 +6,9 @@ docs/settings-reference.md shows the table. What a child inherits of the shell a
 decided by families of names in core/settings.py.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -48,6 +49,9 @@ PHASES: Mapping[Phase, tuple[Base, str]] = {
     "upstream": ("run", "pytest in `nox -s upstream`"),
     "bench": ("run", "`vllm bench` and the server in `nox -s bench`, ab and bisect"),
 }
+
+# What `inv run`, `inv shell` and `inv env.export` gave: NAME=DIGEST, with blanks between them.
+EXPORTED = "WORKSPACE_EXPORTED"
 
 
 class Special(Enum):
@@ -281,6 +285,9 @@ VARIABLES: tuple[Variable, ...] = (
              "git asks nothing, speaks English and writes the same for every user"),
     Variable("PATH PS1 ZDOTDIR VLLM_WORKSPACE_ZDOTDIR", GIVEN, "verb", ("shell",),
              "inv shell has inv and nox on PATH, and a prompt that shows it"),
+    Variable(EXPORTED, GIVEN, "verb", ("shell",),
+             "names the values that the workspace gave: a verb in that shell does not take them for"
+             " the user's own"),
     Variable("PATH", GIVEN, "clone", ("report",), "the tools of the workspace, then .vllm/bin"),
     Variable("*", GIVEN, "setting", ("inv",), "the settings of the shell and of the command line"),
 )
@@ -328,3 +335,29 @@ def with_rows(
         elif value is REMOVED:
             result.pop(row.names, None)
     return result
+
+
+def exported(
+    environment: Mapping[str, str], outer: Mapping[str, str], *, apart: Collection[str]
+) -> str:
+    """Return the value of EXPORTED: what `environment` has and `outer` lacks, without the names in
+    `apart`.
+    """
+    names = sorted(environment.keys() - outer.keys() - {EXPORTED, *apart})
+    return " ".join(f"{name}={_digest(environment[name])}" for name in names)
+
+
+def without_exported(shell: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a shell without those that the workspace gave it. A value that was
+    changed there since is the user's.
+    """
+    given = dict(entry.partition("=")[::2] for entry in shell.get(EXPORTED, "").split())
+    return {
+        name: text
+        for name, text in shell.items()
+        if name != EXPORTED and not (name in given and given[name] == _digest(text))
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import hints
+from workspace.core import child_variables, hints
 from workspace.core.child_variables import PHASES, Base, Phase, with_given, with_rows
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
@@ -263,7 +263,7 @@ def load(
     folder of .env, another from the folder in which the command was typed. Raises SettingsError for
     an unreadable .env and for a bad value, and names the line or the flag.
     """
-    shell = dict(os.environ if environ is None else environ)
+    shell = child_variables.without_exported(os.environ if environ is None else environ)
     written = _read_dotenv(layout.dotenv)
     # .env may put a secret into any other value: DEVICE=${HF_TOKEN}.
     named = [*shell.items(), *((name, text) for name, (text, _) in written.items())]

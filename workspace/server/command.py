@@ -25,12 +25,12 @@ from workspace.core.settings import Settings
 from workspace.machine import hardware, jit_caches, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
-from workspace.server import flags, models
+from workspace.server import flags, models, public_recipes
 from workspace.server.observation import Address
 from workspace.server.recipes import Recipe
 
 # Lists of folders: our folders go before those of the shell that evaluates the lines.
-_LISTS = ("PATH", "LD_LIBRARY_PATH")
+LISTS = ("PATH", "LD_LIBRARY_PATH")
 # bash refuses to set these, and then evaluates no other line either; each shell sets `_` itself.
 _READ_ONLY = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "_")
 _LONG_SECRET = 8
@@ -193,7 +193,8 @@ def shown(
 def folder_of(name: str) -> Path | None:
     """Return the folder that a path on the command line means, None if it is no path."""
     path = paths.typed(name)
-    is_path = name.startswith(("/", "~")) or is_relative(name) or name.endswith(".gguf")
+    is_named = name.startswith(("/", "~")) or name.endswith((".gguf", *public_recipes.SUFFIXES))
+    is_path = is_named or is_relative(name)
     return path if is_path or ("/" in name and path.exists()) else None
 
 
@@ -414,7 +415,7 @@ def lines(
     interpreter's folder; with `is_exact` each value is that of the environment.
     """
     secret = secret_names(environment)
-    apart = _READ_ONLY if is_exact else (*_LISTS, *_READ_ONLY, "VIRTUAL_ENV")
+    apart = _READ_ONLY if is_exact else (*LISTS, *_READ_ONLY, "VIRTUAL_ENV")
     for name, text in sorted(environment.items()):
         if (
             name not in apart
@@ -427,7 +428,7 @@ def lines(
     if is_exact:
         return
     ours = {"PATH": [str(layout.root / "scripts")], "LD_LIBRARY_PATH": []}
-    for name in _LISTS:
+    for name in LISTS:
         present = outer.get(name, "").split(os.pathsep)
         added = [
             entry

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,13 +58,25 @@ SPOILED = "no command line can be read from vendor/vllm"
 @dataclass(frozen=True)
 class Flags:
     """Flags that a tree knows. `names` are spelled with dashes; `switches` take no value, and those
-    in `negatable` have a --no- form.
+    in `negatable` have a --no- form. `longs` has the long flag of a short one.
     """
 
     names: frozenset[str]
     switches: frozenset[str] = frozenset()
     negatable: frozenset[str] = frozenset()
     shorts: frozenset[str] = frozenset()
+    longs: Mapping[str, str] = field(default_factory=dict)
+
+    def long(self, token: str) -> str:
+        """Return a flag in its long form, its value behind =: -tp is --tensor-parallel-size, and
+        -O3 is --optimization-level=3.
+        """
+        head = _flag_part(token)
+        if head in self.longs:
+            return self.longs[head] + token[len(head) :]
+        if not token.startswith("--") and token[:2] in self.longs:
+            return f"{self.longs[token[:2]]}={token[2:]}"
+        return token
 
     def spelled(self, token: str) -> str | None:
         """Return the flag of a token such as --max_model_len=8, --a.b or --no-x as the tree spells
@@ -102,6 +114,7 @@ class _Reading:
     switches: set[str] = field(default_factory=set)
     negatable: set[str] = field(default_factory=set)
     shorts: set[str] = field(default_factory=set)
+    longs: dict[str, str] = field(default_factory=lambda: {"-O": "--optimization-level"})
     fields: dict[str, str] = field(default_factory=dict)
 
 
@@ -128,15 +141,11 @@ def known(layout: Layout) -> Flags:
             reading.switches.add(name)
             reading.negatable.add(name)
     return Flags(
-        *(
-            frozenset(found)
-            for found in (
-                reading.names | set(_ALWAYS),
-                reading.switches,
-                reading.negatable,
-                reading.shorts | set(_ALWAYS_SHORT),
-            )
-        )
+        frozenset(reading.names | set(_ALWAYS)),
+        frozenset(reading.switches),
+        frozenset(reading.negatable),
+        frozenset(reading.shorts | set(_ALWAYS_SHORT)),
+        reading.longs,
     )
 
 
@@ -226,6 +235,11 @@ def typed_value(name: str, value: object, folder: Path | None = None) -> object:
         adapter, _, path = value.partition("=")
         return f"{adapter}={typed_value('lora_path', path, folder)}"
     return str(typed(value, folder)) if _is_path(key, value, folder) else value
+
+
+def is_flag(arg: str) -> bool:
+    """Return whether an argument is a flag: -1 is a value."""
+    return arg.startswith("-") and arg not in ("-", "--") and not _NUMBER.match(arg)
 
 
 def leaves(args: Sequence[str]) -> Iterator[tuple[str, str, str]]:
@@ -411,7 +425,9 @@ def _read_argument(node: ast.Call, reading: _Reading) -> None:
     ]
     names = {literal.replace("_", "-") for literal in literals if literal.startswith("--")}
     reading.names |= names
-    reading.shorts |= {literal for literal in literals if _SHORT.fullmatch(literal)}
+    shorts = {literal for literal in literals if _SHORT.fullmatch(literal)}
+    reading.shorts |= shorts
+    reading.longs |= dict.fromkeys(shorts, next(iter(sorted(names)), "")) if names else {}
     action = next(
         (ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "action"), ""
     )

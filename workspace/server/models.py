@@ -29,7 +29,7 @@ from workspace.core.settings import Settings
 from workspace.machine import check, hardware, interpreter, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo import index, pins
-from workspace.server import recipes
+from workspace.server import public_recipes
 from workspace.server.flags import CONFIGURATIONS
 from workspace.server.recipes import Recipe
 
@@ -284,7 +284,7 @@ def fetch(machine: Machine, name: str, *, console: Console) -> None:
 
     Raises ToolchainError without a built environment, and the errors of `fetch_weights`.
     """
-    recipe = named(machine.layout, name)
+    recipe = public_recipes.named(machine.layout, name)
     if not machine.layout.environment_python.exists():
         raise ToolchainError(
             "there is no built environment: its huggingface_hub fetches models",
@@ -292,7 +292,7 @@ def fetch(machine: Machine, name: str, *, console: Console) -> None:
         )
     check.require(machine, console=console, recipe=recipe.environment)
     fetch_weights(machine, recipe, console=console)
-    console.hint(hints.text("server.serve_recipe", name=name))
+    console.hint(hints.text("server.serve_recipe", name=recipe.name or name))
 
 
 def fetch_weights(machine: Machine, recipe: Recipe, *, console: Console) -> None:
@@ -311,16 +311,6 @@ def fetch_weights(machine: Machine, recipe: Recipe, *, console: Console) -> None
             _vocabularies(machine, recipe, view)
 
 
-def named(layout: Layout, name: str) -> Recipe:
-    """Return the recipe of this name, or a recipe without a name for a model on the hub.
-
-    Raises SettingsError for any other name.
-    """
-    if "/" in name:
-        return recipes.unnamed(name)
-    return recipes.load(layout, name, version=pins.load(layout.pins).vllm.version)
-
-
 def _weights(machine: Machine, recipe: Recipe, run_log: RunLog, view: Step) -> None:
     if folder := found_weights(machine, recipe):
         view.skip(f"on disk: {folder}")
@@ -328,6 +318,11 @@ def _weights(machine: Machine, recipe: Recipe, run_log: RunLog, view: Step) -> N
     if recipe.origin == "built-in":
         view.reason = str(_make_built_in(machine, recipe, run_log, view))
         return
+    if recipe.model.startswith("/"):
+        raise ServeError(
+            f"{recipe.model} lacks {lack_of(Path(recipe.model))}",
+            hint=hints.text("core.list_file", path=recipe.model),
+        )
     _require_hub(machine.settings, recipe)
     record = _fetch_from_hub(machine, recipe, run_log, view)
     folder = found_weights(machine, recipe)

@@ -23,11 +23,11 @@ FlagValue = bool | int | float | str | tuple[str | int | float, ...] | Mapping[s
 BUILT_IN = ("tiny", "smollm2")
 DEFAULT_UTILIZATION = 0.92
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FLAG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[A-Za-z0-9_-]+)*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # The model has its own key in a recipe, and a secret does not belong into a shared file.
-_NOT_AS_FLAG = {
+NOT_AS_FLAG = {
     "model": "write it as `model`",
     "api-key": "put VLLM_API_KEY into .env",
     "hf-token": "put HF_TOKEN into .env",
@@ -315,7 +315,7 @@ def _recipe(name: str, table: _Table) -> Recipe:
     recipe = Recipe(
         name=name,
         model=table.text(
-            "model", form=built_in if origin == "built-in" else _HUB, expected=expected
+            "model", form=built_in if origin == "built-in" else HUB, expected=expected
         ),
         origin=cast("Origin", origin),
         summary=table.text("summary"),
@@ -364,8 +364,8 @@ def _flags(table: _Table) -> Mapping[str, FlagValue]:
         name = key.replace("_", "-") if "." not in key else key
         if not _FLAG.fullmatch(name):
             raise table.wrong(key, "the name of a flag, without the dashes in front")
-        if name in _NOT_AS_FLAG:
-            raise table.wrong(key, f"for a recipe: {_NOT_AS_FLAG[name]}")
+        if name in NOT_AS_FLAG:
+            raise table.wrong(key, f"for a recipe: {NOT_AS_FLAG[name]}")
         if (
             isinstance(value, list)
             and value
@@ -383,6 +383,13 @@ def _flags(table: _Table) -> Mapping[str, FlagValue]:
                 key, "a switch, a number, a text, a table or a list of texts or numbers"
             )
     return found
+
+
+def environment_of(place: str, content: Mapping[str, object]) -> Mapping[str, str]:
+    """Return variables of a file, which messages call `place`. Raises SettingsError for a name that
+    is none, a secret, and a value of more than a line.
+    """
+    return _environment(_Table(place, "env", content))
 
 
 def _environment(table: _Table) -> Mapping[str, str]:

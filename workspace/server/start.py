@@ -18,7 +18,7 @@ from workspace.core.settings import Settings
 from workspace.install.status import require_built
 from workspace.machine import check, failures, run_environment
 from workspace.machine.machine import Case, Machine
-from workspace.server import command, fit, flags, lifecycle, models, recipes
+from workspace.server import command, fit, flags, lifecycle, models, public_recipes, recipes
 from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive
 from workspace.server.recipes import Recipe
@@ -60,9 +60,9 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     """
     machine = Machine(layout, settings)
     recipe = _recipe(machine, options.name)
-    if command.folder_of(options.name):
+    if place := command.folder_of(options.name):
         # Hints are typed in the root of the clone, wherever this command was typed.
-        options = replace(options, name=recipe.model)
+        options = replace(options, name=str(place))
     line = command.compose(
         recipe,
         options.extra,
@@ -322,10 +322,10 @@ def _follow(settings: Settings, server: Server, console: Console) -> None:
 
 def _recipe(machine: Machine, name: str) -> Recipe:
     folder = command.folder_of(name)
-    if folder is None:
-        if ":" in name:
+    if folder is None or public_recipes.is_file(name):
+        if folder is None and ":" in name:
             _require_gguf(machine, name)
-        return models.named(machine.layout, name)
+        return public_recipes.named(machine.layout, name)
     if folder.suffix == ".gguf" and folder.is_file():
         _require_gguf(machine, folder.name)
         return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workspace.core import hints, process
-from workspace.core.child_variables import with_given
+from workspace.core.child_variables import EXPORTED, exported, with_given
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import ServeError, SettingsError, ToolchainError, counted, printable
 from workspace.core.paths import Layout
@@ -20,7 +20,7 @@ from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
 from workspace.repo import pins
 from workspace.server import fit, lifecycle, models, observation, process_tree, recipes
-from workspace.server.command import built_environment, lines, secret_names, tree_oid
+from workspace.server.command import LISTS, built_environment, lines, secret_names, tree_oid
 from workspace.server.observation import Server, find, is_alive
 from workspace.server.recipes import Recipe
 
@@ -279,7 +279,7 @@ def export_variables(machine: Machine, *, console: Console) -> None:
     """
     shell = machine.settings.shell
     check.require(machine, console=console)
-    environment = built_environment(machine, "shell", is_shown=True)
+    environment = _marked(machine, built_environment(machine, "shell", is_shown=True))
     for line in lines(machine.layout, environment, shell):
         # A control character is shown escaped, which would be another value.
         if printable(line) == line:
@@ -299,4 +299,11 @@ def _ready(machine: Machine, console: Console) -> dict[str, str]:
             hint=hints.text("inv.bootstrap"),
         )
     check.require(machine, console=console)
-    return built_environment(machine, "shell")
+    return _marked(machine, built_environment(machine, "shell"))
+
+
+def _marked(machine: Machine, environment: dict[str, str]) -> dict[str, str]:
+    """Return the environment with a mark of the values that are not the user's: see EXPORTED."""
+    apart = (*LISTS, "VIRTUAL_ENV", *secret_names(environment))
+    mark = exported(environment, machine.settings.shell, apart=apart)
+    return with_given(environment, "shell", {EXPORTED: mark})

@@ -12,8 +12,10 @@ from workspace.core.paths import Layout
 from workspace.core.settings import load
 from workspace.machine import run_environment
 from workspace.repo import pins
-from workspace.server import flags, recipes
+from workspace.server import flags, public_recipes, recipes
 
+# Files in the forms that Spark owners share.
+PUBLIC = sorted((Path(__file__).parents[2] / "server" / "public").glob("*.yaml"))
 # Prints every option and its count of values; then the parser's result for each command line.
 PROGRAM = """
 import contextlib, importlib, io, json, sys
@@ -109,7 +111,7 @@ def recipe_lines(layout: Layout) -> dict[str, list[str]]:
     return {
         name: ["m", *recipes.load(layout, name, version=version).args]
         for name in recipes.names(layout)
-    }
+    } | {path.name: ["m", *public_recipes.load(layout, path).args] for path in PUBLIC}
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +190,7 @@ def test_the_same_verdict_on_every_spelling(
 def test_command_line_of_every_recipe_is_accepted_whole(
     layout: Layout, parser: dict[str, Any], recipe_lines: dict[str, list[str]]
 ) -> None:
+    assert PUBLIC
     for (name, args), verdict in zip(
         recipe_lines.items(), parser["lines"][len(SPELLINGS) :], strict=True
     ):

@@ -130,6 +130,36 @@ def test_crash_for_memory_has_the_next_step_as_hint(clone: World) -> None:
     assert hint.startswith(f"hint: ./scripts/inv serve {clone.folder / 'crash'} -- --port ")
 
 
+def test_public_recipe_is_served_without_its_container_and_its_command_is_repeatable(
+    clone: World,
+) -> None:
+    port, path = lifecycle.free_port(), clone.folder / "shared one.yaml"
+    path.write_text(
+        f"model: {clone.folder / 'plain'}\nruntime: vllm\ncontainer: acme/vllm\n"
+        f"defaults: {{port: {port}, host: 0.0.0.0}}\n"
+        "command: |\n  vllm serve {model} \\\n    --host {host} --port {port}\n"
+    )
+    dry = clone.run("serve", "--dry-run", str(path))
+    assert dry.code == 0, dry.output
+    wanted = f"/bin/vllm serve {clone.folder}/plain --port {port} --host 127.0.0.1"
+    assert dry.out.splitlines()[-1].endswith(wanted)
+    assert "not used here, where no container is started: container" in dry.err
+    started = clone.run("serve", "--detach", str(path), "--", "--gpu-memory-utilization", "0.1")
+    assert started.code == 0, started.output
+    there = observation.find(clone.layout.server)
+    assert there is not None
+    assert there.facts["typed"] == (
+        f"./scripts/inv serve '{path}' --detach -- --gpu-memory-utilization 0.1"
+    )
+    assert clone.run("serve.stop").code == 0
+    path.write_text(path.read_text().rstrip() + " && touch never\n")
+    assert "needs a shell" in clone.run("serve", "--dry-run", str(path)).error(2)
+    (clone.folder / "empty").mkdir(exist_ok=True)
+    path.write_text(f"command: vllm serve {clone.folder}/empty --port {port}\n")
+    for verb in (["serve", str(path)], ["serve.fetch", str(path)]):
+        assert "empty lacks config.json" in clone.run(*verb).error(10)
+
+
 def test_dry_run_prints_lines_for_a_shell_and_starts_no_server(clone: World) -> None:
     line = serve(clone, "plain", port=8123)
     shown = clone.run(
