@@ -96,6 +96,7 @@ MOST_PARAMETERS = 6
 MORE_PARAMETERS = {
     "workspace/bench/compare.py:show",
     "workspace/cli/verbs.py:bootstrap",
+    "workspace/cli/verbs.py:bundle",
     "workspace/cli/verbs.py:rebuild",
     "workspace/compile/job_server.py:__init__",
     "workspace/core/process.py:run",
