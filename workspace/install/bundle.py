@@ -105,19 +105,23 @@ def make(
     place, piece = _place(layout, options)
     pins.require_settled(layout)
     folder = place.with_name(f"{place.name}.parts") if place.suffix == ".tar" else place
+    observed = plan.observe(layout, settings)
+    manifest = _manifest(observed, options)
+    with console.step("resolve") as view:
+        parts = _parts(observed, manifest, console)
+        view.reason = f"for {manifest.machine}"
+    missing = tuple(part for part in parts if _fault(folder / FILES, part.item))
+    total, left = (sum(part.item.size for part in some) / 1e6 for some in (parts, missing))
+    console.sentence(
+        f"{counted(len(parts), 'file')}, {total:.0f} MB; to fetch:"
+        f" {counted(len(missing), 'file')}, {left:.0f} MB"
+    )
+    if options.plan_only:
+        for part in parts:
+            console.data(f"{part.item.size:>12}  {part.item.sha256}  {part.item.name}")
+        return
+    _require_room(folder, missing)
     with stages.locked(layout, settings, "inv bundle", console=console, wait=wait) as run_log:
-        observed = plan.observe(layout, settings)
-        manifest = _manifest(observed, options)
-        with stages.step(run_log, "resolve") as view:
-            parts = _parts(observed, manifest, console)
-            view.reason = f"for {manifest.machine}"
-        missing = tuple(part for part in parts if _fault(folder / FILES, part.item))
-        _show_sizes(parts, missing, console)
-        if options.plan_only:
-            for part in parts:
-                console.data(f"{part.item.size:>12}  {part.item.sha256}  {part.item.name}")
-            return
-        _require_room(folder, missing)
         (folder / FILES).mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         with stages.step(run_log, "fetch") as view:
@@ -267,9 +271,8 @@ def _closure(
             if number == len(attempts):
                 raise
             console.info(f"{exc.message}; tried now: {' '.join(attempts[number]) or 'the index'}")
-    names = {line.partition("==")[0] for line in own}
     companions = tuple(
-        line for line in needs.companions if not own or re.split("[^a-z]", line)[0] in names
+        line for line in needs.companions if not own or re.split("[^a-z]", line)[0] in str(own)
     )
     # A local folder of wheels has a torch for CPUs: bootstrap installs no companions then.
     if not companions or "--find-links" in request.arguments:
@@ -293,14 +296,6 @@ def _own_packages(observed: plan.Observation, manifest: Manifest) -> tuple[str, 
     )
     packages = recorded.packages if recorded and is_same else {}
     return tuple(f"{name}=={version}" for name, version in packages.items())
-
-
-def _show_sizes(parts: Sequence[Part], missing: Sequence[Part], console: Console) -> None:
-    total, left = (sum(part.item.size for part in some) / 1e6 for some in (parts, missing))
-    console.sentence(
-        f"{counted(len(parts), 'file')}, {total:.0f} MB; to fetch:"
-        f" {counted(len(missing), 'file')}, {left:.0f} MB"
-    )
 
 
 def _require_room(folder: Path, missing: Sequence[Part]) -> None:
