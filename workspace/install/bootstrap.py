@@ -414,7 +414,7 @@ def _settings_for(
     shell = {name: text for name, text in settings.shell.items() if not _PLACES.fullmatch(name)}
     shell |= {
         "UV_DEFAULT_INDEX": pages,
-        "UV_OFFLINE": "1",
+        "UV_PYTHON_DOWNLOADS": "never",
         "UV_NO_CONFIG": "1",
         "PIP_CONFIG_FILE": os.devnull,
     }
