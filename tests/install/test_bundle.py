@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.small.index import Fault
 from tests.small.materials import Materials, git
 from tests.small.wheels import sha256
-from tests.small.world import World, make_world
+from tests.small.world import Ended, World, make_world
 
 # Nothing listens there: what asks an index or a mirror fails.
 NOWHERE = {
@@ -40,6 +41,12 @@ def make(world: World, place: Path, *flags: str) -> list[Path]:
     ended = world.run("bundle", str(place), *flags)
     assert ended.code == 0, ended.output
     return sorted((place / "files").iterdir()) if place.is_dir() else []
+
+
+def hint_of(ended: Ended) -> list[str]:
+    """Return the arguments of inv in the hint of a verb."""
+    hint = next(line for line in ended.err.splitlines() if line.startswith("hint: "))
+    return hint.removeprefix("hint: ./scripts/inv ").split("    ")[0].split()
 
 
 def fresh(materials: Materials, folder: Path) -> World:
@@ -113,19 +120,21 @@ def test_next_run_keeps_the_files_that_are_right(built: World, bundle: Path) -> 
     assert renewed == {wheel}
 
 
-def test_interrupted_bundle_has_no_manifest_and_is_resumed(
-    built: World, bundle: Path, materials: Materials
+def test_bundle_whose_transfer_breaks_has_no_manifest_and_is_resumed(
+    built: World, bundle: Path, materials: Materials, tmp_path: Path
 ) -> None:
-    name = next((bundle / "files").glob("torch-*.whl")).name
+    name = materials.archive.name
+    built.env["WORKSPACE_CACHE_DIR"] = str(tmp_path / "cache")
     (bundle / "files" / name).unlink()
-    page = built.index.files[name]
-    built.index.files[name] = materials.patch
+    built.index.faults[name] = Fault(cut_after=1000)
     ended = built.run("bundle", str(bundle))
-    assert ended.code == 11, ended.output
+    assert name in ended.error(11)
     assert not (bundle / "manifest.json").exists()
-    built.index.files[name] = page
+    assert (bundle / "files" / f"{name}.part").stat().st_size == 1000
+    built.index.faults.clear()
     make(built, bundle)
-    assert sha256(bundle / "files" / name) == sha256(page)
+    assert sha256(bundle / "files" / name) == sha256(materials.archive)
+    assert not (bundle / "files" / f"{name}.part").exists()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +164,7 @@ def test_bundle_for_something_else_changes_nothing(
 
 
 def test_files_that_are_missing_cut_or_changed_are_named(
-    bundle: Path, materials: Materials, tmp_path: Path
+    built: World, bundle: Path, materials: Materials, tmp_path: Path
 ) -> None:
     files = sorted((bundle / "files").glob("*.whl"))
     gone, cut, changed = files[:3]
@@ -167,11 +176,16 @@ def test_files_that_are_missing_cut_or_changed_are_named(
     changed.write_bytes(content)
     other = fresh(materials, tmp_path / "other")
     before = other.listing()
-    error = other.run("bootstrap", "--from", str(bundle)).error(11)
+    ended = other.run("bootstrap", "--from", str(bundle))
+    error = ended.error(11)
     assert f"{gone.name} is missing" in error
     assert f"{cut.name} has {cut.stat().st_size} bytes" in error
     assert f"{changed.name} has sha256 {sha256(changed)} instead of {wanted}" in error
     assert other.listing() == before
+    lock_tools(built)
+    repaired = built.run(*hint_of(ended))
+    assert "to fetch: 3 files" in repaired.err
+    other.bootstrap(*hint_of(repaired)[1:])
 
 
 @pytest.mark.parametrize("name", ["../evil.whl", "/etc/passwd", "a/b.whl", ".hidden", ""])
@@ -239,6 +253,19 @@ def test_file_that_is_there_and_the_clone_itself_are_no_place(built: World, tmp_
     ):
         assert flags[0] in built.run("bundle", str(tmp_path / "new"), *flags).error(2)
     assert not (tmp_path / "new").exists()
+
+
+def test_hints_lead_on(built: World, materials: Materials, tmp_path: Path) -> None:
+    lock_tools(built)
+    inside = built.run("bundle", str(built.root / "bundle"))
+    beside = built.run(*hint_of(inside))
+    assert beside.code == 0, beside.output
+    split = built.run("bundle", str(tmp_path / "new"), "--split", "60M")
+    pieces = built.run(*hint_of(split))
+    assert pieces.code == 0, pieces.output
+    made = built.folder.parent / "bundle"
+    assert hint_of(beside) == ["bootstrap", "--from", str(made)]
+    fresh(materials, tmp_path / "other").bootstrap(*hint_of(beside)[1:])
 
 
 def test_hint_for_a_tar_unpacks_it(

@@ -5,6 +5,7 @@ After an interruption, the next run resumes from the verified layers.
 """
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -383,24 +384,27 @@ def run_from(
     """
     folder = folder.resolve()
     manifest = bundle.read(folder)
-    settings = _settings_for(manifest, folder, layout, settings)
+    # The pages of a bundle that has changed, or has moved, are others.
+    named = f"{folder}\n{files.sha256(folder / bundle.MANIFEST)}"
+    digest = hashlib.sha256(named.encode()).hexdigest()
+    pages = layout.bundles / digest[:12]
+    settings = _settings_for(manifest, folder, pages.as_uri(), settings)
     _require_fit(manifest, folder, plan.observe(layout, settings))
     with console.step("bundle") as view:
         bundle.require_complete(manifest, folder)
         view.reason = f"{counted(len(manifest.items), 'file')} as in its manifest"
-    _write_pages(manifest, folder / bundle.FILES, _pages_of(layout))
+    if not pages.exists():
+        _write_pages(manifest, folder / bundle.FILES, pages)
     return run(layout, settings, console=console, wait=wait, end=end)
 
 
-def _pages_of(layout: Layout) -> Path:
-    return layout.state / "bundle"
-
-
 def _settings_for(
-    manifest: bundle.Manifest, folder: Path, layout: Layout, settings: Settings
+    manifest: bundle.Manifest, folder: Path, pages: str, settings: Settings
 ) -> Settings:
-    """Return settings that name the files of a bundle as the only index and remote."""
-    pages = _pages_of(layout).as_uri()
+    """Return settings that name the files of a bundle as the only index and remote.
+
+    `pages` is the address of its index.
+    """
     wanted = {
         "SOURCE": manifest.source,
         "TORCH_INDEX_URL": pages,
