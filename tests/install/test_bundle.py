@@ -91,6 +91,37 @@ def test_bootstrap_from_a_bundle_asks_nobody_and_ends_on_the_same_build(
     assert "nothing to do" in other.bootstrap().err
 
 
+def test_own_kernels_go_along(built: World, materials: Materials, tmp_path: Path) -> None:
+    packed = built.run("wheel")
+    assert packed.code == 0, packed.output
+    own = built.root / packed.out.split()[1]
+    built.bootstrap("--kernels", str(own))
+    assert own.name in [path.name for path in make(built, tmp_path / "bundle")]
+    other = fresh(materials, tmp_path / "other")
+    other.bootstrap("--from", str(tmp_path / "bundle"))
+    assert other.index.requests == []
+    record = json.loads(other.layout.stamp("vllm").read_text())
+    assert record["kernels"]["kind"] == "wheel"
+    assert record["kernels"]["wheel"] == own.name
+    assert "nothing to do" in other.bootstrap().err
+
+
+def test_bundle_of_a_git_checkout_has_its_history(
+    built: World, materials: Materials, tmp_path: Path
+) -> None:
+    maker = make_world(materials, tmp_path / "maker", source="git")
+    maker.bootstrap()
+    maker.git("config", "--unset", "remote.origin.promisor")
+    names = [path.name for path in make(maker, tmp_path / "bundle")]
+    assert "vllm.bundle" in names
+    assert materials.archive.name not in names
+    other = fresh(materials, tmp_path / "other")
+    other.env["SOURCE"] = "auto"
+    other.bootstrap("--from", str(tmp_path / "bundle"))
+    assert other.git("rev-parse", "HEAD^{tree}") == maker.git("rev-parse", "HEAD^{tree}")
+    assert other.git("rev-parse", "HEAD~1") == materials.commit
+
+
 def test_the_workspace_is_cloned_from_the_bundle(
     built: World, bundle: Path, tmp_path: Path
 ) -> None:

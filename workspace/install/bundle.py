@@ -60,7 +60,7 @@ class Manifest(records.Record, schema=1):
     tag: str
     commit: str
     source: Literal["git", "release"]
-    items: tuple[Item, ...] = ()
+    items: tuple[Item, ...]
 
     def validate(self) -> None:
         for item in self.items:
@@ -129,8 +129,8 @@ def make(
         with stages.step(run_log, "git") as view:
             made = tuple(_made(observed, manifest, folder / FILES, run_log))
             view.reason = ", ".join(item.name for item in made)
-        items = (*(part.item for part in parts), *made)
-        records.write(folder / MANIFEST, replace(manifest, items=items))
+        fetched = (_item(folder / FILES / part.item.name, *part.item.uses) for part in parts)
+        records.write(folder / MANIFEST, replace(manifest, items=(*fetched, *made)))
         if folder != place:
             with stages.step(run_log, "pack") as view:
                 view.reason = counted(_pack(folder, place, piece), "file")
@@ -196,7 +196,7 @@ def _manifest(observed: plan.Observation, options: BundleOptions) -> Manifest:
     is_git = observed.checkout.kind is checkout.Kind.GIT and not git.is_partial
     source: Literal["git", "release"] = "git" if is_git or pin.archive is None else "release"
     target = Platform(machine, python, f"2.{glibc}")
-    return Manifest(target, device, pin.tag, pin.commit, source)
+    return Manifest(target, device, pin.tag, pin.commit, source, ())
 
 
 def _parts(observed: plan.Observation, manifest: Manifest, console: Console) -> tuple[Part, ...]:
@@ -344,8 +344,8 @@ def _made(
         yield _item(wheel.pack(layout, observed, folder).path, "kernels")
 
 
-def _item(path: Path, use: Use) -> Item:
-    return Item(path.name, path.stat().st_size, files.sha256(path), (use,))
+def _item(path: Path, *uses: Use) -> Item:
+    return Item(path.name, path.stat().st_size, files.sha256(path), uses)
 
 
 def _minor(version: str) -> str:
