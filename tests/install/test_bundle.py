@@ -111,7 +111,9 @@ def test_bundle_of_a_git_checkout_has_its_history(
 ) -> None:
     maker = make_world(materials, tmp_path / "maker", source="git")
     maker.bootstrap()
-    maker.git("config", "--unset", "remote.origin.promisor")
+    for key in ("promisor", "partialclonefilter"):
+        maker.git("config", "--unset", f"remote.origin.{key}")
+    maker.git("fetch", "--quiet", "--refetch", materials.upstream.as_uri(), "refs/tags/v0.31.0")
     names = [path.name for path in make(maker, tmp_path / "bundle")]
     assert "vllm.bundle" in names
     assert materials.archive.name not in names

@@ -317,7 +317,13 @@ def _fetch(folder: Path, missing: Sequence[Part], view: Step) -> None:
             view.progress((before + now) / 1e6, total / 1e6, "MB")
 
         # What a run that was killed left is resumed; a file that differs is replaced.
-        index.fetch_url(part.url, folder / item.name, item.sha256, on_progress=show)
+        try:
+            index.fetch_url(part.url, folder / item.name, item.sha256, on_progress=show)
+        except OSError as exc:
+            raise ToolchainError(
+                f"{folder / item.name} cannot be written: {exc.strerror}",
+                hint=hints.text("core.disk_of", folder=folder),
+            ) from exc
         done += item.size
     view.reason = counted(len(missing), "file")
 
