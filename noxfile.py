@@ -62,6 +62,7 @@ PROOFS = {
         "tests/proof/test_rebuild.py",
         "tests/proof/test_perf.py",
     ],
+    "bundle": ["tests/proof/test_bundle.py", "-n", "0", "-s"],
     "fuzz": ["tests/fuzz", "--hypothesis-profile=deep"],
     "hints": ["tests/proof/hints"],
     # It runs its worlds beside each other by itself.

@@ -2,7 +2,8 @@
 
 Started by scripts/inv and scripts/nox with whatever python3 there is, before anything of ours can
 be imported: standard library only, syntax of Python 3.6. Of the user's pip and uv settings those
-that say where packages come from are kept, the others dropped.
+that say where packages come from are kept, the others dropped; with `bootstrap --from FOLDER`, all
+packages come from that bundle.
 """
 
 # Until main catches it, ^C ends the process as the system does it: without a traceback.
@@ -13,6 +14,8 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 import configparser
 import fcntl
+import hashlib
+import json
 import os
 import re
 import shlex
@@ -27,8 +30,9 @@ TOOLS = os.path.join(STATE, "tools")
 PRIVATE_UV = os.path.join(STATE, "uv")
 REQUIREMENTS = os.path.join(ROOT, "requirements", "tools.txt")
 
-# workspace/core/errors.py: the machine lacks something; something could not be fetched.
-MACHINE, FETCH = 6, 11
+# workspace/core/errors.py: a flag cannot be used; the machine lacks something; something could not
+# be fetched.
+SETTINGS, MACHINE, FETCH = 2, 6, 11
 OLDEST_PYTHON = (3, 11)
 PYTHONS = ("python3.14", "python3.13", "python3.12", "python3.11")
 # The first uv with `venv --relocatable` and today's names of the index options.
@@ -110,7 +114,8 @@ def prepare():
         info("preparing the tool environment …", end="")
         try:
             remove_leftovers()
-            environment, index = package_sources()
+            bundle = bundle_of(sys.argv[1:])
+            environment, index = package_sources() if bundle is None else bundled_sources(bundle)
             python = find_python()
             build(
                 find_uv(environment) or install_uv(python, environment), python, environment, index
@@ -142,30 +147,13 @@ def build(uv, python, environment, index):
     place.
     """
     new = os.path.join(STATE, "tools.new-{}".format(os.getpid()))
-    venv = [
-        uv,
-        "venv",
-        "--quiet",
-        "--relocatable",
-        "--python",
-        python or ">={}.{}".format(*OLDEST_PYTHON),
-        new,
-    ]
+    oldest = ">={}.{}".format(*OLDEST_PYTHON)
+    venv = [uv, "venv", "--quiet", "--relocatable", "--python", python or oldest, new]
     none = "no Python {}.{} or newer could be found or fetched".format(*OLDEST_PYTHON)
     call(venv, environment, MACHINE, none, "sudo apt-get install python3.12 python3.12-venv")
     interpreter = os.path.join(new, "bin", "python")
-    install = [
-        uv,
-        "pip",
-        "install",
-        "--quiet",
-        "--python",
-        interpreter,
-        "--require-hashes",
-        "--no-build",
-        "-r",
-        REQUIREMENTS,
-    ]
+    install = [uv, "pip", "install", "--quiet", "--python", interpreter]
+    install += ["--require-hashes", "--no-build", "-r", REQUIREMENTS]
     call(install + index, environment, FETCH, "the tools could not be installed", CHECK_INDEX)
     imports = [interpreter, "-Es", "-c", "import invoke, nox"]
     call(
@@ -215,18 +203,8 @@ def install_uv(python, environment):
     with open(REQUIREMENTS) as file, open(wanted, "w") as only:
         entry = re.search(r"^uv==(?:.*\\\n)*.*\n?", file.read(), re.MULTILINE)
         only.write(entry.group(0) if entry else "uv\n")
-    install = [
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--require-hashes",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "-r",
-        wanted,
-    ]
+    install = ["-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps"]
+    install += ["--only-binary", ":all:", "-r", wanted]
     environment = dict(environment, PIP_USER="0", PIP_REQUIRE_VIRTUALENV="0")
     install_into(new, python, install, environment)
     call(
@@ -300,6 +278,58 @@ def package_sources():
         options += ["--find-links=" + place for place in pip.get("find-links", "").split()]
     options += ["--allow-insecure-host=" + host for host in pip.get("trusted-host", "").split()]
     return environment, options
+
+
+def bundle_of(argv):
+    """Return the folder of `inv bootstrap --from FOLDER`, None without the flag."""
+    for number, arg in enumerate(argv if "bootstrap" in argv else []):
+        if arg.startswith("--from=") or (arg == "--from" and argv[number + 1 :]):
+            folder = arg[7:] or argv[number + 1]
+            return os.path.realpath(os.path.expanduser(folder))
+    return None
+
+
+def bundled_sources(bundle):
+    """Return environment and options that take packages from a bundle alone, after a check of its
+    tools: see workspace/install/bundle.py.
+    """
+    folder = os.path.join(bundle, "files")
+    try:
+        with open(os.path.join(bundle, "manifest.json"), encoding="utf-8") as file:
+            items = json.load(file)["items"]
+        tools = [item for item in items if "tools" in item["uses"]]
+        wrong = [item["name"] for item in tools if not is_as_listed(folder, item)]
+    except (OSError, ValueError, LookupError, TypeError) as exc:
+        raise Failure(
+            SETTINGS,
+            "{} is not the folder of a finished bundle: {}".format(bundle, exc),
+            "ls -l {}".format(shlex.quote(bundle)),
+        ) from exc
+    if wrong:
+        raise Failure(
+            FETCH,
+            "the bundle is not as its manifest: {} is missing, cut or changed".format(wrong[0]),
+            "copy {} again".format(shlex.quote(os.path.join(folder, wrong[0]))),
+        )
+    environment = {
+        name: text
+        for name, text in os.environ.items()
+        if not _DROPPED.match(name) or name in ("UV_CACHE_DIR", "UV_LINK_MODE")
+    }
+    environment.update(UV_OFFLINE="1", UV_NO_CONFIG="1", PIP_CONFIG_FILE=os.devnull)
+    environment.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=folder)
+    return environment, ["--no-index", "--find-links=" + folder]
+
+
+def is_as_listed(folder, item):
+    """Return whether a file of a bundle has the SHA-256 of its manifest."""
+    if not re.match(r"[A-Za-z0-9][A-Za-z0-9._+!-]*$", item["name"]):
+        return False
+    path = os.path.join(folder, item["name"])
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest() == item["sha256"]
 
 
 def can_write(folder):

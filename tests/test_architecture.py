@@ -97,6 +97,7 @@ MOST_PARAMETERS = 6
 MORE_PARAMETERS = {
     "workspace/bench/compare.py:show",
     "workspace/cli/verbs.py:bootstrap",
+    "workspace/cli/verbs.py:bundle",
     "workspace/cli/verbs.py:rebuild",
     "workspace/cli/verbs_patch.py:patch_import",
     "workspace/compile/job_server.py:__init__",

@@ -92,7 +92,7 @@ PROGRAMS = {
         "mv",
     ),
     *("nvidia-smi", "ps", "python3", "reboot", "rm", "sed", "sha256sum", "ss", "systemctl"),
-    *("sysctl", "tee", "unset", "uv", "apt", "apt-get", "${EDITOR:-nano}"),
+    *("sysctl", "tar", "tee", "unset", "uv", "apt", "apt-get", "${EDITOR:-nano}"),
 }
 VERB_OF_INSTALL = "rebuild"
 # What a hint installs, and the file for which it does: packages of Debian and Ubuntu, and below

@@ -2,6 +2,8 @@
 surroundings, ended in the middle.
 """
 
+import hashlib
+import json
 import os
 import select
 import shutil
@@ -300,3 +302,52 @@ def test_cache_of_the_user_and_one_that_can_be_written_stay(bare: Clone, tmp_pat
     (tmp_path / "closed").touch()
     bare.inv("--list", HOME=str(tmp_path / "closed"), UV_CACHE_DIR="/mine")
     assert bare.calls()[0][1]["UV_CACHE_DIR"] == "/mine"
+
+
+def bundled(folder: Path, name: str = "uv-0.13.9-py3-none-any.whl") -> Path:
+    """A bundle whose manifest has one file for the tools."""
+    (folder / "files").mkdir(parents=True)
+    (folder / "files" / "uv-0.13.9-py3-none-any.whl").write_bytes(b"a wheel")
+    digest = hashlib.sha256(b"a wheel").hexdigest()
+    items = [{"name": name, "size": 7, "sha256": digest, "uses": ["tools"]}]
+    (folder / "manifest.json").write_text(json.dumps({"items": items}))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["--from={}", "--from {}"])
+def test_tools_come_from_the_bundle_alone(bare: Clone, tmp_path: Path, form: str) -> None:
+    bundle = bundled(tmp_path / "bundle")
+    index = {"PIP_INDEX_URL": "https://pip.example/simple", "UV_FIND_LINKS": "/elsewhere"}
+    # The verb itself then refuses this bundle.
+    result = bare.inv("bootstrap", *form.format(bundle).split(), **index)
+    assert "preparing the tool environment" in result.stderr
+    (_, _), (install, environment) = bare.calls()
+    assert [arg for arg in install if "index" in arg or "links" in arg] == [
+        "--no-index",
+        f"--find-links={bundle / 'files'}",
+    ]
+    assert environment["UV_OFFLINE"] == environment["PIP_NO_INDEX"] == "1"
+    assert "UV_FIND_LINKS" not in environment
+    assert "PIP_INDEX_URL" not in environment
+
+
+@pytest.mark.parametrize("name", ["../uv.whl", "/etc/passwd", "gone.whl"])
+def test_bundle_whose_tools_are_not_as_listed_is_refused(
+    bare: Clone, tmp_path: Path, name: str
+) -> None:
+    bundle = bundled(tmp_path / "bundle", name)
+    (tmp_path / "bundle" / "uv.whl").write_bytes(b"a wheel")
+    result = bare.inv("bootstrap", "--from", str(bundle))
+    assert result.returncode == 11
+    assert f"error: the bundle is not as its manifest: {name}" in result.stderr
+    assert not bare.tools.exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"items": [1]}', '{"items": [{"uses": ["tools"]}]}'])
+def test_folder_that_is_no_bundle_is_refused(bare: Clone, tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    result = bare.inv("bootstrap", "--from", str(tmp_path))
+    assert result.returncode == 2
+    assert "is not the folder of a finished bundle" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not bare.tools.exists()

@@ -26,6 +26,7 @@ TOP_LEVEL = (
     verbs.rebuild,
     verbs.fix_triton,
     verbs.wheel,
+    verbs.bundle,
     verbs.status,
     verbs.doctor,
     verbs.hook,
@@ -82,13 +83,14 @@ GROUPS = {
     ),
     "Patches": ("patch.import", "patch.continue", "patch.apply", "patch.unapply", "hook"),
     "Pin": ("pin.show", "pin.forecast", "pin.bump", "pin.rollback"),
-    "Build": ("fix-triton", "wheel", "env.init", "env.export", "run"),
+    "Build": ("fix-triton", "wheel", "bundle", "env.init", "env.export", "run"),
     "Serve": ("serve.list", "serve.fetch", "serve.status", "serve.logs", "drop-caches"),
     "Measure": ("bench.label", "bench.compare", "bench.report"),
     "Look": ("env.check", "report", "completion"),
 }
 # What a person types for the positional argument of a verb, where its name does not say it.
 _TYPED = {
+    "bundle": "FOLDER|FILE.tar",
     "patch.import": "FILE|URL|NUMBER",
     "pin.forecast": "TAG|triton",
     "pin.bump": "TAG|triton",
@@ -98,6 +100,7 @@ EXAMPLES = {
     "rebuild": "rebuild --plan",
     "fix-triton": "fix-triton --check",
     "wheel": "wheel --wait",
+    "bundle": "bundle ../bundle --for aarch64 --python 3.12 --device cuda",
     "status": "status --json",
     "doctor": "doctor --offline",
     "hook": "hook --run",

@@ -18,6 +18,7 @@ from workspace.core import paths
         "kernels": "compiled libraries: auto, precompiled, native, or a wheel file",
         "jobs": "compilers at once, with --kernels native",
         "no-first-token": "leave out the last step, a first token on the device",
+        "from": "the folder of a bundle: no index and no git remote is asked",
         "wait": WAIT,
     }
 )
@@ -28,6 +29,7 @@ def bootstrap(
     kernels: str | None = None,
     jobs: str | None = None,
     no_first_token: bool = False,
+    from_: str | None = None,
     wait: bool = False,
 ) -> None:
     """Set up source, patches, environment, vLLM; safe to repeat."""
@@ -35,7 +37,11 @@ def bootstrap(
 
     flags = {"DEVICE": device, "SOURCE": source, "KERNELS": kernels, "MAX_JOBS": jobs}
     end: verb.End = "command" if no_first_token else "token"
-    verb.run(*main.opened(flags), console=main.console(), wait=wait, end=end)
+    console, opened = main.console(), main.opened(flags)
+    if from_ is None:
+        verb.run(*opened, console=console, wait=wait, end=end)
+    else:
+        verb.run_from(*opened, paths.typed(from_), console=console, wait=wait, end=end)
 
 
 @task(
@@ -106,6 +112,35 @@ def wheel(_: Context, wait: bool = False) -> None:
     from workspace.install import wheel as verb
 
     verb.run(*main.opened(), console=main.console(), wait=wait)
+
+
+@task(
+    positional=["place"],
+    help={
+        "place": "a folder, or a new file *.tar",
+        "for": "the architecture: aarch64 or x86_64 (default: of this machine)",
+        "python": "the version of Python, such as 3.12 (default: of this clone)",
+        "device": "cpu or cuda (default: of this clone)",
+        "split": "cut the file *.tar into pieces of this size, such as 60M",
+        "plan": "print size, sha256 and name of each file; fetch nothing",
+        "wait": WAIT,
+    },
+)
+def bundle(
+    _: Context,
+    place: str,
+    for_: str | None = None,
+    python: str | None = None,
+    device: str | None = None,
+    split: str | None = None,
+    plan: bool = False,
+    wait: bool = False,
+) -> None:
+    """Collect all that a bootstrap needs, for any machine."""
+    from workspace.install import bundle as verb
+
+    options = verb.BundleOptions(place, for_, python, device, split, plan_only=plan)
+    verb.make(*main.opened(), options, console=main.console(), wait=wait)
 
 
 @task(default=True, help={"json": JSON})

@@ -140,6 +140,44 @@ def require_local_folders(environment: Mapping[str, str]) -> None:
         )
 
 
+# The mirror of the downloads of Triton's build, which Python imports at its start as
+# `sitecustomize`.
+_MIRROR_PROGRAM = '''"""Mirror of the downloads of Triton's build.
+
+Each https:// address is opened below TRITON_DOWNLOADS_MIRROR, the address of a server or of a
+folder. A folder may also hold the files side by side.
+"""
+
+import os
+import urllib.request
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+VARIABLE = "TRITON_DOWNLOADS_MIRROR"
+
+
+class Mirror(urllib.request.HTTPSHandler):
+    """Handler of https:// addresses that opens the same file of the mirror."""
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        mirror = os.environ[VARIABLE].rstrip("/")
+        address = f"{mirror}/{req.full_url.partition('://')[2]}"
+        if mirror.startswith("file:") and not os.path.isfile(unquote(urlsplit(address).path)):
+            address = f"{mirror}/{address.rpartition('/')[2]}"
+        # An opener of its own: the mirror may be an https:// address, or redirect to one.
+        plain = urllib.request.build_opener()
+        request = urllib.request.Request(address, headers=req.headers)
+        answer = plain.open(request, timeout=req.timeout)
+        # A file has no status, and urllib requires one of each answer to an https:// request.
+        answer.code, answer.msg = answer.code or 200, "OK"
+        return answer
+
+
+if VARIABLE in os.environ:
+    urllib.request.install_opener(urllib.request.build_opener(Mirror))
+'''
+
+
 def mirror(layout: Layout, settings: Settings, folder: Path) -> dict[str, str]:
     """Return the variables that let Triton's script download from TRITON_DOWNLOADS_MIRROR.
 
@@ -148,8 +186,7 @@ def mirror(layout: Layout, settings: Settings, folder: Path) -> dict[str, str]:
     place = settings.text(MIRROR)
     if not place:
         return {}
-    program = (layout.probes / "triton_mirror.py").read_bytes()
-    write_atomic(folder / "sitecustomize.py", program)
+    write_atomic(folder / "sitecustomize.py", _MIRROR_PROGRAM.encode())
     address = place if "://" in place else Path(place).expanduser().absolute().as_uri()
     return {"PYTHONPATH": str(folder), MIRROR: address}
 

@@ -135,6 +135,11 @@ class Layout:
         return self.state / "quarantine"
 
     @property
+    def bundles(self) -> Path:
+        """Index pages of the bundles that `inv bootstrap --from` read, one folder each."""
+        return self.state / "bundles"
+
+    @property
     def lock(self) -> Path:
         return self.state / "lock"
 

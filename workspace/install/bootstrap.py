@@ -5,22 +5,26 @@ After an interruption, the next run resumes from the verified layers.
 """
 
 import contextlib
+import hashlib
 import os
+import platform
+import re
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
-from workspace.core import hints, process, records
+from workspace.core import files, hints, process, records
 from workspace.core.console import Console, State, Step
-from workspace.core.errors import BuildError, counted
+from workspace.core.errors import BuildError, SettingsError, ToolchainError, counted
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
-from workspace.install import plan, stages, stamp, status
-from workspace.machine import check, doctor, jit_caches, run_environment
+from workspace.core.settings import Settings, Value
+from workspace.install import bundle, plan, stages, stamp, status
+from workspace.machine import check, doctor, interpreter, jit_caches, run_environment
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git, worktree
 
@@ -34,6 +38,8 @@ FIRST_TOKEN = "first-token"
 # Time between two lines on the wait for it, through a pipe.
 WAIT_LINE_S = 15.0
 End = Literal["token", "command", "part"]
+# The variables that lead uv and pip to other places than a bundle.
+_PLACES = re.compile(r"UV_(.*INDEX.*|FIND_LINKS|CONFIG_FILE)|PIP_.*")
 
 
 @dataclass(frozen=True)
@@ -366,3 +372,107 @@ def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
         console.info(f"vendor/vllm has {edited}: live, not changed")
     console.info(f"{prefix}vLLM {observed.version} is installed in .vllm")
     console.hint(status.next_command(observed))
+
+
+def run_from(
+    layout: Layout, settings: Settings, folder: Path, *, console: Console, wait: bool, end: End
+) -> plan.Observation:
+    """Bring the workspace to a verified vLLM with the files of a bundle, and with nothing else.
+
+    Raises SettingsError for a bundle of another pin or machine, SourceError for a damaged one,
+    ToolchainError without its Python; nothing is changed then.
+    """
+    folder = folder.resolve()
+    manifest = bundle.read(folder)
+    # The pages of a bundle that has changed, or has moved, are others.
+    named = f"{folder}\n{files.sha256(folder / bundle.MANIFEST)}"
+    digest = hashlib.sha256(named.encode()).hexdigest()
+    pages = layout.bundles / digest[:12]
+    settings = _settings_for(manifest, folder, pages.as_uri(), settings)
+    _require_fit(manifest, folder, plan.observe(layout, settings))
+    with console.step("bundle") as view:
+        bundle.require_complete(manifest, folder)
+        view.reason = f"{counted(len(manifest.items), 'file')} as in its manifest"
+    if not pages.exists():
+        _write_pages(manifest, folder / bundle.FILES, pages)
+    return run(layout, settings, console=console, wait=wait, end=end)
+
+
+def _settings_for(
+    manifest: bundle.Manifest, folder: Path, pages: str, settings: Settings
+) -> Settings:
+    """Return settings that name the files of a bundle as the only index and remote.
+
+    `pages` is the address of its index.
+    """
+    wanted = {
+        "SOURCE": manifest.source,
+        "TORCH_INDEX_URL": pages,
+        "VLLM_MIRROR": str(folder / bundle.FILES / bundle.SOURCE),
+    }
+    if settings.source("PYTHON_VERSION") == "default":
+        wanted["PYTHON_VERSION"] = manifest.target.python
+    own = [item.name for item in manifest.items if "kernels" in item.uses]
+    if own and settings.text("KERNELS") == "auto":
+        wanted["KERNELS"] = str(folder / bundle.FILES / own[0])
+    shell = {name: text for name, text in settings.shell.items() if not _PLACES.fullmatch(name)}
+    shell |= {
+        "UV_DEFAULT_INDEX": pages,
+        "UV_PYTHON_DOWNLOADS": "never",
+        "UV_NO_CONFIG": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+    values = {name: Value(text, "flag") for name, text in wanted.items()}
+    return replace(settings, values={**settings.values, **values}, shell=shell)
+
+
+def _require_fit(manifest: bundle.Manifest, folder: Path, observed: plan.Observation) -> None:
+    """Raise where a bundle is for another pin or another machine than this clone."""
+    layout, settings, pin = observed.machine.layout, observed.machine.settings, observed.pin
+    present, preferred = observed.python, settings.text("PYTHON_VERSION")
+    python = manifest.target.python
+    own = (os.confstr("CS_GNU_LIBC_VERSION") or "").removeprefix("glibc ")
+    facts = (
+        ("vLLM", f"{manifest.tag} {manifest.commit[:12]}", f"{pin.tag} {pin.commit[:12]}"),
+        ("architecture", manifest.target.machine, platform.machine()),
+        ("Python", python, ".".join((present.version if present else preferred).split(".")[:2])),
+        ("device", manifest.device, observed.device),
+    )
+    wrong = [f"{name} {text}, not {here}" for name, text, here in facts if text != here]
+    if not wrong and [*map(int, own.split("."))] < [*map(int, manifest.target.glibc.split("."))]:
+        wrong = [f"glibc {manifest.target.glibc} or newer, not {own}"]
+    if wrong:
+        fitting = replace(
+            manifest,
+            target=replace(manifest.target, machine=platform.machine(), python=facts[2][2]),
+            device=observed.device,
+        )
+        raise SettingsError(
+            f"{folder} is a bundle for {'; '.join(wrong)}", hint=bundle.anew(fitting, folder)
+        )
+    from packaging.specifiers import SpecifierSet
+
+    if present is None and not interpreter.foresee(
+        layout, settings, supported=SpecifierSet(f"=={python}.*")
+    ):
+        raise ToolchainError(
+            f"the bundle is for Python {python}, which is not installed here",
+            hint=hints.text("machine.install_python", version=python),
+        )
+
+
+def _write_pages(manifest: bundle.Manifest, folder: Path, pages: Path) -> None:
+    """Write an index (PEP 503) of the files of a bundle that `.vllm` and the checkout need."""
+    from packaging.utils import canonicalize_name
+
+    links: dict[str, list[str]] = {}
+    for item in manifest.items:
+        if "vllm" in item.uses:
+            project = canonicalize_name(item.name.partition("-")[0])
+            url = f"{(folder / item.name).as_uri()}#sha256={item.sha256}"
+            links.setdefault(project, []).append(f'<a href="{url}">{quote(item.name)}</a>')
+    with files.folder_beside(pages) as scratch:
+        for name, lines in links.items():
+            (scratch / "made" / name).mkdir(parents=True)
+            (scratch / "made" / name / "index.html").write_text("<br>".join(lines))
+        files.put_in_place(scratch / "made", pages)

@@ -1,4 +1,5 @@
-"""The requirements of a vLLM tree, read from its own files and sorted by how they are installed.
+"""The requirements of a vLLM tree, read from its own files and sorted by how they are installed;
+and the wheels that uv chooses for a list of requirements on any machine.
 
 This module installs nothing, and never changes the tree.
 """
@@ -13,10 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from workspace.core import hints, process, records
-from workspace.core.errors import BuildError
+from workspace.core.errors import BuildError, SourceError
+from workspace.core.paths import Layout
 from workspace.core.settings import Settings
+from workspace.machine import interpreter, toolchain
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -27,6 +31,7 @@ ACCELERATORS = ("xgrammar", "triton", "flashinfer-python", "flashinfer-jit-cache
 # Triton, which may be built in the same environment, does not configure with CMake 4.
 CMAKE = "cmake>=3.26.1,<4"
 SCRIPT_S = 60.0
+RESOLVE_S = 600.0
 # The paths of the script: in tools/ since v0.31.0, in the root before.
 _SCRIPTS = ("tools/use_existing_torch.py", "use_existing_torch.py")
 _NEVER = 'sys_platform == "never"'
@@ -328,3 +333,125 @@ def _digest(files: Mapping[str, str]) -> str:
     for name in sorted(files):
         total.update(f"{name}\0{hashlib.sha256(files[name].encode()).hexdigest()}\n".encode())
     return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A Linux machine that wheels are chosen for: versions are as 3.12 and 2.39."""
+
+    machine: str
+    python: str
+    glibc: str
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel of an index; `size` is None where the index has none."""
+
+    hashes: Mapping[str, str]
+    url: str = ""
+    size: int | None = None
+
+    @property
+    def filename(self) -> str:
+        return unquote(urlsplit(self.url).path.rpartition("/")[2])
+
+
+@dataclass(frozen=True)
+class Package:
+    """A resolved package with its wheels, as pylock.toml has it (PEP 751)."""
+
+    name: str
+    version: str = ""
+    wheels: tuple[Wheel, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Lock:
+    packages: tuple[Package, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Requirements to resolve: lines, arguments for uv, overrides, and constraints."""
+
+    lines: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    constraints: tuple[str, ...] = ()
+
+
+class Unsolved(SourceError):
+    """The index answers, and has no versions that fit together."""
+
+
+def resolve(
+    request: Request, target: Platform, *, layout: Layout, settings: Settings
+) -> tuple[Package, ...]:
+    """Return the packages that uv chooses for a machine, wheels only; it downloads metadata alone.
+
+    Raises Unsolved where the indexes have no such packages, SourceError where one gives no answer.
+    """
+    lists = {"overrides": request.overrides, "constraints": request.constraints}
+    environment = settings.child_environment("plain")
+    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as name:
+        folder = Path(name)
+        argv: list[str | Path] = [interpreter.uv(layout), "pip", "compile", "--quiet"]
+        argv += ["--format", "pylock.toml", "--only-binary", ":all:", "--no-python-downloads"]
+        argv += ["--python-version", target.python, "--python-platform"]
+        argv += [f"{target.machine}-manylinux_{target.glibc.replace('.', '_')}"]
+        argv += ["--default-index", settings.index_url] if settings.index_url else []
+        for flag, lines in lists.items():
+            (folder / flag).write_text("\n".join(lines))
+            argv += [f"--{flag}", folder / flag]
+        (folder / "wanted.txt").write_text("\n".join(request.lines))
+        argv += [*request.arguments, folder / "wanted.txt"]
+        done = process.capture(argv, env=environment, cwd=folder, timeout_s=RESOLVE_S)
+    if done.returncode == 0:
+        return records.convert(records.parse_toml(done.stdout), _Lock).packages
+    output = done.stderr.splitlines()
+    failed = Unsolved(
+        f"uv finds no wheels for {target.machine}, Python {target.python}",
+        hint=hints.text("machine.network_or_index"),
+        details=tuple(output[-10:]),
+    )
+    known = toolchain.classify_uv_failure(
+        output, layout=layout, env=environment, is_build=False, otherwise=failed
+    )
+    if isinstance(known, toolchain.NotOffered):
+        raise Unsolved(known.message, hint=known.hint, details=known.details)
+    raise known
+
+
+def best_wheel(package: Package, target: Platform, *, locked: str = "") -> Wheel:
+    """Return the wheel that uv would install on a machine; its hash is in `locked`, if given.
+
+    Raises SourceError where no wheel fits.
+    """
+    from packaging import tags
+    from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
+    version = tuple(map(int, target.python.split(".")))
+    name = f"cp{target.python.replace('.', '')}"
+    minors = range(int(target.glibc.partition(".")[2]), 4, -1)
+    platforms = [f"manylinux_2_{minor}_{target.machine}" for minor in minors]
+    older = ("manylinux2014", "manylinux2010", "manylinux1", "linux")
+    platforms += [f"{form}_{target.machine}" for form in older]
+    order = [
+        *tags.cpython_tags(version, abis=[name], platforms=platforms),
+        *tags.compatible_tags(version, interpreter=name, platforms=platforms),
+    ]
+    ranks = {tag: rank for rank, tag in reversed(list(enumerate(order)))}
+    found: list[tuple[int, Wheel]] = []
+    for wheel in package.wheels:
+        with contextlib.suppress(InvalidWheelFilename):
+            fitting = ranks.keys() & parse_wheel_filename(wheel.filename)[3]
+            if fitting and (not locked or wheel.hashes.get("sha256", "-") in locked):
+                found.append((min(ranks[tag] for tag in fitting), wheel))
+    if not found:
+        raise SourceError(
+            f"{package.name} {package.version} has no wheel for {target.machine}, Python"
+            f" {target.python}",
+            hint=hints.text("machine.other_index"),
+        )
+    return min(found, key=lambda pair: pair[0])[1]

@@ -104,8 +104,10 @@ def load(layout: Layout, settings: Settings) -> TorchBuild:
     return records.decode(done.stdout.splitlines()[-1], TorchBuild)
 
 
-def plan(required: str, *, device: str, settings: Settings) -> Plan:
-    """Decide the source of `required`, the tree's own pin.
+def plan(
+    required: str, *, device: str, settings: Settings, machine: str = platform.machine()
+) -> Plan:
+    """Decide the source of `required`, the tree's own pin, for this machine or another one.
 
     In this order: TORCH_INDEX_URL, a local wheel folder (CPU), PyTorch's index, the plain index
     (CUDA).
@@ -121,7 +123,7 @@ def plan(required: str, *, device: str, settings: Settings) -> Plan:
             ((),),
             f"from PyTorch's {CUDA_BACKEND} index",
         )
-    if wheels := _local_wheels(required, settings):
+    if wheels := _local_wheels(required, settings, machine):
         folder, version = wheels[0].folder, wheels[0].version
         return Plan(
             f"torch=={version}",
@@ -140,7 +142,7 @@ def local_wheel_pythons(required: str, settings: Settings) -> frozenset[str] | N
     wheels = (
         []
         if settings.text("TORCH_INDEX_URL") or not required
-        else _local_wheels(required, settings)
+        else _local_wheels(required, settings, platform.machine())
     )
     if not wheels or any(not wheel.pythons for wheel in wheels):
         return None
@@ -246,8 +248,8 @@ def _editable(described: Path) -> Iterator[Path]:
         yield Path(place) / "torch"
 
 
-def _local_wheels(required: str, settings: Settings) -> list[_Wheel]:
-    """Return the local wheels that meet `required` on this machine, newest version first."""
+def _local_wheels(required: str, settings: Settings, machine: str) -> list[_Wheel]:
+    """Return the local wheels that meet `required` on a machine, newest version first."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
@@ -256,20 +258,20 @@ def _local_wheels(required: str, settings: Settings) -> list[_Wheel]:
         wheel
         for folder in _wheel_folders(settings)
         for path in sorted(folder.glob("torch-*.whl"))
-        if (wheel := _wheel(path))
+        if (wheel := _wheel(path, machine))
     ]
     fitting = [wheel for wheel in wheels if specifier.contains(wheel.version, prereleases=True)]
     return sorted(fitting, key=lambda wheel: Version(wheel.version), reverse=True)
 
 
-def _wheel(path: Path) -> _Wheel | None:
+def _wheel(path: Path, machine: str) -> _Wheel | None:
     from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
     try:
         _, version, _, tags = parse_wheel_filename(path.name)
     except InvalidWheelFilename:
         return None
-    here = re.compile(rf"any|(many)?linux.*_{re.escape(platform.machine())}")
+    here = re.compile(rf"any|(many)?linux.*_{re.escape(machine)}")
     fitting = [tag for tag in tags if here.fullmatch(tag.platform) and not tag.abi.endswith("t")]
     if not fitting or re.search(r"cu\d|rocm|xpu", version.local or ""):
         return None

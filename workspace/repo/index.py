@@ -43,17 +43,8 @@ def fetch(
         # Another clone may fetch the same file: two writers of one partial file would damage it.
         with lock.hold(destination.parent / "lock", verb="fetch", wait=True):
             if not _is_complete(destination, sha256):
-                url = _find(project, filename, sha256, settings)
-                if url.startswith("file://"):
-                    _copy(_local(url), destination, sha256)
-                else:
-                    files.download(
-                        url,
-                        destination,
-                        expected_sha256=sha256,
-                        timeout_s=READ_TIMEOUT_S,
-                        on_progress=on_progress,
-                    )
+                url, _ = _find(project, filename, sha256, settings)
+                fetch_url(url, destination, sha256, on_progress=on_progress)
     except SourceError as exc:
         raise SourceError(without_user(exc.message), hint=exc.hint, details=exc.details) from exc
     except OSError as exc:
@@ -64,12 +55,48 @@ def fetch(
     return destination
 
 
+def fetch_url(
+    url: str,
+    destination: Path,
+    sha256: str,
+    *,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> None:
+    """Fetch a file whose address and hash an index has given; the next call resumes a transfer.
+
+    Raises SourceError as `fetch`, and OSError where `destination` cannot be written.
+    """
+    if url.startswith("file://"):
+        _copy(local_path(url), destination, sha256)
+        return
+    files.download(
+        url,
+        destination,
+        expected_sha256=sha256,
+        timeout_s=READ_TIMEOUT_S,
+        on_progress=on_progress,
+    )
+
+
+def locate(
+    project: str, filename: str, sha256: str, *, settings: Settings
+) -> tuple[str, int | None]:
+    """Return the address of a file, in the cache or on the index, and its bytes where known.
+
+    Raises SourceError as `fetch`.
+    """
+    cached = settings.cache / "files" / sha256 / filename
+    if _is_complete(cached, sha256):
+        return cached.as_uri(), cached.stat().st_size
+    return _find(project, filename, sha256, settings)
+
+
 def _is_complete(path: Path, sha256: str) -> bool:
     return path.is_file() and files.sha256(path) == sha256
 
 
-def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
-    """Return the URL of the file on the index."""
+def _find(project: str, filename: str, sha256: str, settings: Settings) -> tuple[str, int | None]:
+    """Return the URL of the file on the index, and its bytes where the index has them."""
     found = project_page(project, settings)
     package = next((package for package in found.packages if package.filename == filename), None)
     if package is None:
@@ -84,7 +111,7 @@ def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
             f" {served}, not the pinned {sha256}: it was not fetched",
             hint=hints.text("repo.other_index"),
         )
-    return package.url
+    return package.url, package.size
 
 
 def project_page(project: str, settings: Settings) -> "ProjectPage":
@@ -104,7 +131,7 @@ def project_page(project: str, settings: Settings) -> "ProjectPage":
 
     endpoint = settings.index_url or PYPI_SIMPLE_ENDPOINT
     if endpoint.startswith("file://"):
-        return _local_page(project, _local(endpoint))
+        return _local_page(project, local_path(endpoint))
     try:
         with PyPISimple(endpoint) as client:
             return _page(client, project, min(settings.connect_timeout_s, READ_TIMEOUT_S))
@@ -190,7 +217,8 @@ def _copy(source: Path, destination: Path, sha256: str) -> None:
         destination.hardlink_to(part.name)
 
 
-def _local(url: str) -> Path:
+def local_path(url: str) -> Path:
+    """Return the path of a file:// address. Raises SourceError."""
     try:
         return Path(unquote(urlsplit(url).path))
     except ValueError as exc:

@@ -20,8 +20,14 @@ _BENCH = (
     "test_bench_ends_with_median_and_spread_and_each_next_command_leads_on"
 )
 _LINT = "tests/checks/test_lint.py::test_"
+_BUNDLE = "tests/install/test_bundle.py::test_"
 # The test that runs the command of the hint.
 ELSEWHERE = {
+    "install.bootstrap_from": f"{_BUNDLE}hints_lead_on",
+    "install.bundle_anew": f"{_BUNDLE}files_that_are_missing_cut_or_changed_are_named",
+    "install.bundle_beside": f"{_BUNDLE}hints_lead_on",
+    "install.bundle_split": f"{_BUNDLE}hints_lead_on",
+    "install.unpack_bundle": f"{_BUNDLE}hint_for_a_tar_unpacks_it",
     "bump.bring_back": _FORCED,
     "bump.bring_back_gitlink": _FORCED,
     "bump.bring_back_copy": _PLAIN_FOLDER,
