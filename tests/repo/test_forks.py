@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.repo import two_releases as ladders
-from tests.repo.conftest import commit, sh_git, write
+from tests.repo.shell import commit, sh_git, write
 from tests.repo.test_upstream import find
 from tests.repo.two_releases import Index, TwoReleases
 from tests.repo.workspaces import Workspace
@@ -189,6 +189,8 @@ def test_commit_of_a_fork_needs_all_digits_and_must_be_there(
     ("text", "problem"),
     [
         ("https://me:secret@host.invalid/vllm.git@main", "with a user or password"),
+        ("https://me:secret@host.invalid/vllm.git", "with a user or password"),
+        ("ssh://me:secret@host.invalid/vllm.git@main", "with a user or password"),
         ("https://token@host.invalid/vllm.git@main", "with a user or password"),
         ("git@host.invalid:me/vllm.git", "is not the name"),
         ("https://host.invalid/vllm.git@", "is not the name"),

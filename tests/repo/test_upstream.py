@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.repo import two_releases as ladders
-from tests.repo.conftest import sh_git, write
+from tests.repo.shell import sh_git, write
 from tests.repo.two_releases import Index, TwoReleases
 from tests.repo.workspaces import Workspace
 from workspace.core.console import Step

@@ -298,13 +298,18 @@ def _sources(differing: Mapping[str, Difference]) -> Iterator[Change]:
         )
 
 
+def compiled_since(git: Git, base: str, commit: str) -> tuple[str, ...]:
+    """Return the compiled sources that differ between two commits."""
+    differing = history.changed(git, base, commit)
+    return tuple(sorted(path for path in differing if _COMPILED.fullmatch(path)))
+
+
 def _since_base(git: Git, candidate: Candidate) -> Iterator[Change]:
     """Yield the compiled sources of a commit that differ from those of its precompiled wheel."""
     base = candidate.pin.base
     if base is None:
         return
-    differing = history.changed(git, base.commit, candidate.base)
-    compiled = tuple(sorted(path for path in differing if _COMPILED.fullmatch(path)))
+    compiled = compiled_since(git, base.commit, candidate.base)
     count = f"{counted(len(compiled), 'file')} {'differs' if len(compiled) == 1 else 'differ'}"
     yield Change(
         "sources",

@@ -17,7 +17,7 @@ from workspace.bump.changes import Change, Comparison, Topic
 from workspace.core import hints
 from workspace.core.console import Console, Row, RunLog
 from workspace.core.console import State as RowState
-from workspace.core.errors import PatchConflict, counted
+from workspace.core.errors import PatchConflict, SettingsError, counted
 from workspace.core.paths import Layout
 from workspace.core.process import Absent, There
 from workspace.core.settings import Settings
@@ -199,6 +199,12 @@ def find_candidate(
     """Find the release or commit in a console step. Raises what upstream.find raises."""
     with stages.step(run_log, "upstream") as view:
         candidate = upstream.find(layout, pin, wanted, settings, found, run_log=run_log, step=view)
+        if candidate.kind is not found.kind and settings.text("SOURCE") == "release":
+            raise SettingsError(
+                f"{candidate.pin.tag} comes from git, but SOURCE requests release; nothing was"
+                " changed",
+                hint=hints.text("bump.source_auto", tag=list(candidate.argv)),
+            )
         place = "git" if candidate.kind is Kind.GIT else "the release archive"
         view.reason = f"{candidate.pin.tag} {candidate.pin.commit[:12]} from {place}"
     return candidate

@@ -28,6 +28,8 @@ _TAG = re.compile(
     r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)))[A-Za-z0-9](?:[A-Za-z0-9._/+-]{0,98}[A-Za-z0-9_+-])?"
 )
 _ADDRESS = re.compile(r"(?!-)[!-~]{1,1000}")
+# A user alone is a secret for a server of HTTP, which takes a token as one.
+_SECRET = re.compile(r"https?://[^/]*@|[a-z+]+://[^/@]*:[^/@]*@")
 REF = re.compile(r"(?!.*(?:\.\.|//|@\{))[A-Za-z0-9][A-Za-z0-9._/+-]{0,98}")
 # A table right below a value.
 _CROWDED = re.compile(r"^([^#\n].*\n)\[", re.MULTILINE)
@@ -179,6 +181,12 @@ class Wanted:
 
         Raises SettingsError for another form, and for a URL that holds a password.
         """
+        if _SECRET.match(text):
+            raise SettingsError(
+                f"{without_user(text)} was typed with a user or password, which vendor/pins.toml"
+                " would show to everybody",
+                hint=hints.text("repo.fork_example"),
+            )
         url, _, name = text.rpartition("@")
         if not REF.fullmatch(name):
             example = (
@@ -186,12 +194,6 @@ class Wanted:
             )
             raise SettingsError(
                 f"{without_user(name)!r} is not the name of a tag, branch or commit", hint=example
-            )
-        if re.match(r"https?://[^/]*@", url):
-            raise SettingsError(
-                f"{without_user(url)} was typed with a user or password, which vendor/pins.toml"
-                " would show to everybody",
-                hint=hints.text("repo.fork_example"),
             )
         if url and not re.match(r"[a-z+]+://|[^/]+:", url):
             url = str(typed(url).resolve())
