@@ -67,16 +67,36 @@ def test_commit_or_folder_of_a_fork_and_a_base_that_is_said(
 
 
 def test_the_nearest_of_several_releases_is_the_base_and_no_candidate_of_one_is(
-    clone: Workspace, fork: Path
+    clone: Workspace, fork: Path, two_releases: TwoReleases
 ) -> None:
     clone.ensure("git")
-    sh_git(fork, "tag", "v1.0.1", "HEAD~1")
-    sh_git(fork, "tag", "v1.0.2rc1", "HEAD")
-    found = find(clone, f"file://{fork}@mine/feature")
+    mirror = fork.parent / "mirror.git"
+    sh_git(fork.parent, "clone", "--quiet", "--bare", str(two_releases.bare), str(mirror))
+    sh_git(fork, "push", "--quiet", str(mirror), "HEAD~1:refs/tags/v1.0.1")
+    sh_git(fork, "push", "--quiet", str(mirror), "HEAD:refs/tags/v1.0.2rc1")
+    # A tag of the fork has the name of a release, and other sources than its wheel.
+    sh_git(fork, "tag", "v1.0.0", "HEAD")
+    sh_git(fork, "tag", "v1.0.3", "HEAD")
+    found = find(clone, f"file://{fork}@mine/feature", VLLM_MIRROR=f"file://{mirror}")
     assert found.pin.base == Base("v1.0.1", "1.0.1", head(fork, "HEAD~1"))
     # The index has no such release: the base stays, and every kernel is compiled.
     assert (dict(found.pin.precompiled), found.pin.version) == ({}, "1.0.2.dev1")
     assert any("precompiled wheels are unknown" in sentence for sentence in found.lacking)
+
+
+def test_release_takes_no_base_and_without_upstream_only_the_pinned_release_is_one(
+    clone: Workspace, fork: Path
+) -> None:
+    clone.ensure("git")
+    with pytest.raises(SettingsError, match="--base is for a branch or commit"):
+        find(clone, "v1.1.0", base="v1.0.0")
+    alone = {"VLLM_MIRROR": "file:///nowhere"}
+    found = find(clone, f"file://{fork}@mine/feature", **alone)
+    assert found.pin.base
+    assert found.pin.base.tag == "v1.0.0"
+    assert any("only the pinned release can be the base" in text for text in found.lacking)
+    with pytest.raises(SourceError, match=r"--base v1\.1\.0 is no release"):
+        find(clone, f"file://{fork}@mine/feature", base="v1.1.0", **alone)
 
 
 def test_upstreams_main_has_no_release_below_it_and_takes_the_one_that_is_said(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from workspace.core import files, hints, lock
 from workspace.core.console import RunLog, Step
-from workspace.core.errors import CheckoutError, SourceError
+from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, without_user
 from workspace.repo import checkout, git, index, pins
@@ -87,6 +87,11 @@ def find(
     if wanted.url and wanted.url != pin.url:
         pin = replace(pin, url=wanted.url, upstream=pin.url)
     search = _Search(layout, pin, replace(wanted, name=name), settings, there, run_log, step)
+    if wanted.base and search.version and not wanted.url:
+        raise SettingsError(
+            f"--base is for a branch or commit; {name} is a release with wheels of its own",
+            hint=hints.text("repo.forecast_example"),
+        )
     with lock.hold(search.lock, verb="inv pin", wait=True, on_wait=run_log.console.info):
         return search.by_archive() if search.is_archive else search.by_git()
 
@@ -282,47 +287,45 @@ class _Search:
 
         Raises SourceError where nobody has the tag of --base, and where it cannot be fetched.
         """
-        found: tuple[str, str] | None
-        tags, wanted = self._releases(lacking), self.wanted.base
-        if wanted is None:
-            found = history.nearest_tag(into, commit, tags)
-        else:
-            named = [(tag, oid) for tag, oid in tags if tag == wanted]
-            found = history.nearest_tag(into, commit, named) or next(iter(named), None)
-            if found is None:
-                known = index.nearest(wanted[1:], [tag[1:] for tag, _ in tags])
-                raise SourceError(
-                    f"--base {wanted} is no release with a tag; nearest:"
-                    f" {', '.join(f'v{version}' for version in known) or 'none'}",
-                    hint=hints.text("repo.newer_releases"),
-                )
+        known, wanted = self._releases(lacking), self.wanted.base
+        tags = [(tag, oid) for tag, oid in known if wanted in (None, tag)]
+        if wanted and not tags:
+            near = index.nearest(wanted[1:], [tag[1:] for tag, _ in known])
+            raise SourceError(
+                f"--base {wanted} is no release with a tag; nearest:"
+                f" {', '.join(f'v{version}' for version in near) or 'none'}",
+                hint=hints.text("repo.newer_releases"),
+            )
+        found = history.nearest_tag(into, commit, tags) or (tags[0] if wanted else None)
         if found is None:
             return None
         tag, oid = found
         if oid not in into.present((oid,)):
-            upstream = self.pin.of_upstream
-            place = checkout.remote(self.layout, upstream, self.settings, self.run_log, self.step)
-            into.fetch(place, (f"+refs/tags/{tag}:refs/tags/{tag}",), whole=False)
+            pin = self.pin.of_upstream
+            remote = checkout.remote(self.layout, pin, self.settings, self.run_log, self.step)
+            into.fetch(remote, (f"+refs/tags/{tag}:refs/tags/{tag}",), whole=False)
         into.set_ref(f"refs/tags/{tag}", oid)
         return Base(tag, tag[1:], oid)
 
     def _releases(self, lacking: list[str]) -> list[tuple[str, str]]:
-        """Return the tags of final releases with their commits: of upstream, fork and pin."""
-        tags: list[tuple[str, str]] = []
-        upstream = checkout.url_of(self.layout, self.pin.of_upstream, self.settings)
-        for url in dict.fromkeys((upstream, self.url)):
-            try:
-                known = git.advertised(
-                    url, ("refs/tags/v*",), cwd=self.layout.root, settings=self.settings
-                )
-            except SourceError as exc:
-                lacking.append(f"{exc.message}; its releases are not among those for a base")
-                continue
-            names = [name for name in known if not name.endswith("^{}")]
-            tags += [
-                (name.removeprefix("refs/tags/"), known.get(f"{name}^{{}}", known[name]))
-                for name in names
-            ]
+        """Return the tags of final releases with their commits: upstream's, and the pin's.
+
+        A fork's own tags do not count: a tag of upstream's name may be at another commit there, and
+        compiled sources would be compared with sources that the wheel does not have.
+        """
+        url = checkout.url_of(self.layout, self.pin.of_upstream, self.settings)
+        known: Mapping[str, str] = {}
+        try:
+            known = git.advertised(
+                url, ("refs/tags/v*",), cwd=self.layout.root, settings=self.settings
+            )
+        except SourceError as exc:
+            lacking.append(f"{exc.message}; only the pinned release can be the base")
+        tags = [
+            (name.removeprefix("refs/tags/"), known.get(f"{name}^{{}}", oid))
+            for name, oid in known.items()
+            if not name.endswith("^{}")
+        ]
         if base := self.pin.base:
             tags.append((base.tag, base.commit))
         elif self.pin.ref is None:
@@ -476,7 +479,6 @@ class _Search:
             return self.version
         if self.pin.version == self.pin.tag:
             return self.name
-
         found = history.described(into, named.commit)
         if base:
             found = base.tag, history.ahead(into, base.commit, named.commit)
