@@ -20,6 +20,7 @@ from workspace.bump import forecast
 from workspace.bump.forecast import Forecast, PatchForecast
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, PatchConflict, SettingsError, SourceError
+from workspace.repo.pins import Wanted
 
 FATES = {
     "clean": "clean",
@@ -91,7 +92,10 @@ def clone(
 
 def run(clone: Workspace, ref: str = "v1.1.0", **more: str) -> Forecast:
     return forecast.run(
-        clone.layout, clone.settings(**more), ref, console=Console(out=clone.out, err=clone.err)
+        clone.layout,
+        clone.settings(**more),
+        Wanted.read(ref),
+        console=Console(out=clone.out, err=clone.err),
     )
 
 
@@ -238,7 +242,7 @@ def test_screen_begins_with_the_verdict_and_has_what_needs_a_look(
     forecast.run(
         clone.layout,
         settings,
-        "v1.1.0",
+        Wanted.read("v1.1.0"),
         console=Console(out=terminal, err=screens.Terminal()),
     )
     brief = screens.normalised(terminal.getvalue())
@@ -246,7 +250,7 @@ def test_screen_begins_with_the_verdict_and_has_what_needs_a_look(
     found, more = re.search(r"nothing to do for (\d+) more; --verbose", brief), screens.Terminal()
     console = Console(out=more, err=screens.Terminal())
     console.is_verbose = True
-    made = forecast.run(clone.layout, settings, "v1.1.0", console=console)
+    made = forecast.run(clone.layout, settings, Wanted.read("v1.1.0"), console=console)
     assert found
     assert "--verbose" not in more.getvalue()
     for change in made.changes:
@@ -309,7 +313,7 @@ def test_json_has_the_same_forecast_and_nothing_is_fetched_again(
     made = forecast.run(
         clone.layout,
         clone.settings(),
-        "1.1.0",
+        Wanted.read("1.1.0"),
         console=Console(out=clone.out, err=clone.err),
         as_json=True,
     )

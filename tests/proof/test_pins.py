@@ -24,7 +24,7 @@ from workspace.core.console import Console
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import index, pins
-from workspace.repo.pins import Archive, Pin
+from workspace.repo.pins import Archive, Pin, Wanted
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("0.30.0", "0.31.0", "0.32.0", "0.33.0")
@@ -175,7 +175,10 @@ def clone(tmp_path: Path, real: TwoReleases) -> Iterator[Workspace]:
 
 def run(clone: Workspace, ref: str) -> Forecast:
     return forecast.run(
-        clone.layout, clone.settings(), ref, console=Console(out=clone.out, err=clone.err)
+        clone.layout,
+        clone.settings(),
+        Wanted.read(ref),
+        console=Console(out=clone.out, err=clone.err),
     )
 
 

@@ -24,6 +24,7 @@ from workspace.install import plan, sandbox, stages
 from workspace.repo import checkout, pins, series
 from workspace.repo.checkout import Kind
 from workspace.repo.git import Git, worktree
+from workspace.repo.pins import Wanted
 from workspace.repo.series import Stack, State
 from workspace.repo.upstream import Candidate
 
@@ -41,17 +42,18 @@ def is_under_way(layout: Layout) -> bool:
 def run(
     layout: Layout,
     settings: Settings,
-    ref: str,
+    wanted: Wanted,
     *,
     console: Console,
     allow_recent: bool = False,
     wait: bool = False,
 ) -> None:
-    """Move the pin to `ref`, or resume the bump to it; `triton` moves Triton's pin to its main.
+    """Move the pin, or resume the bump to what is wanted; `triton` moves Triton's to its main.
 
     Raises PatchConflict at a conflict, SmokeError if the new pin computes wrong results, and the
     error of any other failure. Nothing outside the sandbox changes before the promotion.
     """
+    ref = wanted.text
     if ref == "triton":
         from workspace.bump import triton
 
@@ -71,7 +73,7 @@ def run(
         if bump_sandbox is None and not staging.exists(layout):
             sandbox.clear_leftovers(layout, Layout(layout.bump_sandbox))
         bump_sandbox = bump_sandbox or _begin(
-            layout, settings, ref, run_log, allow_recent=allow_recent
+            layout, settings, wanted, run_log, allow_recent=allow_recent
         )
         promoted = _advance(bump_sandbox, settings, run_log) if bump_sandbox else None
     if promoted:
@@ -108,19 +110,21 @@ def _is_target(bump_sandbox: BumpSandbox, ref: str) -> bool:
 
 
 def _begin(
-    layout: Layout, settings: Settings, ref: str, run_log: RunLog, *, allow_recent: bool
+    layout: Layout, settings: Settings, wanted: Wanted, run_log: RunLog, *, allow_recent: bool
 ) -> BumpSandbox | None:
-    """Find the release, print the plan and make the sandbox; None if the release is pinned."""
+    """Find the release or commit, print the plan, make the sandbox; None if it is pinned."""
     _update_series_base(layout)
     observed = plan.observe(layout, settings)
     pin, base, stack = observed.pin, observed.checkout.base, _require_ready(layout, observed)
     assert base
     assert stack.head
-    if ref in (pin.tag, pin.version, pin.commit) and not pin.is_from_archive:
+    # A branch or tag that is no release is looked up again: it may have moved.
+    is_fixed = pin.ref is None and not pin.is_from_archive
+    if is_fixed and wanted.text in (pin.tag, pin.version, pin.commit):
         run_log.console.info(f"nothing to do: {pin.tag} is pinned already")
         return None
     candidate = forecast.find_candidate(
-        layout, settings, pin, ref, observed.checkout, run_log=run_log
+        layout, settings, pin, wanted, observed.checkout, run_log=run_log
     )
     if candidate.base == base:
         _repin_same_source(layout, pin, candidate.pin, run_log)
@@ -136,7 +140,9 @@ def _begin(
     _fetch_base(layout, candidate, settings, run_log)
     digest = staging.digest_of(layout.patches("vllm"), pin=pin.commit)
     return staging.make(
-        layout, BumpStart(ref, pin.tag, base, stack.head, digest, candidate.base), candidate.pin
+        layout,
+        BumpStart(wanted.text, pin.tag, base, stack.head, digest, candidate.base),
+        candidate.pin,
     )
 
 
@@ -180,20 +186,33 @@ def _require_ready(layout: Layout, observed: plan.Observation) -> Stack:
 def _fetch_base(layout: Layout, candidate: Candidate, settings: Settings, run_log: RunLog) -> None:
     """Fetch the new base into vendor/vllm and keep it under a reference."""
     git, pin, base = Git(layout.vllm), candidate.pin, candidate.base
-    ref = f"refs/pins/{pin.tag}"
+    # The names of branches are no names for a set of references: one may be a folder of another.
+    ref = f"refs/pins/{pin.commit if pin.ref else pin.tag}"
     with stages.step(run_log, "fetch") as view:
         if candidate.kind is Kind.GIT and not worktree.is_kept(git, base):
             # The store is for reading only and lacks the content of some files.
             remote = checkout.remote(layout, pin, settings, run_log, view)
             git.fetch(remote, (f"+{base}:{ref}",), whole=not git.is_partial)
         worktree.bring(git, candidate.store, base, ref, run_log=run_log)
-        if git.resolve(f"refs/tags/{pin.tag}") is None:
+        if pin.base:
+            remote = checkout.remote(layout, pin.of_upstream, settings, run_log, view)
+            checkout.fetch_base(git, pin, remote)
+        elif pin.ref is None and git.resolve(f"refs/tags/{pin.tag}") is None:
             git.set_ref(f"refs/tags/{pin.tag}", base)
         view.reason = f"{base[:12]} as {ref}"
 
 
 def _repin_same_source(layout: Layout, pin: pins.Pin, new: pins.Pin, run_log: RunLog) -> None:
-    """Pin upstream's own commit if the pin had only the archive's commit of the same source."""
+    """Pin upstream's own commit if the pin had only the archive's commit of the same source.
+
+    Of a commit, write another branch or base into the pin.
+    """
+    if pin.ref and new.ref and pin != new:
+        pins.save(layout.pins, new)
+        taken = new.base.tag if new.base else "no release"
+        run_log.console.info(f"{new.request} is pinned with the precompiled wheel of {taken} now")
+        run_log.console.hint(hints.text("inv.bootstrap"))
+        return
     if pin.commit == new.commit or not pin.is_from_archive:
         run_log.console.info(f"nothing to do: {pin.tag} is pinned already")
         return
@@ -422,22 +441,6 @@ def _finish_promotion(
     return wanted
 
 
-def _dropped(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> dict[str, str]:
-    """Return the patches that are no longer on the new base, each with the reason."""
-    names = series.read_series(
-        bump_sandbox.layout.patches("vllm"), pin=bump_sandbox.pin.commit
-    ).names
-    gone = [name for name in facts["names"].split("\n") if name and name not in names]
-    return {
-        name: (
-            "left out with --skip"
-            if name in bump_sandbox.skipped
-            else "upstream has it, or its subject changed"
-        )
-        for name in gone
-    }
-
-
 def _write_message(bump_sandbox: BumpSandbox, facts: Mapping[str, str], tip: str) -> None:
     """Write the commit message of the bump: pins, dropped patches and range-diff."""
     old, new = bump_sandbox.start, bump_sandbox.pin
@@ -455,8 +458,10 @@ def _write_message(bump_sandbox: BumpSandbox, facts: Mapping[str, str], tip: str
         "",
         f"Commit {new.commit}"
         + (", made from the release archive." if new.is_from_archive else "."),
+        *([f"It is {new.ref} of {new.url}."] if new.ref else []),
+        *([f"Its precompiled wheel is that of {new.base.tag}."] if new.base else []),
         f"{counted(len(kept), 'patch', 'patches')} on it; the smoke has passed.",
-        *(f"Dropped {name}: {why}." for name, why in _dropped(bump_sandbox, facts).items()),
+        *(f"Dropped {name}: {why}." for name, why in staging.dropped(bump_sandbox, facts).items()),
         *(
             [
                 "",

@@ -26,10 +26,18 @@ from workspace.machine.run_environment import VARIABLE
 from workspace.repo.checkout import Kind
 from workspace.repo.git import Git, history
 from workspace.repo.pins import Pin
-from workspace.repo.upstream import Candidate, is_looked_at
+from workspace.repo.upstream import Candidate
 from workspace.server import flags as known_flags
 
 _FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
+
+# Files that a forecast reads of both trees, besides those of the patches.
+_LOOKED_AT = re.compile(
+    r"requirements/.*\.txt|pyproject\.toml|CMakeLists\.txt|cmake/.*\.cmake|vllm/envs\.py"
+    r"|vllm/engine/arg_utils\.py|vllm/entrypoints/.*cli_args\.py"
+    r"|vllm/sampling_params\.py|vllm/entrypoints/openai/(chat_)?completion/protocol\.py"
+    r"|vllm/config/\w+\.py"
+)
 
 Uses = Mapping[str, tuple[str, ...]]
 Topic = Literal[
@@ -160,7 +168,7 @@ def work_out(
 ) -> tuple[Change, ...]:
     """Return everything that differs between the two trees and matters on this machine."""
     differing = compared.differing
-    read = {path: pair for path, pair in differing.items() if is_looked_at(path)}
+    read = {path: pair for path, pair in differing.items() if _LOOKED_AT.fullmatch(path)}
     contents = history.blobs(git, [oid for pair in read.values() for oid in pair if oid])
     before = {path: contents.get(old, b"") for path, (old, _) in read.items() if old}
     after = {path: contents.get(new, b"") for path, (_, new) in read.items() if new}
@@ -171,6 +179,7 @@ def work_out(
         *_facts("minimum", before, after, minima_of),
         *_facts("external", before, after, externals_of),
         *_sources(differing),
+        *_since_base(git, compared.candidate),
         *_names(layout, settings, before, after),
         *_moved(differing, compared.moved, compared.touched),
         *_precompiled_wheels(compared.pin, compared.candidate),
@@ -289,6 +298,29 @@ def _sources(differing: Mapping[str, Difference]) -> Iterator[Change]:
         )
 
 
+def compiled_since(git: Git, base: str, commit: str) -> tuple[str, ...]:
+    """Return the compiled sources that differ between two commits."""
+    differing = history.changed(git, base, commit)
+    return tuple(sorted(path for path in differing if _COMPILED.fullmatch(path)))
+
+
+def _since_base(git: Git, candidate: Candidate) -> Iterator[Change]:
+    """Yield the compiled sources of a commit that differ from those of its precompiled wheel."""
+    base = candidate.pin.base
+    if base is None:
+        return
+    compiled = compiled_since(git, base.commit, candidate.base)
+    count = f"{counted(len(compiled), 'file')} {'differs' if len(compiled) == 1 else 'differ'}"
+    yield Change(
+        "sources",
+        f"compiled sources since {base.tag}",
+        None,
+        count if compiled else "none differ",
+        compiled,
+        "inv rebuild compiles them (hybrid kernels)" if compiled else "its kernels fit",
+    )
+
+
 def _names(
     layout: Layout, settings: Settings, before: Mapping[str, bytes], after: Mapping[str, bytes]
 ) -> Iterator[Change]:
@@ -392,7 +424,7 @@ def require_min_age(candidate: Candidate, settings: Settings) -> None:
     """
     required_days, days = settings.count("PIN_MIN_AGE_DAYS") or 0, _days_since(candidate.published)
     tag = candidate.pin.tag
-    hint = hints.text("bump.allow_recent", tag=tag)
+    hint = hints.text("bump.allow_recent", tag=list(candidate.argv))
     if days is None:
         raise SettingsError(
             f"the publication date of {tag} is unknown; PIN_MIN_AGE_DAYS requires"

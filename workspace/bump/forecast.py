@@ -17,7 +17,7 @@ from workspace.bump.changes import Change, Comparison, Topic
 from workspace.core import hints
 from workspace.core.console import Console, Row, RunLog
 from workspace.core.console import State as RowState
-from workspace.core.errors import PatchConflict, counted
+from workspace.core.errors import PatchConflict, SettingsError, counted
 from workspace.core.paths import Layout
 from workspace.core.process import Absent, There
 from workspace.core.settings import Settings
@@ -34,7 +34,7 @@ from workspace.repo.git.history import Commit
 from workspace.repo.git.worktree import Trial
 from workspace.repo.mail import Mail
 from workspace.repo.patches import Stack
-from workspace.repo.pins import Pin
+from workspace.repo.pins import Pin, Wanted
 from workspace.repo.upstream import Candidate
 
 State = Literal["clean", "conflicts", "upstreamed"]
@@ -161,19 +161,21 @@ class _Attempt:
 
 
 def run(
-    layout: Layout, settings: Settings, ref: str, *, console: Console, as_json: bool = False
+    layout: Layout, settings: Settings, wanted: Wanted, *, console: Console, as_json: bool = False
 ) -> Forecast:
-    """Forecast the move to `ref` and print it, as JSON on stdout if requested.
+    """Forecast the move to what is wanted and print it, as JSON on stdout if requested.
 
     `triton` stands for Triton's main. Raises what upstream.find raises, PatchDrift for a series
     that does not fit its pin, and PatchConflict for one that does not fit its base.
     """
     known = pins.load(layout.pins)
-    pin, ref = (known.triton, known.triton.tag) if ref == "triton" else (known.vllm, ref)
+    pin = known.vllm
+    if wanted.text == "triton":
+        pin, wanted = known.triton, Wanted.read(known.triton.tag)
     found = checkout.observe(layout, pin)
     stack = patches.observe(layout, pin.name, pin, found)
     with RunLog(console, layout.logs, verb="pin.forecast", secrets=settings.secrets) as run_log:
-        candidate = find_candidate(layout, settings, pin, ref, found, run_log=run_log)
+        candidate = find_candidate(layout, settings, pin, wanted, found, run_log=run_log)
         with stages.step(run_log, "forecast") as view:
             made = work_out(layout, settings, candidate, found, stack)
             view.reason = f"{pin.tag} → {candidate.pin.tag}"
@@ -186,11 +188,23 @@ def run(
 
 
 def find_candidate(
-    layout: Layout, settings: Settings, pin: Pin, ref: str, found: Checkout, *, run_log: RunLog
+    layout: Layout,
+    settings: Settings,
+    pin: Pin,
+    wanted: Wanted,
+    found: Checkout,
+    *,
+    run_log: RunLog,
 ) -> Candidate:
-    """Find the release `ref` in a console step. Raises what upstream.find raises."""
+    """Find the release or commit in a console step. Raises what upstream.find raises."""
     with stages.step(run_log, "upstream") as view:
-        candidate = upstream.find(layout, pin, ref, settings, found, run_log=run_log, step=view)
+        candidate = upstream.find(layout, pin, wanted, settings, found, run_log=run_log, step=view)
+        if candidate.kind is not found.kind and settings.text("SOURCE") == "release":
+            raise SettingsError(
+                f"{candidate.pin.tag} comes from git, but SOURCE requests release; nothing was"
+                " changed",
+                hint=hints.text("bump.source_auto", tag=list(candidate.argv)),
+            )
         place = "git" if candidate.kind is Kind.GIT else "the release archive"
         view.reason = f"{candidate.pin.tag} {candidate.pin.commit[:12]} from {place}"
     return candidate
@@ -217,7 +231,7 @@ def work_out(
     gone = [path for path in sorted(every) if path in differing and differing[path][1] is None]
     moved = history.renames(git, (present.base, candidate.base), gone, differing)
     commits = None
-    if candidate.kind is Kind.GIT:
+    if candidate.kind is present.kind is Kind.GIT:
         commits = history.log(git, present.base, candidate.base, sorted({*every, *moved.values()}))
     series = [
         _Patch(name, mail.read_mail(file), paths, tried)
@@ -369,7 +383,8 @@ def _show(made: Forecast, blockers: Sequence[Row], console: Console, *, is_whole
         console.row(RowState.OK, "others", f"nothing to do for {more} more; --verbose lists them")
     if blockers:
         return
-    tag, count = made.candidate.pin.tag, sum(patch.state == "conflicts" for patch in made.patches)
+    count = sum(patch.state == "conflicts" for patch in made.patches)
+    tag = list(made.candidate.argv)
     console.hint(
         hints.text("bump.bump_with_conflicts", tag=tag, count=count)
         if count

@@ -7,20 +7,26 @@ state under references first. The next `inv pin.rollback` finishes an interrupte
 import datetime
 from dataclasses import dataclass, field
 
-from workspace.bump import known_good, staging, triton
+from workspace.bump import changes, known_good, staging, triton
 from workspace.bump.known_good import KnownGood
 from workspace.bump.staging import RedoLog
 from workspace.checks import smoke as smoke_record
-from workspace.core import errors, hints
+from workspace.core import errors, hints, lock
 from workspace.core.console import Console, Row, RunLog, State
-from workspace.core.errors import CheckoutError, SettingsError, SmokeError, WorkspaceError
+from workspace.core.errors import (
+    CheckoutError,
+    SettingsError,
+    SmokeError,
+    SourceError,
+    WorkspaceError,
+)
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, without_user
 from workspace.install import plan, precompiled, sandbox, stages, stamp, status
 from workspace.machine import interpreter
-from workspace.repo import checkout, patches, pins
-from workspace.repo.git import Git, worktree
+from workspace.repo import checkout, git, patches, pins
+from workspace.repo.git import Git, history, remotes, worktree
 from workspace.repo.pins import Pin
 
 VERB = "inv pin.rollback"
@@ -223,6 +229,8 @@ def show(
     pinned = pins.load(layout.pins)
     rows = [
         *_checkout(layout, pinned.vllm),
+        *_base(layout, pinned.vllm),
+        *([] if offline else _remotes(layout, settings, pinned.vllm, console)),
         *_under_way(layout),
         *_known_good_states(layout),
         *_kept(layout),
@@ -253,6 +261,78 @@ def _checkout(layout: Layout, pin: Pin) -> tuple[PinRow, PinRow]:
         facts=facts | {"kind": found.kind.value},
     )
     return row, _stack(layout, pin, found)
+
+
+def _base(layout: Layout, pin: Pin) -> list[PinRow]:
+    """Return the row of the release that a pinned commit stands on; none for a release."""
+    if pin.ref is None:
+        return []
+    if pin.base is None:
+        hint = hints.text("bump.bump", tag=[pin.request, "--base", "TAG"])
+        return [PinRow(State.MISSING, "base", "none: every kernel is compiled here", hint=hint)]
+    tree, base = Git(layout.vllm), pin.base
+    facts: dict[str, object] = {"tag": base.tag, "commit": base.commit}
+    there = (layout.vllm / ".git").exists() and tree.present((base.commit, pin.commit))
+    if not there or len(there) < len({base.commit, pin.commit}):
+        text = f"{base.tag}, which vendor/vllm lacks"
+        return [PinRow(State.WARN, "base", text, hint=hints.text("inv.bootstrap"), facts=facts)]
+    ahead = history.ahead(tree, base.commit, pin.commit)
+    compiled = changes.compiled_since(tree, base.commit, pin.commit)
+    files = errors.listed(compiled) if compiled else "none"
+    text = (
+        f"{base.tag}; the pin is {errors.counted(ahead, 'commit')} ahead; compiled sources that"
+        f" differ: {files}"
+    )
+    facts |= {"ahead": ahead, "compiled": compiled}
+    return [PinRow(State.OK, "base", text, facts=facts)]
+
+
+def _remotes(layout: Layout, settings: Settings, pin: Pin, console: Console) -> list[PinRow]:
+    """Return the rows of the branch of a pinned commit and of upstream; none for a release."""
+    if pin.ref is None:
+        return []
+    rows = []
+    try:
+        now = checkout.commit_now(layout, pin, settings)
+        if now != pin.commit:
+            hint = hints.text("bump.bump", tag=pin.request) if now else None
+            text = f"{checkout.moved(pin, now)}; the pin stays at {pin.commit[:12]}"
+            rows.append(PinRow(State.WARN, "branch", text, hint=hint, facts={"commit": now}))
+    except WorkspaceError as exc:
+        rows.append(PinRow(State.WARN, "branch", f"unknown: {exc.message}"))
+    try:
+        tip, behind = _behind(layout, settings, pin, console)
+        text = f"{tip[:12]}; the pin is {errors.counted(behind, 'commit')} behind"
+        rows.append(PinRow(State.OK, "upstream", text, facts={"commit": tip, "behind": behind}))
+    except WorkspaceError as exc:
+        rows.append(PinRow(State.WARN, "upstream", f"unknown: {exc.message}"))
+    return rows
+
+
+def _behind(layout: Layout, settings: Settings, pin: Pin, console: Console) -> tuple[str, int]:
+    """Fetch the history of upstream's default branch into the store of commits.
+
+    Return its last commit, and the number of commits that the pin lacks. Raises SourceError.
+    """
+    place = layout.upstream(pin.name)
+    with (
+        RunLog(console, layout.logs, verb="pin", secrets=settings.secrets) as run_log,
+        stages.step(run_log, "upstream") as view,
+        lock.hold(place.with_suffix(".lock"), verb="inv pin", wait=True, on_wait=console.info),
+    ):
+        remote = checkout.remote(layout, pin.of_upstream, settings, run_log, view)
+        found = git.advertised(remote.url, ("HEAD",), cwd=layout.root, settings=settings)
+        store, tip = remotes.open_store(place, layout.vllm), found.get("HEAD", "")
+        if not store.present((tip,)):
+            store.set_setting("remote.origin.url", remote.url)
+            store.fetch(remote, ("+HEAD:refs/found/HEAD",), whole=False)
+        if not history.forks(store, pin.commit, tip):
+            raise SourceError(
+                f"{without_user(remote.url)} has no commit in common with the pin",
+                hint=hints.text("inv.pin_show"),
+            )
+        view.reason = f"{tip[:12]} of {without_user(remote.url)}"
+        return tip, history.ahead(store, pin.commit, tip)
 
 
 def _stack(layout: Layout, pin: Pin, found: checkout.Checkout) -> PinRow:

@@ -472,3 +472,19 @@ def series_names(bump_sandbox: BumpSandbox) -> tuple[str, ...]:
     return series.read_series(
         bump_sandbox.outer.patches("vllm"), pin=pins.load(bump_sandbox.outer.pins).vllm.commit
     ).names
+
+
+def dropped(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> dict[str, str]:
+    """Return the patches that are no longer on the new base, each with the reason."""
+    names = series.read_series(
+        bump_sandbox.layout.patches("vllm"), pin=bump_sandbox.pin.commit
+    ).names
+    gone = [name for name in facts["names"].split("\n") if name and name not in names]
+    return {
+        name: (
+            "left out with --skip"
+            if name in bump_sandbox.skipped
+            else "upstream has it, or its subject changed"
+        )
+        for name in gone
+    }

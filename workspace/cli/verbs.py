@@ -10,6 +10,9 @@ from workspace.cli import main
 from workspace.cli.main import JSON, RECORD, WAIT, after_dashes, task
 from workspace.core import paths
 
+REF = "a tag, branch or commit of vLLM, or URL@REF of a fork"
+BASE = "the release whose precompiled wheel a commit takes"
+
 
 @task(
     help={
@@ -252,29 +255,36 @@ def pin_show(_: Context, json: bool = False, offline: bool = False) -> None:
 @task(
     name="forecast",
     positional=["ref"],
-    help={"ref": "a tag of vLLM, such as v0.33.0", "json": JSON},
+    help={"ref": REF, "base": BASE, "json": JSON},
 )
-def pin_forecast(_: Context, ref: str, json: bool = False) -> None:
+def pin_forecast(_: Context, ref: str, base: str = "", json: bool = False) -> None:
     """Show what a pin move would break; change nothing."""
     from workspace.bump import forecast
+    from workspace.repo.pins import Wanted
 
-    forecast.run(*main.opened(), ref, console=main.console(), as_json=json)
+    wanted = Wanted.read(ref, base)
+    forecast.run(*main.opened(), wanted, console=main.console(), as_json=json)
 
 
 @task(
     name="bump",
     positional=["ref"],
     help={
-        "ref": "a tag of vLLM, or triton",
+        "ref": f"{REF}; or triton",
+        "base": BASE,
         "allow-recent": "accept a release younger than PIN_MIN_AGE_DAYS",
         "wait": WAIT,
     },
 )
-def pin_bump(_: Context, ref: str, allow_recent: bool = False, wait: bool = False) -> None:
+def pin_bump(
+    _: Context, ref: str, base: str = "", allow_recent: bool = False, wait: bool = False
+) -> None:
     """Move the pin in a sandbox; promote it if checks pass."""
     from workspace.bump import bump
+    from workspace.repo.pins import Wanted
 
-    bump.run(*main.opened(), ref, console=main.console(), allow_recent=allow_recent, wait=wait)
+    wanted = Wanted.read(ref, base)
+    bump.run(*main.opened(), wanted, console=main.console(), allow_recent=allow_recent, wait=wait)
 
 
 @task(

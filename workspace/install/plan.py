@@ -157,7 +157,7 @@ def observe_on(machine: Machine) -> Observation:
     tree = _read_tree(layout) if is_usable else None
     facts = _Facts(machine, pin, device, tree, python, build)
     environment = _environment(facts, environment_stamp)
-    changed_sources = _changed_sources(tree, current)
+    changed_sources = _changed_sources(tree, pin, current)
     wanted = precompiled.choose(
         settings, pin, device, _kept(build_stamp), is_changed=bool(changed_sources)
     )
@@ -274,7 +274,7 @@ def _kernels(
     )
     sentence: tuple[str, ...] = ()
     if changed_sources:
-        sentence = (changed_sources_sentence(changed_sources),)
+        sentence = (changed_sources_sentence(facts.pin, changed_sources),)
     if recorded is None:
         return Layer(
             "kernels", State.MISSING, ("no build was finished",), inputs | compiled
@@ -404,16 +404,20 @@ def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None
     return packed.digest if packed else None
 
 
-def _changed_sources(tree: Tree | None, current: checkout.Checkout) -> tuple[str, ...]:
+def _changed_sources(
+    tree: Tree | None, pin: pins.Pin, current: checkout.Checkout
+) -> tuple[str, ...]:
     if tree is None or current.base is None:
         return ()
-    pinned = tree.git.entries(COMPILED_SOURCES, current.base)
+    commit = precompiled.sources_commit(pin, current.base)
+    pinned = tree.git.entries(COMPILED_SOURCES, commit)
     return changed_paths(pinned, tree.entries(COMPILED_SOURCES))
 
 
-def changed_sources_sentence(changed: tuple[str, ...]) -> str:
+def changed_sources_sentence(pin: pins.Pin, changed: tuple[str, ...]) -> str:
+    origin = pin.base.tag if pin.base else "the pin"
     return (
-        f"compiled from the pin's sources; {errors.listed(changed)}"
+        f"compiled from {origin}'s sources; {errors.listed(changed)}"
         f" {'differs' if len(changed) == 1 else 'differ'} from them"
     )
 

@@ -143,6 +143,15 @@ def pinned_wheel(pin: Pin, device: str) -> PrecompiledWheel | None:
     return pin.precompiled.get(_key(device))
 
 
+def sources_commit(pin: Pin, base: str) -> str:
+    """Return the commit whose compiled sources the precompiled wheel has.
+
+    `base` is the pin's commit in the checkout. The wheel of a pin that is no release has those of
+    its base release.
+    """
+    return pin.base.commit if pin.base else base
+
+
 def choose(
     settings: Settings, pin: Pin, device: str, kept: Kernels | None, *, is_changed: bool
 ) -> Kernels:
@@ -270,10 +279,10 @@ def why_not_hybrid(
         return f"the version of the installed torch is not valid: {settings.presentable(torch)}"
     except SettingsError as exc:
         return exc.message
-    if precompiled_wheel.version.public != Version(pinned.version).public:
+    if precompiled_wheel.version.public != Version(pinned.release).public:
         return (
             f"the precompiled wheel is vLLM {precompiled_wheel.version.public}, not the pinned"
-            f" {pinned.version}"
+            f" {pinned.release}"
         )
     return (
         _other_torch(precompiled_wheel, installed)

@@ -168,6 +168,8 @@ class Job:
         if self.is_native:
             return self._reach_native()
         base = run.observed.checkout.base
+        if base:
+            base = precompiled.sources_commit(run.observed.pin, base)
         changed = (
             targets.changed_files(Git(tree), base)
             if base and run.observed.kernels_wanted.source.is_hybrid

@@ -19,7 +19,7 @@ from workspace.core.files import write_atomic
 from workspace.core.paths import PROJECTS, Layout
 from workspace.core.settings import Settings, without_user
 from workspace.repo import git, index, pins
-from workspace.repo.git import Git, Remote
+from workspace.repo.git import Git, Remote, history
 from workspace.repo.pins import Pin
 
 Choice = Literal["auto", "git", "release"]
@@ -74,6 +74,10 @@ class _Making:
     @property
     def remote(self) -> Remote:
         return remote(self.layout, self.pin, self.settings, self.run_log, self.step)
+
+    @property
+    def upstream(self) -> Remote:
+        return remote(self.layout, self.pin.of_upstream, self.settings, self.run_log, self.step)
 
     def fetch(self, made: Git, refspecs: Sequence[str], *, whole: bool) -> None:
         """Fetch into the new repository and require the pinned commit. Raises SourceError."""
@@ -265,6 +269,7 @@ def _clone(making: _Making, modules: Path | None, references: Mapping[str, str])
             made.init()
             try:
                 making.fetch(made, wanted, whole=whole)
+                fetch_base(made, pin, making.upstream)
                 _name_tag(made, pin, references)
                 making.check_out(made, pin.commit)
             except SourceError:
@@ -283,7 +288,10 @@ def _clone(making: _Making, modules: Path | None, references: Mapping[str, str])
 
 def _name_tag(made: Git, pin: Pin, references: Mapping[str, str]) -> None:
     """Create the pin's tag where the remote does not offer it; setuptools-scm needs it."""
-    if not {f"refs/tags/{pin.tag}", f"refs/heads/{pin.tag}"} & references.keys():
+    if (
+        pin.ref is None
+        and not {f"refs/tags/{pin.tag}", f"refs/heads/{pin.tag}"} & references.keys()
+    ):
         # The pins prove that it belongs to this commit.
         made.set_ref(f"refs/tags/{pin.tag}", pin.commit)
 
@@ -348,9 +356,9 @@ def _modules(layout: Layout, pin: Pin) -> Path | None:
 def url_of(layout: Layout, pin: Pin, settings: Settings) -> str:
     """Return the URL to fetch from: the mirror's if one is set, else the pinned URL.
 
-    The path of a mirror is made absolute.
+    The path of a mirror is made absolute. A mirror is a copy of the project, not of a fork.
     """
-    mirror = settings.text(f"{pin.name.upper()}_MIRROR")
+    mirror = "" if pin.upstream else settings.text(f"{pin.name.upper()}_MIRROR")
     if not mirror or re.match(r"[a-z+]+://|[^/]+:", mirror):
         return mirror or pin.url
     return str(layout.root / Path(mirror).expanduser())
@@ -367,6 +375,11 @@ def _advertised(making: _Making) -> Mapping[str, str]:
     Raises SourceError where the remote cannot be reached, and where its tag is another commit.
     """
     pin, tag = making.pin, f"refs/tags/{making.pin.tag}"
+    if pin.ref:
+        now = commit_now(making.layout, pin, making.settings)
+        if now != pin.commit:
+            making.run_log.console.warn(f"{moved(pin, now)}; the pinned commit is taken")
+        return {}
     references = git.advertised(
         making.url,
         (tag, f"{tag}^{{}}", f"refs/heads/{pin.tag}"),
@@ -381,6 +394,42 @@ def _advertised(making: _Making) -> Mapping[str, str]:
             hint=hints.text("repo.moved_tag"),
         )
     return references
+
+
+def commit_now(layout: Layout, pin: Pin, settings: Settings) -> str | None:
+    """Return the commit that the branch or tag of a pin has now; None where it vanished.
+
+    Raises SourceError where the remote cannot be reached.
+    """
+    ref = pin.ref or f"refs/tags/{pin.tag}"
+    if pins.COMMIT.fullmatch(ref):
+        return ref
+    url = url_of(layout, pin, settings)
+    found = git.advertised(url, (ref, f"{ref}^{{}}"), cwd=layout.root, settings=settings)
+    return found.get(f"{ref}^{{}}", found.get(ref))
+
+
+def moved(pin: Pin, now: str | None) -> str:
+    """Return the sentence on a branch or tag that moved to `now` or vanished."""
+    place = without_user(pin.url)
+    if now is None:
+        return f"{place} has no branch or tag {pin.tag} any more"
+    return f"{pin.tag} at {place} moved to {now[:12]}"
+
+
+def fetch_base(made: Git, pin: Pin, remote: Remote) -> None:
+    """Fetch the base release of a pinned commit, which is compared with it; name its tag.
+
+    `remote` is that of upstream. Raises SourceError.
+    """
+    base = pin.base
+    if base is None:
+        return
+    if base.commit not in made.present((base.commit,)):
+        made.fetch(remote, (base.commit,), whole=not made.is_partial)
+    made.set_ref(f"refs/tags/{base.tag}", base.commit)
+    # What a partial clone lacks of it is fetched in one call, not file by file.
+    history.complete_range(made, pin.commit, base.commit, remote.settings, run_log=remote.run_log)
 
 
 class _Moved(SourceError):

@@ -274,7 +274,7 @@ class Release:
 
 def has_any_release(pin: Pin) -> bool:
     """Return whether the pin shows that the project has releases on the package index."""
-    return pin.archive is not None or bool(pin.precompiled)
+    return pin.archive is not None or bool(pin.precompiled) or pin.ref is not None
 
 
 def find_release(pin: Pin, version: str, *, settings: Settings) -> Release:

@@ -97,7 +97,7 @@ def moved(layout: Layout, pin: Pin, checkout: Checkout, stack: Stack) -> Row | N
             hints.text(
                 "repo.fetch_and_detach",
                 shown=shown,
-                url=git.setting("remote.origin.url") or pin.url,
+                url=pin.url if pin.upstream else git.setting("remote.origin.url") or pin.url,
                 commit=pin.commit,
             ),
         )

@@ -80,7 +80,8 @@ def put_on_upstream(session: Session, name: str, patch: str) -> Path:
 
 
 def _remote(session: Session, step: Step) -> Remote:
-    return checkouts.remote(session.layout, session.pin, session.settings, session.run_log, step)
+    pin = session.pin.of_upstream
+    return checkouts.remote(session.layout, pin, session.settings, session.run_log, step)
 
 
 def _signed(commit: Commit, user: tuple[str, str]) -> str:
@@ -139,7 +140,7 @@ def _main(session: Session, git: Git) -> str:
     except SourceError as exc:
         if known is None:
             if _NO_REF in exc.message:
-                url = checkouts.url_of(session.layout, session.pin, session.settings)
+                url = _remote(session, view).url
                 exc.hint = hints.text("repo.heads", url=without_user(url))
             raise
         session.run_log.console.warn(

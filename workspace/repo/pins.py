@@ -1,12 +1,13 @@
 """The pins in vendor/pins.toml, read and rewritten, and checkouts made from release archives."""
 
+import contextlib
 import os
 import re
 import reprlib
 import tarfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from workspace.core import files, hints, records
 from workspace.core.console import Step
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
+from workspace.core.settings import without_user
 from workspace.repo.git import Git
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -26,6 +28,9 @@ _TAG = re.compile(
     r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)))[A-Za-z0-9](?:[A-Za-z0-9._/+-]{0,98}[A-Za-z0-9_+-])?"
 )
 _ADDRESS = re.compile(r"(?!-)[!-~]{1,1000}")
+# A user alone is a secret for a server of HTTP, which takes a token as one.
+_SECRET = re.compile(r"https?://[^/]*@|[a-z+]+://[^/@]*:[^/@]*@")
+REF = re.compile(r"(?!.*(?:\.\.|//|@\{))[A-Za-z0-9][A-Za-z0-9._/+-]{0,98}")
 # A table right below a value.
 _CROWDED = re.compile(r"^([^#\n].*\n)\[", re.MULTILINE)
 # Old commits of the workspace and known-good states hold pins of the first edition.
@@ -34,6 +39,7 @@ PRECOMPILED_KEYS = ("cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64")
 # The form of each text of the file, by its key, and the same in words.
 _FORMS: Mapping[str, tuple[re.Pattern[str], str]] = {
     "tag": (_TAG, "the name of a tag"),
+    "ref": (REF, "a branch, tag or commit"),
     "version": (_TOKEN, "a name or version"),
     "project": (_TOKEN, "a name or version"),
     "commit": (COMMIT, "40 lower-case hex digits"),
@@ -41,6 +47,7 @@ _FORMS: Mapping[str, tuple[re.Pattern[str], str]] = {
     "sha256": (SHA256, "64 lower-case hex digits"),
     "filename": (_FILENAME, "a file name"),
     "url": (_ADDRESS, "an address"),
+    "upstream": (_ADDRESS, "an address"),
 }
 
 
@@ -65,10 +72,22 @@ class PrecompiledWheel:
 
 
 @dataclass(frozen=True)
-class Pin:
-    """One upstream project at one commit.
+class Base:
+    """The release whose precompiled wheels a pinned commit takes: none belongs to the commit."""
 
-    `precompiled` is keyed by device and machine, such as cpu-aarch64.
+    tag: str
+    version: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One upstream project at one commit: a release, or any commit of the project or of a fork.
+
+    `precompiled` is keyed by device and machine, such as cpu-aarch64. A pin that is no release has
+    a `ref`: the branch or tag that was named, such as refs/heads/main, or the commit. Its wheels
+    are those of `base`, and `tag` is its short name. `upstream` is the address of the project
+    where `url` is that of a fork.
     """
 
     name: str
@@ -78,6 +97,25 @@ class Pin:
     url: str
     archive: Archive | None = None
     precompiled: Mapping[str, PrecompiledWheel] = field(default_factory=dict)
+    ref: str | None = None
+    upstream: str | None = None
+    base: Base | None = None
+
+    @property
+    def of_upstream(self) -> "Pin":
+        """The same pin with the address of the project itself: releases are there."""
+        return replace(self, url=self.upstream, upstream=None) if self.upstream else self
+
+    @property
+    def release(self) -> str:
+        """The version of the precompiled wheels."""
+        return self.base.version if self.base else self.version
+
+    @property
+    def request(self) -> str:
+        """What `inv pin.bump` takes to look for this pin again."""
+        name = self.ref if self.ref and COMMIT.fullmatch(self.ref) else self.tag
+        return f"{self.url}@{name}" if self.upstream else name
 
     @property
     def is_from_archive(self) -> bool:
@@ -110,6 +148,8 @@ class Pins(records.Record):
             _check(pin, pin.name)
             if pin.archive:
                 _check(pin.archive, f"{pin.name}.archive")
+            if pin.base:
+                _check(pin.base, f"{pin.name}.base")
             for key, wheel in pin.precompiled.items():
                 place = f"{pin.name}.precompiled.{key}"
                 if key not in PRECOMPILED_KEYS:
@@ -118,7 +158,62 @@ class Pins(records.Record):
                 _check(wheel, place)
 
 
-def _check(table: Pin | Archive | PrecompiledWheel, name: str) -> None:
+@dataclass(frozen=True)
+class Wanted:
+    """What a pin shall move to, as typed: a name of upstream's, or a name at the URL of a fork.
+
+    `base` is the tag of the release whose precompiled wheels a commit takes, where --base names it.
+    """
+
+    text: str
+    name: str
+    url: str | None = None
+    base: str | None = None
+
+    @property
+    def argv(self) -> list[str]:
+        """The arguments of `inv pin.bump`."""
+        return [self.text, *(["--base", self.base] if self.base else [])]
+
+    @classmethod
+    def read(cls, text: str, base: str = "") -> "Wanted":
+        """Read `REF` or `URL@REF`; a folder on this disk counts as a URL.
+
+        Raises SettingsError for another form, and for a URL that holds a password.
+        """
+        if _SECRET.match(text):
+            raise SettingsError(
+                f"{without_user(text)} was typed with a user or password, which vendor/pins.toml"
+                " would show to everybody",
+                hint=hints.text("repo.fork_example"),
+            )
+        url, _, name = text.rpartition("@")
+        if not REF.fullmatch(name):
+            example = (
+                hints.text("repo.fork_example") if url else hints.text("repo.forecast_example")
+            )
+            raise SettingsError(
+                f"{without_user(name)!r} is not the name of a tag, branch or commit", hint=example
+            )
+        if url and not re.match(r"[a-z+]+://|[^/]+:", url):
+            url = str(typed(url).resolve())
+        if url and not _ADDRESS.fullmatch(url):
+            raise SettingsError(
+                f"{url!r} is not an address of a git repository",
+                hint=hints.text("repo.fork_example"),
+            )
+        tag = f"v{base.removeprefix('v')}" if base else None
+        return cls(text, name, url or None, tag)
+
+
+def short_name(ref: str) -> str:
+    """Return a branch or tag without its folder, and a commit by 12 digits."""
+    if COMMIT.fullmatch(ref):
+        return ref[:12]
+    return ref.removeprefix("refs/heads/").removeprefix("refs/tags/")
+
+
+def _check(table: Pin | Archive | Base | PrecompiledWheel, name: str) -> None:
     """Check each text of a table. Raises DecodeError."""
     for key, (form, expected) in _FORMS.items():
         text = getattr(table, key, None)
@@ -206,6 +301,8 @@ def half_moved(layout: Layout) -> str | None:
 
 # The commit must not depend on the time of its creation.
 ARCHIVE_DATE = "2000-01-01T00:00:00+0000"
+# setuptools-scm's line in the archive's vllm/_version.py; `g` is the prefix of `git describe`.
+_COMMIT_ID = re.compile(rb"commit_id = '?g([0-9a-f]{7,40})\b")
 # Files that `python -m build --sdist` writes at the top of the archive.
 _GENERATED = {"PKG-INFO", "setup.cfg"}
 
@@ -274,6 +371,26 @@ def build_archive(
     )
     git.set_ref(f"refs/tags/{pin.tag}", commit)
     return commit, git.tree(commit)
+
+
+def commit_id(file: Path, pin: Pin) -> str | None:
+    """Return the first digits of the commit that an archive names as its source, or None.
+
+    They are in vllm/_version.py, which is no part of the checkout.
+    """
+    with (
+        contextlib.suppress(tarfile.TarError, OSError, EOFError, zlib.error),
+        tarfile.open(file, mode="r:gz") as packed,
+    ):
+        for member in packed:
+            if (
+                member.isfile()
+                and member.name.split("/")[1:] == [pin.name, "_version.py"]
+                and (content := packed.extractfile(member))
+            ):
+                found = _COMMIT_ID.search(content.read(1 << 16))
+                return found[1].decode() if found else None
+    return None
 
 
 def _unpack(source: Path, folder: Path, pin: Pin, step: Step) -> None:

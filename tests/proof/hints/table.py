@@ -62,6 +62,16 @@ ELSEWHERE = {
         "tests/machine/test_doctor_machine.py::"
         "test_git_without_a_name_or_an_address_is_a_row_with_the_command_that_sets_both"
     ),
+    "bump.source_auto": (
+        "tests/bump/test_forks.py::test_fork_is_pinned_and_followed_only_on_request"
+    ),
+    "repo.fork_example": (
+        "tests/repo/test_forks.py::"
+        "test_branch_of_a_fork_without_tags_takes_the_wheel_of_the_release_that_it_stands_on"
+    ),
+    "repo.whole_name": (
+        "tests/repo/test_forks.py::test_tag_and_branch_of_one_name_need_the_whole_name"
+    ),
     "repo.add_trailer": (
         "tests/repo/test_export_refusals.py::"
         "test_hint_for_a_missing_trailer_is_enough_and_takes_no_staged_edit"

@@ -94,6 +94,20 @@ def described(git: Git, commit: str) -> tuple[str, int] | None:
     return tag, int(count)
 
 
+def nearest_tag(git: Git, commit: str, tags: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+    """Return the tag, with its commit, that is the nearest ancestor of a commit, or None."""
+    known = set(git.look("rev-list", commit, "--").out.split())
+    found = [(tag, oid) for tag, oid in tags if oid in known]
+    if not found:
+        return None
+    oids = dict.fromkeys(oid for _, oid in found)
+    # Those that no other one of them leads to.
+    last = git.look("merge-base", "--independent", *oids).out.split()
+    return min(
+        (pair for pair in found if pair[1] in last), key=lambda pair: ahead(git, pair[1], commit)
+    )
+
+
 def date_of(git: Git, commit: str) -> datetime.datetime:
     """Return the committer date of a commit, with its time zone."""
     return datetime.datetime.fromisoformat(

@@ -18,7 +18,7 @@ from workspace.core.files import opened, reason_of, received, write_atomic
 from workspace.core.settings import Settings, without_user
 from workspace.repo.git import command
 from workspace.repo.git.command import OnLine, executable, first_line
-from workspace.repo.git.repository import Git, Remote
+from workspace.repo.git.repository import NO_BLOBS, Git, Remote
 
 if TYPE_CHECKING:
     import requests
@@ -186,7 +186,6 @@ def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
-_NO_BLOBS = ("partialclonefilter", "blob:none")
 _WHOLE = ("fetch", *_FETCH_FLAGS, "--refetch", "--no-filter", "origin")
 
 
@@ -220,7 +219,7 @@ def complete_store(store: Git, ends: tuple[str, str], remote: Remote, refspec: s
 
     Fetch all of `refspec` where the remote serves no single objects. Raises SourceError.
     """
-    for key, value in (("url", remote.url), ("promisor", "true"), _NO_BLOBS):
+    for key, value in (("url", remote.url), ("promisor", "true"), NO_BLOBS):
         store.set_setting(f"remote.origin.{key}", value)
     # git fetches in one call what a diff lacks.
     missing = ("diff", "--shortstat", "--no-renames", "-O/dev/null", *ends, "--")

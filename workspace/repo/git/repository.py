@@ -43,6 +43,9 @@ class Gitlink:
     hidden: bool
 
 
+NO_BLOBS = ("partialclonefilter", "blob:none")
+
+
 @dataclass(frozen=True)
 class Remote:
     """A remote repository, and the objects that a transfer from it needs."""
@@ -98,6 +101,10 @@ class Git(Command):
         return self.look(
             "rev-parse", "--verify", "--end-of-options", f"{commit}^{{tree}}"
         ).out.strip()
+
+    def has_path(self, commit: str, path: str) -> bool:
+        """Return whether the tree of a commit has a file or folder at `path`."""
+        return self.look("cat-file", "-e", f"{commit}:{path}", check=False).status == 0
 
     def present(self, commits: Sequence[str]) -> frozenset[str]:
         """Return those of the given commits, as 40 hex, that the repository holds."""
@@ -306,7 +313,15 @@ class Git(Command):
             self.set_setting("remote.origin.url", url)
             self.set_setting("remote.origin.fetch", "+refs/heads/*:refs/remotes/origin/*")
         # Only a remote with a name can serve later what a filter leaves out.
-        name, whole = ("origin", whole) if origin in (None, url) else (url, True)
+        if origin in (None, url):
+            name = "origin"
+        elif self.is_partial:
+            # Without a filter git would refuse new trees of which it lacks files (fsckObjects).
+            name, whole = f"fork-{hashlib.sha256(url.encode()).hexdigest()[:8]}", False
+            for key, value in (("url", url), ("promisor", "true"), NO_BLOBS):
+                self.set_setting(f"remote.{name}.{key}", value)
+        else:
+            name, whole = url, True
         partial = () if whole else ("--filter=blob:none",)
         plain = ("--progress", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
         args = ("fetch", *plain, *partial, name, *refspecs)

