@@ -18,7 +18,7 @@ from workspace.core.settings import Settings
 from workspace.install.status import require_built
 from workspace.machine import check, failures, run_environment
 from workspace.machine.machine import Case, Machine
-from workspace.server import command, fit, flags, lifecycle, models, recipes
+from workspace.server import command, fit, flags, lifecycle, models, observation, recipes
 from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive
 from workspace.server.recipes import Recipe
@@ -302,7 +302,7 @@ def end(server: Server, *, console: Console) -> None:
 
 def _follow(settings: Settings, server: Server, console: Console) -> None:
     """Print the log until the server ends. Raises ServeError if it was not stopped on request."""
-    lines = lifecycle.follow(server.log)
+    lines = observation.follow(server.log)
     # The spinner has shown the lines up to now.
     for line in lines:
         if line is None:
@@ -438,7 +438,7 @@ def _require_room(layout: Layout, line: Command) -> None:
             f"{running.called} runs already",
             hint=hints.text("server.status_or_stop"),
         )
-    lifecycle.require_free(line.address)
+    observation.require_free(line.address)
 
 
 def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> None:

@@ -91,7 +91,7 @@ def logs(
             "there is no log: no server was started here",
             hint=hints.text("server.recipes"),
         )
-    written = lifecycle.follow(log)
+    written = observation.follow(log)
     first = []
     for line in written:
         if line is None:
