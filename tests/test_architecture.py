@@ -97,6 +97,7 @@ MORE_PARAMETERS = {
     "workspace/bench/compare.py:show",
     "workspace/cli/verbs.py:bootstrap",
     "workspace/cli/verbs.py:rebuild",
+    "workspace/cli/verbs.py:serve",
     "workspace/compile/job_server.py:__init__",
     "workspace/core/process.py:run",
     "workspace/install/sandbox.py:make",

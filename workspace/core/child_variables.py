@@ -236,6 +236,8 @@ VARIABLES: tuple[Variable, ...] = (
              "the tiny model starts in seconds, in one process where there is no server"),
     Variable("OPENAI_API_KEY", GIVEN, "verb", ("bench",),
              "the key of the measured server, for its client"),
+    Variable("VLLM_CPU_KVCACHE_SPACE", GIVEN, "verb", ("serve",),
+             "what --memory leaves for the cache where there is no GPU"),
     Variable("TMPDIR WORKSPACE_SERVER", GIVEN, "verb", _SERVERS,
              "a folder of each server, and the tag by which its processes are found"),
     Variable("VLLM_TARGET_DEVICE", GIVEN, "verb", (*_SETUP, "configure"),

@@ -23,7 +23,9 @@ from pathlib import Path
 
 from workspace.core import hints, process, records
 from workspace.core.child_variables import with_given
+from workspace.core.console import Console
 from workspace.core.errors import ServeError, counted
+from workspace.core.settings import Settings
 from workspace.machine import failures, hardware
 from workspace.server import command, observation, process_tree
 from workspace.server.observation import (
@@ -45,11 +47,9 @@ GRACE_S = 10.0
 LONGEST_FOLDER = 60
 KEPT_LOGS = 10
 POLL_S = 0.25
+FOLLOW_S = 0.3
 # Reading the mapped files costs some milliseconds a process.
 LOOK_S = 2.0
-# Port and memory are free soon after the last process has ended; a driver may need longer.
-RETURN_TIMEOUT_S = 10.0
-SETTLED_GIB = 0.02
 # Seconds that one process may take to write its stacks.
 DUMP_S = 5.0
 
@@ -186,7 +186,7 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
     port stays taken.
     """
     started = time.monotonic()
-    before = _available_gib()
+    before = observation.available_gib()
     shared = set(server.shared)
     seen: set[int] = set()
 
@@ -216,8 +216,8 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
     process_tree.remove_shared(shared | process_tree.recorded_shared(ended))
     process_tree.forget_shared(ended)
     shutil.rmtree(server.processes.folder, ignore_errors=True)
-    _wait_for_port(server.address)
-    returned = _settled(before)
+    observation.wait_for_port(server.address)
+    returned = observation.settled(before)
     _forget(server)
     return Stopped(time.monotonic() - started, was_killed, returned)
 
@@ -453,32 +453,44 @@ def _with_shared(server: Server) -> Server:
     return server
 
 
-def _wait_for_port(address: Address) -> None:
-    deadline = time.monotonic() + RETURN_TIMEOUT_S
-    while True:
-        try:
-            return observation.bind(address)
-        except OSError as exc:
-            if time.monotonic() > deadline:
-                raise ServeError(
-                    f"all processes of the server have ended, but port {address.port} is taken:"
-                    f" {exc.strerror}",
-                    hint=hints.text("server.who_listens", port=address.port),
-                ) from exc
-        time.sleep(process_tree.POLL_S)
+def end(server: Server, *, console: Console) -> None:
+    """Stop a server and print how much memory is free again; a second ^C kills it."""
+    if find(server.place) is None and not server.members():
+        return
+    console.info(f"stopping {server.called}")
+    try:
+        with process.interruptible():
+            stopped = stop(server)
+    except KeyboardInterrupt:
+        stopped = stop(server, at_once=True)
+    how = "killed, because it did not end on SIGTERM" if stopped.was_killed else "ended"
+    console.info(
+        f"{how} in {stopped.seconds:.1f} s; port {server.address.port} is free,"
+        f" {stopped.returned_gib:.1f} GiB of memory came back"
+    )
 
 
-def _settled(before: float) -> float:
-    """Wait until no more memory is freed. Return the freed memory in GiB."""
-    deadline = time.monotonic() + RETURN_TIMEOUT_S
-    now = _available_gib()
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        former, now = now, _available_gib()
-        if now - former < SETTLED_GIB:
+def watch(settings: Settings, server: Server, console: Console) -> None:
+    """Print the log until the server ends. Raises ServeError if it was not stopped on request."""
+    lines = observation.follow(server.log)
+    # The spinner has shown the lines up to now.
+    for line in lines:
+        if line is None:
             break
-    return max(0.0, now - before)
-
-
-def _available_gib() -> float:
-    return hardware.read_meminfo().get("MemAvailable", 0) * 1024 / hardware.GIB
+    known = 0
+    for line in lines:
+        if line is not None:
+            console.info(settings.masked(line))
+        elif is_alive(server):
+            deaths = observation.deaths(server).deaths
+            for death in deaths[known:]:
+                cause, hint = cause_of(server, death)
+                console.warn(settings.masked(f"{server.called} {cause}"), hint=hint)
+            known = len(deaths)
+            time.sleep(FOLLOW_S)
+        else:
+            break
+    ended = how_ended(server)
+    if ended is None or not ended.was_requested:
+        raise failure(server)
+    console.info(f"{server.called} was stopped")

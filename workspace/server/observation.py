@@ -5,10 +5,12 @@ machine, so that no other program is ever ended.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from http import HTTPStatus
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from workspace.core import hints, records
 from workspace.core.errors import ServeError, SettingsError
+from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.records import Document
 from workspace.machine import hardware
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 # A first completion may compile kernels.
 COMPLETION_TIMEOUT_S = 600.0
 ASK_TIMEOUT_S = 5.0
+# Port and memory are free soon after the last process has ended; a driver may need longer.
+RETURN_TIMEOUT_S = 10.0
+SETTLED_GIB = 0.02
 # The server without a name of its own, in layout.server.
 DEFAULT = "server"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
@@ -104,16 +110,16 @@ def require_free(address: Address) -> None:
     try:
         bind(address)
     except OSError as exc:
-        hint = hints.text(
-            "server.other_port",
-            port=address.port,
-            other=address.port + 1 if address.port < 65535 else 8000,
-        )
         raise ServeError(
             f"port {address.port} of {address.host or 'this machine'} cannot be used:"
             f" {exc.strerror or exc}",
-            hint=hint,
+            hint=_other_port(address.port),
         ) from exc
+
+
+def _other_port(port: int) -> str:
+    other = port + 1 if port < 65535 else 8000
+    return hints.text("server.other_port", port=port, other=other)
 
 
 def bind(address: Address) -> None:
@@ -321,6 +327,34 @@ def is_loading(server: Server) -> bool:
     return not server.is_ready or bool(deaths(server).deaths and not is_healthy(server.address))
 
 
+def promised_gib(server: Server) -> float:
+    """Return the memory that a server will still take: of its planned share what its processes do
+    not hold. On a GPU a server holds all of it once it is ready, and no process of ours sees it.
+    """
+    members = server.members()
+    is_complete = server.facts.get("device") == "cuda" and not is_loading(server)
+    if not members or is_complete:
+        return 0.0
+    planned = float(server.facts.get("takes_gib") or 0)
+    return max(0.0, planned - process_tree.resident_bytes(members) / hardware.GIB)
+
+
+def require_room(layout: Layout, place: Path, address: Address) -> None:
+    """Raise ServeError if a server runs in this place, or a program or a server of this clone has
+    the port; a server that waits for its restart has it, too.
+    """
+    for server in servers(layout):
+        if server.members() and server.place == place:
+            raise ServeError(
+                f"{server.called} runs already", hint=hints.text("server.status_or_stop")
+            )
+        if server.members() and server.address.port == address.port:
+            raise ServeError(
+                f"port {address.port} belongs to {server.called}", hint=_other_port(address.port)
+            )
+    require_free(address)
+
+
 def write(server: Server) -> None:
     """Write the state file of a server, atomically."""
     record = {
@@ -364,3 +398,47 @@ def follow(log: Path) -> Iterator[str | None]:
             yield from (line.rstrip("\r").rpartition("\r")[2] for line in lines)
             if not lines:
                 yield None
+
+
+def wait_for_port(address: Address) -> None:
+    """Wait until an address is free. Raises ServeError if it stays taken."""
+    deadline = time.monotonic() + RETURN_TIMEOUT_S
+    while True:
+        try:
+            return bind(address)
+        except OSError as exc:
+            if time.monotonic() > deadline:
+                raise ServeError(
+                    f"all processes of the server have ended, but port {address.port} is taken:"
+                    f" {exc.strerror}",
+                    hint=hints.text("server.who_listens", port=address.port),
+                ) from exc
+        time.sleep(process_tree.POLL_S)
+
+
+def settled(before: float) -> float:
+    """Wait until no more memory is freed. Return the freed memory in GiB."""
+    deadline = time.monotonic() + RETURN_TIMEOUT_S
+    now = available_gib()
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        former, now = now, available_gib()
+        if now - former < SETTLED_GIB:
+            break
+    return max(0.0, now - before)
+
+
+def available_gib() -> float:
+    """Return the memory that is available on this machine."""
+    return hardware.read_meminfo().get("MemAvailable", 0) * 1024 / hardware.GIB
+
+
+def built(layout: Layout) -> str:
+    """Return one digest of the stamps in `.vllm`, which changes with every new build."""
+    digest = hashlib.sha256()
+    for name in ("environment", "vllm"):
+        try:
+            digest.update(read_regular(layout.stamp(name)))
+        except OSError:
+            digest.update(b"none")
+    return digest.hexdigest()
