@@ -100,6 +100,7 @@ MORE_PARAMETERS = {
     "workspace/cli/verbs.py:bundle",
     "workspace/cli/verbs.py:rebuild",
     "workspace/cli/verbs_patch.py:patch_import",
+    "workspace/cli/verbs.py:serve",
     "workspace/compile/job_server.py:__init__",
     "workspace/core/process.py:run",
     "workspace/install/sandbox.py:make",

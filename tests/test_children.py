@@ -137,7 +137,7 @@ def test_dry_run_of_serve_prints_what_a_run_gets_and_the_rows_of_serve(world: Wo
     seen = evaluated(lines, world.env)
     # The lines unset no setting of the workspace that the outer shell has: vLLM reads none.
     found = differing(seen, received(world)) - KNOWN.keys() | {"HF_HUB_OFFLINE"}
-    assert found == {"VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE"}
+    assert found == {"VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE", "PYTHONFAULTHANDLER"}
     assert (seen["VLLM_NO_USAGE_STATS"], seen["HF_HUB_OFFLINE"]) == ("1", "1")
 
 

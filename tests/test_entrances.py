@@ -86,10 +86,10 @@ def test_a_verb_does_not_pay_for_modules_that_it_does_not_use(ready: Clone) -> N
             ),
         ),
         (
-            ["serve", "tiny", "--port=8001", "--detach", "--seed", "0"],
+            ["serve", "tiny", "--dtype=half", "--detach", "--seed", "0"],
             (
-                "error: inv serve.start has no flag --port\n"
-                "hint: ./scripts/inv serve tiny --detach -- --port=8001 --seed 0    flags of vLLM"
+                "error: inv serve.start has no flag --dtype\n"
+                "hint: ./scripts/inv serve tiny --detach -- --dtype=half --seed 0    flags of vLLM"
                 " stand after --\n"
             ),
         ),

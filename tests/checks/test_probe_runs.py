@@ -18,7 +18,7 @@ from workspace.checks.probe_runs import Program, SharedImport
 from workspace.core.paths import here
 from workspace.machine.gpu import Memory
 from workspace.machine.hardware import Host
-from workspace.server import process_tree
+from workspace.server import lifecycle, process_tree
 
 HANGS = """
 import os, threading, time
@@ -75,7 +75,7 @@ def test_every_thread_of_every_process_is_dumped_and_no_process_is_left(tmp_path
 
 def test_process_that_ignores_it_is_killed_and_one_that_is_gone_is_no_error(tmp_path: Path) -> None:
     with hanging(tmp_path, {"PATH": str(tmp_path)}) as child:
-        probe_runs.end_with_stacks(lambda: processes(child) | {2**22 - 1})
+        lifecycle.end_with_stacks(lambda: processes(child) | {2**22 - 1})
         assert probe_runs.read_stacks(child.communicate(timeout=20)[1]) == ()
 
 

@@ -11,11 +11,11 @@ from workspace.compile.costs import Cost
 from workspace.compile.scheduler import (
     LAUNCHER_GIB,
     PATIENCE_S,
-    PRESSURE_PERCENT,
     Admission,
     Bounds,
     MemoryStatus,
 )
+from workspace.machine.hardware import PRESSURE_PERCENT
 
 
 def with_requests(admission: Admission, *costs: tuple[float, float], now: float = 0.0) -> Admission:

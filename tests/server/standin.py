@@ -40,7 +40,9 @@ class Front(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        if MANNER == "numb":
+        if MANNER == "hung":
+            sleep_for_ever()
+        elif MANNER == "numb":
             self.answer({"error": {"message": "EngineCore encountered an issue."}}, 500)
         else:
             self.answer({"choices": [{"text": "!"}]})

@@ -93,7 +93,7 @@ def test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped(
 def test_stop_in_the_start_up_where_the_front_loses_the_signal(place: Path) -> None:
     there = lifecycle.start(place, launch("slow"))
     until(lambda: len(shared(there.address.port)) == 2)
-    lines = lifecycle.follow(there.log)
+    lines = observation.follow(there.log)
     assert next(lines) in ("engine started", None)
     os.kill(there.processes.supervisor_pid, signal.SIGTERM)
     os.kill(there.processes.supervisor_pid, signal.SIGTERM)

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import shlex
 import signal
 import socket
@@ -25,10 +24,8 @@ from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.process import Completed
 from workspace.machine.gpu import Memory
 from workspace.machine.hardware import Host
-from workspace.server import process_tree
+from workspace.server import lifecycle, process_tree
 
-# Seconds that one process may take to write its stacks.
-DUMP_S = 5.0
 # Most lines of stacks in a record; the log has all of them.
 KEPT_LINES = 120
 # The limit of a probe's own watch: the probe ends before its caller's limit and dumps its stacks.
@@ -73,31 +70,7 @@ class Watch:
 
     def _fire(self) -> None:
         self.has_fired = True
-        end_with_stacks(self._find)
-
-
-def end_with_stacks(find: Callable[[], set[int]]) -> None:
-    """Freeze all processes, so that none reacts to another's end; then let each dump and die.
-
-    The process that started last goes first.
-    """
-    known = process_tree.living()
-    pids = sorted(find() & known.keys(), key=lambda pid: (known[pid].started, pid), reverse=True)
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            # Without a core dump, which could have several GiB.
-            resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
-            os.kill(pid, signal.SIGSTOP)
-    for pid in pids:
-        deadline = time.monotonic() + DUMP_S
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGABRT)
-            os.kill(pid, signal.SIGCONT)
-            while process_tree.started_at(pid) == known[pid].started:
-                if time.monotonic() > deadline:
-                    os.kill(pid, signal.SIGKILL)
-                    break
-                time.sleep(process_tree.POLL_S)
+        lifecycle.end_with_stacks(self._find)
 
 
 def read_stacks(text: str) -> tuple[str, ...]:
@@ -263,7 +236,7 @@ def ask(program: Program, shared: SharedImport | None = None) -> Answer:
                 program.argv,
                 env=program.environment,
                 cwd=program.folder,
-                timeout_s=program.patience_s + DUMP_S,
+                timeout_s=program.patience_s + lifecycle.DUMP_S,
                 on_start=guards.add,
             )
     except ToolchainError as exc:

@@ -193,7 +193,7 @@ class _Client(Client):
     """Client of the server under test; it keeps answers for later comparisons."""
 
     def __init__(self, tested: ServerUnderTest) -> None:
-        patience_s = tested.limit_s + probe_runs.DUMP_S
+        patience_s = tested.limit_s + lifecycle.DUMP_S
         super().__init__(tested.address, tested.known.chats[0].messages, patience_s)
         self._tested, self._known, self._row = tested, tested.known, tested.rows[0]
         # The answer to the first row, and that to each row alone.
@@ -482,7 +482,7 @@ def _survivors(server: Server, fronts: list[int], patience_s: float) -> tuple[li
             for name in sorted(shared)
             if not left and os.path.exists(name)
         ]
-        probe_runs.end_with_stacks(lambda: left)
+        lifecycle.end_with_stacks(lambda: left)
     finally:
         os.kill(supervisor, signal.SIGCONT)
     return problems, seconds

@@ -59,6 +59,8 @@ end
 complete --command inv --no-files --arguments '(__inv_completion)'
 """
 SCRIPTS = {"bash": _BASH, "fish": _FISH, "zsh": _ZSH}
+# Verbs whose first argument may be the name of a server.
+OF_A_SERVER = ("serve.logs", "serve.stop")
 LIST_FORMATS = ("flat", "full", "nested", "json")
 # A shell would expand or split other names.
 _PLAIN = re.compile(r"[\w@%+=./-]+")
@@ -130,6 +132,7 @@ def _long_flags(context: ParserContext) -> list[str]:
 def _argument(context: ParserContext, before: Sequence[str]) -> str | None:
     """Return the name of the argument whose value follows, or None where a flag may follow."""
     expected = [str(argument.name) for argument in context.positional_args]
+    expected += ["name"] if context.name in OF_A_SERVER else []
     tokens = iter(before)
     for token in tokens:
         flag = context.flags.get(token)
@@ -155,6 +158,12 @@ def _recipes(layout: Layout) -> Iterable[str]:
     from workspace.server import recipes
 
     return recipes.names(layout)
+
+
+def _servers(layout: Layout) -> Iterable[str]:
+    from workspace.server import observation
+
+    return (server.label for server in observation.servers(layout))
 
 
 def _records(layout: Layout) -> Iterable[str]:
@@ -202,6 +211,7 @@ def _choice(setting: str) -> Callable[[Layout], Iterable[str]]:
 
 _VALUES: Mapping[str, Callable[[Layout], Iterable[str]]] = {
     "recipe": _recipes,
+    "name": _servers,
     "first": _records,
     "second": _records,
     "across": _fields,

@@ -52,6 +52,7 @@ COLLECTIONS = {
         verbs.serve_status,
         verbs.serve_logs,
         verbs.serve_stop,
+        verbs.serve_unit,
         verbs.serve_list,
         verbs.serve_fetch,
     ),
@@ -86,7 +87,7 @@ GROUPS = {
     "Build": ("fix-triton", "wheel", "bundle", "env.init", "env.export", "run"),
     "Serve": ("serve.list", "serve.fetch", "serve.status", "serve.logs", "drop-caches"),
     "Measure": ("bench.label", "bench.compare", "bench.report"),
-    "Look": ("env.check", "report", "completion"),
+    "Look": ("env.check", "serve.unit", "report", "completion"),
 }
 # What a person types for the positional argument of a verb, where its name does not say it.
 _TYPED = {
@@ -125,7 +126,8 @@ EXAMPLES = {
     "serve.start": "serve tiny --detach -- --port 8001",
     "serve.status": "serve.status --json",
     "serve.logs": "serve.logs --follow",
-    "serve.stop": "serve.stop",
+    "serve.stop": "serve.stop --all",
+    "serve.unit": "serve.unit tiny --name a --port 8001 --restart 3",
     "serve.list": "serve.list",
     "serve.fetch": "serve.fetch Qwen/Qwen3-8B",
     "bench.list": "bench",
@@ -374,6 +376,10 @@ def _as_verb(argv: list[str]) -> list[str]:
     for a shell knows no values: its flag is the verb.
     """
     tokens = argv[1 : argv.index("--") if "--" in argv else None]
+    # Invoke has no positional argument that may be left out.
+    for at, token in enumerate(tokens[:-1], 2):
+        if token in completion.OF_A_SERVER and not argv[at].startswith("-"):
+            return [*argv[:at], "--name", *argv[at:]]
     if tokens and tokens[0].startswith("--print-completion-script"):
         return [argv[0], "completion", *tokens[0].split("=")[1:], *tokens[1:]]
     if tokens[:1] == ["help"]:

@@ -311,23 +311,77 @@ def pin_rollback(_: Context, good: str = "", force: bool = False, wait: bool = F
         "dry-run": "print environment and command line; start nothing",
         "detach": "return when ready; the server outlives the terminal",
         "force": "start although memory is short, or others reach it without a key",
+        "name": "its name beside other servers of this clone",
+        "port": "the port it listens at",
+        "memory": "GiB for weights, cache and the rest together",
+        "restart": "start it again this often if it dies",
     },
 )
 def serve(
-    _: Context, recipe: str, dry_run: bool = False, detach: bool = False, force: bool = False
+    _: Context,
+    recipe: str,
+    name: str = "",
+    port: str | None = None,
+    memory: str | None = None,
+    restart: str | None = None,
+    dry_run: bool = False,
+    detach: bool = False,
+    force: bool = False,
 ) -> None:
     """Serve a recipe or a model; vLLM's flags go after --."""
     from workspace.server import start
 
     options = start.ServeOptions(
-        recipe, tuple(after_dashes()), dry_run=dry_run, detach=detach, force=force
+        recipe,
+        tuple(after_dashes()),
+        dry_run=dry_run,
+        detach=detach,
+        force=force,
+        server=name,
+        port=port,
+        memory=memory,
+        restart=restart,
     )
     start.run(*main.opened(), options, console=main.console())
 
 
+@task(
+    name="unit",
+    positional=["recipe"],
+    help={
+        "recipe": "as for inv serve",
+        "name": "its name beside other servers of this clone",
+        "port": "the port it listens at",
+        "memory": "GiB for weights, cache and the rest together",
+        "restart": "start it again this often if it dies (default: 3)",
+    },
+)
+def serve_unit(
+    _: Context,
+    recipe: str,
+    name: str = "",
+    port: str | None = None,
+    memory: str | None = None,
+    restart: str = "3",
+) -> None:
+    """Print a systemd user unit of a server that comes back."""
+    from workspace.server import start
+    from workspace.server import verbs as verb
+
+    options = start.ServeOptions(
+        recipe,
+        tuple(after_dashes()),
+        server=name,
+        port=port,
+        memory=memory,
+        restart=restart,
+    )
+    verb.print_unit(*main.opened(), options, console=main.console())
+
+
 @task(name="status", help={"json": JSON})
 def serve_status(_: Context, json: bool = False) -> None:
-    """Show the server: ready, since when, memory."""
+    """Show the servers: ready, since when, memory, deaths."""
     from workspace.server import verbs as verb
 
     verb.status(*main.opened(), console=main.console(), as_json=json)
@@ -335,21 +389,31 @@ def serve_status(_: Context, json: bool = False) -> None:
 
 @task(
     name="logs",
-    help={"lines": "print the last N lines", "follow": "print new lines until the server ends"},
+    help={
+        "name": "the server, where several run; --name may be left out",
+        "lines": "print the last N lines",
+        "follow": "print new lines until the server ends",
+    },
 )
-def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
-    """Print the server's log; --follow prints new lines."""
+def serve_logs(_: Context, name: str = "", lines: str = "", follow: bool = False) -> None:
+    """Print a server's log; --follow prints new lines."""
     from workspace.server import verbs as verb
 
-    verb.logs(*main.opened(), console=main.console(), lines=lines, follow=follow)
+    verb.logs(*main.opened(), console=main.console(), name=name, lines=lines, follow=follow)
 
 
-@task(name="stop")
-def serve_stop(_: Context) -> None:
-    """Stop the server; wait until port and memory are free."""
+@task(
+    name="stop",
+    help={
+        "name": "the server, where several run; --name may be left out",
+        "all": "stop all servers of this clone",
+    },
+)
+def serve_stop(_: Context, name: str = "", all: bool = False) -> None:
+    """Stop a server; wait until port and memory are free."""
     from workspace.server import verbs as verb
 
-    verb.stop(paths.here(), console=main.console())
+    verb.stop(paths.here(), console=main.console(), name=name, is_all=all)
 
 
 @task(name="list", help={"json": JSON})

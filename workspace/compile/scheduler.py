@@ -16,13 +16,11 @@ from pathlib import Path
 
 from workspace.compile import launcher
 from workspace.compile.costs import LIGHT, Cost, Unit
+from workspace.machine.hardware import PRESSURE_PERCENT
 
 # Memory of ninja's shell and a launcher, for a unit that waits and beside a compiler that runs. 169
 # of them held 563 MiB (proportional set size).
 LAUNCHER_GIB = 4 / 1024
-# Share of the last 10 s in which some task waited for memory (PSI, `some avg10`): from this value
-# on, start no compiler.
-PRESSURE_PERCENT = 10.0
 # If other processes hold the memory this long and no compiler of ours runs, start compilers anyway,
 # one at a time: the build has to end.
 PATIENCE_S = 30.0

@@ -32,9 +32,15 @@ class Held:
 
 @contextlib.contextmanager
 def hold(
-    path: Path, *, verb: str, wait: bool = False, on_wait: Callable[[str], None] | None = None
+    path: Path,
+    *,
+    verb: str,
+    wait: bool = False,
+    on_wait: Callable[[str], None] | None = None,
+    is_shared: bool = False,
 ) -> Iterator[Held]:
     """Hold the workspace's lock while the block runs. `verb` is the typed command: `inv bootstrap`.
+    Those that only read may share it.
 
     Raises LockError, which names the holder, its start and its step, unless `wait` is set;
     `on_wait` then gets that sentence once. Raises ToolchainError where `path` is not a regular
@@ -52,7 +58,8 @@ def hold(
         is_reported = False
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 sentence = _holder(file.name)

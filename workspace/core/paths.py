@@ -158,6 +158,11 @@ class Layout:
         return self.state / "server"
 
     @property
+    def servers(self) -> Path:
+        """The same of each server with a name of its own, below that name."""
+        return self.state / "servers"
+
+    @property
     def smoke_record(self) -> Path:
         return self.state / "smoke.json"
 

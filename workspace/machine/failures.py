@@ -201,12 +201,15 @@ def harmless() -> tuple[Harmless, ...]:
     return records.convert(_table()["harmless"], tuple[Harmless, ...])
 
 
-def read(log: Path, *, status: int | None) -> Reading:
-    """Read the end of a log and find the cause as `judge` does."""
+def read(log: Path, *, status: int | None, begin: int = 0, end: int | None = None) -> Reading:
+    """Read the end of a log, or of its part from byte `begin` to `end`, and find the cause as
+    `judge` does.
+    """
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - READ_BYTES))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
+            end = log.stat().st_size if end is None else end
+            first = file.seek(max(begin, end - READ_BYTES))
+            lines = file.read(max(0, end - first)).decode("utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     return judge(lines, status=status)

@@ -57,6 +57,9 @@ _URL_HOST = re.compile(
 )
 TAIL_BYTES = 2 << 20
 _ADDRESS_LIKE = re.compile(r"\d+(\.\d+){3}")
+# Share of the last 10 s in which some task waited for memory (PSI, `some avg10`): from this value
+# on, start no compiler and no server again.
+PRESSURE_PERCENT = 10.0
 # Folders whose paths are not private.
 _PUBLIC_FOLDERS = frozenset(("", "/tmp", "/var/tmp", "/dev/shm", "/run", "/home", "/usr"))
 

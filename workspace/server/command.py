@@ -151,13 +151,14 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def typed(name: str, extra: Sequence[str], *, detach: bool = False) -> str:
-    """Return the `inv serve` command of a user, ready to be copied."""
+def typed(name: str, extra: Sequence[str], *, detach: bool = False, own: Sequence[str] = ()) -> str:
+    """Return the `inv serve` command of a user, ready to be copied; `own` are flags of inv."""
     parts = [
         "./scripts/inv",
         "serve",
         shlex.quote(name),
         *(["--detach"] if detach else []),
+        *map(shlex.quote, own),
         *(["--", shlex.join(extra)] if extra else []),
     ]
     return " ".join(parts)

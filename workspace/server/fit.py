@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import hints
+from workspace.core import hints, records
 from workspace.core.errors import counted
 from workspace.machine import hardware
 from workspace.machine.failures import Lack
@@ -56,7 +56,8 @@ class Free:
 
     `available_gib` includes memory that the kernel frees on demand; `droppable_gib` of it is page
     cache and not free yet. `gpu` names the GPU on a machine that has several;
-    `host_gib` is available beside a GPU's own.
+    `host_gib` is available beside a GPU's own. `promised_gib` is what other servers of this clone
+    will still take; it is not available.
     """
 
     total_gib: float
@@ -66,6 +67,11 @@ class Free:
     residents: tuple[Resident, ...] = ()
     gpu: str = ""
     host_gib: float = 0.0
+    promised_gib: float = 0.0
+
+    def without(self, promised_gib: float) -> "Free":
+        left = max(0.0, self.available_gib - promised_gib)
+        return replace(self, available_gib=left, promised_gib=promised_gib)
 
 
 @dataclass(frozen=True)
@@ -297,6 +303,8 @@ def judge_one(
         f"needs {needs:.1f} GiB, takes {takes:.1f} GiB; {free.available_gib:.1f} of"
         f" {free.total_gib:.1f} GiB are available{f' on {free.gpu}' if free.gpu else ''}"
     )
+    if free.promised_gib:
+        seen += f" beside {free.promised_gib:.1f} GiB that other servers here will still take"
     residents = ", ".join(_named(resident) for resident in free.residents)
     holding = f"; the GPU is held by {residents}" if residents else ""
     if given < needs <= free.available_gib:
@@ -418,6 +426,7 @@ class Attempt:
     command: Command
     length: int | None = None
     detach: bool = False
+    own: tuple[str, ...] = ()
 
 
 def next_step(attempt: Attempt, free: Free, *, lack: Lack) -> str | None:
@@ -428,7 +437,7 @@ def next_step(attempt: Attempt, free: Free, *, lack: Lack) -> str | None:
     """
     name, command = attempt.name, attempt.command
     if lack == "memory" and free.is_unified and free.droppable_gib >= WORTHWHILE_GIB:
-        again = typed(name, command.extra, detach=attempt.detach)
+        again = typed(name, command.extra, detach=attempt.detach, own=attempt.own)
         return hints.text("server.drop_caches_then", command=again)
     fallbacks = [_length(attempt)]
     if lack == "memory":
@@ -437,7 +446,7 @@ def next_step(attempt: Attempt, free: Free, *, lack: Lack) -> str | None:
     if not steps:
         return None
     _, flag, value = min(steps, key=lambda step: step[0])
-    return typed(name, replaced(command.extra, flag, value), detach=attempt.detach)
+    return typed(name, replaced(command.extra, flag, value), detach=attempt.detach, own=attempt.own)
 
 
 def _share(attempt: Attempt) -> _Step | None:
@@ -474,3 +483,14 @@ def _number_or(value: object, otherwise: float) -> float:
         return float(str(value))
     except ValueError:
         return otherwise
+
+
+def length_of(folder: Path | None) -> int | None:
+    """Return the longest sequence of a model in tokens, None if its configuration has none."""
+    try:
+        path = folder / "config.json" if folder and folder.is_dir() else None
+        known = records.load(path, dict[str, object]) if path else None
+    except records.DecodeError:
+        return None
+    found = known.get("max_position_embeddings") if known else None
+    return found if isinstance(found, int) else None

@@ -436,3 +436,9 @@ def _read_argument(node: ast.Call, reading: _Reading) -> None:
     elif "BooleanOptionalAction" in action:
         reading.switches |= names
         reading.negatable |= names
+
+
+def drain_s(args: Sequence[str]) -> float:
+    """Return the seconds in which vLLM may end its requests after SIGTERM."""
+    text = last(args, "--shutdown-timeout") or ""
+    return float(text) if text.isdigit() else 0.0

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import fcntl
 import os
+import resource
 import secrets
 import shutil
 import signal
@@ -22,7 +23,9 @@ from pathlib import Path
 
 from workspace.core import hints, process, records
 from workspace.core.child_variables import with_given
-from workspace.core.errors import ServeError
+from workspace.core.console import Console
+from workspace.core.errors import ServeError, counted
+from workspace.core.settings import Settings
 from workspace.machine import failures, hardware
 from workspace.server import command, observation, process_tree
 from workspace.server.observation import (
@@ -44,11 +47,11 @@ GRACE_S = 10.0
 LONGEST_FOLDER = 60
 KEPT_LOGS = 10
 POLL_S = 0.25
+FOLLOW_S = 0.3
 # Reading the mapped files costs some milliseconds a process.
 LOOK_S = 2.0
-# Port and memory are free soon after the last process has ended; a driver may need longer.
-RETURN_TIMEOUT_S = 10.0
-SETTLED_GIB = 0.02
+# Seconds that one process may take to write its stacks.
+DUMP_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Launch:
     """Order to start a server. `argv` listens at `address`; `name` appears in messages; `facts` are
     kept in the state file.
 
-    `grace_s` is the time in which it may end by itself, on top of GRACE_S.
+    `grace_s` is the time in which it may end by itself, on top of GRACE_S. `restarts` are those of
+    a server that was ready.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Launch:
     address: Address
     facts: Mapping[str, str] = field(default_factory=dict)
     grace_s: float = 0.0
+    restarts: process_tree.Restarts = field(default_factory=process_tree.Restarts)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def start(place: Path, launch: Launch, *, is_detached: bool = False) -> Server:
             )
         if former:
             stop(former)
-        require_free(launch.address)
+        observation.require_free(launch.address)
         return _start(place, launch, lock, is_detached=is_detached)
 
 
@@ -116,10 +121,11 @@ def wait_until_ready(
 
     `key` is the server's VLLM_API_KEY; `on_line` gets each line of the log. Raises ServeError, with
     the first real error of the log, if the server ends before that or needs longer than
-    `timeout_s`; the caller stops what then still runs.
+    `timeout_s`; the caller stops what then still runs. A server that hangs is ended with its
+    stacks in the log.
     """
     started = time.monotonic()
-    lines = follow(server.log)
+    lines = observation.follow(server.log)
     problem, looked_at, known = "no answer", 0.0, frozenset[str]()
     while time.monotonic() - started < timeout_s:
         for line in lines:
@@ -135,19 +141,37 @@ def wait_until_ready(
         if observation.is_healthy(server.address) and (
             names := observation.served_models(server.address, key=key)
         ):
-            message = observation.complete_once(server.address, names[0], key=key)
+            left_s = max(1.0, started + timeout_s - time.monotonic())
+            message = observation.complete_once(
+                server.address,
+                names[0],
+                key=key,
+                timeout_s=min(left_s, observation.COMPLETION_TIMEOUT_S),
+            )
             if message is None and is_alive(server):
-                server = replace(_with_shared(server), is_ready=True)
-                write(server)
-                return server, Ready(names, time.monotonic() - started)
+                return _mark_ready(server), Ready(names, time.monotonic() - started)
             problem = f"it is healthy but cannot complete one token: {message}"
             if is_alive(server):
-                raise _not_ready(server, f"answers but does not work: {problem}")
+                hangs = bool(message and message.startswith("no answer"))
+                raise _not_ready(server, f"answers but does not work: {problem}", hangs=hangs)
         time.sleep(POLL_S)
-    raise _not_ready(server, f"was not ready after {timeout_s:g} s: {problem}")
+    raise _not_ready(server, f"was not ready after {timeout_s:g} s: {problem}", hangs=True)
 
 
-def _not_ready(server: Server, problem: str) -> ServeError:
+def _mark_ready(server: Server) -> Server:
+    """Record that the server was ready, for others and for its supervisor."""
+    server = replace(_with_shared(server), is_ready=True)
+    write(server)
+    Path(process_tree.ready(str(ending(server.place, server.processes.tag)))).touch()
+    return server
+
+
+def _not_ready(server: Server, problem: str, *, hangs: bool) -> ServeError:
+    if hangs:
+        before = server.log.stat().st_size
+        end_with_stacks(lambda: server.members() - {server.processes.supervisor_pid})
+        written = server.log.read_bytes()[before:]
+        problem += "; its stacks are in the log" if b"(most recent call first)" in written else ""
     return ServeError(
         f"{server.called} {problem}",
         hint=hints.text("core.read_log", path=server.log),
@@ -162,7 +186,7 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
     port stays taken.
     """
     started = time.monotonic()
-    before = _available_gib()
+    before = observation.available_gib()
     shared = set(server.shared)
     seen: set[int] = set()
 
@@ -192,8 +216,8 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
     process_tree.remove_shared(shared | process_tree.recorded_shared(ended))
     process_tree.forget_shared(ended)
     shutil.rmtree(server.processes.folder, ignore_errors=True)
-    _wait_for_port(server.address)
-    returned = _settled(before)
+    observation.wait_for_port(server.address)
+    returned = observation.settled(before)
     _forget(server)
     return Stopped(time.monotonic() - started, was_killed, returned)
 
@@ -229,6 +253,30 @@ def running(
         stop(server)
 
 
+def end_with_stacks(find: Callable[[], set[int]]) -> None:
+    """Freeze all processes, so that none reacts to another's end; then let each dump and die.
+
+    The process that started last goes first.
+    """
+    known = process_tree.living()
+    pids = sorted(find() & known.keys(), key=lambda pid: (known[pid].started, pid), reverse=True)
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            # Without a core dump, which could have several GiB.
+            resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+            os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        deadline = time.monotonic() + DUMP_S
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGABRT)
+            os.kill(pid, signal.SIGCONT)
+            while process_tree.started_at(pid) == known[pid].started:
+                if time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+                    break
+                time.sleep(process_tree.POLL_S)
+
+
 def failure(server: Server) -> ServeError:
     """Return the error for a server that has ended without a request of this process."""
     ended = how_ended(server)
@@ -236,17 +284,34 @@ def failure(server: Server) -> ServeError:
         return ServeError(
             f"{server.called} was ended by another process", hint=hints.text("inv.serve_status")
         )
-    reading = failures.read(server.log, status=ended.status if ended else None)
-    how = process.describe_status(ended.status) if ended else "was killed with its supervisor"
-    why = f": {reading.sentence}" if reading.sentence else ""
-    if reading.symptom and reading.symptom.is_last_resort and why.startswith(": the server "):
-        # It is about this process, and has its signal.
-        how, why = why.removeprefix(": the server "), ""
+    deaths = observation.deaths(server).deaths
+    # The log has the lines of the former runs, too.
+    begin = 0 if not deaths else deaths[-1].begin if ended else deaths[-1].end
+    end = deaths[-1].end if deaths and ended else None
+    status = ended.status if ended else None
+    reading = failures.read(server.log, status=status, begin=begin, end=end)
+    count = len(deaths) - 1
+    again = f"; it was started again {counted(count, 'time')}, the limit" if count > 0 else ""
     return ServeError(
-        f"{server.called} {how}{why}",
+        f"{server.called} {_sentence(status, reading)}{again}",
         hint=_hint(server, reading),
         details=(*reading.tail, f"log: {server.log}"),
     )
+
+
+def cause_of(server: Server, death: observation.Death) -> tuple[str, str]:
+    """Return the cause of a death in words, and the next command."""
+    reading = failures.read(server.log, status=death.status, begin=death.begin, end=death.end)
+    return _sentence(death.status, reading), _hint(server, reading)
+
+
+def _sentence(status: int | None, reading: failures.Reading) -> str:
+    how = "was killed with its supervisor" if status is None else process.describe_status(status)
+    why = f": {reading.sentence}" if reading.sentence else ""
+    if reading.symptom and reading.symptom.is_last_resort and why.startswith(": the server "):
+        # It is about this process, and has its signal.
+        return why.removeprefix(": the server ")
+    return f"{how}{why}"
 
 
 def _hint(server: Server, reading: failures.Reading) -> str:
@@ -257,38 +322,6 @@ def _hint(server: Server, reading: failures.Reading) -> str:
         name=server.name if is_fetched else None, typed=typed
     )
     return hint or hints.text("core.read_log", path=server.log)
-
-
-def follow(log: Path) -> Iterator[str | None]:
-    """Yield the lines of a log as they are written, None each time when there is no new line.
-
-    Of a progress bar, which returns to the begin of its line, the last state is the line.
-    """
-    rest = ""
-    with log.open("rb") as file:
-        while True:
-            rest += file.read(1 << 16).decode("utf-8", errors="replace")
-            *lines, rest = rest.split("\n")
-            yield from (line.rstrip("\r").rpartition("\r")[2] for line in lines)
-            if not lines:
-                yield None
-
-
-def require_free(address: Address) -> None:
-    """Raise ServeError if a program listens at the address or it is not one of this machine's."""
-    try:
-        _bind(address)
-    except OSError as exc:
-        hint = hints.text(
-            "server.other_port",
-            port=address.port,
-            other=address.port + 1 if address.port < 65535 else 8000,
-        )
-        raise ServeError(
-            f"port {address.port} of {address.host or 'this machine'} cannot be used:"
-            f" {exc.strerror or exc}",
-            hint=hint,
-        ) from exc
 
 
 def free_port() -> int:
@@ -340,6 +373,7 @@ def _spawn(place: Path, launch: Launch, lock: int) -> tuple[process_tree.Process
         str(GRACE_S + launch.grace_s),
         str(ending(place, tag)),
         folder,
+        launch.restarts.argument,
         *launch.argv,
     ]
     given = {"TMPDIR": folder, process_tree.TAG: tag}
@@ -419,43 +453,44 @@ def _with_shared(server: Server) -> Server:
     return server
 
 
-def _bind(address: Address) -> None:
-    """Listen at the address as the server will, then close (vllm/entrypoints/launchers/launcher.py,
-    create_server_socket).
-    """
-    kind = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    with socket.socket(kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((address.host, address.port))
-        probe.listen(1)
+def end(server: Server, *, console: Console) -> None:
+    """Stop a server and print how much memory is free again; a second ^C kills it."""
+    if find(server.place) is None and not server.members():
+        return
+    console.info(f"stopping {server.called}")
+    try:
+        with process.interruptible():
+            stopped = stop(server)
+    except KeyboardInterrupt:
+        stopped = stop(server, at_once=True)
+    how = "killed, because it did not end on SIGTERM" if stopped.was_killed else "ended"
+    console.info(
+        f"{how} in {stopped.seconds:.1f} s; port {server.address.port} is free,"
+        f" {stopped.returned_gib:.1f} GiB of memory came back"
+    )
 
 
-def _wait_for_port(address: Address) -> None:
-    deadline = time.monotonic() + RETURN_TIMEOUT_S
-    while True:
-        try:
-            return _bind(address)
-        except OSError as exc:
-            if time.monotonic() > deadline:
-                raise ServeError(
-                    f"all processes of the server have ended, but port {address.port} is taken:"
-                    f" {exc.strerror}",
-                    hint=hints.text("server.who_listens", port=address.port),
-                ) from exc
-        time.sleep(process_tree.POLL_S)
-
-
-def _settled(before: float) -> float:
-    """Wait until no more memory is freed. Return the freed memory in GiB."""
-    deadline = time.monotonic() + RETURN_TIMEOUT_S
-    now = _available_gib()
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        former, now = now, _available_gib()
-        if now - former < SETTLED_GIB:
+def watch(settings: Settings, server: Server, console: Console) -> None:
+    """Print the log until the server ends. Raises ServeError if it was not stopped on request."""
+    lines = observation.follow(server.log)
+    # The spinner has shown the lines up to now.
+    for line in lines:
+        if line is None:
             break
-    return max(0.0, now - before)
-
-
-def _available_gib() -> float:
-    return hardware.read_meminfo().get("MemAvailable", 0) * 1024 / hardware.GIB
+    known = 0
+    for line in lines:
+        if line is not None:
+            console.info(settings.masked(line))
+        elif is_alive(server):
+            deaths = observation.deaths(server).deaths
+            for death in deaths[known:]:
+                cause, hint = cause_of(server, death)
+                console.warn(settings.masked(f"{server.called} {cause}"), hint=hint)
+            known = len(deaths)
+            time.sleep(FOLLOW_S)
+        else:
+            break
+    ended = how_ended(server)
+    if ended is None or not ended.was_requested:
+        raise failure(server)
+    console.info(f"{server.called} was stopped")

@@ -5,16 +5,22 @@ machine, so that no other program is ever ended.
 """
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workspace.core import hints, records
-from workspace.core.errors import ServeError
+from workspace.core.errors import ServeError, SettingsError
+from workspace.core.files import read_regular
+from workspace.core.paths import Layout
 from workspace.core.records import Document
 from workspace.machine import hardware
 from workspace.server import process_tree
@@ -25,6 +31,12 @@ if TYPE_CHECKING:
 # A first completion may compile kernels.
 COMPLETION_TIMEOUT_S = 600.0
 ASK_TIMEOUT_S = 5.0
+# Port and memory are free soon after the last process has ended; a driver may need longer.
+RETURN_TIMEOUT_S = 10.0
+SETTLED_GIB = 0.02
+# The server without a name of its own, in layout.server.
+DEFAULT = "server"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 
@@ -93,6 +105,34 @@ def ask(
         return Answer(response.status, None, text)
 
 
+def require_free(address: Address) -> None:
+    """Raise ServeError if a program listens at the address or it is not one of this machine's."""
+    try:
+        bind(address)
+    except OSError as exc:
+        raise ServeError(
+            f"port {address.port} of {address.host or 'this machine'} cannot be used:"
+            f" {exc.strerror or exc}",
+            hint=_other_port(address.port),
+        ) from exc
+
+
+def _other_port(port: int) -> str:
+    other = port + 1 if port < 65535 else 8000
+    return hints.text("server.other_port", port=port, other=other)
+
+
+def bind(address: Address) -> None:
+    """Listen at the address as the server will, then close (vllm/entrypoints/launchers/launcher.py,
+    create_server_socket).
+    """
+    kind = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((address.host, address.port))
+        probe.listen(1)
+
+
 def is_healthy(address: Address) -> bool:
     """Return whether /health answers with 200."""
     return ask(address, "/health").status == HTTPStatus.OK
@@ -109,13 +149,15 @@ def served_models(address: Address, *, key: str | None) -> tuple[str, ...]:
     )
 
 
-def complete_once(address: Address, model: str, *, key: str | None) -> str | None:
+def complete_once(
+    address: Address, model: str, *, key: str | None, timeout_s: float = COMPLETION_TIMEOUT_S
+) -> str | None:
     """Complete one token. Return None on success, else the status and message of the answer.
 
     A server without completions (404), such as one of embeddings, counts as a success.
     """
     body = {"model": model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
-    answer = ask(address, "/v1/completions", key=key, body=body, timeout_s=COMPLETION_TIMEOUT_S)
+    answer = ask(address, "/v1/completions", key=key, body=body, timeout_s=timeout_s)
     if answer.status == HTTPStatus.NOT_FOUND:
         return None
     choices = answer.document.get("choices") if isinstance(answer.document, dict) else None
@@ -177,7 +219,13 @@ class Server(records.Record):
     def called(self) -> str:
         """Return the name of the server in messages."""
         pid, port = self.processes.supervisor_pid, self.address.port
-        return f"the server {self.name} (process {pid}, port {port})"
+        label = "" if self.label in (DEFAULT, self.name) else f"{self.label}: "
+        return f"the server {label}{self.name} (process {pid}, port {port})"
+
+    @property
+    def label(self) -> str:
+        """Return the name of the server among those of this clone."""
+        return self.place.name
 
     def members(self) -> set[int]:
         """Return the pids of its running processes, the supervisor included."""
@@ -197,6 +245,44 @@ class Ended(records.Record):
     def upgrade(cls, document: Document) -> Document:
         # The supervisor writes the key of the first edition.
         return {**document, "was_requested": document.get("told")}
+
+
+@dataclass(frozen=True)
+class Death:
+    """Death of a server that may be started again: when, with which status, and the part of the log
+    that its run wrote, in bytes.
+    """
+
+    at: float
+    status: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Deaths(records.Record):
+    """Deaths of a server so far. `waits` is why it is not started again yet, empty where it is."""
+
+    deaths: tuple[Death, ...] = ()
+    waits: str = ""
+
+
+def place_of(layout: Layout, name: str) -> Path:
+    """Return the folder of a server. Raises SettingsError for what cannot be a name."""
+    if name in ("", DEFAULT):
+        return layout.server
+    if not _NAME.fullmatch(name):
+        raise SettingsError(
+            f"{name!r} cannot be the name of a server: at most 31 lower-case letters, digits and -",
+            hint=hints.text("server.name"),
+        )
+    return layout.servers / name
+
+
+def servers(layout: Layout) -> tuple[Server, ...]:
+    """Return the servers of this clone that were started and not stopped, as `find` does."""
+    places = (layout.server, *sorted(layout.servers.glob("*")))
+    return tuple(server for place in places if (server := find(place)))
 
 
 def find(place: Path) -> Server | None:
@@ -230,6 +316,45 @@ def how_ended(server: Server) -> Ended | None:
     return records.read(ending(server.place, server.processes.tag), Ended)
 
 
+def deaths(server: Server) -> Deaths:
+    """Return the deaths after which the server was started again, and the last one."""
+    path = Path(process_tree.restarted(str(ending(server.place, server.processes.tag))))
+    return records.read(path, Deaths) or Deaths()
+
+
+def is_loading(server: Server) -> bool:
+    """Return whether a running server has not taken all of its memory yet, or starts again."""
+    return not server.is_ready or bool(deaths(server).deaths and not is_healthy(server.address))
+
+
+def promised_gib(server: Server) -> float:
+    """Return the memory that a server will still take: of its planned share what its processes do
+    not hold. On a GPU a server holds all of it once it is ready, and no process of ours sees it.
+    """
+    members = server.members()
+    is_complete = server.facts.get("device") == "cuda" and not is_loading(server)
+    if not members or is_complete:
+        return 0.0
+    planned = float(server.facts.get("takes_gib") or 0)
+    return max(0.0, planned - process_tree.resident_bytes(members) / hardware.GIB)
+
+
+def require_room(layout: Layout, place: Path, address: Address) -> None:
+    """Raise ServeError if a server runs in this place, or a program or a server of this clone has
+    the port; a server that waits for its restart has it, too.
+    """
+    for server in servers(layout):
+        if server.members() and server.place == place:
+            raise ServeError(
+                f"{server.called} runs already", hint=hints.text("server.status_or_stop")
+            )
+        if server.members() and server.address.port == address.port:
+            raise ServeError(
+                f"port {address.port} belongs to {server.called}", hint=_other_port(address.port)
+            )
+    require_free(address)
+
+
 def write(server: Server) -> None:
     """Write the state file of a server, atomically."""
     record = {
@@ -258,3 +383,62 @@ def reap(server: Server) -> None:
     """Collect the supervisor's status if it is a child of this process and has ended."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(server.processes.supervisor_pid, os.WNOHANG)
+
+
+def follow(log: Path) -> Iterator[str | None]:
+    """Yield the lines of a log as they are written, None each time when there is no new line.
+
+    Of a progress bar, which returns to the begin of its line, the last state is the line.
+    """
+    rest = ""
+    with log.open("rb") as file:
+        while True:
+            rest += file.read(1 << 16).decode("utf-8", errors="replace")
+            *lines, rest = rest.split("\n")
+            yield from (line.rstrip("\r").rpartition("\r")[2] for line in lines)
+            if not lines:
+                yield None
+
+
+def wait_for_port(address: Address) -> None:
+    """Wait until an address is free. Raises ServeError if it stays taken."""
+    deadline = time.monotonic() + RETURN_TIMEOUT_S
+    while True:
+        try:
+            return bind(address)
+        except OSError as exc:
+            if time.monotonic() > deadline:
+                raise ServeError(
+                    f"all processes of the server have ended, but port {address.port} is taken:"
+                    f" {exc.strerror}",
+                    hint=hints.text("server.who_listens", port=address.port),
+                ) from exc
+        time.sleep(process_tree.POLL_S)
+
+
+def settled(before: float) -> float:
+    """Wait until no more memory is freed. Return the freed memory in GiB."""
+    deadline = time.monotonic() + RETURN_TIMEOUT_S
+    now = available_gib()
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        former, now = now, available_gib()
+        if now - former < SETTLED_GIB:
+            break
+    return max(0.0, now - before)
+
+
+def available_gib() -> float:
+    """Return the memory that is available on this machine."""
+    return hardware.read_meminfo().get("MemAvailable", 0) * 1024 / hardware.GIB
+
+
+def built(layout: Layout) -> str:
+    """Return one digest of the stamps in `.vllm`, which changes with every new build."""
+    digest = hashlib.sha256()
+    for name in ("environment", "vllm"):
+        try:
+            digest.update(read_regular(layout.stamp(name)))
+        except OSError:
+            digest.update(b"none")
+    return digest.hexdigest()

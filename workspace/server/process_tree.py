@@ -5,11 +5,11 @@ vLLM's front starts an engine, the engine starts workers, and workers start comp
 found by their supervisor, by its session, and, if the supervisor was killed, by what they inherited
 from it: a tag among their variables, a working folder, a log.
 
-Run as `python -I -S process_tree.py LIFELINE LOCK GRACE_S ENDED FOLDER PROGRAM ARG…`, this file is
-the supervisor: the parent of all processes of a server, in a session of its own. LIFELINE is the
-read end of a pipe: when it closes, the process that started the server is dead and the supervisor
-ends the server; one byte in it lets the server live on alone. LOCK is kept open, and so locked.
-Standard library only.
+Run as `python -I -S process_tree.py LIFELINE LOCK GRACE_S ENDED FOLDER RESTARTS PROGRAM ARG…`, this
+file is the supervisor: the parent of all processes of a server, in a session of its own. LIFELINE
+is the read end of a pipe: when it closes, the process that started the server is dead and the
+supervisor ends the server; one byte in it lets the server live on alone. LOCK is kept open, and so
+locked. RESTARTS says whether a server that died is started again. Standard library only.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 SHARED = "/dev/shm"
 POLL_S = 0.02
@@ -260,20 +260,128 @@ NOT_STARTED = 127
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Pauses between two looks at the shared memory: short at first, when the server creates it.
 FIRST_LOOK_S, RAREST_LOOK_S = 1.0, 60.0
+# Pauses before a restart: the first, and the longest, to which they double.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
+# Pause between two looks at the memory, once a restart is due.
+MEMORY_LOOK_S = 1.0
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """Whether a server that was ready and died is started again: at most `most` times, each time
+    after a pause and once `needs_gib` are available while tasks wait for memory less than
+    `pressure_percent` of the time (PSI, `some avg10`).
+    """
+
+    most: int = 0
+    needs_gib: float = 0.0
+    pressure_percent: float = 100.0
+    first_pause_s: float = FIRST_PAUSE_S
+
+    @property
+    def argument(self) -> str:
+        return ",".join(map(str, astuple(self)))
+
+    @classmethod
+    def parse(cls, argument: str) -> "Restarts":
+        most, *others = argument.split(",")
+        return cls(int(most), *map(float, others))
+
+    def pause_s(self, deaths: int) -> float:
+        """Return the pause after this many deaths."""
+        return min(LONGEST_PAUSE_S, self.first_pause_s * 2.0 ** (deaths - 1))
+
+    def shortage(self) -> str:
+        """Return why no server may be started now, empty if one may."""
+        available = float(_number("/proc/meminfo", "MemAvailable:") or 0) * 1024 / GIB
+        if available < self.needs_gib:
+            return f"{available:.1f} GiB of memory are available, and it takes {self.needs_gib:.1f}"
+        pressure = float(_number("/proc/pressure/memory", "some avg10=") or 0)
+        if pressure >= self.pressure_percent:
+            return f"memory is short: tasks wait for it {pressure:.0f}% of the time"
+        return ""
+
+
+def _number(path: str, key: str) -> str | None:
+    """Return the number behind a key of one of the kernel's files, None if it has none."""
+    with contextlib.suppress(OSError, IndexError), open(path, encoding="ascii") as file:
+        return file.read().partition(key)[2].split()[0]
+    return None
+
+
+class Requests:
+    """Requests to end the server: a signal, or a lifeline that closes."""
+
+    def __init__(self, lifeline: int) -> None:
+        self._woken, wakes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wakes)
+        for ending in ENDING:
+            signal.signal(ending, lambda *_: None)
+        self._lifeline = lifeline
+        self._poll = select.poll()
+        self._poll.register(lifeline, select.POLLIN | select.POLLHUP)
+        self._poll.register(self._woken, select.POLLIN)
+        self.has_one = False
+
+    def wait(self, timeout_s: float, child: int | None = None) -> bool:
+        """Wait for a request, or for the end of a child, whose pidfd is `child`. Return whether one
+        of them came.
+        """
+        if child is not None:
+            self._poll.register(child, select.POLLIN)
+        events = {descriptor for descriptor, _ in self._poll.poll(timeout_s * 1000)}
+        if child is not None:
+            self._poll.unregister(child)
+        if self._lifeline in events and self._woken not in events and os.read(self._lifeline, 1):
+            self._poll.unregister(self._lifeline)
+            events.remove(self._lifeline)
+        self.has_one |= bool(events & {self._woken, self._lifeline})
+        return bool(events)
 
 
 def main(
-    lifeline: int, lock: int, grace_s: float, ended: str, folder: str, argv: list[str]
+    kept: tuple[int, int],
+    grace_s: float,
+    ended: str,
+    folder: str,
+    restarts: Restarts,
+    argv: list[str],
 ) -> None:
-    """Run the server until it ends, end its remaining processes, record how it ended."""
+    """Run the server until it ends, again if it may be restarted, and record how it ended.
 
+    `kept` are the descriptors of the lifeline and of the lock.
+    """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    woken, wakes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(wakes)
-    for ending in ENDING:
-        signal.signal(ending, lambda *_: None)
-    child = start(argv, folder, (lifeline, lock))
+    requests = Requests(kept[0])
+    deaths: list[dict[str, float]] = []
+    while True:
+        begin = os.fstat(1).st_size
+        child = start(argv, folder, kept)
+        status = run(child, requests, grace_s, ended)
+        death = {"at": time.time(), "status": status, "begin": begin, "end": os.fstat(1).st_size}
+        # The process that waits for the server marks it as ready.
+        if requests.has_one or not os.path.exists(ready(ended)) or restarts.most == 0:
+            break
+        deaths.append(death)
+        if len(deaths) > restarts.most:
+            note(f"it died {len(deaths)} times and is not started again (--restart)")
+            record(restarted(ended), {"deaths": deaths, "waits": ""})
+            break
+        if not await_restart(restarts, deaths, requests, ended):
+            break
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder, 0o700, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    record(ended, {"status": status, "told": requests.has_one, "at": time.time()})
+
+
+def run(child: int, requests: Requests, grace_s: float, ended: str) -> int:
+    """Wait until the server ends or is to be ended, and end its remaining processes. Return its
+    exit status, negative for a signal.
+    """
     shared: set[str] = set()
+    statuses: dict[int, int] = {}
 
     def find_descendants() -> set[int]:
         reap(statuses)
@@ -284,20 +392,58 @@ def main(
             shared.update(new)
             record_shared(ended, shared)
 
-    statuses: dict[int, int] = {}
-    is_requested = watch(child, lifeline, woken, look, statuses)
+    pause_s = FIRST_LOOK_S
+    pidfd = os.pidfd_open(child)
+    while not requests.wait(pause_s, pidfd):
+        look()
+        pause_s = min(RAREST_LOOK_S, pause_s * 1.5)
+    os.close(pidfd)
     look()
     with contextlib.suppress(TimeoutError):
         end(find_descendants, grace_s=grace_s, kill_grace_s=KILL_GRACE_S)
     reap(statuses)
     remove_shared(shared)
     forget_shared(ended)
-    shutil.rmtree(folder, ignore_errors=True)
-    status = os.waitstatus_to_exitcode(statuses.get(child, signal.SIGKILL))
-    record_end(ended, {"status": status, "told": is_requested, "at": time.time()})
+    return os.waitstatus_to_exitcode(statuses.get(child, signal.SIGKILL))
 
 
-def start(argv: list[str], folder: str, kept: tuple[int, ...]) -> int:
+def await_restart(
+    restarts: Restarts, deaths: list[dict[str, float]], requests: Requests, ended: str
+) -> bool:
+    """Wait until the server may be started again. Return False if it is to be ended instead."""
+    pause_s = restarts.pause_s(len(deaths))
+    due = time.monotonic() + pause_s
+    why = f"it is started again in {pause_s:g} s ({len(deaths)} of {restarts.most})"
+    former = ""
+    while why:
+        if why != former:
+            note(why)
+            record(restarted(ended), {"deaths": deaths, "waits": why})
+        if requests.wait(max(MEMORY_LOOK_S / 10, min(MEMORY_LOOK_S, due - time.monotonic()))):
+            return False
+        former, why = why, why if time.monotonic() < due else restarts.shortage()
+    note(f"it is started again now ({len(deaths)} of {restarts.most})")
+    record(restarted(ended), {"deaths": deaths, "waits": ""})
+    return True
+
+
+def ready(ended: str) -> str:
+    """Return the path of the mark of a server that was ready, beside the record of its end."""
+    return f"{ended}.ready"
+
+
+def restarted(ended: str) -> str:
+    """Return the path of the file with the deaths of a server, beside the record of its end."""
+    return f"{ended}.restarts"
+
+
+def note(text: str) -> None:
+    """Write a line into the log of the server."""
+    with contextlib.suppress(OSError):
+        os.write(1, f"inv serve: {text}\n".encode())
+
+
+def start(argv: list[str], folder: str, kept: Iterable[int]) -> int:
     """Start the program in `folder`, without the descriptors `kept`. Return its pid.
 
     Signals are blocked meanwhile: the child would lose one that reaches the supervisor's handlers.
@@ -321,31 +467,6 @@ def start(argv: list[str], folder: str, kept: tuple[int, ...]) -> int:
     return child
 
 
-def watch(
-    child: int, lifeline: int, woken: int, look: Callable[[], None], statuses: dict[int, int]
-) -> bool:
-    """Wait until the program ends or is to be ended. Return whether its end was requested."""
-    poll = select.poll()
-    poll.register(lifeline, select.POLLIN | select.POLLHUP)
-    poll.register(woken, select.POLLIN)
-    poll.register(os.pidfd_open(child), select.POLLIN)
-    pause_s = FIRST_LOOK_S
-    while True:
-        events = [descriptor for descriptor, _ in poll.poll(pause_s * 1000)]
-        if woken in events:
-            return True
-        if lifeline in events:
-            if not os.read(lifeline, 1):
-                return True
-            poll.unregister(lifeline)
-        elif events:
-            return False
-        look()
-        if child in statuses:
-            return False
-        pause_s = min(RAREST_LOOK_S, pause_s * 1.5)
-
-
 def reap(statuses: dict[int, int]) -> None:
     """Collect the status of every child that has ended, orphans of the server included."""
     with contextlib.suppress(ChildProcessError):
@@ -356,20 +477,20 @@ def reap(statuses: dict[int, int]) -> None:
             statuses[pid] = status
 
 
-def record_end(path: str, record: dict[str, object]) -> None:
-    """Write how the server ended, atomically; an error has no reader any more and is dropped."""
+def record(path: str, document: dict[str, object]) -> None:
+    """Write a record, atomically; an error has no reader any more and is dropped."""
     with contextlib.suppress(OSError):
         with open(f"{path}.new", "w", encoding="utf-8") as file:
-            json.dump(record, file)
+            json.dump(document, file)
         os.replace(f"{path}.new", path)
 
 
 if __name__ == "__main__":
     main(
-        int(sys.argv[1]),
-        int(sys.argv[2]),
+        (int(sys.argv[1]), int(sys.argv[2])),
         float(sys.argv[3]),
         sys.argv[4],
         sys.argv[5],
-        sys.argv[6:],
+        Restarts.parse(sys.argv[6]),
+        sys.argv[7:],
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from workspace.core import hints, records, settings
-from workspace.core.errors import SettingsError
+from workspace.core.errors import ServeError, SettingsError
 from workspace.core.files import read_regular
 from workspace.core.known_settings import has_login, is_relative, is_secret
 from workspace.core.paths import Layout, typed
@@ -407,3 +407,40 @@ def _environment(table: _Table) -> Mapping[str, str]:
 
 def _folder(layout: Layout) -> Path:
     return layout.root / "recipes"
+
+
+def require_config(folder: Path) -> None:
+    """Raise ServeError if a folder has no configuration of a model that can be read."""
+    path = next(
+        (folder / name for name in engine_flags.CONFIGURATIONS if (folder / name).is_file()),
+        folder / engine_flags.CONFIGURATIONS[0],
+    )
+    try:
+        known = records.load(path, dict[str, object])
+    except records.DecodeError as exc:
+        raise ServeError(
+            f"{path} cannot be read: {exc}", hint=hints.text("core.read_log", path=path)
+        ) from exc
+    if known is None:
+        raise ServeError(
+            f"{folder} has no config.json, which Hugging Face's layout has, and no params.json,"
+            " which Mistral's has",
+            hint=hints.text("core.list_names", folder=folder),
+        )
+
+
+def require_no_adapter(folder: Path, name: str) -> None:
+    """Raise ServeError for a LoRA adapter, which is served with its base model."""
+    if (folder / engine_flags.CONFIGURATIONS[0]).is_file() or not (
+        folder / engine_flags.ADAPTER
+    ).is_file():
+        return
+    try:
+        known = records.load(folder / engine_flags.ADAPTER, dict[str, object]) or {}
+    except records.DecodeError:
+        known = {}
+    base = known.get("base_model_name_or_path")
+    raise ServeError(
+        f"{name} is a LoRA adapter: it is served with {base or 'its base model'}",
+        hint=hints.text("server.adapter", model=base, adapter=f"{Path(name).name}={name}"),
+    )

@@ -2,35 +2,44 @@
 generate, then follow its log or leave it alone.
 """
 
-import hashlib
+import math
 import os
+import re
 import signal
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from workspace.core import hints, lock, process, records
+from workspace.core import hints, lock, records
 from workspace.core.console import Console
-from workspace.core.errors import ServeError, SourceError, WorkspaceError
-from workspace.core.files import read_regular
+from workspace.core.errors import ServeError, SettingsError, SourceError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
-from workspace.machine import check, failures, run_environment
+from workspace.machine import check, failures, hardware, run_environment
 from workspace.machine.machine import Case, Machine
-from workspace.server import command, fit, flags, lifecycle, models, public_recipes, recipes
+from workspace.server import (
+    command,
+    fit,
+    flags,
+    lifecycle,
+    models,
+    observation,
+    process_tree,
+    public_recipes,
+    recipes,
+)
 from workspace.server.command import Command
-from workspace.server.observation import Server, find, how_ended, is_alive
+from workspace.server.observation import Server, how_ended
 from workspace.server.recipes import Recipe
 
-FOLLOW_S = 0.3
 _GGUF = "vllm-gguf-plugin"
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """Options of `inv serve`. `force`: serve although the server is open to others without a key,
-    or memory may not suffice.
+    or memory may not suffice. `server` is the name among the servers of this clone.
     """
 
     name: str
@@ -38,6 +47,27 @@ class ServeOptions:
     dry_run: bool = False
     detach: bool = False
     force: bool = False
+    server: str = ""
+    port: str | None = None
+    memory: str | None = None
+    restart: str | None = None
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Return the flags of inv that belong to the server itself, as typed."""
+        typed = {"--name": self.server, "--memory": self.memory, "--restart": self.restart}
+        return tuple(arg for flag, value in typed.items() if value for arg in (flag, value))
+
+    def check(self) -> None:
+        """Raise SettingsError for a value that cannot be used."""
+        hint = hints.text("server.memory")
+        if not re.fullmatch(r"\d*[1-9]\d*(\.\d+)?|0?\.\d+", self.memory or "1"):
+            raise SettingsError(f"--memory: {self.memory!r} is not a number of GiB", hint=hint)
+        if self.memory and flags.last(self.extra, fit.SHARE):
+            raise SettingsError(f"--memory and {fit.SHARE} are the same share twice", hint=hint)
+        if not re.fullmatch(r"\d{1,3}", self.restart or "0"):
+            problem = f"--restart: {self.restart!r} is not a whole number up to 999"
+            raise SettingsError(problem, hint=hints.text("server.restart"))
 
 
 @dataclass(frozen=True)
@@ -50,6 +80,11 @@ class _Session:
     recipe: Recipe
     command: Command
     device: str
+    given: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def place(self) -> Path:
+        return observation.place_of(self.machine.layout, self.options.server)
 
 
 def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: Console) -> None:
@@ -58,24 +93,8 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     Raises SettingsError for options that contradict each other, ServeError for a model that cannot
     be served, SmokeError if the build is missing or stale, and the errors of models.fetch_weights.
     """
-    machine = Machine(layout, settings)
-    recipe = _recipe(machine, options.name)
-    if place := command.folder_of(options.name):
-        # Hints are typed in the root of the clone, wherever this command was typed.
-        options = replace(options, name=str(place))
-    line = command.compose(
-        recipe,
-        options.extra,
-        flags.known(layout),
-        has_key=bool(settings.text("VLLM_API_KEY")),
-        force=options.force,
-    )
-    recipe = replace(recipe, revision=flags.last(line.args, "--revision"))
-    command.require_files(layout, settings, line.args)
-    check.require(machine, console=console, recipe=recipe.environment)
-    device = _device(machine, console, dry_run=options.dry_run)
-    session = _Session(machine, console, options, recipe, line, device)
-    _check(session)
+    session, judged = prepare(layout, settings, options, console=console)
+    options, recipe, line = session.options, session.recipe, session.command
     folder = _find_model(session)
     is_a_folder = recipe.origin == "built-in" or recipe.model.startswith("/")
     model = str(folder) if folder and is_a_folder else recipe.model
@@ -88,29 +107,94 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
         (console.data if options.dry_run else console.info)(text)
     if not options.dry_run:
         facts = {
-            "typed": command.typed(options.name, line.extra, detach=options.detach),
-            "built": built(layout),
+            "typed": command.typed(
+                options.name, line.extra, detach=options.detach, own=options.own
+            ),
+            "built": observation.built(layout),
             "tree": command.tree_oid(layout),
-            "device": device,
+            "device": session.device,
+            "takes_gib": f"{judged.takes_gib:.2f}",
         }
+        # Memory of a GPU's own is not the machine's, which the supervisor watches.
+        is_seen = session.device == "cpu" or judged.free.is_unified
+        restarts = process_tree.Restarts(
+            int(options.restart or 0), judged.takes_gib * is_seen, hardware.PRESSURE_PERCENT
+        )
         launch = lifecycle.Launch(
-            options.name, argv, environment, line.address, facts, grace_s=_drain_s(line)
+            options.name, argv, environment, line.address, facts, flags.drain_s(line.args), restarts
         )
         _serve(session, launch, folder)
 
 
-def built(layout: Layout) -> str:
-    """Return one digest of the stamps in `.vllm`, which changes with every new build."""
-    digest = hashlib.sha256()
-    for name in ("environment", "vllm"):
-        try:
-            digest.update(read_regular(layout.stamp(name)))
-        except OSError:
-            digest.update(b"none")
-    return digest.hexdigest()
+def prepare(
+    layout: Layout, settings: Settings, options: ServeOptions, *, console: Console
+) -> tuple[_Session, fit.Fit]:
+    """Check all but the model's files, and return what is to be started, and whether it fits.
+
+    Raises as `run` does.
+    """
+    observation.place_of(layout, options.server)
+    options.check()
+    machine = Machine(layout, settings)
+    recipe = _recipe(machine, options.name)
+    if place := command.folder_of(options.name):
+        # Hints are typed in the root of the clone, wherever this command was typed.
+        options = replace(options, name=str(place))
+    if options.port:
+        extra = command.replaced(options.extra, "--port", options.port)
+        options = replace(options, extra=extra, port=None)
+    if options.memory and Case(machine).device == "cuda":
+        options = _with_share(machine, options)
+    line = command.compose(
+        recipe,
+        options.extra,
+        flags.known(layout),
+        has_key=bool(settings.text("VLLM_API_KEY")),
+        force=options.force,
+    )
+    recipe = replace(recipe, revision=flags.last(line.args, "--revision"))
+    command.require_files(layout, settings, line.args)
+    check.require(machine, console=console, recipe=recipe.environment)
+    device = _device(machine, console, dry_run=options.dry_run)
+    session = _Session(machine, console, options, recipe, line, device)
+    if options.memory:
+        session = replace(session, given=_cache(session))
+    return session, _check(session)
 
 
-def _check(session: _Session) -> None:
+def _with_share(machine: Machine, options: ServeOptions) -> ServeOptions:
+    """Return the options with `--memory` as vLLM's flag for a share of the GPU's memory."""
+    frees = fit.observe(machine, device="cuda", args=options.extra)
+    gib, total = float(options.memory or 0), min((free.total_gib for free in frees), default=0.0)
+    if gib > total:
+        raise ServeError(
+            f"--memory {gib:g}: there are {total:.1f} GiB", hint=hints.text("server.recipes_fit")
+        )
+    # Rounded down: vLLM refuses a share that is not free.
+    share = f"{math.floor(gib / total * 10000) / 10000:g}"
+    extra = command.replaced(options.extra, fit.SHARE, share)
+    return replace(options, memory=None, extra=extra)
+
+
+def _cache(session: _Session) -> dict[str, str]:
+    """Return the size of the cache that `--memory` leaves beside weights and overhead: without a
+    GPU the share has no other form (vllm/platforms/cpu.py).
+    """
+    memory = _sized(session).memory
+    fixed = memory.weights_gib + memory.overhead_gib
+    cache_gib = math.floor(float(session.options.memory or 0) - fixed)
+    if cache_gib < 1:
+        raise ServeError(
+            f"--memory {session.options.memory}: weights and overhead take {fixed:.1f} GiB, and the"
+            " cache at least 1",
+            hint=hints.text(
+                "server.least_memory", model=session.options.name, gib=math.ceil(fixed) + 1
+            ),
+        )
+    return {"VLLM_CPU_KVCACHE_SPACE": str(cache_gib)}
+
+
+def _check(session: _Session) -> fit.Fit:
     """Print warnings and notes; raise ServeError if there is no room for the server."""
     options, recipe, line = session.options, session.recipe, session.command
     for sentence in (*line.dropped, *line.notes):
@@ -118,13 +202,26 @@ def _check(session: _Session) -> None:
     for note in recipe.notes:
         session.console.sentence(f"note: {note}")
     if not options.dry_run:
-        _require_room(session.machine.layout, line)
+        observation.require_room(session.machine.layout, session.place, line.address)
+    judged = _judge(session)
+    is_required = not (options.dry_run or options.force)
+    _require_memory(judged, session.console, is_required=is_required)
+    return judged
+
+
+def _judge(session: _Session) -> fit.Fit:
+    """Decide whether the model fits beside what the other servers will still take."""
     # The folders of compiled kernels, which `_environment` adds, decide nothing here.
-    machine = session.machine
+    machine, recipe = session.machine, session.recipe
     environment = run_environment.built_environment(
-        machine.layout, machine.settings, "serve", stack=None, recipe=recipe.environment
+        machine.layout,
+        machine.settings,
+        "serve",
+        stack=None,
+        recipe=recipe.environment,
+        given=session.given,
     )
-    device, args = session.device, line.args
+    device, args = session.device, session.command.args
     names = {gpu.name for gpu in machine.gpus} if device == "cuda" else set()
     if len(names) > 1 and environment.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         session.console.warn(
@@ -133,11 +230,9 @@ def _check(session: _Session) -> None:
             hint=hints.text("server.gpu_order"),
         )
     frees = fit.observe(machine, device=device, environment=environment, args=args)
-    _require_memory(
-        fit.judge(_sized(session), frees, device=device, environment=environment, args=args),
-        session.console,
-        is_required=not (options.dry_run or options.force),
-    )
+    promised = sum(map(observation.promised_gib, observation.servers(machine.layout)))
+    frees = tuple(free.without(promised) for free in frees)
+    return fit.judge(_sized(session), frees, device=device, environment=environment, args=args)
 
 
 def _environment(session: _Session, folder: Path | None) -> dict[str, str]:
@@ -149,6 +244,7 @@ def _environment(session: _Session, folder: Path | None) -> dict[str, str]:
         session.machine,
         "serve",
         recipe=({"HF_HUB_OFFLINE": "1"} if is_offline else {}) | dict(session.recipe.environment),
+        given=session.given,
         is_shown=session.options.dry_run,
     )
 
@@ -245,8 +341,13 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
     is_left = False
     try:
         # The build must not change during the load; afterwards the lock is free again.
-        with lock.hold(layout.lock, verb="inv serve"):
-            server = lifecycle.start(layout.server, launch, is_detached=is_detached)
+        with lock.hold(layout.lock, verb="inv serve", is_shared=True):
+            # Two starts at once must see each other's share.
+            with lock.hold(layout.state / "server-starts", verb="inv serve", wait=True):
+                observation.require_room(layout, session.place, launch.address)
+                if (judged := _judge(session)).verdict == "no" and not session.options.force:
+                    _require_memory(judged, console, is_required=True)
+                server = lifecycle.start(session.place, launch, is_detached=is_detached)
             console.info(f"log: {layout.relative(server.log)}")
             server, ready = _wait(session, server, folder)
         console.info(f"ready: {server.address.url}/v1 serves {', '.join(ready.models)}")
@@ -258,14 +359,14 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
             console.hint(hints.text("server.started"))
         else:
             console.info("^C stops it")
-            _follow(settings, server, console)
+            lifecycle.watch(settings, server, console)
     except OSError:
         # A terminal that closed is no reason to end a detached server.
         is_left = is_detached
         raise
     finally:
         if server is not None and not is_left:
-            end(server, console=console)
+            lifecycle.end(server, console=console)
 
 
 def _wait(session: _Session, server: Server, folder: Path | None) -> tuple[Server, lifecycle.Ready]:
@@ -281,43 +382,6 @@ def _wait(session: _Session, server: Server, folder: Path | None) -> tuple[Serve
             raise _explained(session, server, exc, folder) from exc
         view.reason = f"{', '.join(ready.models)} completes"
     return server, ready
-
-
-def end(server: Server, *, console: Console) -> None:
-    """Stop a server and print how much memory is free again; a second ^C kills it."""
-    if find(server.place) is None and not server.members():
-        return
-    console.info(f"stopping {server.called}")
-    try:
-        with process.interruptible():
-            stopped = lifecycle.stop(server)
-    except KeyboardInterrupt:
-        stopped = lifecycle.stop(server, at_once=True)
-    how = "killed, because it did not end on SIGTERM" if stopped.was_killed else "ended"
-    console.info(
-        f"{how} in {stopped.seconds:.1f} s; port {server.address.port} is free,"
-        f" {stopped.returned_gib:.1f} GiB of memory came back"
-    )
-
-
-def _follow(settings: Settings, server: Server, console: Console) -> None:
-    """Print the log until the server ends. Raises ServeError if it was not stopped on request."""
-    lines = lifecycle.follow(server.log)
-    # The spinner has shown the lines up to now.
-    for line in lines:
-        if line is None:
-            break
-    for line in lines:
-        if line is not None:
-            console.info(settings.masked(line))
-        elif is_alive(server):
-            time.sleep(FOLLOW_S)
-        else:
-            break
-    ended = how_ended(server)
-    if ended is None or not ended.was_requested:
-        raise lifecycle.failure(server)
-    console.info(f"{server.called} was stopped")
 
 
 def _recipe(machine: Machine, name: str) -> Recipe:
@@ -340,8 +404,8 @@ def _recipe(machine: Machine, name: str) -> Recipe:
             f"{folder} cannot be read: Permission denied",
             hint=hints.text("core.list_folder", folder=folder),
         )
-    _require_no_adapter(folder, str(folder))
-    _require_config(folder)
+    recipes.require_no_adapter(folder, str(folder))
+    recipes.require_config(folder)
     if lack := models.lack_of(folder):
         raise ServeError(f"{folder} lacks {lack}", hint=hints.text("core.list_file", path=folder))
     return recipes.unnamed(str(folder), weights_gib=fit.weights_gib(folder))
@@ -360,48 +424,14 @@ def _require_gguf(machine: Machine, name: str) -> None:
 def _require_no_adapter_of_hub(settings: Settings, recipe: Recipe) -> None:
     folder = models.cached(models.hub_cache(settings), recipe.model, recipe.revision)
     if folder:
-        _require_no_adapter(folder, recipe.model)
-
-
-def _require_no_adapter(folder: Path, name: str) -> None:
-    """Raise ServeError for a LoRA adapter, which is served with its base model."""
-    if (folder / flags.CONFIGURATIONS[0]).is_file() or not (folder / flags.ADAPTER).is_file():
-        return
-    try:
-        known = records.load(folder / flags.ADAPTER, dict[str, object]) or {}
-    except records.DecodeError:
-        known = {}
-    base = known.get("base_model_name_or_path")
-    raise ServeError(
-        f"{name} is a LoRA adapter: it is served with {base or 'its base model'}",
-        hint=hints.text("server.adapter", model=base, adapter=f"{Path(name).name}={name}"),
-    )
-
-
-def _require_config(folder: Path) -> None:
-    path = next(
-        (folder / name for name in flags.CONFIGURATIONS if (folder / name).is_file()),
-        folder / flags.CONFIGURATIONS[0],
-    )
-    try:
-        known = records.load(path, dict[str, object])
-    except records.DecodeError as exc:
-        raise ServeError(
-            f"{path} cannot be read: {exc}", hint=hints.text("core.read_log", path=path)
-        ) from exc
-    if known is None:
-        raise ServeError(
-            f"{folder} has no config.json, which Hugging Face's layout has, and no params.json,"
-            " which Mistral's has",
-            hint=hints.text("core.list_names", folder=folder),
-        )
+        recipes.require_no_adapter(folder, recipe.model)
 
 
 def _require_usable(folder: Path, line: Command) -> None:
     """Check the configuration and the tokenizer, which vLLM reads late. Raises ServeError."""
     if folder.is_file():
         return
-    _require_config(folder)
+    recipes.require_config(folder)
     if any(
         arg.split("=")[0]
         in ("--tokenizer", "--skip-tokenizer-init", "--tokenizer-mode", "--load-format")
@@ -430,17 +460,6 @@ def _device(machine: Machine, console: Console, *, dry_run: bool) -> str:
     return str(Case(machine).device)
 
 
-def _require_room(layout: Layout, line: Command) -> None:
-    """Raise ServeError if this clone has a running server or the port is taken."""
-    running = find(layout.server)
-    if running and running.members():
-        raise ServeError(
-            f"{running.called} runs already",
-            hint=hints.text("server.status_or_stop"),
-        )
-    lifecycle.require_free(line.address)
-
-
 def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> None:
     if judged.verdict == "no" and is_required:
         raise ServeError(judged.sentence, hint=hints.text("server.or_force", command=judged.hint))
@@ -448,11 +467,6 @@ def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> 
         console.info(judged.sentence)
     else:
         console.warn(judged.sentence, hint=judged.hint)
-
-
-def _drain_s(line: Command) -> float:
-    text = flags.last(line.args, "--shutdown-timeout") or ""
-    return float(text) if text.isdigit() else 0.0
 
 
 def _explained(
@@ -475,19 +489,13 @@ def _explained(
             args=session.command.args,
         )
         attempt = fit.Attempt(
-            options.name, session.recipe, session.command, _length(folder), detach=options.detach
+            options.name,
+            session.recipe,
+            session.command,
+            fit.length_of(folder),
+            detach=options.detach,
+            own=options.own,
         )
         hint = (fit.next_step(attempt, frees[0], lack=reading.lack) if frees else None) or hint
     details = tuple(settings.masked(text) for text in error.details)
     return ServeError(settings.masked(error.message), hint=hint, details=details)
-
-
-def _length(folder: Path | None) -> int | None:
-    """Return the longest sequence of a model in tokens, None if its configuration has none."""
-    try:
-        path = folder / "config.json" if folder and folder.is_dir() else None
-        known = records.load(path, dict[str, object]) if path else None
-    except records.DecodeError:
-        return None
-    found = known.get("max_position_embeddings") if known else None
-    return found if isinstance(found, int) else None

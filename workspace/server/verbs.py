@@ -1,25 +1,46 @@
-"""The short verbs beside `inv serve`: `serve.status`, `serve.logs`, `serve.stop`, the server that
-runs in this clone; `serve.list`: the recipes that could run; `inv run`, `inv shell` and
-`inv env.export`: the environment of a running vLLM, for a command, for a shell, and as lines that a
-shell evaluates.
+"""The short verbs beside `inv serve`: `serve.status`, `serve.logs`, `serve.stop`, the servers of
+this clone; `serve.unit`: one for systemd; `serve.list`: the recipes that could run; `inv run`, `inv
+shell` and `inv env.export`: the environment of a running vLLM, for a command, for a shell, and as
+lines that a shell evaluates.
 """
 
+import datetime
+import math
 import os
+import re
+import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from workspace.core import hints, process
 from workspace.core.child_variables import EXPORTED, exported, with_given
 from workspace.core.console import Console, Row, State
-from workspace.core.errors import ServeError, SettingsError, ToolchainError, counted, printable
+from workspace.core.errors import (
+    ERRORS,
+    ServeError,
+    SettingsError,
+    ToolchainError,
+    counted,
+    printable,
+)
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import check, run_environment
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
 from workspace.repo import pins
-from workspace.server import fit, lifecycle, models, observation, process_tree, recipes
+from workspace.server import (
+    fit,
+    flags,
+    lifecycle,
+    models,
+    observation,
+    process_tree,
+    recipes,
+    start,
+)
 from workspace.server.command import LISTS, built_environment, lines, secret_names, tree_oid
 from workspace.server.observation import Server, find, is_alive
 from workspace.server.recipes import Recipe
@@ -41,17 +62,30 @@ _DEVICES = {"cuda": "on the GPU", "cpu": "on the processor"}
 
 
 def status(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
-    """Print one row: does a server run, does it answer, was it started from the present build."""
-    server = find(layout.server)
-    if server is None:
+    """Print for each server: does it run, does it answer, was it started from the present build."""
+    found = observation.servers(layout)
+    if not found:
         row = Row(State.MISSING, "server", "no server runs", hint=hints.text("server.recipes"))
-        _print(console, [row], {"schema": 1, "state": "none"}, as_json=as_json)
+        record = {"schema": 1, "state": "none", "servers": []}
+        _print(console, [row], record, as_json=as_json)
         return
+    observed = [_observed(layout, settings, server) for server in found]
+    # The keys of the first server stand at the top, too: once there was one server alone.
+    record = {"schema": 1, **observed[0][1], "servers": [each for _, each in observed]}
+    _print(console, [row for rows, _ in observed for row in rows], record, as_json=as_json)
+
+
+def _observed(
+    layout: Layout, settings: Settings, server: Server
+) -> tuple[list[Row], dict[str, object]]:
+    """Return the rows of a server, and its record."""
     members = server.members()
     condition, row = _judged(settings, server, members)
     changed = _changed(layout, server) if members else None
+    deaths = observation.deaths(server)
+    told = [(death, *lifecycle.cause_of(server, death)) for death in deaths.deaths]
     record: dict[str, object] = {
-        "schema": 1,
+        "server": server.label,
         "state": condition,
         "name": server.name,
         "url": f"{server.address.url}/v1",
@@ -60,38 +94,56 @@ def status(layout: Layout, settings: Settings, *, console: Console, as_json: boo
         "memory_gib": round(process_tree.resident_bytes(members) / GIB, 2),
         "log": str(server.log),
         "changed": changed,
+        "deaths": [
+            {"at": round(death.at), "cause": settings.masked(cause), "hint": hint}
+            for death, cause, hint in told
+        ],
+        "waits": deaths.waits if members else "",
     }
     rows = [row]
+    for death, cause, hint in told[: len(told) if members else -1]:
+        at = datetime.datetime.fromtimestamp(death.at, datetime.UTC).isoformat(timespec="seconds")
+        text = settings.masked(f"it died at {at}: it {cause}")
+        rows.append(Row(State.WARN, server.label, text, hint=hint))
     if changed:
         text = f"{changed} since its start; it still runs what it loaded"
-        hint = hints.text("server.stop_then", command=server.facts.get("typed"))
-        rows.append(Row(State.STALE, "server", text, hint=hint))
-    _print(console, rows, record, as_json=as_json)
+        command = server.facts.get("typed")
+        hint = (
+            hints.text("server.stop_then", command=command)
+            if server.label == observation.DEFAULT
+            else hints.text("server.stop_of_then", name=server.label, command=command)
+        )
+        rows.append(Row(State.STALE, server.label, text, hint=hint))
+    return rows, record
 
 
 def logs(
-    layout: Layout, settings: Settings, *, console: Console, lines: str = "", follow: bool = False
+    layout: Layout,
+    settings: Settings,
+    *,
+    console: Console,
+    name: str = "",
+    lines: str = "",
+    follow: bool = False,
 ) -> None:
     """Print the log of the present or the last server, secrets masked; with `follow` until it ends.
 
-    Raises ServeError if there is no log.
+    Raises SettingsError if several run and none is named, ServeError if there is no log.
     """
     if lines and not (lines.isdigit() and 0 < int(lines) <= LONGEST_TAIL):
         raise SettingsError(
             f"--lines: {lines!r} is not a whole number from 1 to {LONGEST_TAIL}",
             hint=hints.text("server.last_lines"),
         )
-    from workspace.server import start
-
-    server = find(layout.server)
-    kept = sorted((layout.server / "logs").glob("*.log"))
+    server = _named(layout, name, verb="./scripts/inv serve.logs")
+    kept = sorted((observation.place_of(layout, name) / "logs").glob("*.log"))
     log = server.log if server else kept[-1] if kept else None
     if log is None or not log.is_file():
         raise ServeError(
             "there is no log: no server was started here",
             hint=hints.text("server.recipes"),
         )
-    written = lifecycle.follow(log)
+    written = observation.follow(log)
     first = []
     for line in written:
         if line is None:
@@ -105,28 +157,115 @@ def logs(
         elif server is None or not is_alive(server):
             return
         else:
-            time.sleep(start.FOLLOW_S)
+            time.sleep(lifecycle.FOLLOW_S)
 
 
-def stop(layout: Layout, *, console: Console) -> None:
-    """Stop all processes of the server and wait until port and memory are free.
+def stop(layout: Layout, *, console: Console, name: str = "", is_all: bool = False) -> None:
+    """Stop all processes of a server, or of all servers, and wait until port and memory are free.
 
-    No server is no error.
+    No server is no error. Raises SettingsError if several run and none is named.
     """
-    from workspace.server import start
-
-    server = find(layout.server)
-    if server is None:
+    server = None if is_all else _named(layout, name, verb="./scripts/inv serve.stop")
+    found = observation.servers(layout) if is_all else (server,) if server else ()
+    if not found:
         console.info("no server runs")
-    else:
-        start.end(server, console=console)
+    failed: list[ServeError] = []
+    for each in found:
+        try:
+            lifecycle.end(each, console=console)
+        except ServeError as exc:
+            failed.append(exc)
+    if failed:
+        raise failed[0]
+
+
+def _named(layout: Layout, name: str, *, verb: str) -> Server | None:
+    """Return the server of this name; without a name the only one, None if there is none."""
+    found = observation.servers(layout)
+    labels = ", ".join(server.label for server in found)
+    if name:
+        place = observation.place_of(layout, name)
+        if not place.exists() and name != observation.DEFAULT:
+            raise SettingsError(
+                f"there is no server {name}" + (f", only {labels}" if found else ""),
+                hint=hints.text("inv.serve_status"),
+            )
+        return find(place)
+    if len(found) > 1:
+        raise SettingsError(
+            f"{len(found)} servers run here: {labels}; name one",
+            hint=hints.text("server.which", verb=verb, name=found[0].label),
+        )
+    return found[0] if found else None
+
+
+def print_unit(
+    layout: Layout, settings: Settings, options: start.ServeOptions, *, console: Console
+) -> None:
+    """Print a user unit of systemd that runs the server and starts it again.
+
+    The supervisor restarts a server that died, as without systemd: it knows whether the server was
+    ready and reads the pressure. systemd restarts what was killed as a whole, and never an `inv
+    serve` that gave up by itself (systemd.service(5), RestartSteps since 254).
+    """
+    session, judged = start.prepare(
+        layout, settings, replace(options, dry_run=True), console=console
+    )
+    options = session.options
+    name = options.server or observation.DEFAULT
+    argv = [str(layout.root / "scripts" / "inv"), "serve", options.name, *options.own]
+    argv += ["--", *options.extra] if options.extra else []
+    steps = math.ceil(math.log2(process_tree.LONGEST_PAUSE_S / process_tree.FIRST_PAUSE_S))
+    codes = " ".join(str(error.exit_code) for error in ERRORS)
+    unit = f"vllm-{name}.service"
+    for line in (
+        f"# ~/.config/systemd/user/{unit}; then: systemctl --user daemon-reload",
+        f"# systemctl --user enable --now {unit}; at boot: loginctl enable-linger",
+        "[Unit]",
+        f"Description=vLLM: {options.name}",
+        "StartLimitIntervalSec=1d",
+        f"StartLimitBurst={int(options.restart or 0) + 1}",
+        "",
+        "[Service]",
+        "Type=exec",
+        f"WorkingDirectory={_escaped(str(layout.root))}",
+        f"ExecStart={' '.join(map(_quoted, argv))}",
+        "Restart=on-failure",
+        f"RestartPreventExitStatus={codes}",
+        f"SuccessExitStatus={128 + signal.SIGINT} {128 + signal.SIGTERM}",
+        f"RestartSec={process_tree.FIRST_PAUSE_S:g}",
+        f"RestartSteps={steps}",
+        f"RestartMaxDelaySec={process_tree.LONGEST_PAUSE_S:g}",
+        f"MemoryHigh={math.ceil(judged.takes_gib + fit.MARGIN_GIB)}G",
+        "OOMScoreAdjust=500",
+        "OOMPolicy=continue",
+        "KillMode=mixed",
+        f"TimeoutStopSec={math.ceil(2 * lifecycle.GRACE_S + flags.drain_s(options.extra)) + 10}",
+        "",
+        "[Install]",
+        "WantedBy=default.target",
+    ):
+        console.data(line)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+def _quoted(text: str) -> str:
+    """Return an argument as a unit has it (systemd.service(5), "Command lines")."""
+    plain = text.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
+    return _escaped(plain if re.fullmatch(r"[\w@%+=:,./$-]+", plain) else f'"{plain}"')
 
 
 def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str, Row]:
     """Return the condition for programs, and the row for people."""
+    label, is_named = server.label, server.label != observation.DEFAULT
+    of_name = hints.text("server.of_name", name=label) if is_named else None
     if not members:
         message = settings.masked(lifecycle.failure(server).message)
-        return "ended", Row(State.FAIL, "server", message, hint=hints.text("server.logs_or_stop"))
+        hint = of_name or hints.text("server.logs_or_stop")
+        return "ended", Row(State.FAIL, label, message, hint=hint)
     at = (
         f"{server.name} at {server.address.url}/v1, process {server.processes.supervisor_pid},"
         f" since {server.since}"
@@ -134,23 +273,28 @@ def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str,
     count = counted(len(members), "process", "processes")
     if not is_alive(server):
         text = f"{at}: its supervisor was killed, and it still has {count}"
-        return "remains", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_stop"))
+        return "remains", Row(State.FAIL, label, text, hint=of_name or hints.text("inv.serve_stop"))
     held = f"{process_tree.resident_bytes(members) / GIB:.1f} GiB in {count}"
-    if not server.is_ready:
-        text = f"{at}: it is starting, {held}"
-        return "starting", Row(State.WARN, "server", text, hint=hints.text("server.follow"))
-    if not observation.is_healthy(server.address):
+    deaths = observation.deaths(server)
+    if deaths.waits:
+        text = f"{at}: it died and waits: {deaths.waits}"
+        return "waiting", Row(State.WARN, label, text, hint=of_name or hints.text("server.follow"))
+    is_healthy = server.is_ready and observation.is_healthy(server.address)
+    if not server.is_ready or (deaths.deaths and not is_healthy):
+        text = f"{at}: it is starting{' again' if deaths.deaths else ''}, {held}"
+        return "starting", Row(State.WARN, label, text, hint=of_name or hints.text("server.follow"))
+    if not is_healthy:
         text = f"{at}: /health does not answer, {held}"
-        return "unhealthy", Row(State.FAIL, "server", text, hint=hints.text("inv.serve_logs"))
+        return "unhealthy", Row(
+            State.FAIL, label, text, hint=of_name or hints.text("inv.serve_logs")
+        )
     names = observation.served_models(server.address, key=settings.text("VLLM_API_KEY") or None)
     served = f"serves {', '.join(names)}" if names else "lists no model without its key"
-    return "ready", Row(State.OK, "server", f"{at}: {served}; {held}")
+    return "ready", Row(State.OK, label, f"{at}: {served}; {held}")
 
 
 def _changed(layout: Layout, server: Server) -> str | None:
-    from workspace.server import start
-
-    if server.facts.get("built") != start.built(layout):
+    if server.facts.get("built") != observation.built(layout):
         return "kernels or environment were built anew"
     if server.facts.get("tree") != tree_oid(layout):
         return "vendor/vllm has another tree"

@@ -84,6 +84,43 @@ def flags_that_inv_serve_refuses(user: User) -> None:
     assert "VLLM_API_KEY=a-key-of-mine" in user.world.layout.dotenv.read_text()
 
 
+@runs("server.name", "server.memory", "server.restart", "server.least_memory")
+def flags_of_inv_serve_itself(user: User) -> None:
+    model = str(serving(user))
+    verb = ("serve", model, "--dry-run")
+    again = {"serve MODEL": f"serve --dry-run {model}"}
+    for flag, name in (("--name", "A b"), ("--memory", "x"), ("--restart", "x")):
+        user.follow(f"server.{flag[2:]}", *verb, flag, name, put=again, then=False)
+    dry = {"inv serve": "inv serve --dry-run"}
+    user.follow("server.least_memory", *verb, "--memory", "0.5", put=dry, then=False)
+
+
+@runs("server.which", "server.of_name", "server.stop_of_then")
+def several_servers(user: User) -> None:
+    serving(user)
+    model = str(user.root / "model")
+    try:
+        for name in ("a", "b"):
+            port = str(lifecycle.free_port())
+            done = user.inv("serve", model, "--name", name, "--port", port, "--detach")
+            assert done.code == 0, done.output
+        user.look("server.which", "serve.stop", shows="serves standin")
+        user.look("server.which", "serve.logs", shows="serves standin")
+        user.commit("[Core] Mine", vllm__mine_py="mine = 1\n")
+        user.follow("server.stop_of_then", "serve.status", then=False)
+        there = observation.find(observation.place_of(user.world.layout, "b"))
+        assert there
+        for pid in there.members():
+            os.kill(pid, signal.SIGKILL)
+        while there.members():
+            time.sleep(0.02)
+        user.look("server.of_name", "serve.status", shows="engine started")
+    finally:
+        done = user.inv("serve.stop", "--all")
+        assert done.code == 0, done.output
+        assert observation.servers(user.world.layout) == ()
+
+
 @runs("server.api_key")
 def server_for_everyone_without_a_key(user: User) -> None:
     verb = ("serve", str(serving(user)), "--dry-run", "--", "--host", "0.0.0.0")
