@@ -2,7 +2,7 @@
 
 import pytest
 
-from workspace.machine import toolchain
+from workspace.machine import arch
 
 
 @pytest.mark.parametrize(
@@ -10,11 +10,11 @@ from workspace.machine import toolchain
     [("12.9", (12, 9)), ("3.13.0rc1", (3, 13, 0)), ("3.7.1+git12", (3, 7, 1)), ("soon", ())],
 )
 def test_key_ends_at_the_first_part_that_is_no_number(version: str, key: tuple[int, ...]) -> None:
-    assert toolchain.key(version) == key
+    assert arch.key(version) == key
 
 
 def test_list_is_read_with_every_separator_and_suffix() -> None:
-    entries = toolchain.parse_archs(" 9.0a;12.0f, 12.1 8.0+PTX")
+    entries = arch.parse(" 9.0a;12.0f, 12.1 8.0+PTX")
     assert [(entry.number, entry.suffix, entry.has_ptx) for entry in entries] == [
         ("9.0", "a", False),
         ("12.0", "f", False),
@@ -37,7 +37,7 @@ def test_list_is_read_with_every_separator_and_suffix() -> None:
     ],
 )
 def test_code_runs_on_its_major_version_or_as_ptx(entry: str, capability: str, runs: bool) -> None:
-    assert toolchain.runs_on(toolchain.parse_archs(entry)[0], capability) is runs
+    assert arch.runs_on(arch.parse(entry)[0], capability) is runs
 
 
 @pytest.mark.parametrize(
@@ -50,4 +50,4 @@ def test_code_runs_on_its_major_version_or_as_ptx(entry: str, capability: str, r
     ],
 )
 def test_probe_needs_no_newer_ptx_than_the_architecture(capability, target):
-    assert toolchain.target_of(capability) == target
+    assert arch.target_of(capability) == target

@@ -23,10 +23,10 @@ from workspace.core.process import Absent, There
 from workspace.core.settings import Settings
 from workspace.install import precompiled, stages
 from workspace.machine import doctor
+from workspace.machine.arch import key
 from workspace.machine.doctor_toolchain import compiler_hint
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import GROWTH_GIB, NATIVE_GIB, Case, Machine
-from workspace.machine.toolchain import key
 from workspace.repo import checkout, mail, patches, pins, upstream
 from workspace.repo.checkout import Checkout, Kind
 from workspace.repo.git import Git, history, worktree

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from workspace.core.paths import Layout
-from workspace.machine.toolchain import Arch, key, parse_archs, runs_on
+from workspace.machine.arch import Entry, key, parse, runs_on
 
 _SECTIONS = (b".nv_fatbin", b"__nv_relfatbin")
 _MAGIC = 0xBA55ED50
@@ -258,14 +258,14 @@ class NotBuilt:
 
 def serves(archs: str, capability: str) -> bool:
     """Return whether code for one of `archs` runs on a GPU of this capability."""
-    return any(runs_on(entry, capability) for entry in parse_archs(archs))
+    return any(runs_on(entry, capability) for entry in parse(archs))
 
 
 def judge_not_built(sentences: Sequence[str], archs: str) -> NotBuilt:
     """Judge configure's messages about kernels that it leaves out, by its architecture list. With
     an empty list all messages are unknown.
     """
-    wanted = tuple(entry.number for entry in parse_archs(archs))
+    wanted = tuple(entry.number for entry in parse(archs))
     expected, failures, unknown = [], [], []
     counts = Counter(sentence.strip().removeprefix("-- ") for sentence in sentences)
     for sentence, count in counts.items():
@@ -331,7 +331,7 @@ def judge(
     """Judge the libraries of a CUDA build for the GPUs, or for an architecture list if there is no
     GPU.
     """
-    wanted = tuple(dict.fromkeys(capabilities or (entry.number for entry in parse_archs(archs))))
+    wanted = tuple(dict.fromkeys(capabilities or (entry.number for entry in parse(archs))))
     return tuple(
         Judgement(one.library, *_verdict(one, _support_of(one.library), wanted)) for one in found
     )
@@ -402,7 +402,7 @@ def driver_work(found: Sequence[Cubins], capabilities: Sequence[str]) -> str:
     )
 
 
-def _stranded(entries: Sequence[Arch], fitting: Sequence[Arch], capability: str) -> Arch | None:
+def _stranded(entries: Sequence[Entry], fitting: Sequence[Entry], capability: str) -> Entry | None:
     """Return machine code for a similar GPU alone, if this GPU has no such code: kernels compiled
     so have no other form (vllm-project/vllm#43367).
     """
@@ -428,11 +428,13 @@ def _stem(library: str) -> str:
     return PurePosixPath(library).name.split(".")[0]
 
 
-def _entry(name: str) -> Arch:
+def _entry(name: str) -> Entry:
     found = _NAME.fullmatch(name)
     if found is None:
         raise ValueError(f"{name} is not an architecture")
-    return Arch(name, f"{found['major']}.{found['minor']}", found["suffix"], found["ptx"] == "ptx ")
+    return Entry(
+        name, f"{found['major']}.{found['minor']}", found["suffix"], found["ptx"] == "ptx "
+    )
 
 
 def _list_one(layout: Layout, library: Path) -> Cubins:

@@ -20,7 +20,7 @@ from workspace.core.errors import SettingsError, SourceError
 from workspace.core.files import sha256
 from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings, Value
-from workspace.machine.toolchain import parse_archs
+from workspace.machine.arch import parse
 from workspace.repo import index, pins
 from workspace.repo.pins import SHA256, Pin, PrecompiledWheel
 
@@ -394,13 +394,11 @@ def _other_family(tree: Path, archs: str) -> str | None:
     """Return why the release lacks kernels for an architecture's family, None also if unknown."""
     try:
         record = records.load(tree / "docker" / "versions.json", _Bake)
-        released = parse_archs(record.variable["TORCH_CUDA_ARCH_LIST"]["default"]) if record else ()
+        released = parse(record.variable["TORCH_CUDA_ARCH_LIST"]["default"]) if record else ()
     except (LookupError, ValueError):
         return None
     families = {entry.number.split(".")[0] for entry in released}
-    other = [
-        entry.text for entry in parse_archs(archs) if entry.number.split(".")[0] not in families
-    ]
+    other = [entry.text for entry in parse(archs) if entry.number.split(".")[0] not in families]
     if not other or not released:
         return None
     return (

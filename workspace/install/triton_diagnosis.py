@@ -16,7 +16,7 @@ from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import is_met, origin, pairing
-from workspace.machine import dotenv, interpreter, jit_caches, toolchain, torch
+from workspace.machine import arch, dotenv, interpreter, jit_caches, torch
 from workspace.machine.dotenv import Verdict
 from workspace.machine.machine import Case, Machine
 from workspace.repo.git import Git
@@ -208,7 +208,7 @@ def _installed(
 def _assembler(case: Case, verdict: Verdict, capability: str) -> Row:
     assembler, trial = verdict.assembler, verdict.trial
     name, variable = assembler.name, assembler.variable
-    target, _ = toolchain.target_of(capability)
+    target, _ = arch.target_of(capability)
     broken = State.FAIL if assembler.is_used else State.WARN
     if verdict.is_refused:
         seen = f"{variable}={verdict.own} is not an executable program"

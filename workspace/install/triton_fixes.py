@@ -18,9 +18,9 @@ from workspace.core.settings import Settings
 from workspace.install import stamp
 from workspace.install.triton_diagnosis import Diagnosis
 from workspace.machine import dotenv, interpreter, jit_caches
+from workspace.machine.arch import key
 from workspace.machine.dotenv import Verdict
 from workspace.machine.machine import Case, Machine
-from workspace.machine.toolchain import key
 
 WHY = "changed by inv fix-triton on {day}"
 

@@ -23,9 +23,9 @@ from workspace.core.settings import (
     similar,
 )
 from workspace.machine import run_environment
+from workspace.machine.arch import key
 from workspace.machine.machine import Case, Machine
 from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
-from workspace.machine.toolchain import key
 
 # Variables of the shell that concern vLLM although no setting has their name.
 _OF_INTEREST = re.compile(

@@ -14,9 +14,9 @@ from workspace.core import hints, process
 from workspace.core.console import Row, State
 from workspace.core.errors import WorkspaceError
 from workspace.core.process import Absent, Broken, NoAnswer, Slow, There
-from workspace.machine import dotenv, interpreter, requirements, toolchain
+from workspace.machine import arch, dotenv, interpreter, requirements
+from workspace.machine.arch import OLDEST_CAPABILITY, key
 from workspace.machine.machine import Case, unanswered, verdict
-from workspace.machine.toolchain import OLDEST_CAPABILITY, key
 from workspace.machine.torch import CUDA_MAJOR
 
 if TYPE_CHECKING:
@@ -392,13 +392,13 @@ def archs(case: Case) -> Iterator[Row]:
         yield Row(State.SKIPPED, "arch list", NOT_NEEDED, "a CPU build has no architectures")
         return
     text = case.settings.text("TORCH_CUDA_ARCH_LIST")
-    capabilities = toolchain.known_capabilities(case.machine.capabilities)
+    capabilities = arch.known_capabilities(case.machine.capabilities)
     if capabilities:
         here = f"GPU {' and '.join(capabilities)}"
     else:
         here = "a GPU of unknown capability" if case.machine.gpus else "no GPU here"
     seen = f"{text or 'not set'}; {here}"
-    fault = _arch_fault(case, toolchain.parse_archs(text), capabilities)
+    fault = _arch_fault(case, arch.parse(text), capabilities)
     if fault is None:
         yield Row(State.OK, "arch list", seen, "kernels are compiled for these architectures only")
         return
@@ -413,16 +413,16 @@ def archs(case: Case) -> Iterator[Row]:
 
 
 def _arch_fault(
-    case: Case, entries: tuple[toolchain.Arch, ...], capabilities: tuple[str, ...]
+    case: Case, entries: tuple[arch.Entry, ...], capabilities: tuple[str, ...]
 ) -> str | None:
     found = case.toolkit()
-    fault = toolchain.fault_of(entries, capabilities)
+    fault = arch.fault_of(entries, capabilities)
     if fault or found is None:
         return fault
     listing = process.certain(
         process.output_of(case.ask([found.nvcc, "--list-gpu-arch"])), found.nvcc
     )
-    unsupported = toolchain.unsupported(entries, toolchain.archs_of_nvcc(listing or ""))
+    unsupported = arch.unsupported(entries, arch.archs_of_nvcc(listing or ""))
     return (
         f"nvcc {found.version} does not support {' and '.join(unsupported)}"
         if unsupported

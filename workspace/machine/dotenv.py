@@ -21,14 +21,14 @@ from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.process import Answer, There
 from workspace.core.settings import Settings
-from workspace.machine.machine import Case, Machine
-from workspace.machine.toolchain import (
+from workspace.machine.arch import (
     USUAL_CAPABILITY,
     key,
     known_capabilities,
     suggest_list,
     target_of,
 )
+from workspace.machine.machine import Case, Machine
 
 KV_CACHE_SHARE = 1 / 6
 _PLAIN = re.compile(r"[\w/.,:;+@%=-]*")

@@ -24,7 +24,7 @@ from workspace.core.paths import Layout
 from workspace.core.process import Answer, Broken, There
 from workspace.core.settings import Settings
 from workspace.machine import toolchain
-from workspace.machine.toolchain import key
+from workspace.machine.arch import key
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet

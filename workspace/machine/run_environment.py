@@ -25,8 +25,8 @@ from workspace.core.paths import Layout
 from workspace.core.process import Broken, There
 from workspace.core.settings import Settings, shortened
 from workspace.machine import interpreter, jit_caches, torch
+from workspace.machine.arch import key
 from workspace.machine.machine import Case, Machine, unanswered
-from workspace.machine.toolchain import key
 
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0
