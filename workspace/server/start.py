@@ -38,8 +38,8 @@ _GGUF = "vllm-gguf-plugin"
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Options of `inv serve`. `force`: serve although the server is open to others without a key,
-    or memory may not suffice. `server` is the name among the servers of this clone.
+    """Options of `inv serve`. `force`: serve although open to others without a key, or with too
+    little memory. `server` is the name among the servers of this clone.
     """
 
     name: str
@@ -106,10 +106,9 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     for text in [*(variables if options.dry_run or console.is_verbose else ()), typed]:
         (console.data if options.dry_run else console.info)(text)
     if not options.dry_run:
+        again = command.typed(options.name, line.extra, detach=options.detach, own=options.own)
         facts = {
-            "typed": command.typed(
-                options.name, line.extra, detach=options.detach, own=options.own
-            ),
+            "typed": again,
             "built": observation.built(layout),
             "tree": command.tree_oid(layout),
             "device": session.device,

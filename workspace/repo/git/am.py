@@ -8,6 +8,7 @@ upstream has is dropped with 0. The commits count.
 import codecs
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.repo.git import command
 from workspace.repo.git.command import Answer, first_line, split
-from workspace.repo.git.repository import Git, take_in
+from workspace.repo.git.repository import Git
 
 # The result must not depend on the user, the place and the time.
 _AM = (
@@ -116,7 +117,7 @@ def _applied_in(
         am = (*_AM, *(() if has_files else ("--no-3way",)), *map(str, patches))
         answer = scratch.write(*_SMALL_INDEX, *_UNSYNCED, *am, check=False)
         if answer.status == 0:
-            take_in(folder / "git" / "objects", git.path_of("objects"))
+            _take_in(folder / "git" / "objects", git.path_of("objects"))
             return Applied(scratch.head())
         stopped = position(scratch)
         return stopped_at(scratch, stopped.number if stopped else 1, answer)
@@ -396,3 +397,24 @@ def recommitted(
         return git.write(
             "commit-tree", "-p", parent, "-F", file.name, commit.tree, env=env
         ).out.strip()
+
+
+def _take_in(made: Path, objects: Path) -> None:
+    """Copy loose objects from `made` into a repository; each reaches the disk before it is named.
+
+    Git takes an object file that a power cut emptied for complete, and never writes it again.
+    """
+    copies: dict[Path, Path] = {}
+    for file in made.glob("??/*"):
+        target = objects / file.parent.name / file.name
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            # Git prunes files of such a name, which a kill may leave.
+            copies[target] = target.with_name(f"tmp_obj_{file.name[:12]}")
+            copies[target].unlink(missing_ok=True)
+            shutil.copy(file, copies[target])
+    if copies:
+        os.sync()
+        for target, copy in copies.items():
+            os.replace(copy, target)
+        os.sync()

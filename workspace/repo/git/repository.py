@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -448,27 +447,6 @@ def last_move(git: Git) -> Move | None:
         return None
     (_, email, message), (before, _, _) = entries
     return Move(message, before, email == command.IDENTITY[1])
-
-
-def take_in(made: Path, objects: Path) -> None:
-    """Copy loose objects from `made` into a repository; each reaches the disk before it is named.
-
-    Git takes an object file that a power cut emptied for complete, and never writes it again.
-    """
-    copies: dict[Path, Path] = {}
-    for file in made.glob("??/*"):
-        target = objects / file.parent.name / file.name
-        if not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            # Git prunes files of such a name, which a kill may leave.
-            copies[target] = target.with_name(f"tmp_obj_{file.name[:12]}")
-            copies[target].unlink(missing_ok=True)
-            shutil.copy(file, copies[target])
-    if copies:
-        os.sync()
-        for target, copy in copies.items():
-            os.replace(copy, target)
-        os.sync()
 
 
 def untracked(git: Git) -> tuple[str, ...]:
