@@ -83,7 +83,7 @@ def _observed(
     condition, row = _judged(settings, server, members)
     changed = _changed(layout, server) if members else None
     deaths = observation.deaths(server)
-    told = [(death, *lifecycle.cause_of(server, death)) for death in deaths.deaths]
+    reported = [(death, *lifecycle.cause_of(server, death)) for death in deaths.deaths]
     record: dict[str, object] = {
         "server": server.label,
         "state": condition,
@@ -96,12 +96,12 @@ def _observed(
         "changed": changed,
         "deaths": [
             {"at": round(death.at), "cause": settings.masked(cause), "hint": hint}
-            for death, cause, hint in told
+            for death, cause, hint in reported
         ],
         "waits": deaths.waits if members else "",
     }
     rows = [row]
-    for death, cause, hint in told[: len(told) if members else -1]:
+    for death, cause, hint in reported[: len(reported) if members else -1]:
         at = datetime.datetime.fromtimestamp(death.at, datetime.UTC).isoformat(timespec="seconds")
         text = settings.masked(f"it died at {at}: it {cause}")
         rows.append(Row(State.WARN, server.label, text, hint=hint))
