@@ -58,8 +58,7 @@ def hold(
         is_reported = False
         while True:
             try:
-                kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 sentence = _holder(file.name)

@@ -216,7 +216,6 @@ def print_unit(
     argv = [str(layout.root / "scripts" / "inv"), "serve", options.name, *options.own]
     argv += ["--", *options.extra] if options.extra else []
     steps = math.ceil(math.log2(process_tree.LONGEST_PAUSE_S / process_tree.FIRST_PAUSE_S))
-    codes = " ".join(str(error.exit_code) for error in ERRORS)
     unit = f"vllm-{name}.service"
     for line in (
         f"# ~/.config/systemd/user/{unit}; then: systemctl --user daemon-reload",
@@ -231,7 +230,7 @@ def print_unit(
         f"WorkingDirectory={_escaped(str(layout.root))}",
         f"ExecStart={' '.join(map(_quoted, argv))}",
         "Restart=on-failure",
-        f"RestartPreventExitStatus={codes}",
+        f"RestartPreventExitStatus={' '.join(str(error.exit_code) for error in ERRORS)}",
         f"SuccessExitStatus={128 + signal.SIGINT} {128 + signal.SIGTERM}",
         f"RestartSec={process_tree.FIRST_PAUSE_S:g}",
         f"RestartSteps={steps}",
