@@ -69,6 +69,11 @@ class Free:
     host_gib: float = 0.0
     promised_gib: float = 0.0
 
+    @property
+    def beside(self) -> str:
+        promised = f"{self.promised_gib:.1f} GiB that other servers here will still take"
+        return f" beside {promised}" if self.promised_gib else ""
+
     def without(self, promised_gib: float) -> "Free":
         left = max(0.0, self.available_gib - promised_gib)
         return replace(self, available_gib=left, promised_gib=promised_gib)
@@ -302,9 +307,8 @@ def judge_one(
     seen = (
         f"needs {needs:.1f} GiB, takes {takes:.1f} GiB; {free.available_gib:.1f} of"
         f" {free.total_gib:.1f} GiB are available{f' on {free.gpu}' if free.gpu else ''}"
+        f"{free.beside}"
     )
-    if free.promised_gib:
-        seen += f" beside {free.promised_gib:.1f} GiB that other servers here will still take"
     residents = ", ".join(_named(resident) for resident in free.residents)
     holding = f"; the GPU is held by {residents}" if residents else ""
     if given < needs <= free.available_gib:

@@ -9,7 +9,7 @@ Run as `python -I -S process_tree.py LIFELINE LOCK GRACE_S ENDED FOLDER RESTARTS
 file is the supervisor: the parent of all processes of a server, in a session of its own. LIFELINE
 is the read end of a pipe: when it closes, the process that started the server is dead and the
 supervisor ends the server; one byte in it lets the server live on alone. LOCK is kept open, and so
-locked. RESTARTS says whether a server that died is started again. Standard library only.
+locked. RESTARTS is whether a server that died is started again. Standard library only.
 """
 
 import contextlib

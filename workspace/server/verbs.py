@@ -83,7 +83,7 @@ def _observed(
     condition, row = _judged(settings, server, members)
     changed = _changed(layout, server) if members else None
     deaths = observation.deaths(server)
-    told = [(death, *lifecycle.cause_of(server, death)) for death in deaths.deaths]
+    reported = [(death, *lifecycle.cause_of(server, death)) for death in deaths.deaths]
     record: dict[str, object] = {
         "server": server.label,
         "state": condition,
@@ -96,12 +96,12 @@ def _observed(
         "changed": changed,
         "deaths": [
             {"at": round(death.at), "cause": settings.masked(cause), "hint": hint}
-            for death, cause, hint in told
+            for death, cause, hint in reported
         ],
         "waits": deaths.waits if members else "",
     }
     rows = [row]
-    for death, cause, hint in told[: len(told) if members else -1]:
+    for death, cause, hint in reported[: len(reported) if members else -1]:
         at = datetime.datetime.fromtimestamp(death.at, datetime.UTC).isoformat(timespec="seconds")
         text = settings.masked(f"it died at {at}: it {cause}")
         rows.append(Row(State.WARN, server.label, text, hint=hint))
@@ -216,7 +216,6 @@ def print_unit(
     argv = [str(layout.root / "scripts" / "inv"), "serve", options.name, *options.own]
     argv += ["--", *options.extra] if options.extra else []
     steps = math.ceil(math.log2(process_tree.LONGEST_PAUSE_S / process_tree.FIRST_PAUSE_S))
-    codes = " ".join(str(error.exit_code) for error in ERRORS)
     unit = f"vllm-{name}.service"
     for line in (
         f"# ~/.config/systemd/user/{unit}; then: systemctl --user daemon-reload",
@@ -231,7 +230,7 @@ def print_unit(
         f"WorkingDirectory={_escaped(str(layout.root))}",
         f"ExecStart={' '.join(map(_quoted, argv))}",
         "Restart=on-failure",
-        f"RestartPreventExitStatus={codes}",
+        f"RestartPreventExitStatus={' '.join(str(error.exit_code) for error in ERRORS)}",
         f"SuccessExitStatus={128 + signal.SIGINT} {128 + signal.SIGTERM}",
         f"RestartSec={process_tree.FIRST_PAUSE_S:g}",
         f"RestartSteps={steps}",
