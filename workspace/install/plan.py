@@ -410,7 +410,9 @@ def _changed_sources(
     if tree is None or current.base is None:
         return ()
     commit = precompiled.sources_commit(pin, current.base)
-    pinned = tree.git.entries(COMPILED_SOURCES, commit)
+    # Without the commit every source counts as changed, until a bootstrap has fetched it.
+    is_here = commit in tree.git.present((commit,))
+    pinned = tree.git.entries(COMPILED_SOURCES, commit) if is_here else {}
     return changed_paths(pinned, tree.entries(COMPILED_SOURCES))
 
 
