@@ -159,6 +159,18 @@ def test_base_that_the_fork_lacks_is_fetched_from_upstream_into_a_fresh_clone(
         assert sh_git(fresh.vllm, "show", "v1.1.0:CMakeLists.txt")
 
 
+def test_base_that_a_checkout_lacks_is_fetched_by_the_next_bootstrap(
+    clone: Workspace, fork: Path, two_releases: TwoReleases
+) -> None:
+    clone.ensure("git")
+    clone.pin = find(clone, f"file://{fork}@mine/feature", base="v1.1.0").pin
+    # What the hint of a checkout behind its pin does: only the commit comes along.
+    sh_git(clone.vllm, "fetch", "--quiet", f"file://{fork}", clone.pin.commit)
+    sh_git(clone.vllm, "checkout", "--quiet", "--detach", "FETCH_HEAD")
+    clone.ensure("git")
+    assert head(clone.vllm, "v1.1.0") == two_releases.commits["1.1.0"]
+
+
 def test_tag_and_branch_of_one_name_need_the_whole_name(clone: Workspace, fork: Path) -> None:
     clone.ensure("git")
     sh_git(fork, "tag", "mine/feature", "HEAD~1")

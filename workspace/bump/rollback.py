@@ -251,13 +251,13 @@ def _checkout(layout: Layout, pin: Pin) -> tuple[PinRow, PinRow]:
         text = f"{pin.tag} {pin.commit[:12]}; {exc.message}"
         unknown = PinRow(State.FAIL, "patches", exc.message)
         return PinRow(State.FAIL, "pin", text, facts=facts), unknown
-    fits = found.kind.is_pinned
+    fits, origin = found.kind.is_pinned, f" of {without_user(pin.url)}" if pin.upstream else ""
     is_missing = found.kind is checkout.Kind.MISSING
     state = State.OK if fits else State.MISSING if is_missing else State.FAIL
     row = PinRow(
         state,
         "pin",
-        f"{pin.tag} {pin.commit[:12]}; vendor/vllm: {found.detail}",
+        f"{pin.tag} {pin.commit[:12]}{origin}; vendor/vllm: {found.detail}",
         facts=facts | {"kind": found.kind.value},
     )
     return row, _stack(layout, pin, found)

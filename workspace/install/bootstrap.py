@@ -125,7 +125,9 @@ def stages_of(observed: plan.Observation, *, is_sandbox: bool = False) -> tuple[
 
 def _source(settings: Settings, observed: plan.Observation) -> tuple[bool, str]:
     current, choice = observed.checkout, settings.text("SOURCE")
-    exists = current.kind.is_pinned
+    exists, base, tree = current.kind.is_pinned, observed.pin.base, observed.tree
+    if base and tree and base.commit not in tree.git.present((base.commit,)):
+        return True, f"vendor/vllm lacks {base.tag}, the base of the pin"
     return not exists or choice not in ("auto", current.kind.name.lower()), current.detail
 
 

@@ -274,7 +274,7 @@ def _kernels(
     )
     sentence: tuple[str, ...] = ()
     if changed_sources:
-        sentence = (changed_sources_sentence(facts.pin, changed_sources),)
+        sentence = (changed_sources_sentence(changed_sources, facts.pin.base),)
     if recorded is None:
         return Layer(
             "kernels", State.MISSING, ("no build was finished",), inputs | compiled
@@ -410,12 +410,14 @@ def _changed_sources(
     if tree is None or current.base is None:
         return ()
     commit = precompiled.sources_commit(pin, current.base)
-    pinned = tree.git.entries(COMPILED_SOURCES, commit)
+    # Without the commit every source counts as changed, until a bootstrap has fetched it.
+    is_here = commit in tree.git.present((commit,))
+    pinned = tree.git.entries(COMPILED_SOURCES, commit) if is_here else {}
     return changed_paths(pinned, tree.entries(COMPILED_SOURCES))
 
 
-def changed_sources_sentence(pin: pins.Pin, changed: tuple[str, ...]) -> str:
-    origin = pin.base.tag if pin.base else "the pin"
+def changed_sources_sentence(changed: tuple[str, ...], base: pins.Base | None = None) -> str:
+    origin = base.tag if base else "the pin"
     return (
         f"compiled from {origin}'s sources; {errors.listed(changed)}"
         f" {'differs' if len(changed) == 1 else 'differ'} from them"

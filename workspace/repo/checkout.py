@@ -159,20 +159,27 @@ def ensure(
     Raises CheckoutError for other content in its folder, or for a checkout of another kind than
     `choice`; SourceError where it cannot be fetched or differs from the pin.
     """
-    found = observe(layout, pin)
+    found, making = observe(layout, pin), _Making(layout, pin, settings, run_log, step)
     if found.kind is Kind.FOREIGN:
         raise _foreign(layout, pin, settings, found)
     if found.kind is not Kind.MISSING:
         if choice not in ("auto", found.kind.value):
             raise _other_kind(layout, pin, found, choice)
+        _complete(making, found)
         return found
-    making = _Making(layout, pin, settings, run_log, step)
     if choice == "release" or not _make_from_git(making, choice):
         _make_from_archive(making)
     made = observe(layout, pin)
     if made.base is None:
         raise _foreign(layout, pin, settings, made)
     return made
+
+
+def _complete(making: _Making, found: Checkout) -> None:
+    """Fetch the base of the pin where the user fetched only the pinned commit."""
+    tree, base = Git(making.path), making.pin.base
+    if base and found.kind is Kind.GIT and base.commit not in tree.present((base.commit,)):
+        fetch_base(tree, making.pin, making.upstream)
 
 
 def protect(layout: Layout, *, run_log: RunLog | None = None) -> None:
