@@ -115,8 +115,10 @@ def prepare():
         try:
             remove_leftovers()
             bundle = bundle_of(sys.argv[1:])
-            environment, index = package_sources() if bundle is None else bundled_sources(bundle)
-            python = find_python()
+            if bundle is None:
+                (environment, index), python = package_sources(), find_python()
+            else:
+                environment, index, python = bundled_sources(bundle)
             build(
                 find_uv(environment) or install_uv(python, environment), python, environment, index
             )
@@ -291,14 +293,18 @@ def bundle_of(argv):
 
 def bundled_sources(bundle):
     """Return environment and options that take packages from a bundle alone, after a check of its
-    tools: see workspace/install/bundle.py.
+    tools, and a Python that its wheels are for: see workspace/install/bundle.py.
     """
     folder = os.path.join(bundle, "files")
     try:
         with open(os.path.join(bundle, "manifest.json"), encoding="utf-8") as file:
-            items = json.load(file)["items"]
+            manifest = json.load(file)
+        items, target = manifest["items"], manifest["target"]
         tools = [item for item in items if "tools" in item["uses"]]
         wrong = [item["name"] for item in tools if not is_as_listed(folder, item)]
+        if not re.match(r"3\.[0-9]{1,2}$", target["python"]):
+            raise ValueError("its Python is not a version")
+        python = "python" + target["python"]
     except (OSError, ValueError, LookupError, TypeError) as exc:
         raise Failure(
             SETTINGS,
@@ -318,7 +324,8 @@ def bundled_sources(bundle):
     }
     environment.update(UV_OFFLINE="1", UV_NO_CONFIG="1", PIP_CONFIG_FILE=os.devnull)
     environment.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=folder)
-    return environment, ["--no-index", "--find-links=" + folder]
+    options = ["--no-index", "--find-links=" + folder]
+    return environment, options, shutil.which(python) or find_python()
 
 
 def is_as_listed(folder, item):

@@ -310,7 +310,8 @@ def bundled(folder: Path, name: str = "uv-0.13.9-py3-none-any.whl") -> Path:
     (folder / "files" / "uv-0.13.9-py3-none-any.whl").write_bytes(b"a wheel")
     digest = hashlib.sha256(b"a wheel").hexdigest()
     items = [{"name": name, "size": 7, "sha256": digest, "uses": ["tools"]}]
-    (folder / "manifest.json").write_text(json.dumps({"items": items}))
+    document = {"target": {"python": "3.11"}, "items": items}
+    (folder / "manifest.json").write_text(json.dumps(document))
     return folder
 
 
@@ -343,7 +344,12 @@ def test_bundle_whose_tools_are_not_as_listed_is_refused(
     assert not bare.tools.exists()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"items": [1]}', '{"items": [{"uses": ["tools"]}]}'])
+EVIL = '{"items": [], "target": {"python": "/../../evil"}}'
+
+
+@pytest.mark.parametrize(
+    "text", [EVIL, "{", "[]", '{"items": [1]}', '{"items": [{"uses": ["tools"]}]}']
+)
 def test_folder_that_is_no_bundle_is_refused(bare: Clone, tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     result = bare.inv("bootstrap", "--from", str(tmp_path))

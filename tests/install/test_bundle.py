@@ -236,6 +236,15 @@ def test_hostile_name_never_leaves_the_folder(
     assert "is not the name of a file" in other.run("bootstrap", "--from", str(bundle)).error(11)
 
 
+@pytest.mark.parametrize(("key", "text"), [("python", "/../../evil"), ("glibc", "new")])
+def test_hostile_version_is_refused(
+    bundle: Path, materials: Materials, tmp_path: Path, key: str, text: str
+) -> None:
+    change(bundle, lambda document: document["target"].update({key: text}))  # type: ignore[attr-defined]
+    other = fresh(materials, tmp_path / "other")
+    assert "are no versions" in other.run("bootstrap", "--from", str(bundle)).error(11)
+
+
 def test_link_in_the_place_of_a_file_is_no_file(
     bundle: Path, materials: Materials, tmp_path: Path
 ) -> None:

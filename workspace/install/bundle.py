@@ -63,6 +63,9 @@ class Manifest(records.Record, schema=1):
     items: tuple[Item, ...]
 
     def validate(self) -> None:
+        versions = f"{self.target.python} {self.target.glibc}"
+        if not re.fullmatch(r"3\.[0-9]{1,2} 2\.[0-9]{1,4}", versions):
+            raise records.DecodeError(f"{versions!r} are no versions of Python and glibc")
         for item in self.items:
             if not _NAME.fullmatch(item.name) or item.size < 0:
                 raise records.DecodeError(f"{item.name!r} is not the name of a file in {FILES}/")
@@ -130,10 +133,11 @@ def make(
             made = tuple(_made(observed, manifest, folder / FILES, run_log))
             view.reason = ", ".join(item.name for item in made)
         fetched = (_item(folder / FILES / part.item.name, *part.item.uses) for part in parts)
-        records.write(folder / MANIFEST, replace(manifest, items=(*fetched, *made)))
+        manifest = replace(manifest, items=(*fetched, *made))
+        records.write(folder / MANIFEST, manifest)
         if folder != place:
             with stages.step(run_log, "pack") as view:
-                view.reason = counted(_pack(folder, place, piece), "file")
+                view.reason = counted(_pack(manifest, folder, place, piece), "file")
             shutil.rmtree(folder)
     console.info(f"{place}: vLLM {manifest.tag} for {manifest.machine}")
     console.hint(hints.text("install.bootstrap_from", folder=place))
@@ -338,13 +342,21 @@ def _made(
         run_log.console.warn("this clone is no git repository: the workspace is not in the bundle")
     elif edited := [path for path in outer.edits() if path != "vendor/vllm"]:
         run_log.console.warn(f"not committed, so not in the bundle: {listed(edited)}")
-    for name, git, refs in (
-        (WORKSPACE, outer, ("HEAD", "--branches")),
-        (SOURCE, Git(layout.vllm) if manifest.source == "git" else None, (manifest.tag,)),
-    ):
-        if git is not None:
-            git.write("bundle", "create", "--quiet", str(folder / name), *refs, run_log=run_log)
-            yield _item(folder / name, "git")
+    if outer is not None:
+        path = str(folder / WORKSPACE)
+        outer.write("bundle", "create", "--quiet", path, "HEAD", "--branches", run_log=run_log)
+        yield _item(folder / WORKSPACE, "git")
+    if manifest.source == "git":
+        with files.folder_beside(folder) as scratch:
+            # A bundle does not say which commit an annotated tag names: it gets a branch.
+            (scratch / "tree").mkdir()
+            copy = Git(scratch / "tree")
+            copy.init()
+            copy.fetch_from(layout.vllm, "+HEAD:refs/heads/all", run_log=run_log)
+            copy.set_ref("refs/heads/pin", manifest.commit)
+            path = str(folder / SOURCE)
+            copy.write("bundle", "create", "--quiet", path, "refs/heads/pin", run_log=run_log)
+        yield _item(folder / SOURCE, "git")
     is_own = own and own.kernels and (own.kernels.is_compiled or own.kernels.is_wheel_file)
     if is_own and _own_packages(observed, manifest):
         yield _item(wheel.pack(layout, observed, folder).path, "kernels")
@@ -437,12 +449,14 @@ class _Pieces(io.BufferedIOBase):
         return len(memoryview(content))
 
 
-def _pack(folder: Path, place: Path, most: int | None) -> int:
+def _pack(manifest: Manifest, folder: Path, place: Path, most: int | None) -> int:
     """Write a bundle as one file or as pieces, which appear once all are written."""
+    names = (MANIFEST, *(f"{FILES}/{item.name}" for item in manifest.items))
     with files.folder_beside(place) as scratch:
         pieces = _Pieces(scratch / place.name, most or sys.maxsize)
         with tarfile.open(mode="w|", fileobj=pieces) as archive:
-            archive.add(folder, arcname=".")
+            for name in names:
+                archive.add(folder / name, arcname=name)
         packed = sorted(scratch.iterdir())
         for path in packed:
             path.replace(place.with_name(path.name) if most else place)
