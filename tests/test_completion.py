@@ -74,7 +74,12 @@ def warm(clone: Clone) -> Iterator[Warm]:
         ("serve.fetch t", "tiny"),
         ("serve tiny --de", "--detach"),
         ("serve --detach t", "tiny"),
-        ("serve tiny ", "--detach --dry-run --force --help"),
+        (
+            "serve tiny ",
+            "--detach --dry-run --force --help --memory --name --port --restart",
+        ),
+        ("serve.stop ", ""),
+        ("serve.stop --a", "--all"),
         ("serve tiny -- --po", ""),
         ("completion ", "bash fish zsh"),
         ("patch.export --patch ", "faster.patch"),

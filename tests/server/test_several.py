@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.test_server import is_clean, launch
+from workspace.cli import completion
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SettingsError
 from workspace.core.paths import Layout
@@ -22,6 +23,7 @@ def test_each_server_has_a_place_and_stop_all_leaves_nothing(tmp_path: Path) -> 
     layout = Layout(tmp_path)
     made = [started(layout, name) for name in ("", "a", "b")]
     assert [there.label for there in observation.servers(layout)] == ["server", "a", "b"]
+    assert list(completion._servers(layout)) == ["server", "a", "b"]
     assert len({there.log.parent for there in made}) == 3
     with pytest.raises(SettingsError, match="3 servers run here: server, a, b; name one"):
         verbs.stop(layout, console=Console())
