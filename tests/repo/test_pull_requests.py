@@ -23,6 +23,7 @@ from workspace.core.errors import PatchConflict, PatchDrift, SettingsError, Sour
 from workspace.repo import export, patching
 from workspace.repo.export import Export
 from workspace.repo.patches import ImportOptions, State
+from workspace.repo.pins import Wanted
 
 ANN, BOB, EVE = ("Ann Ö <ann@a.example>", "Bob (QA) <bob@b.example>", "Doe, Eve <eve@c.example>")
 LONG = "[Bugfix] Größenänderung " + "über mehrere Wörter, 日本語, " * 9
@@ -456,5 +457,7 @@ def test_forecast_knows_a_request_that_upstream_took_by_its_net_change(
         done = patching.take(clone.session(), ImportOptions("2", squash=squash))
         assert len(done.written) == len(fates)
         console = Console(out=clone.out, err=clone.err)
-        judged = forecast.run(clone.layout, clone.settings(), "v1.1.0", console=console)
+        judged = forecast.run(
+            clone.layout, clone.settings(), Wanted.read("v1.1.0"), console=console
+        )
         assert [patch.state for patch in judged.patches] == fates

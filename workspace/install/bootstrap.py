@@ -415,7 +415,7 @@ def _settings_for(
     if settings.source("PYTHON_VERSION") == "default":
         wanted["PYTHON_VERSION"] = manifest.target.python
     own = [item.name for item in manifest.items if "kernels" in item.uses]
-    if own and settings.text("KERNELS") == "auto":
+    if own and settings.source("KERNELS") == "default":
         wanted["KERNELS"] = str(folder / bundle.FILES / own[0])
     shell = {name: text for name, text in settings.shell.items() if not _PLACES.fullmatch(name)}
     shell |= {

@@ -174,7 +174,7 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
 
 def _report_branch(session: Session, name: str, path: Path, shown: str) -> None:
     place = session.layout.relative(path)
-    repository = session.pin.url.rstrip("/").rpartition("/")[2].removesuffix(".git")
+    repository = session.pin.of_upstream.url.rstrip("/").rpartition("/")[2].removesuffix(".git")
     console = session.run_log.console
     console.info(f"branch {name} is in {place}, signed off, one commit on upstream's main")
     console.hint(hints.text("repo.push_branch", folder=place, repository=repository, branch=name))
@@ -338,7 +338,7 @@ def _net_of(page: str, session: Session) -> Callable[[], bytes]:
 
 def _home(session: Session) -> str | None:
     """Return the page at GitHub of the pinned project, or None."""
-    found = _GITHUB.fullmatch(session.pin.url)
+    found = _GITHUB.fullmatch(session.pin.of_upstream.url)
     return f"https://github.com/{found[1]}/{found[2]}" if found else None
 
 
@@ -356,7 +356,7 @@ def _pull_request(session: Session, number: int) -> Origin:
 
     Raises SourceError where neither is possible, and PatchDrift for a request without commits.
     """
-    layout, pin, settings = session.layout, session.pin, session.settings
+    layout, pin, settings = session.layout, session.pin.of_upstream, session.settings
     git = Git(checkouts.folder_of(layout, pin))
     home, name = _home(session), f"pull-{number}"
     public = f"{home}/pull/{number}" if home else None
