@@ -258,6 +258,13 @@ def after_a_merge(workspace: Workspace, again: str, merged: str) -> Path:
     return file(workspace, f"{first}\n{sh_git(made, 'format-patch', '--stdout', '-1')}\n")
 
 
+def test_commits_after_a_merge_of_main_are_placed_and_it_is_said(applied: Workspace) -> None:
+    path = after_a_merge(applied, "again\n", "mine\nmain moved\na\n")
+    assert take(applied, path).written == ("Mine.patch", "Again.patch")
+    assert (applied.vllm / "csrc/a.cu").read_text() == "again\nmine\na\n"
+    assert "main was merged between its commits" in applied.err.getvalue()
+
+
 def test_commits_after_a_merge_that_fit_nowhere_are_refused(applied: Workspace) -> None:
     head = applied.stack().head
     path = after_a_merge(applied, "again\n", "other\nmain moved\nb\n")
@@ -265,6 +272,12 @@ def test_commits_after_a_merge_that_fit_nowhere_are_refused(applied: Workspace) 
         take(applied, path)
     assert "onflict" not in no.value.message
     assert applied.stack().head == head
+
+
+def test_patch_that_does_not_fit_is_not_placed_by_less_context(applied: Workspace) -> None:
+    diff = EDIT.replace("@@ -1 +1 @@", "@@ -1,2 +1,2 @@\n other")
+    with pytest.raises(PatchConflict, match="does not apply"):
+        take(applied, file(applied, mail_of("From: A <a@b.c>", diff=diff)))
 
 
 def test_file_for_a_conflict_by_hand_is_what_git_can_read(named: Workspace) -> None:

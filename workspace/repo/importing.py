@@ -9,7 +9,7 @@ import re
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from email.utils import format_datetime, localtime
 from pathlib import Path
 
@@ -36,6 +36,12 @@ _UNFITTING = re.compile(
     r"^patch failed: |does not exist|already exists|does not match|No such file|does not apply"
 )
 _CREDIT = re.compile(r"^(?:Co-authored-by|Signed-off-by): .*$", re.MULTILINE | re.IGNORECASE)
+_BLOBS = re.compile(
+    rb"^diff --git (.+)\n(?:(?!diff --git ).*\n){0,4}?index ([0-9a-f]{7,40})\.\.([0-9a-f]{7,40})",
+    re.MULTILINE,
+)
+# As much as patch(1) demands: what a merge brought stands around the lines of a later commit.
+_LITTLE_CONTEXT = ("-C1",)
 # What `git show` and `git log -1 --patch` print before a diff.
 _SHOWN = re.compile(
     rb"commit [0-9a-f]{40}.*\n(?:Merge: .*\n)?Author: +(.+)\n(?:Author)?Date: +(.+)\n(?:.*\n)??\n"
@@ -60,6 +66,7 @@ class _Import:
     by_hand: str
     check: str
     place: Path
+    notes: list[str] = field(default_factory=list)
 
 
 def ready(session: Session, options: ImportOptions) -> Stack:
@@ -115,7 +122,7 @@ def run(session: Session, options: ImportOptions, origin: Origin, stack: Stack) 
     git.set_ref(TIP_REF, tip)
     worktree.move(layout, project, git, tip, run_log=run_log)
     done = export.finish(layout, prepared)
-    for note in notes:
+    for note in dict.fromkeys((*notes, *work.notes)):
         run_log.console.info(note)
     export.show(done, console=run_log.console)
     return done
@@ -179,6 +186,13 @@ def _commits_in_checkout(session: Session, work: _Import, head: str) -> tuple[Co
 def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
     """Make the commits on `head` with their original messages; no file and no reference changes."""
     done = am.applied(work.git, head, work.parts, place=work.place)
+    if done.position > 1 and _lack_changes([part.read_bytes() for part in work.parts]):
+        done = am.applied(work.git, head, work.parts, place=work.place, flags=_LITTLE_CONTEXT)
+        if done.tip:
+            work.notes.append(
+                f"{work.origin.name}: main was merged between its commits, so fewer lines of"
+                f" context placed them: look at git -C vendor/vllm log -p {head[:12]}.."
+            )
     subjects = [mail.read_mail(part).subject for part in work.parts]
     if done.tip is None:
         raise _not_applied(work, done, subjects)
@@ -271,6 +285,21 @@ def _chosen(work: _Import, notes: list[str]) -> _Import:
             return work
     notes.append(f"{name} merges main, so its net change is taken, as one patch")
     return net
+
+
+def _lack_changes(parts: Sequence[bytes]) -> bool:
+    """Return whether a mail was made from another content of a file than the mail before it left.
+
+    So it is after a merge, which has no mail.
+    """
+    left: dict[bytes, bytes] = {}
+    for part in parts:
+        for path, before, after in _BLOBS.findall(part):
+            known = left.get(path, before)
+            if not (known.startswith(before) or before.startswith(known)):
+                return True
+            left[path] = after
+    return False
 
 
 def _without_tests(work: _Import, raws: Sequence[bytes]) -> tuple[list[bytes], list[str]]:

@@ -28,6 +28,7 @@ _AM = (
     *("--no-scissors", "--no-signoff", "--no-gpg-sign", "--no-message-id", "--whitespace=nowarn"),
     "--committer-date-is-author-date",
 )
+_DIRECT = (*_AM, "--no-3way")
 # The same command for a user who resolves a conflict by hand.
 AM_BY_HAND = "am --3way --keep-non-patch --keep-cr --no-scissors --committer-date-is-author-date"
 # git-update-index(1), --index-version; git 2.40 can omit the checksum.
@@ -77,35 +78,45 @@ class Position:
     is_begun: bool
 
 
-def applied(git: Git, base: str, patches: Sequence[Path], *, place: Path) -> Applied:
+def applied(
+    git: Git, base: str, patches: Sequence[Path], *, place: Path, flags: Sequence[str] = ()
+) -> Applied:
     """Make the commits of a series on `base` in one `am`, in a scratch folder beside `place`.
 
     No file and no reference of the repository changes; the commits are in its objects afterwards,
     synced to the disk. The same input gives the same SHAs for every user.
     """
     # `am` needs files only for a merge, so they are written only for the second attempt.
-    done = applied_directly(git, base, patches, place=place)
+    done = applied_directly(git, base, patches, place=place, flags=flags)
     if done.tip is None:
-        done = _applied_in(place, git, base, patches, has_files=True)
+        done = _applied_in(place, git, base, patches, (*_AM, *flags), has_files=True)
     return done
 
 
-def applied_directly(git: Git, base: str, patches: Sequence[Path], *, place: Path) -> Applied:
+def applied_directly(
+    git: Git, base: str, patches: Sequence[Path], *, place: Path, flags: Sequence[str] = ()
+) -> Applied:
     """Make the commits as `applied` does, if each patch applies without a merge."""
     try:
         if os.access(_IN_MEMORY, os.W_OK):
             place_there = _IN_MEMORY / f"workspace-{os.getuid()}-{place.name}"
-            return _applied_in(place_there, git, base, patches)
+            return _applied_in(place_there, git, base, patches, (*_DIRECT, *flags))
     except ToolchainError:
         # The memory may be full where the disk is not.
         pass
-    return _applied_in(place, git, base, patches)
+    return _applied_in(place, git, base, patches, (*_DIRECT, *flags))
 
 
 def _applied_in(
-    place: Path, git: Git, base: str, patches: Sequence[Path], *, has_files: bool = False
+    place: Path,
+    git: Git,
+    base: str,
+    patches: Sequence[Path],
+    am: Sequence[str],
+    *,
+    has_files: bool = False,
 ) -> Applied:
-    """Run `am` in a scratch folder; with its files a patch may be merged."""
+    """Run `am` with these flags in a scratch folder, with files for a merge if `has_files`."""
     with files.folder_beside(place) as folder:
         scratch = _scratch(folder, git)
         scratch.set_ref("HEAD", base)
@@ -114,8 +125,7 @@ def _applied_in(
         if has_files:
             scratch.write_files()
         # One sync for all takes a third of the time of a sync for each object.
-        am = (*_AM, *(() if has_files else ("--no-3way",)), *map(str, patches))
-        answer = scratch.write(*_SMALL_INDEX, *_UNSYNCED, *am, check=False)
+        answer = scratch.write(*_SMALL_INDEX, *_UNSYNCED, *am, *map(str, patches), check=False)
         if answer.status == 0:
             _take_in(folder / "git" / "objects", git.path_of("objects"))
             return Applied(scratch.head())
