@@ -2,9 +2,8 @@
 the compiled files, which CMake installs into a folder beside the tree before they are renamed one
 by one.
 
-After a kill each file of the tree is old or new, and the next run installs all of them again. Only
-files that an earlier build is known to have installed, that are unchanged and that git ignores are
-removed; files that git tracks are never overwritten.
+After a kill each file of the tree is old or new, and the next run installs all of them again. Files
+that git tracks are never overwritten, and no file is removed.
 """
 
 import contextlib
@@ -19,15 +18,13 @@ from pathlib import Path
 from workspace.compile import cmake_inputs
 from workspace.compile.externals import MARK
 from workspace.compile.project import Target
-from workspace.core import files, hints, process, records
+from workspace.core import files, hints, process
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.files import LARGEST_FILE, read_regular, sha256, write_atomic
-from workspace.repo.git import Git, worktree
+from workspace.repo.git import Git
 
 PACKAGE = "vllm"
-# Digest by path below the tree, by target.
-_Installed = dict[str, dict[str, str]]
 
 
 def install_targets(
@@ -45,32 +42,20 @@ def install_targets(
     a target has not been built or a tracked file is in the way, ToolchainError if the tree cannot
     be written.
     """
-    git = Git(tree)
-    tracked = git.entries((PACKAGE,), "HEAD")
-    record = build.parent / "put.json"
+    tracked = Git(tree).entries((PACKAGE,), "HEAD")
+    installed = set[str]()
     with files.folder_beside(tree) as staging:
-        installed: _Installed = {}
-        for target in targets:
-            prefix = staging / target.name
-            names = _stage(build, prefix, target, run_log=run_log, env=env)
+        staged = {
+            target.name: _stage(build, staging / target.name, target, run_log=run_log, env=env)
+            for target in targets
+        }
+        for target_name, names in staged.items():
             for name in sorted(names & tracked.keys()):
-                run_log.line(f"{name} is tracked by git and stays: {target.name} has one too")
-            installed[target.name] = {
-                name: _content_digest(prefix / name) for name in sorted(names - tracked.keys())
-            }
-        former = _read(record)
-        # Write the record before any rename: after a kill, both old and new files are then known as
-        # files of a build.
-        records.write(
-            record,
-            {name: former.get(name, {}) | installed.get(name, {}) for name in former | installed},
-        )
-        for target_name, digests in installed.items():
-            for name, digest in digests.items():
-                _rename(staging / target_name / name, tree, name, digest, tracked)
-        _remove(git, _orphans(former, installed))
-        records.write(record, former | installed)
-    return tuple(sorted({name for digests in installed.values() for name in digests}))
+                run_log.line(f"{name} is tracked by git and stays: {target_name} has one too")
+            for name in sorted(names - tracked.keys()):
+                _rename(staging / target_name / name, tree, name, tracked)
+            installed |= names - tracked.keys()
+    return tuple(sorted(installed))
 
 
 def _stage(
@@ -87,34 +72,19 @@ def _stage(
             f"{target.name} has not been built: {missing[0]} is not in {build}",
             hint=hints.text("compile.rebuild_target", target=target.name),
         )
-    _install(build, prefix, target.name, run_log=run_log, env=env)
-    return _files(prefix)
-
-
-def _install(
-    build: Path, prefix: Path, component: str, *, run_log: RunLog, env: Mapping[str, str]
-) -> None:
     prefix.mkdir()
     process.run(
-        ["cmake", "--install", build, "--prefix", prefix, "--component", component],
+        ["cmake", "--install", build, "--prefix", prefix, "--component", target.name],
         env=env,
         run_log=run_log,
         failure=BuildError,
         hint=hints.text("compile.rebuild_clean"),
     )
-
-
-def _files(prefix: Path) -> set[str]:
-    """Return the files and links below the staged package, relative to the prefix."""
-    found = set()
-    for folder, folders, names in os.walk(prefix / PACKAGE):
-        entries = [Path(folder, name) for name in (*names, *folders)]
-        found |= {
-            str(entry.relative_to(prefix))
-            for entry in entries
-            if entry.is_symlink() or not entry.is_dir()
-        }
-    return found
+    return {
+        str(entry.relative_to(prefix))
+        for entry in (prefix / PACKAGE).rglob("*")
+        if entry.is_symlink() or not entry.is_dir()
+    }
 
 
 def _content_digest(path: Path) -> str:
@@ -124,7 +94,7 @@ def _content_digest(path: Path) -> str:
     return sha256(path) if path.is_file() else ""
 
 
-def _rename(made: Path, tree: Path, name: str, digest: str, tracked: Mapping[str, str]) -> None:
+def _rename(made: Path, tree: Path, name: str, tracked: Mapping[str, str]) -> None:
     """Move a staged file into the tree, unless an identical one is there."""
     place = tree / name
     for folder in reversed(place.relative_to(tree).parents):
@@ -132,7 +102,7 @@ def _rename(made: Path, tree: Path, name: str, digest: str, tracked: Mapping[str
         if (tree / folder).is_symlink():
             _require_free(str(folder), tracked)
             (tree / folder).unlink()
-    if _content_digest(place) == digest:
+    if _content_digest(place) == _content_digest(made):
         return
     if place.is_dir() and not place.is_symlink():
         _require_free(name, tracked)
@@ -150,42 +120,6 @@ def _require_free(name: str, tracked: Mapping[str, str]) -> None:
             f"{inside} of the tree is in the way of a built file: {name}",
             hint=hints.text("core.git_status", folder="vendor/vllm"),
         )
-
-
-def _orphans(former: _Installed, installed: _Installed) -> dict[str, str]:
-    """Return files that these targets installed earlier and no target installs any more."""
-    now = {name for digests in (former | installed).values() for name in digests}
-    return {
-        name: digest
-        for target in installed
-        for name, digest in former.get(target, {}).items()
-        if name not in now
-    }
-
-
-def _remove(git: Git, orphans: Mapping[str, str]) -> None:
-    """Remove orphans that git ignores and that are unchanged."""
-    if not orphans:
-        return
-    ignored = set(worktree.products(git, PACKAGE))
-    for name, digest in orphans.items():
-        if name in ignored and _content_digest(git.path / name) == digest:
-            (git.path / name).unlink()
-
-
-def _read(path: Path) -> _Installed:
-    """Return the record of installed files. A damaged record is empty, so no file is removed for
-    it.
-    """
-    known = records.read(path, dict[str, dict[str, str]]) or {}
-    return {
-        target: {name: digest for name, digest in digests.items() if _is_below(name)}
-        for target, digests in known.items()
-    }
-
-
-def _is_below(name: str) -> bool:
-    return name.startswith(f"{PACKAGE}/") and ".." not in Path(name).parts
 
 
 # Size, time of the last change in ns, SHA-256.
