@@ -5,6 +5,7 @@ A condition that only CMake can decide counts as true and as false at once: the 
 rather than too little.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -46,21 +47,11 @@ _UNARY = frozenset(
         "DEFINED",
     }
 )
-_BINARY = frozenset(
-    {
-        "STREQUAL",
-        "MATCHES",
-        "EQUAL",
-        "LESS",
-        "GREATER",
-        "IN_LIST",
-        "IS_NEWER_THAN",
-        "PATH_EQUAL",
-        "STRLESS",
-        "STRGREATER",
-    }
-)
+_JOINING = frozenset({"AND", "OR", ")"})
 _FALSE = frozenset({"", "0", "OFF", "NO", "FALSE", "N", "IGNORE", "NOTFOUND"})
+# The values that a condition may have where only a configure can decide.
+_UNKNOWN = frozenset({True, False})
+_CERTAIN = frozenset({True})
 _INCLUDED_AT_MOST = 100
 
 
@@ -131,22 +122,11 @@ def walk(tree: Path, device: str, *, machine: str | None = None) -> Iterator[Ste
         "VLLM_TARGET_DEVICE": device,
         "VLLM_GPU_LANG": "CUDA" if device == "cuda" else "",
         "CMAKE_SYSTEM_NAME": "Linux",
-    }
-    values |= {
-        "ASIMD_FOUND": "ON" if here in ("aarch64", "arm64") else "",
         "CMAKE_SYSTEM_PROCESSOR": here,
+        "ASIMD_FOUND": "ON" if here in ("aarch64", "arm64") else "",
     }
-    values |= dict.fromkeys(
-        (
-            "APPLE_SILICON_FOUND",
-            "MACOSX_FOUND",
-            "S390_FOUND",
-            "POWER9_FOUND",
-            "POWER10_FOUND",
-            "POWER11_FOUND",
-        ),
-        "",
-    )
+    others = ("APPLE_SILICON", "MACOSX", "S390", "POWER9", "POWER10", "POWER11")
+    values |= {f"{other}_FOUND": "" for other in others}
     yield from _Walk(tree, values).through("CMakeLists.txt")
 
 
@@ -219,94 +199,84 @@ def _update_branches(branches: list[_Branch], command: Command, values: Mapping[
         branches.pop()
         return
     branch = branches[-1]
-    value = True if command.name == "else" else _Condition(command.args, values).value()
-    branch.is_open = not branch.was_taken and value is not False
-    branch.is_certain = value is True
-    branch.was_taken = branch.was_taken or value is True
+    possible = _CERTAIN if command.name == "else" else _Condition(command.args, values).values()
+    branch.is_open = not branch.was_taken and True in possible
+    branch.is_certain = possible == _CERTAIN
+    branch.was_taken = branch.was_taken or branch.is_certain
 
 
 class _Condition:
-    """Conditions of cmake-language with a third value, None: only a configure can decide."""
+    """Condition of cmake-language, with all values that it may have at a configure."""
 
     def __init__(self, tokens: Sequence[str], values: Mapping[str, str]) -> None:
         self._tokens = list(tokens)
         self._values = values
 
-    def value(self) -> bool | None:
-        value = self._either()
-        return value if not self._tokens else None
+    def values(self) -> frozenset[bool]:
+        """Return the values that the condition may have."""
+        found = self._either()
+        return found if not self._tokens else _UNKNOWN
 
-    def _either(self) -> bool | None:
-        """Evaluate an OR of terms."""
-        value = self._both()
+    def _either(self) -> frozenset[bool]:
+        found = self._both()
         while self._take("OR"):
-            other = self._both()
-            value = True if True in (value, other) else None if None in (value, other) else False
-        return value
+            others = self._both()
+            found = frozenset(one or other for one in found for other in others)
+        return found
 
-    def _both(self) -> bool | None:
-        """Evaluate an AND of terms."""
-        value = self._one()
+    def _both(self) -> frozenset[bool]:
+        found = self._one()
         while self._take("AND"):
-            other = self._one()
-            value = False if False in (value, other) else None if None in (value, other) else True
-        return value
+            others = self._one()
+            found = frozenset(one and other for one in found for other in others)
+        return found
 
-    def _one(self) -> bool | None:
+    def _one(self) -> frozenset[bool]:
         """Evaluate a single term."""
         if self._take("NOT"):
-            value = self._one()
-            return None if value is None else not value
+            return frozenset(not one for one in self._one())
         if self._take("("):
-            value = self._either()
-            return value if self._take(")") else None
-        if not self._tokens:
-            return None
-        token = self._tokens.pop(0)
-        if token in _UNARY and self._tokens:
-            variable = self._tokens.pop(0)
+            found = self._either()
+            return found if self._take(")") else _UNKNOWN
+        token = self._pop()
+        if token in _UNARY:
             # Overrides are handled elsewhere; here the walk follows what is fetched without one.
-            return (
-                False
-                if token == "DEFINED"
-                and _OVERRIDES.fullmatch(variable.removeprefix("ENV{").rstrip("}"))
-                else None
-            )
-        if self._tokens and (self._tokens[0] in _BINARY or self._tokens[0].startswith("VERSION_")):
-            operator = self._tokens.pop(0)
-            right = resolve(self._tokens.pop(0), self._values) if self._tokens else ""
-            left = resolve(self._values.get(token, token), self._values)
-            if "$" in left or (token not in self._values and not _REFERENCE.fullmatch(token)):
-                return None
-            return (
-                left == right
-                if operator == "STREQUAL"
-                else _matches(right, left)
-                if operator == "MATCHES"
-                else None
-            )
-        if _OVERRIDES.fullmatch(token) and token not in self._values:
-            return False
+            variable = self._pop().removeprefix("ENV{").rstrip("}")
+            is_override = token == "DEFINED" and _OVERRIDES.fullmatch(variable)
+            return frozenset({False}) if is_override else _UNKNOWN
+        if self._tokens and self._tokens[0] not in _JOINING:
+            return self._compared(token, self._pop(), self._pop())
         text = self._values.get(token)
-        return None if text is None or "$" in text else text.upper() not in _FALSE
+        if text is None and _OVERRIDES.fullmatch(token):
+            return frozenset({False})
+        return _UNKNOWN if text is None or "$" in text else frozenset({text.upper() not in _FALSE})
+
+    def _compared(self, token: str, operator: str, right: str) -> frozenset[bool]:
+        """Evaluate a comparison of texts; all others are for a configure."""
+        left = resolve(self._values.get(token, token), self._values)
+        right = resolve(right, self._values)
+        is_known = token in self._values or _REFERENCE.fullmatch(token)
+        if is_known and "$" not in left and operator == "STREQUAL":
+            return frozenset({left == right})
+        if is_known and "$" not in left and operator == "MATCHES":
+            with contextlib.suppress(re.error):
+                return frozenset({bool(re.search(right, left))})
+        return _UNKNOWN
+
+    def _pop(self) -> str:
+        return self._tokens.pop(0) if self._tokens else ""
 
     def _take(self, token: str) -> bool:
-        if self._tokens and self._tokens[0] == token:
+        is_next = self._tokens[:1] == [token]
+        if is_next:
             self._tokens.pop(0)
-            return True
-        return False
-
-
-def _matches(pattern: str, text: str) -> bool | None:
-    try:
-        return bool(re.search(pattern, text))
-    except re.error:
-        return None
+        return is_next
 
 
 # The default of setup.py's cmake_build_ext.configure.
 BUILD_TYPE = "RelWithDebInfo"
 KEY_DIGITS = 12
+_KEYED = ("device", "place", "pin", "archs", "torch", "cuda", "compiler")
 # Compilers read these variables, and no command contains them, so ninja cannot compare them.
 _READ_BY_COMPILERS = (
     "CPATH",
@@ -358,27 +328,13 @@ class Inputs:
 
     @property
     def key(self) -> str:
-        text = json.dumps(
-            [
-                self.device,
-                self.place,
-                self.pin,
-                self.archs,
-                self.torch,
-                self.cuda,
-                self.compiler,
-                self.build_type,
-            ]
-        )
-        return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
+        values = [getattr(self, name) for name in (*_KEYED, "build_type")]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:KEY_DIGITS]
 
     @property
     def named(self) -> Mapping[str, str]:
         """All inputs by name, as a record keeps them."""
-        own = {
-            name: str(getattr(self, name))
-            for name in ("device", "place", "pin", "archs", "torch", "cuda", "compiler")
-        }
+        own = {name: str(getattr(self, name)) for name in _KEYED}
         return {**own, "build type": self.build_type, **self.configure}
 
     def differences(self, recorded: Mapping[str, str]) -> tuple[str, ...]:
