@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.small.materials import ROOT, git
-from workspace.compile.project import Target
-from workspace.compile.tree_files import install_targets
+from workspace.compile.project import Target, install_targets
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.paths import Layout
