@@ -243,26 +243,15 @@ def program(folder: Path, name: str) -> Path:
     return folder / name
 
 
-CACHES: list[tuple[tuple[str, ...], dict[str, str], str]] = [
-    ((), {}, "T"),
-    (("ccache",), {}, "BIN/ccache"),
-    (("ccache", "sccache"), {}, "BIN/ccache"),
-    (("sccache",), {}, "T;BIN/sccache"),
-    (("sccache",), {"VLLM_DISABLE_SCCACHE": "1"}, "T"),
-]
-
-
-@pytest.mark.parametrize(("programs", "shell", "command"), CACHES)
-def test_cache_hits_need_no_job_token(
-    tmp_path: Path, programs: tuple[str, ...], shell: dict[str, str], command: str
-) -> None:
-    for name in programs:
-        program(tmp_path / "bin", name)
+@pytest.mark.parametrize("has_ccache", [False, True])
+def test_cache_hits_need_no_job_token(tmp_path: Path, has_ccache: bool) -> None:
+    expected = "/b/tickets/ticket"
+    if has_ccache:
+        expected = str(program(tmp_path / "bin", "ccache"))
     loaded = settings.load(
-        Layout(tmp_path), environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin"), **shell}
+        Layout(tmp_path), environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin")}
     )
     found = ninja.launchers(loaded, Path("/b/tickets/ticket"))
-    expected = command.replace("T", "/b/tickets/ticket").replace("BIN", str(tmp_path / "bin"))
     assert {found[f"CMAKE_{language}_COMPILER_LAUNCHER"] for language in ("C", "CXX", "CUDA")} == {
         expected
     }

@@ -62,7 +62,6 @@ CHECKS = {
     "ninja": (doctor_toolchain.ninja, "FAIL"),
     "nvcc": (doctor_toolchain.toolkit, "FAIL"),
     "ccache": (doctor.ccache, "warn"),
-    "sccache": (doctor.ccache, "warn"),
 }
 
 

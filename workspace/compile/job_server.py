@@ -47,8 +47,6 @@ TERMINATE_GRACE_S, KILL_GRACE_S = 3.0, 2.0
 LATECOMERS_S = 0.3
 # After so many out-of-memory kills in one build, give up.
 KILLS = 3
-# These programs compile in a server of their own, which a launcher cannot measure.
-_ELSEWHERE = ("sccache", "distcc", "icecc")
 _OTHER_FAILED = "another unit failed"
 # Folder of a job server below a build directory, and the launcher in it. The names stay: ninja
 # compares commands, so a new path would compile every unit again.
@@ -222,7 +220,6 @@ class JobServer:
 
     def _request(self, client: Client, argv: list[str]) -> None:
         client.unit = unit_of(argv)
-        client.is_elsewhere = Path(argv[0]).name in _ELSEWHERE
         client.expected = self._costs.expected(client.unit)
         if self._is_inside_another(client.pid):
             # It is part of the outer unit. If it waited for a second token while that unit holds
@@ -309,12 +306,7 @@ class JobServer:
             is_killed,
         )
         self._finished.append(done)
-        if (
-            self._history
-            and not done.unit.is_light
-            and not client.is_elsewhere
-            and (status == 0 or is_killed)
-        ):
+        if self._history and not done.unit.is_light and (status == 0 or is_killed):
             self._history.add(
                 done.unit, seconds=seconds, peak_gib=done.peak_gib, is_killed=is_killed
             )

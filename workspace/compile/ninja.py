@@ -150,17 +150,9 @@ def history_file(settings: Settings) -> Path:
 def launchers(settings: Settings, launcher: Path) -> Mapping[str, str]:
     """Return CMake's variables that put `launcher` before each compiler and linker.
 
-    ccache comes first, and requests a token itself after a cache miss (`environment`); sccache
-    compiles in its server, so its client holds the token.
+    ccache comes first, and requests a token itself after a cache miss (`environment`).
     """
-    cache = toolchain.find_cache(settings)
-    command = (
-        str(launcher)
-        if cache is None
-        else str(cache.program)
-        if cache.kind == "ccache"
-        else f"{launcher};{cache.program}"
-    )
+    command = str(toolchain.find_ccache(settings) or launcher)
     compilers = {
         f"CMAKE_{language}_COMPILER_LAUNCHER": command for language in ("C", "CXX", "CUDA")
     }
@@ -179,8 +171,7 @@ def environment(
         **nested_environment(jobs, launcher=str(launcher)),
         **launchers(settings, launcher),
     }
-    cache = toolchain.find_cache(settings)
-    if cache is not None and cache.kind == "ccache":
+    if toolchain.find_ccache(settings):
         variables |= {
             **toolchain.cache_configuration(layout, settings),
             "CCACHE_PREFIX": str(launcher),

@@ -310,7 +310,6 @@ class Client:
     has_requested: bool = False
     unit: Unit = field(default_factory=lambda: Unit("", ""))
     expected: Cost = LIGHT
-    is_elsewhere: bool = False
     is_nested: bool = False
     started: float | None = None
     peak_gib: float = 0.0

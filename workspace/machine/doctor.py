@@ -55,29 +55,21 @@ except OSError as exc:
 
 def ccache(case: Case) -> Iterator[Row]:
     """Check that the compiler cache of a build runs, and show the limit of its size."""
-    cache = toolchain.find_cache(case.settings)
+    program = toolchain.find_ccache(case.settings)
     why = "a build takes objects of former builds from it"
-    if cache is None:
+    if program is None:
         state = State.WARN if case.is_native else State.OK
         why = "without it every build from an empty folder compiles everything again"
         yield Row(state, "ccache", "none", why, hints.text("machine.apt_ccache"))
         return
-    version = case.first_line([cache.program, "--version"])
-    place = case.layout.relative(cache.program)
+    version, place = case.first_line([program, "--version"]), case.layout.relative(program)
     if not isinstance(version, There):
-        look = (
-            hints.text("machine.ccache_config", program=cache.program)
-            if cache.kind == "ccache"
-            else hints.text("machine.no_sccache")
-        )
+        look = hints.text("machine.ccache_config", program=program)
         yield unanswered(Row(State.WARN, "ccache", place, why, look), version, look=look)
         return
-    seen = f"{version.value}, {place}"
-    # The statistics of sccache would start its server.
-    if cache.kind == "ccache":
-        limit = case.first_line([cache.program, "--get-config", "max_size"])
-        seen += f", limit {limit.value}" if isinstance(limit, There) else ""
-    yield Row(State.OK, "ccache", seen, why)
+    limit = case.first_line([program, "--get-config", "max_size"])
+    shown = f", limit {limit.value}" if isinstance(limit, There) else ""
+    yield Row(State.OK, "ccache", f"{version.value}, {place}{shown}", why)
 
 
 def completion(case: Case) -> Iterator[Row]:

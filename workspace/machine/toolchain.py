@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from workspace.core import hints, process
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
@@ -121,27 +121,15 @@ def _answer(argv: list[str], settings: Settings, *, pattern: re.Pattern[str]) ->
     return There(found[1].strip()) if found else Broken("it prints something else")
 
 
-@dataclass(frozen=True)
-class Cache:
-    """A compiler cache, ccache or sccache, and its path."""
+def find_ccache(settings: Settings) -> Path | None:
+    """Return ccache; None without it.
 
-    kind: Literal["ccache", "sccache"]
-    program: Path
-
-
-def find_cache(settings: Settings) -> Cache | None:
-    """Return ccache, else sccache unless VLLM_DISABLE_SCCACHE forbids it; None without either.
-
-    vLLM's setup.py prefers sccache. sccache compiles in a server of its own, where a build can
+    sccache, which vLLM's setup.py would take, compiles in a server of its own, where a build can
     neither measure a compiler nor lower its priority.
     """
-    environment = settings.child_environment("build")
-    if found := shutil.which("ccache", path=environment.get("PATH", "")):
-        return Cache("ccache", Path(found))
-    if environment.get("VLLM_DISABLE_SCCACHE", "").strip().lower() in ("1", "true", "yes", "on"):
-        return None
-    found = shutil.which("sccache", path=environment.get("PATH", ""))
-    return Cache("sccache", Path(found)) if found else None
+    path = settings.child_environment("build").get("PATH", "")
+    found = shutil.which("ccache", path=path)
+    return Path(found) if found else None
 
 
 def cache_configuration(layout: Layout, settings: Settings) -> Mapping[str, str]:
