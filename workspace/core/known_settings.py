@@ -143,6 +143,13 @@ SETTINGS: tuple[Setting, ...] = (
         "seconds to wait for a remote before falling back",
     ),
     Setting(
+        "TIME_LIMIT_FACTOR",
+        "count",
+        "",
+        "workspace",
+        "multiplies the time limits of programs, on a machine as slow as an emulated one; empty: 1",
+    ),
+    Setting(
         "WORKSPACE_CACHE_DIR",
         "path",
         "",

@@ -94,6 +94,11 @@ class Completed:
     stderr: str
 
 
+def time_limit_factor(env: Mapping[str, str]) -> int:
+    """Return the setting TIME_LIMIT_FACTOR, which is among the variables of every child."""
+    return int(env.get("TIME_LIMIT_FACTOR") or 1)
+
+
 def capture(
     argv: Sequence[Argument],
     *,
@@ -105,8 +110,10 @@ def capture(
     """Run a program that changes nothing, and return its output. The caller judges the status.
 
     `on_start` gets the pid of the guard, below which the program runs. Raises ToolchainError where
-    the program is missing or runs longer than `timeout_s` seconds.
+    the program is missing or runs longer than `timeout_s` seconds, times the factor in `env`.
     """
+    if timeout_s is not None:
+        timeout_s *= time_limit_factor(env)
     with _started(argv, env=env, cwd=cwd, stderr=subprocess.PIPE) as child:
         if on_start:
             on_start(child.pid)
@@ -129,8 +136,10 @@ def ask(
 ) -> Answer[Completed]:
     """Run a program that only reads and may hang. The caller judges the status.
 
-    timeout(1) kills the program soon after `limit_s` seconds, whatever signals it traps.
+    timeout(1) kills the program soon after `limit_s` seconds, times the factor in `env`, whatever
+    signals it traps.
     """
+    limit_s *= (factor := time_limit_factor(env))
     path, program = env.get("PATH", os.defpath), os.fspath(argv[0])
     if shutil.which(program, path=path) is None:
         is_there = "/" in program and os.path.lexists(program)
@@ -139,7 +148,7 @@ def ask(
     bound = [timeout, "-k", f"{KILL_S:g}", f"{limit_s:g}"] if timeout else []
     began = time.monotonic()
     try:
-        done = capture([*bound, *argv], env=env, cwd=cwd, timeout_s=limit_s + 2 * KILL_S)
+        done = capture([*bound, *argv], env=env, cwd=cwd, timeout_s=limit_s / factor + 2 * KILL_S)
     except NoAnswer:
         return Slow(limit_s)
     except ToolchainError as exc:

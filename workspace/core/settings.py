@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import child_variables, hints
-from workspace.core.child_variables import PHASES, Base, Phase, with_given, with_rows
+from workspace.core.child_variables import PHASES, TO_ALL, Base, Phase, with_given, with_rows
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
 from workspace.core.known_settings import (
@@ -194,6 +194,7 @@ class Settings:
         environment = self._inherited(base)
         if base != "plain":
             environment |= self._own(base)
+        environment |= {name: self.text(name) for name in TO_ALL if self.text(name)}
         environment |= {
             name: text for name, text in (recipe or {}).items() if not self.is_users(name)
         }
@@ -220,14 +221,13 @@ class Settings:
 
     def _own(self, base: Literal["build", "run"]) -> dict[str, str]:
         """Return the variables of .env and of the settings that a child gets."""
-        passed = {
+        return {
             name: value.text
             for name, value in self.passed.items()
             if is_for(name, base)
             and not _FOREIGN.match(name)
             and (base == "run" or not is_secret(name))
-        }
-        return passed | {
+        } | {
             name: value.text
             for name, value in self.values.items()
             if value.text and KNOWN[name].phase in (base, "both")
