@@ -438,26 +438,42 @@ def test_partial_checkout_fetches_what_a_request_needs(
 
 
 @pytest.mark.parametrize(
-    ("squash", "fates"), [(True, ["upstreamed"]), (False, ["conflicts", "upstreamed"])]
+    ("home", "squash", "fates"),
+    [
+        ("https://github.com/o/r.git", True, ["upstreamed"]),
+        ("https://github.com/o/r.git", False, ["upstreamed", "upstreamed"]),
+        # Nothing shows that these patches are one request.
+        ("file:///nowhere/vllm.git", False, ["conflicts", "upstreamed"]),
+    ],
 )
 def test_forecast_knows_a_request_that_upstream_took_by_its_net_change(
-    tmp_path: Path, hostile: Path, squash: bool, fates: list[str]
+    tmp_path: Path, hostile: Path, home: str, squash: bool, fates: list[str]
 ) -> None:
+    """Also between a patch of the user and a request of which upstream has nothing."""
     releases = two_releases.build(tmp_path)
     sh_git(releases.work, "checkout", "--quiet", "--detach", "v1.0.0")
     for author, text in ((ANN, "almost"), (BOB, "ten")):
         made(releases.work, author, text, {"vllm/taken.py": two_releases.lines("taken", l10=text)})
     sh_git(releases.work, "push", "--quiet", str(releases.bare), "HEAD:refs/pull/2/head")
+    sh_git(releases.work, "checkout", "--quiet", "--detach", "v1.0.0")
+    made(releases.work, ANN, "new", {"vllm/feature.py": "1\n"})
+    conflicting = {"vllm/conflict.py": two_releases.lines("conflict", l20="twenty")}
+    made(releases.work, ANN, "otherwise", conflicting)
+    sh_git(releases.work, "push", "--quiet", str(releases.bare), "HEAD:refs/pull/3/head")
     with (
         two_releases.serve(releases) as index,
         two_releases.cloned(tmp_path / "clone", releases, index) as clone,
     ):
-        clone.series({})
+        clone.pin = replace(clone.pin, url=home)
+        clone.series({"Local-clean.patch": releases.series["Local-clean.patch"]})
         clone.ensure("git")
+        clone.apply()
         done = patching.take(clone.session(), ImportOptions("2", squash=squash))
         assert len(done.written) == len(fates)
+        patching.take(clone.session(), ImportOptions("3"))
         console = Console(out=clone.out, err=clone.err)
         judged = forecast.run(
             clone.layout, clone.settings(), Wanted.read("v1.1.0"), console=console
         )
-        assert [patch.state for patch in judged.patches] == fates
+        states = [patch.state for patch in judged.patches]
+        assert states == ["clean", *fates, "clean", "conflicts"]
