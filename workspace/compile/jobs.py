@@ -346,7 +346,7 @@ def _link(target: str) -> costs.Unit:
 
 
 def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
-    """Print a row for each target and a summary on stdout, or JSON."""
+    """Print a row for each target and a summary, or JSON."""
     if as_json:
         console.document({"schema": 1, **asdict(plan)})
         return
@@ -355,9 +355,9 @@ def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
             (one.target, str(one.units), f"{one.minutes:.1f}", f"{one.peak_gib:.1f}", one.reason)
             for one in plan.rows
         ]
-        console.stdout.table([_HEAD, *lines], right=_FIGURES)
+        console.table([_HEAD, *lines], right=_FIGURES)
     for sentence in _sentences(plan):
-        console.stdout.sentence(sentence)
+        console.sentence(sentence)
 
 
 def _sentences(plan: RebuildPlan) -> list[str]:

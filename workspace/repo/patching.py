@@ -368,9 +368,13 @@ def _pull_request(session: Session, number: int) -> Origin:
             raw = am.mails_of_request(git, found.base, found.head)
             net = functools.partial(am.net_change, git, found.base, found.head)
             return Origin(raw, name, public, net, found.merges > 0)
-        reason = f"all commits of pull request {number} are in main already, or it is empty"
-        if public is None:
-            raise PatchDrift(reason, hint=hints.text("repo.newer_releases"))
+        # git's answer is final: no mail is awaited from a page that may not be reachable.
+        raise PatchDrift(
+            f"all commits of pull request {number} are in main already, or it is empty",
+            hint=hints.text("repo.merged_request", url=public)
+            if public
+            else hints.text("repo.newer_releases"),
+        )
     except SourceError as exc:
         reason = exc.message
         if public is None:

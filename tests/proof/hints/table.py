@@ -98,6 +98,9 @@ ELSEWHERE = {
     "repo.connect_submodule": (
         "tests/repo/test_checkout.py::test_submodule_that_was_moved_is_connected_by_the_hint"
     ),
+    "repo.merged_request": (
+        "tests/repo/test_pull_requests.py::test_request_that_main_has_is_refused_at_once"
+    ),
     "repo.squash": (
         "tests/repo/test_pull_requests.py::test_squash_is_offered_where_only_the_net_change_applies"
     ),
