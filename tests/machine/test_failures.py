@@ -120,6 +120,7 @@ def test_front_ended_by_a_signal_of_others_lacked_memory(status: int) -> None:
         ("inductor-failed", "no-compiler", None),
         ("inductor-killed", "compiler-killed", "memory"),
         ("kv", "little-memory-for-cache", None),
+        ("bench-kv", "little-memory-for-cache", None),
         ("long", "length-beyond-model", None),
         ("lora", "adapter-missing", None),
     ],

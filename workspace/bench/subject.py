@@ -34,6 +34,8 @@ from workspace.server.command import built_environment
 
 KINDS: tuple[Kind, ...] = ("latency", "throughput", "serve", "startup")
 TINY = "tiny"
+# A hint's word for the path of a model, which no record has.
+FOLDER = "FOLDER"
 CONCURRENCY = 8
 SWEEP = (1, 4, 16, 32)
 
@@ -154,6 +156,30 @@ class Benchmark:
     settings: Settings
     work: Workload
     environment: Mapping[str, str]
+
+
+def options_of(record: Record) -> WorkloadOptions:
+    """Return the workload of a record. Its model is FOLDER where it has the name of a folder."""
+    is_tiny, kind = record.model == TINY, record.kind
+    loads = [flag for flag in record.flags if flag.startswith("--max-concurrency=")]
+    given = list(record.flags[: len(record.flags) - (len(loads) if kind == "serve" else 0)])
+    work = (_TINY_WORK if is_tiny else _WORK)[kind]
+    if work and tuple(given[-len(work) :]) == work:
+        del given[-len(work) :]
+    if is_tiny and tuple(given[: len(_TINY_ENGINE)]) == _TINY_ENGINE:
+        del given[: len(_TINY_ENGINE)]
+    # A folder is recorded with its configuration: see `_called`.
+    model = FOLDER if " " in record.model else record.model
+    return WorkloadOptions(kind, model, tuple(given), has_sweep=kind == "serve" and len(loads) > 1)
+
+
+def arguments(options: WorkloadOptions, label: str, repeat: int | None = None) -> list[str]:
+    """Return the arguments of `nox -s bench` after the kind that measure this workload."""
+    model = ["--model", options.model] if options.model != TINY else []
+    sweep = ["--sweep"] if options.has_sweep else []
+    starts = ["--repeat", str(repeat)] if repeat else []
+    given = ["--", *options.vllm_args] if options.vllm_args else []
+    return [*model, *sweep, "--label", label, *starts, *given]
 
 
 def prepare(machine: Machine, options: WorkloadOptions, *, run_log: RunLog) -> Benchmark:

@@ -196,12 +196,16 @@ def run(
     """
     known = pins.load(layout.pins)
     pin = known.vllm
-    if wanted.text == "triton":
+    is_triton = wanted.text == "triton"
+    if is_triton:
         pin, wanted = known.triton, Wanted.read(known.triton.tag)
     found = checkout.observe(layout, pin)
     stack = patches.observe(layout, pin.name, pin, found)
     with RunLog(console, layout.logs, verb="pin.forecast", secrets=settings.secrets) as run_log:
         candidate = find_candidate(layout, settings, pin, wanted, found, run_log=run_log)
+        if is_triton:
+            # `inv pin.bump main` would move vLLM.
+            candidate = dataclasses.replace(candidate, argv=("triton",))
         with stages.step(run_log, "forecast") as view:
             made = work_out(layout, settings, candidate, found, stack)
             view.reason = f"{pin.tag} → {candidate.pin.tag}"

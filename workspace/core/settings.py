@@ -103,12 +103,15 @@ _GIT_LOCAL = re.compile(
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one run. `warnings` are for the doctor and for `inv env`."""
+    """The settings of one run. `warnings` are for the doctor and for `inv env`; `exported` names
+    what an earlier `inv env.export` set in the shell and the user did not change: `shell` lacks it.
+    """
 
     values: Mapping[str, Value]
     passed: Mapping[str, Value]
     shell: Mapping[str, str] = field(repr=False)
     warnings: tuple[Notice, ...] = ()
+    exported: frozenset[str] = frozenset()
 
     def text(self, name: str) -> str:
         return self.values[name].text
@@ -145,14 +148,8 @@ class Settings:
     @property
     def index_url(self) -> str | None:
         """The package index that the user configured for uv or pip, if any."""
-        return next(
-            (
-                self.shell[name]
-                for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
-                if self.shell.get(name)
-            ),
-            None,
-        )
+        names = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
+        return next((self.shell[name] for name in names if self.shell.get(name)), None)
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -263,7 +260,8 @@ def load(
     folder of .env, another from the folder in which the command was typed. Raises SettingsError for
     an unreadable .env and for a bad value, and names the line or the flag.
     """
-    shell = child_variables.without_exported(os.environ if environ is None else environ)
+    whole = os.environ if environ is None else environ
+    shell = child_variables.without_exported(whole)
     written = _read_dotenv(layout.dotenv)
     # .env may put a secret into any other value: DEVICE=${HF_TOKEN}.
     named = [*shell.items(), *((name, text) for name, (text, _) in written.items())]
@@ -283,7 +281,8 @@ def load(
     }
     known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
     warnings = tuple(_warnings(shell, written, known, secrets))
-    return Settings(values, passed, shell, warnings)
+    exported = frozenset(whole.keys() - shell.keys() - {child_variables.EXPORTED})
+    return Settings(values, passed, shell, warnings, exported)
 
 
 def _warnings(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import records
+from workspace.core import process, records
 
 Lack = Literal["memory", "cache"]
 Speaker = Literal["front", "engine", "worker"]
@@ -78,6 +78,8 @@ _CARRIED = re.compile(
     r"\b(?:fatal )?error\s*:|\bfatal\s*:|undefined reference|cannot find -l|signal terminated"
     r"|died due to signal|^FAILED: "
 )
+# The process whose status is known: no line of its log names it.
+_FRONT = "the server"
 _SIGNAL = re.compile(r"-(\d+)\b")
 # Exit statuses of a program that a signal ended, itself or a child of a shell.
 _ENDS = {
@@ -229,7 +231,7 @@ def judge(lines: Sequence[str], *, status: int | None) -> Reading:
     shown = [line.text for line in plain if line.text.strip()]
     tail = tuple(line[:LONGEST_SHOWN] for line in shown[-SHOWN_TAIL_LINES:])
     if ended and (best is None or best.rank > _SIGNALLED):
-        return Reading(_who_ended(ended, None, "the server"), ended.lack, tail, ended)
+        return Reading(_who_ended(ended, None, _FRONT), ended.lack, tail, ended)
     if best is None:
         return Reading(None, None, tail)
     line, symptom = parsed[best.index], best.symptom
@@ -238,6 +240,27 @@ def judge(lines: Sequence[str], *, status: int | None) -> Reading:
     else:
         first = _with_detail(parsed, best)
     return Reading(first, symptom.lack if symptom else None, tail, symptom, line.speaker)
+
+
+def how_ended(status: int | None, reading: Reading, *, otherwise: str = "") -> str:
+    """Return how a program ended, and why: the end of a sentence that begins with its name.
+
+    `otherwise` is the reason where the log shows no cause. A status of None: its supervisor was
+    killed, too.
+    """
+    how = "was killed with its supervisor" if status is None else process.describe_status(status)
+    why = reading.sentence or otherwise
+    if reading.symptom and reading.symptom.is_last_resort and why.startswith(f"{_FRONT} "):
+        # It is about this process, and has its signal.
+        return why.removeprefix(f"{_FRONT} ")
+    return f"{how}: {why}" if why else how
+
+
+def ending(lines: Sequence[str], status: int) -> tuple[str, str | None]:
+    """Judge the output of a program that is no server, for process.run."""
+    reading = judge(lines, status=status)
+    hint = reading.symptom.next_command() if reading.symptom else None
+    return how_ended(status, reading), hint
 
 
 def find_in_build(lines: Sequence[str]) -> tuple[int, Symptom] | None:

@@ -293,7 +293,7 @@ def failure(server: Server) -> ServeError:
     count = len(deaths) - 1
     again = f"; it was started again {counted(count, 'time')}, the limit" if count > 0 else ""
     return ServeError(
-        f"{server.called} {_sentence(status, reading)}{again}",
+        f"{server.called} {failures.how_ended(status, reading)}{again}",
         hint=_hint(server, reading),
         details=(*reading.tail, f"log: {server.log}"),
     )
@@ -302,16 +302,7 @@ def failure(server: Server) -> ServeError:
 def cause_of(server: Server, death: observation.Death) -> tuple[str, str]:
     """Return the cause of a death in words, and the next command."""
     reading = failures.read(server.log, status=death.status, begin=death.begin, end=death.end)
-    return _sentence(death.status, reading), _hint(server, reading)
-
-
-def _sentence(status: int | None, reading: failures.Reading) -> str:
-    how = "was killed with its supervisor" if status is None else process.describe_status(status)
-    why = f": {reading.sentence}" if reading.sentence else ""
-    if reading.symptom and reading.symptom.is_last_resort and why.startswith(": the server "):
-        # It is about this process, and has its signal.
-        return why.removeprefix(": the server ")
-    return f"{how}{why}"
+    return failures.how_ended(death.status, reading), _hint(server, reading)
 
 
 def _hint(server: Server, reading: failures.Reading) -> str:

@@ -418,7 +418,8 @@ def open_shell(machine: Machine, *, console: Console) -> None:
 
 def export_variables(machine: Machine, *, console: Console) -> None:
     """Print lines for `eval "$(inv env.export)"` in sh: variables of a running vLLM that this shell
-    lacks, and scripts/ on PATH. Secrets are left out.
+    lacks, and scripts/ on PATH; what an earlier export set and no longer holds is unset. Secrets
+    are left out.
     """
     shell = machine.settings.shell
     check.require(machine, console=console)
@@ -427,6 +428,8 @@ def export_variables(machine: Machine, *, console: Console) -> None:
         # A control character is shown escaped, which would be another value.
         if printable(line) == line:
             console.data(line)
+    for name in sorted(machine.settings.exported - environment.keys()):
+        console.data(f"unset {name}")
     secrets = [name for name in secret_names(environment) if shell.get(name) != environment[name]]
     if secrets:
         console.info(
