@@ -165,9 +165,7 @@ def start(session, *argv, log=True):
 @nox.session
 def tests(session):
     """Run the workspace's own tests; arguments after -- go to pytest."""
-    # The floor of the coverage is for the whole suite.
-    coverage = [] if session.posargs else ["--cov", "--cov-report="]
-    run(session, "pytest", *coverage, *typed(session.posargs))
+    run(session, "pytest", *typed(session.posargs))
 
 
 @nox.session

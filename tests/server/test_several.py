@@ -19,7 +19,11 @@ def started(layout: Layout, name: str, **facts: str) -> observation.Server:
     return lifecycle.start(place_of(layout, name), order)
 
 
-def test_each_server_has_a_place_and_stop_all_leaves_nothing(tmp_path: Path) -> None:
+def test_each_server_has_a_place_and_stop_all_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # While a server starts it is deaf to SIGTERM, and each stop waits that long.
+    monkeypatch.setattr(lifecycle, "GRACE_S", 0.2)
     layout = Layout(tmp_path)
     made = [started(layout, name) for name in ("", "a", "b")]
     assert [there.label for there in observation.servers(layout)] == ["server", "a", "b"]
