@@ -20,7 +20,7 @@ from workspace.compile import (
     tree_files,
 )
 from workspace.compile.cmake_inputs import Inputs
-from workspace.compile.costs import Costs, History, read_table
+from workspace.compile.costs import Costs, History, known_entries
 from workspace.compile.externals import External
 from workspace.compile.jobs import Jobs, Memory, RebuildPlan
 from workspace.compile.project import Project
@@ -146,7 +146,7 @@ class Job:
         return jobs.work_out(
             self.reached,
             self.project,
-            Costs(read_table(), history.entries),
+            Costs(known_entries(), history.entries),
             Bounds(self.jobs.count, self.memory.budget_gib),
             why_not_hybrid=self.why_native,
         )
