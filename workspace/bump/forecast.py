@@ -352,10 +352,14 @@ def _blockers(machine: Machine, made: Forecast) -> list[Row]:
         change.topic == "precompiled" and change.name.startswith("cpu") == (case.device == "cpu")
         for change in made.changes
     )
-    is_compiled = lacks_wheel or precompiled.is_native(machine.settings)
-    rows = _room(case, is_compiled=is_compiled)
-    if is_compiled:
-        rows += _compiler(case, made, "has no precompiled wheel" if lacks_wheel else "is compiled")
+    is_hybrid = machine.settings.text("KERNELS") == "auto" and any(
+        change.name.startswith(changes.SINCE_BASE) and change.where for change in made.changes
+    )
+    is_native = precompiled.is_native(machine.settings)
+    rows = _room(case, is_compiled=lacks_wheel or is_hybrid or is_native)
+    if lacks_wheel or is_hybrid or is_native:
+        why = "is compiled" if is_native else "differs from its base in compiled sources"
+        rows += _compiler(case, made, "has no precompiled wheel" if lacks_wheel else why)
     return rows
 
 

@@ -136,7 +136,7 @@ class Layout:
 
     @property
     def bundles(self) -> Path:
-        """Index pages of the bundles that `inv bootstrap --from` read, one folder each."""
+        """What `inv bootstrap --from` made of bundles: index pages, and copies of own kernels."""
         return self.state / "bundles"
 
     @property

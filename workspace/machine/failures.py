@@ -82,11 +82,12 @@ _CARRIED = re.compile(
 _FRONT = "the server"
 _SIGNAL = re.compile(r"-(\d+)\b")
 # Exit statuses of a program that a signal ended, itself or a child of a shell.
+_KILLED, _TERMINATED = "process-killed", "process-terminated"
 _ENDS = {
-    -signal.SIGKILL: "process-killed",
-    128 + signal.SIGKILL: "process-killed",
-    -signal.SIGTERM: "process-terminated",
-    128 + signal.SIGTERM: "process-terminated",
+    -signal.SIGKILL: _KILLED,
+    128 + signal.SIGKILL: _KILLED,
+    -signal.SIGTERM: _TERMINATED,
+    128 + signal.SIGTERM: _TERMINATED,
 }
 
 
@@ -203,7 +204,9 @@ def harmless() -> tuple[Harmless, ...]:
     return records.convert(_table()["harmless"], tuple[Harmless, ...])
 
 
-def read(log: Path, *, status: int | None, begin: int = 0, end: int | None = None) -> Reading:
+def read(
+    log: Path, *, status: int | None, begin: int = 0, end: int | None = None, kills: int = 0
+) -> Reading:
     """Read the end of a log, or of its part from byte `begin` to `end`, and find the cause as
     `judge` does.
     """
@@ -214,19 +217,20 @@ def read(log: Path, *, status: int | None, begin: int = 0, end: int | None = Non
             lines = file.read(max(0, end - first)).decode("utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    return judge(lines, status=status)
+    return judge(lines, status=status, kills=kills)
 
 
-def judge(lines: Sequence[str], *, status: int | None) -> Reading:
+def judge(lines: Sequence[str], *, status: int | None, kills: int = 0) -> Reading:
     """Find the cause of a failure in a log, None if nothing in it may be one.
 
-    `status` is the front's exit status as subprocess counts it, or None if this workspace ended it:
-    SIGKILL, and the SIGTERM of earlyoom, mean that memory ran out.
+    `status` is the front's exit status as subprocess counts it, or None if this workspace ended it.
+    `kills` are the processes that the kernel killed meanwhile because memory ran out: without one
+    SIGKILL may be anybody's. The SIGTERM of earlyoom means that memory ran out.
     """
     plain = [parse(line) for line in lines]
     parsed = [_unframed(line) for line in plain]
     candidates = list(_candidates(parsed))
-    ended = _by_status(status)
+    ended = _proven(_by_status(status), kills)
     best = min(candidates, key=lambda one: one.order, default=None)
     shown = [line.text for line in plain if line.text.strip()]
     tail = tuple(line[:LONGEST_SHOWN] for line in shown[-SHOWN_TAIL_LINES:])
@@ -234,7 +238,7 @@ def judge(lines: Sequence[str], *, status: int | None) -> Reading:
         return Reading(_who_ended(ended, None, _FRONT), ended.lack, tail, ended)
     if best is None:
         return Reading(None, None, tail)
-    line, symptom = parsed[best.index], best.symptom
+    line, symptom = parsed[best.index], _proven(best.symptom, kills)
     if symptom and symptom.is_last_resort:
         first = _who_ended(symptom, line.text, _who(line.text))
     else:
@@ -405,6 +409,15 @@ def _by_status(status: int | None) -> Symptom | None:
     """Return the symptom of a front that a signal ended, which the workspace did not send."""
     name = _ENDS.get(status or 0)
     return next((symptom for symptom in symptoms() if symptom.name == name), None)
+
+
+def _proven(symptom: Symptom | None, kills: int) -> Symptom | None:
+    """Return a symptom; that of SIGKILL with its reason where the kernel has killed a process."""
+    if symptom is None or symptom.name != _KILLED or not kills:
+        return symptom
+    hint = next(row.hint for row in symptoms() if row.name == _TERMINATED)
+    cause = f"{symptom.cause}: memory ran out"
+    return replace(symptom, cause=cause, hint=hint, lack="memory")
 
 
 def _who_ended(symptom: Symptom, text: str | None, who: str) -> str:

@@ -288,8 +288,8 @@ def failure(server: Server) -> ServeError:
     # The log has the lines of the former runs, too.
     begin = 0 if not deaths else deaths[-1].begin if ended else deaths[-1].end
     end = deaths[-1].end if deaths and ended else None
-    status = ended.status if ended else None
-    reading = failures.read(server.log, status=status, begin=begin, end=end)
+    status, kills = (ended.status, ended.kills) if ended else (None, 0)
+    reading = failures.read(server.log, status=status, begin=begin, end=end, kills=kills)
     count = len(deaths) - 1
     again = f"; it was started again {counted(count, 'time')}, the limit" if count > 0 else ""
     return ServeError(
@@ -301,7 +301,9 @@ def failure(server: Server) -> ServeError:
 
 def cause_of(server: Server, death: observation.Death) -> tuple[str, str]:
     """Return the cause of a death in words, and the next command."""
-    reading = failures.read(server.log, status=death.status, begin=death.begin, end=death.end)
+    reading = failures.read(
+        server.log, status=death.status, begin=death.begin, end=death.end, kills=death.kills
+    )
     return failures.how_ended(death.status, reading), _hint(server, reading)
 
 

@@ -109,7 +109,7 @@ class Recipe:
 
 def names(layout: Layout) -> tuple[str, ...]:
     """Return the names of all recipes, sorted."""
-    return tuple(sorted(path.stem for path in _folder(layout).glob("*.toml")))
+    return tuple(sorted(path.stem for path in folder(layout).glob("*.toml")))
 
 
 def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
@@ -117,7 +117,7 @@ def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
 
     Raises SettingsError for a name without a recipe and for a recipe with an error.
     """
-    path = _folder(layout) / f"{name}.toml"
+    path = folder(layout) / f"{name}.toml"
     if not _NAME.fullmatch(name) or name not in names(layout):
         alike = settings.nearest(name, names(layout))
         hint = (
@@ -405,7 +405,8 @@ def _environment(table: _Table) -> Mapping[str, str]:
     return found
 
 
-def _folder(layout: Layout) -> Path:
+def folder(layout: Layout) -> Path:
+    """Return the folder of the recipes."""
     return layout.root / "recipes"
 
 

@@ -474,9 +474,8 @@ def _explained(
     """Return the failure without secrets; if memory was missing, its hint is the next step."""
     settings, options = session.machine.settings, session.options
     ended = how_ended(server)
-    reading = failures.read(
-        server.log, status=ended.status if ended and not ended.was_requested else None
-    )
+    status, kills = (ended.status, ended.kills) if ended and not ended.was_requested else (None, 0)
+    reading = failures.read(server.log, status=status, kills=kills)
     hint = error.hint
     if reading.lack:
         # A new machine: neither its memory nor its GPU's is what it was before the start.

@@ -22,6 +22,7 @@ from workspace.core.errors import (
     ServeError,
     SettingsError,
     ToolchainError,
+    WorkspaceError,
     counted,
     printable,
 )
@@ -30,7 +31,6 @@ from workspace.core.settings import Settings
 from workspace.machine import check, run_environment
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
-from workspace.repo import pins
 from workspace.server import (
     fit,
     flags,
@@ -38,7 +38,7 @@ from workspace.server import (
     models,
     observation,
     process_tree,
-    recipes,
+    public_recipes,
     start,
 )
 from workspace.server.command import LISTS, built_environment, lines, secret_names, tree_oid
@@ -315,6 +315,8 @@ def _row(recipe: Recipe, judged: fit.Fit, folder: Path | None, *, device: str) -
         place = f"on disk: {folder}"
     elif recipe.fetch_gib:
         place = f"{recipe.fetch_gib:.1f} GiB to fetch"
+    elif recipe.origin == "hub":
+        place = "to fetch; its memory is not known before that"
     else:
         place = "made at its first start"
     if recipe.asks_for_remote_code:
@@ -343,15 +345,17 @@ def _record(recipe: Recipe, judged: fit.Fit, folder: Path | None) -> dict[str, o
 
 
 def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -> None:
-    """Print the recipes, or their records as JSON. A damaged recipe is a row with its error."""
+    """Print the recipes, or their records as JSON. A damaged recipe is a row with its error.
+
+    Public recipes in the same folder count; of their models only files on disk are known.
+    """
     layout, settings, device = machine.layout, machine.settings, Case(machine).device
-    version = pins.load(layout.pins).vllm.version
     records: list[dict[str, object]] = []
     rows: list[Row] = []
-    for name in recipes.names(layout):
+    for name in public_recipes.names(layout):
         try:
-            recipe = recipes.load(layout, name, version=version)
-        except SettingsError as exc:
+            recipe = public_recipes.named(layout, name)
+        except WorkspaceError as exc:
             records.append({"name": name, "error": exc.message})
             rows.append(Row(State.FAIL, name, exc.message))
             continue
@@ -359,8 +363,11 @@ def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -
             layout, settings, "serve", stack=None, recipe=recipe.environment
         )
         frees = fit.observe(machine, device=device, environment=environment, args=recipe.args)
-        judged = fit.judge(recipe, frees, device=device, environment=environment)
         folder = models.found_weights(machine, recipe)
+        if folder and not recipe.memory.weights_gib:
+            memory = replace(recipe.memory, weights_gib=fit.weights_gib(folder))
+            recipe = replace(recipe, memory=memory)
+        judged = fit.judge(recipe, frees, device=device, environment=environment)
         rows.append(_row(recipe, judged, folder, device=device))
         records.append(_record(recipe, judged, folder))
     if as_json:
