@@ -118,6 +118,33 @@ def test_variable_of_the_shell_that_hides_a_line_is_reported_with_its_unset(hous
     assert row(doctor_host.settings, house, MAX_JOBS="4").state == "ok"
 
 
+def test_line_that_hides_nothing_which_a_shell_needs_is_taken_out_of_dotenv(house):
+    house.layout.dotenv.write_text("PATH=/own\n")
+    case = Case(house.machine(PATH="/usr/bin:/bin"), device="cpu", is_native=False)
+    found, _ = doctor_host.settings(case)
+    assert (found.state, found.hint) == ("warn", "sed -i 's/^PATH=/# &/' .env")
+    done = subprocess.run(found.hint, shell=True, cwd=house.layout.root, check=False)
+    assert done.returncode == 0
+    assert row(doctor_host.settings, house, PATH="/usr/bin:/bin").state == "ok"
+
+
+def test_tmpdir_that_is_no_folder_is_a_row_since_nvcc_ends_there(house, tmp_path):
+    """Seen with nvcc 13.0: `nvcc fatal : Could not open output file '/nonexistent/tmpxft…'`."""
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "nowhere", tmp_path / "file"):
+        found = row(doctor_host.folders, house, TMPDIR=str(place))
+        assert (found.state, found.text, found.hint) == (
+            "warn",
+            f"TMPDIR {place} is no folder",
+            "unset TMPDIR",
+        )
+    machine = house.machine(TMPDIR=str(tmp_path))
+    assert not [*doctor_host.folders(Case(machine, device="cpu", is_native=False))]
+    house.layout.dotenv.write_text(f"TMPDIR={tmp_path}/nowhere\n")
+    found = row(doctor_host.folders, house)
+    assert found.hint == "sed -i 's/^TMPDIR=/# &/' .env"
+
+
 def test_repeated_setting_is_reported_with_the_line_without_effect(house):
     house.layout.dotenv.write_text("# a remark\nMAX_JOBS=4\nMAX_JOBS=8\n")
     found = row(doctor_host.settings, house)

@@ -19,6 +19,9 @@ Kind = Literal["text", "path", "url", "mirror", "python", "count", "switch", "ch
 # all.
 Phase = Literal["workspace", "build", "run", "both"]
 
+# No shell works without these: a line of .env with one of them is removed, not the variable.
+OF_THE_LOGIN = frozenset({"HOME", "LANG", "LOGNAME", "PATH", "PWD", "SHELL", "TERM", "USER"})
+
 
 @dataclass(frozen=True)
 class Setting:

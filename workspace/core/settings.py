@@ -19,6 +19,7 @@ from workspace.core.files import read_regular
 from workspace.core.known_settings import (
     BUILD_ONLY,
     KNOWN,
+    OF_THE_LOGIN,
     RUN_ONLY,
     SETTINGS,
     TRUE,
@@ -65,6 +66,8 @@ class Notice:
 
     @property
     def hint(self) -> str:
+        if self.kind == "hidden" and self.name in OF_THE_LOGIN:
+            return hints.text("machine.drop_from_dotenv", name=self.name)
         if self.kind == "hidden":
             return hints.text("machine.unset", name=self.name)
         if self.kind == "repeated":
@@ -103,14 +106,13 @@ _GIT_LOCAL = re.compile(
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one run. `warnings` are for the doctor and for `inv env`; `exported` names
-    what an earlier `inv env.export` set in the shell and the user did not change: `shell` lacks it.
-    """
+    """The settings of one run. `warnings` are for the doctor and for `inv env`."""
 
     values: Mapping[str, Value]
     passed: Mapping[str, Value]
     shell: Mapping[str, str] = field(repr=False)
     warnings: tuple[Notice, ...] = ()
+    # What an earlier `inv env.export` set, and the user did not change; `shell` lacks it.
     exported: frozenset[str] = frozenset()
 
     def text(self, name: str) -> str:
@@ -280,9 +282,9 @@ def load(
         for name, text in unknown.items()
     }
     known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
-    warnings = tuple(_warnings(shell, written, known, secrets))
     exported = frozenset(whole.keys() - shell.keys() - {child_variables.EXPORTED})
-    return Settings(values, passed, shell, warnings, exported)
+    notices = tuple(_warnings(shell, written, known, secrets))
+    return Settings(values, passed, shell, notices, exported)
 
 
 def _warnings(
@@ -495,5 +497,4 @@ def _hidden(name: str, shell_text: str, text: str) -> Notice:
 def _unknown(name: str, line: int, known: Iterable[str]) -> Notice:
     like = nearest(name, {*known, *usual_names()})
     meant = f"; did you mean {like}?" if like else ""
-    sentence = f".env, line {line}: {name} is not a known setting{meant}"
-    return Notice("unknown", name, sentence, line)
+    return Notice("unknown", name, f".env, line {line}: {name} is not a known setting{meant}", line)
