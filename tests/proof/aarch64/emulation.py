@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,8 +172,8 @@ class System:
         """
         program = emulator()
         assert program is not None
-        inside: Sequence[str | Path] = ["/bin/bash", "-c", f"cd {clone} && {command}"]
-        argv = [*namespaces(), "sh", MACHINE / "enter.sh", self.root, Path(program).resolve()]
+        argv: list[str | Path] = [*namespaces(), "sh", MACHINE / "enter.sh", self.root]
+        argv += [Path(program).resolve(), "/bin/bash", "-c", f"cd {clone} && {command}"]
         path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
         certificates = "/etc/ssl/certs/ca-certificates.crt"
         names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "GIT_SSL_CAINFO")
@@ -190,7 +190,7 @@ class System:
         }
         began = time.monotonic()
         child = subprocess.Popen(
-            [*argv, *inside],
+            argv,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

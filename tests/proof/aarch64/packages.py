@@ -35,8 +35,8 @@ def unpack(names: Sequence[str], folder: Path, root: Path, *, with_dependencies:
             (root / name).symlink_to(f"usr/{name}")
     packages = sorted(archives.glob("*.deb"))
     for package in packages:
-        tar = ["tar", "--extract", "--keep-directory-symlink", "--directory", root]
-        argv = ["dpkg-deb", "--fsys-tarfile", package]
+        tar = ["tar", "--extract", "--keep-directory-symlink", f"--directory={root}"]
+        argv = ["dpkg-deb", "--fsys-tarfile", str(package)]
         with subprocess.Popen(argv, stdout=subprocess.PIPE) as files:
             subprocess.run(tar, stdin=files.stdout, check=True)
         if files.returncode:
