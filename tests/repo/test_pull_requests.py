@@ -253,7 +253,7 @@ def test_merge_of_main_that_changes_something_gives_the_net_change(
 
 
 def test_merge_of_main_that_only_merges_leaves_the_commits(applied: Workspace, forge: Path) -> None:
-    assert take(applied, forge, 8).written == ("Five.patch", "Ten.patch")
+    assert take(applied, forge, "#8").written == ("Five.patch", "Ten.patch")
 
 
 def test_binary_rename_line_ends_and_a_long_subject_arrive_whole(
