@@ -90,7 +90,7 @@ PROBES_MAY_IMPORT = {
     "gguf",
 }
 LONGEST_MODULE = 500
-MOST_MODULES = 159
+MOST_MODULES = 161
 LONGEST_FUNCTION = 40
 MOST_PARAMETERS = 6
 # More parameters: the flags of a verb; and calls that need, beside the layout, settings, log and
@@ -102,6 +102,7 @@ MORE_PARAMETERS = {
     "workspace/cli/verbs.py:rebuild",
     "workspace/cli/verbs_patch.py:patch_import",
     "workspace/cli/verbs.py:serve",
+    "workspace/cli/verbs_node.py:serve_rank",
     "workspace/compile/job_server.py:__init__",
     "workspace/core/process.py:run",
     "workspace/install/sandbox.py:make",
@@ -125,6 +126,7 @@ MAKES_A_MACHINE = {
     "workspace/install/rebuild.py": 1,
     "workspace/install/triton_fix.py": 1,
     "workspace/install/triton_fixes.py": 1,
+    "workspace/server/multi_node.py": 1,
     "workspace/server/start.py": 2,
     "workspace/support/bug_report.py": 1,
     "workspace/support/perf.py": 1,

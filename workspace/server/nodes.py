@@ -183,15 +183,18 @@ class Remote:
 
         Raises NodeError with the first error line where it fails.
         """
-        script = f"cd {self.quoted()} && exec {shlex.join(argv)}"
-        typed = f"exec sh -c {shlex.quote(script)}"
         process.run(
-            ["ssh", "-T", *_OPTIONS, self.node.ssh, typed],
+            self.argv(argv),
             env=self.environment,
             run_log=run_log,
             on_line=on_line,
             failure=NodeError,
         )
+
+    def argv(self, argv: Sequence[str]) -> list[str]:
+        """Return the ssh command line that runs a program in the node's clone without a limit."""
+        script = f"cd {self.quoted()} && exec {shlex.join(argv)}"
+        return ["ssh", "-T", *_OPTIONS, self.node.ssh, f"exec sh -c {shlex.quote(script)}"]
 
     def copy(self, source: Path, target: str, *, limit_s: float = COPY_S) -> None:
         """Copy a file to a path below the node's clone. Raises NodeError."""
