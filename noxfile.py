@@ -68,6 +68,8 @@ PROOFS = {
     # It runs its worlds beside each other by itself.
     "kill": ["tests/proof/kill", "-n", "0"],
     "kernels": ["tests/proof/kernels", "-n", "0", "-s"],
+    # Two network namespaces with an sshd each; needs root.
+    "nodes": ["tests/proof/nodes", "-n", "0", "-s"],
     "pins": ["tests/proof/test_pins.py", "tests/proof/bump"],
     "repo": ["tests/proof/repo"],
     # One server at a time in this clone.

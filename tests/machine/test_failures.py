@@ -486,3 +486,18 @@ def test_no_pattern_is_slow_on_a_line_that_repeats_a_word_of_it() -> None:
         word for symptom in failures.symptoms() for word in re.findall(r"[A-Za-z]+", symptom.line)
     }
     assert {word for word in words if seconds(word, 2) > 0.1} == set()
+
+
+def test_cause_names_its_node_and_is_not_mixed_with_another_of_the_same_pid() -> None:
+    lines = [
+        "[node b] (Worker_TP1 pid=9) ERROR 11-23 20:01:02 [w.py:1] ValueError: no link",
+        "[node a] (Worker_TP0 pid=9) INFO 11-23 20:01:03 [w.py:1] still at work",
+        "[node a] (EngineCore pid=8) ERROR 11-23 20:01:04 [c.py:1] RuntimeError: closed by peer",
+        "inv serve: error: node b ended its rank, with exit status 10",
+    ]
+    reading = failures.judge(lines, status=1)
+    assert reading.first == "node b: ValueError: no link"
+    assert reading.tail[1] == "node a: still at work"
+    assert failures.without_prefix(lines[0]) == "node b: ValueError: no link"
+    silent = failures.judge(["[node a] ok", "inv serve: error: no sign of life from b"], status=1)
+    assert silent.first == "inv serve: error: no sign of life from b"

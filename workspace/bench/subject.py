@@ -29,7 +29,8 @@ from workspace.install.precompiled import text_of
 from workspace.machine import hardware
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
-from workspace.server import flags, models, start
+from workspace.server import command as server_command
+from workspace.server import flags, models
 from workspace.server.command import built_environment
 
 KINDS: tuple[Kind, ...] = ("latency", "throughput", "serve", "startup")
@@ -221,7 +222,7 @@ def _workload(
     elif (folder := typed(model)).is_dir():
         place, model = str(folder.resolve()), _called(folder.resolve())
     named = flags.references(engine, place)
-    if not all(start.is_here(settings, reference) for reference in named):
+    if not all(server_command.is_here(settings, reference) for reference in named):
         given.pop("HF_HUB_OFFLINE", None)
         recipe = {name: text for name, text in recipe.items() if name != "HF_HUB_OFFLINE"}
     work = (_TINY_WORK if model == TINY else _WORK)[kind]

@@ -28,6 +28,8 @@ CARRIED_LINES = 80
 
 # What stands before a message: "(EngineCore_DP0 pid=12) ", "ERROR 11-23 20:01:02 ", "[core.py:1] "
 # (vllm/logger.py; before 0.7 "core.py:1] "), "[rank0]: " (torch), "INFO:     " (uvicorn).
+# "[node b] ": the node of a server over several (server/node_link.py).
+_NODE = re.compile(r"\[node ([\w.-]{1,64})\] ")
 _PROCESS = re.compile(r"\(([A-Za-z_]+)[^()]{0,60}?\bpid=(\d+)[^()]{0,60}\)\s?")
 _LEVEL = re.compile(
     r"(TRACE|DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: \d\d-\d\d \d\d:\d\d:\d\d\s|: {2,})"
@@ -143,13 +145,21 @@ class Harmless:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a log without colours and prefix; `speaker` and `pid` are None without a prefix."""
+    """A line of a log without colours and prefix; `speaker` and `pid` are None without a prefix.
+
+    `node` is the node of a server over several, with which `pid` then begins.
+    """
 
     text: str
     speaker: Speaker | None = None
     pid: str | None = None
     level: str | None = None
     place: str = ""
+    node: str = ""
+
+    @property
+    def marked(self) -> str:
+        return f"node {self.node}: {self.text}" if self.node else self.text
 
 
 @dataclass(frozen=True)
@@ -232,7 +242,7 @@ def judge(lines: Sequence[str], *, status: int | None, kills: int = 0) -> Readin
     candidates = list(_candidates(parsed))
     ended = _proven(_by_status(status), kills)
     best = min(candidates, key=lambda one: one.order, default=None)
-    shown = [line.text for line in plain if line.text.strip()]
+    shown = [line.marked for line in plain if line.text.strip()]
     tail = tuple(line[:LONGEST_SHOWN] for line in shown[-SHOWN_TAIL_LINES:])
     if ended and (best is None or best.rank > _SIGNALLED):
         return Reading(_who_ended(ended, None, _FRONT), ended.lack, tail, ended)
@@ -243,6 +253,7 @@ def judge(lines: Sequence[str], *, status: int | None, kills: int = 0) -> Readin
         first = _who_ended(symptom, line.text, _who(line.text))
     else:
         first = _with_detail(parsed, best)
+    first = f"node {line.node}: {first}" if line.node else first
     return Reading(first, symptom.lack if symptom else None, tail, symptom, line.speaker)
 
 
@@ -296,9 +307,13 @@ def parse(line: str) -> Line:
     """Split a line into its prefix and its text, without colours."""
     rest = _COLOUR.sub("", line[:LONGEST_LINE])
     parsed = Line("")
+    if found := _NODE.match(rest):
+        # Two nodes may have the same pid.
+        parsed, rest = Line("", pid=found[1], node=found[1]), rest[found.end() :]
     for _ in range(6):
         if found := _PROCESS.match(rest):
-            parsed = replace(parsed, speaker=_speaker(found[1]), pid=found[2])
+            pid = f"{parsed.node} {found[2]}" if parsed.node else found[2]
+            parsed = replace(parsed, speaker=_speaker(found[1]), pid=pid)
         elif found := _LEVEL.match(rest):
             parsed = replace(parsed, level=found[1])
         elif found := _GLOG.match(rest):
@@ -313,7 +328,7 @@ def parse(line: str) -> Line:
 
 def without_prefix(line: str) -> str:
     """Return a line of vLLM's log without its process, level, time, source and colours."""
-    return parse(line).text
+    return parse(line).marked
 
 
 def _candidates(parsed: Sequence[Line]) -> Iterator[_Candidate]:

@@ -267,6 +267,20 @@ def require_files(layout: Layout, settings: Settings, args: Sequence[str]) -> No
     _require_modules(layout, settings, modules)
 
 
+def reference_folder(settings: Settings, reference: flags.Reference) -> Path | None:
+    """Return the folder of what a flag names, None if it is not on this machine."""
+    path, cache = Path(reference.name), models.hub_cache(settings)
+    return path if path.is_absolute() else models.cached(cache, reference.name, reference.revision)
+
+
+def is_here(settings: Settings, reference: flags.Reference) -> bool:
+    """Return whether what a flag names is on this machine, so that vLLM needs no hub for it."""
+    folder = reference_folder(settings, reference)
+    if folder is None:
+        return False
+    return models.holds(folder, reference.needs) if reference.needs else models.is_complete(folder)
+
+
 def _problem(layout: Layout, args: Sequence[str], key: str, path: Path) -> str | None:
     """Return what is wrong with the file or folder of a setting, None if nothing is."""
     if key == "chat_template":

@@ -149,7 +149,7 @@ def wait_until_ready(
                 timeout_s=min(left_s, observation.COMPLETION_TIMEOUT_S),
             )
             if message is None and is_alive(server):
-                return _mark_ready(server), Ready(names, time.monotonic() - started)
+                return mark_ready(server), Ready(names, time.monotonic() - started)
             problem = f"it is healthy but cannot complete one token: {message}"
             if is_alive(server):
                 hangs = bool(message and message.startswith("no answer"))
@@ -158,7 +158,7 @@ def wait_until_ready(
     raise _not_ready(server, f"was not ready after {timeout_s:g} s: {problem}", hangs=True)
 
 
-def _mark_ready(server: Server) -> Server:
+def mark_ready(server: Server) -> Server:
     """Record that the server was ready, for others and for its supervisor."""
     server = replace(_with_shared(server), is_ready=True)
     write(server)

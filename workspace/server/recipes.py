@@ -72,7 +72,7 @@ class Alternative:
 class Recipe:
     """One model and how it is served. `flags` have names without dashes in front; `fetch_gib` is
     the size of the files that `serve.fetch` fetches, `ignored` are patterns of files it skips.
-    `revision` is that of the user's flags, None for the newest.
+    `revision` is that of the user's flags, None for the newest. `nodes` is how many nodes it takes.
     """
 
     name: str
@@ -89,6 +89,7 @@ class Recipe:
     figures: tuple[Figure, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     revision: str | None = None
+    nodes: int = 1
 
     @property
     def args(self) -> tuple[str, ...]:
@@ -332,6 +333,7 @@ def _recipe(name: str, table: _Table) -> Recipe:
         notes=table.texts("notes"),
         figures=tuple(_figure(figure) for figure in table.tables("figures")),
         alternatives=tuple(_alternative(other) for other in table.tables("alternatives")),
+        nodes=max(1, int(table.number("nodes", 1.0))),
     )
     for part in (memory, fetch, table):
         part.finish()

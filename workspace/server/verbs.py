@@ -42,6 +42,7 @@ from workspace.server import (
     start,
 )
 from workspace.server.command import LISTS, built_environment, lines, secret_names, tree_oid
+from workspace.server.flags import ServeOptions
 from workspace.server.observation import Server, find, is_alive
 from workspace.server.recipes import Recipe
 
@@ -200,7 +201,7 @@ def _named(layout: Layout, name: str, *, verb: str) -> Server | None:
 
 
 def print_unit(
-    layout: Layout, settings: Settings, options: start.ServeOptions, *, console: Console
+    layout: Layout, settings: Settings, options: ServeOptions, *, console: Console
 ) -> None:
     """Print a user unit of systemd that runs the server and starts it again.
 
@@ -274,6 +275,10 @@ def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str,
         text = f"{at}: its supervisor was killed, and it still has {count}"
         return "remains", Row(State.FAIL, label, text, hint=of_name or hints.text("inv.serve_stop"))
     held = f"{process_tree.resident_bytes(members) / GIB:.1f} GiB in {count}"
+    if rank := server.facts.get("rank"):
+        text = f"{server.name}, {rank}, since {server.since}: {held}"
+        stage = "ready" if server.is_ready else "starting"
+        return stage, Row(State.OK if server.is_ready else State.WARN, label, text, hint=of_name)
     deaths = observation.deaths(server)
     if deaths.waits:
         text = f"{at}: it died and waits: {deaths.waits}"
