@@ -126,7 +126,7 @@ class Layout:
 
     @property
     def jit(self) -> Path:
-        """Kernels compiled at run time, a folder for each stack; see machine/run_environment.py."""
+        """Kernels compiled at run time, one folder for each stack; see machine/jit_caches.py."""
         return self.state / "jit"
 
     @property

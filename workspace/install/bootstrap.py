@@ -24,7 +24,7 @@ from workspace.core.errors import BuildError, SettingsError, ToolchainError, cou
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
 from workspace.install import bundle, plan, stages, stamp, status
-from workspace.machine import check, doctor, interpreter, run_environment
+from workspace.machine import check, doctor, interpreter, jit_caches, run_environment
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git, worktree
 
@@ -220,8 +220,8 @@ def _generate(run: stages.Run, view: Step) -> None:
     stamp.withdraw(layout.stamp(FIRST_TOKEN))
     if sentence := status.driver_sentence(observed.kernels.recorded):
         run.run_log.console.info(sentence)
-    stack = run_environment.observe_stack(observed.machine, tree=Git(layout.vllm).tree("HEAD"))
-    run_environment.record_stack(layout, stack)
+    stack = jit_caches.observe(observed.machine, tree=Git(layout.vllm).tree("HEAD"))
+    jit_caches.record(layout, stack)
     environment = run_environment.built_environment(
         layout, run.settings, "first-token", stack=stack
     )
@@ -282,7 +282,7 @@ class _Wait:
         self.view.progress(0, None, self.sentence())
 
     def written(self) -> str:
-        return run_environment.compiled_since(self.environment, self.started)
+        return jit_caches.written_since(self.environment, self.started)
 
     def sentence(self) -> str:
         """Return the stage, its seconds, and what is compiled meanwhile."""

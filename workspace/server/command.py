@@ -22,7 +22,7 @@ from workspace.core.known_settings import KNOWN, has_login, is_relative, is_secr
 from workspace.core.paths import Layout
 from workspace.core.process import There
 from workspace.core.settings import Settings
-from workspace.machine import hardware, run_environment
+from workspace.machine import hardware, jit_caches, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
 from workspace.server import flags, models, public_recipes
@@ -458,9 +458,9 @@ def built_environment(
     layout, settings = machine.layout, machine.settings
     if not is_shown:
         run_environment.require_own_tree(machine)
-    stack = run_environment.observe_stack(machine, tree=tree_oid(layout))
+    stack = jit_caches.observe(machine, tree=tree_oid(layout))
     if not is_shown:
-        run_environment.record_stack(layout, stack)
+        jit_caches.record(layout, stack)
     return run_environment.built_environment(
         layout, settings, phase, stack=stack, recipe=recipe, given=given
     )

@@ -6,14 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from workspace.machine.run_environment import (
-    NONE,
-    Stack,
-    cache_variables,
-    compiled_since,
-    observe_stack,
-    record_stack,
-)
+from workspace.machine import jit_caches
+from workspace.machine.jit_caches import Stack
 
 OURS = Stack("tree", "2.13.0 CUDA 13.0", "3.7.1", "0.7.0", "12.1")
 
@@ -24,8 +18,8 @@ def installed(house, name="torch", version="2.13.0") -> Path:
 
 def test_folder_that_the_user_sets_gets_no_key(house, tmp_path):
     house.layout.dotenv.write_text(f"TRITON_CACHE_DIR={tmp_path / 'own'}\n")
-    assert "TRITON_CACHE_DIR" not in cache_variables(house.layout, house.settings(), OURS)
-    assert "TRITON_CACHE_DIR" not in cache_variables(
+    assert "TRITON_CACHE_DIR" not in jit_caches.variables(house.layout, house.settings(), OURS)
+    assert "TRITON_CACHE_DIR" not in jit_caches.variables(
         house.layout, house.settings(TRITON_HOME=str(tmp_path)), OURS
     )
 
@@ -45,7 +39,7 @@ def test_every_part_of_a_stack_has_own_folders_and_a_commit_keeps_those_of_flash
 ):
     other = Stack(**{**OURS.__dict__, part: "another"})
     mine, theirs = (
-        cache_variables(house.layout, house.settings(), stack) for stack in (OURS, other)
+        jit_caches.variables(house.layout, house.settings(), stack) for stack in (OURS, other)
     )
     assert (mine["FLASHINFER_WORKSPACE_BASE"] == theirs["FLASHINFER_WORKSPACE_BASE"]) is is_shared
     assert (mine["TRITON_CACHE_DIR"] == theirs["TRITON_CACHE_DIR"]) is (part == "flashinfer")
@@ -53,7 +47,7 @@ def test_every_part_of_a_stack_has_own_folders_and_a_commit_keeps_those_of_flash
 
 def test_driver_keeps_what_it_compiled_in_one_folder_of_the_clone_and_holds_the_most(house):
     mine, theirs = (
-        cache_variables(house.layout, house.settings(), stack)
+        jit_caches.variables(house.layout, house.settings(), stack)
         for stack in (OURS, Stack(**{**OURS.__dict__, "tree": "another", "torch": "another"}))
     )
     assert mine["CUDA_CACHE_PATH"] == str(house.layout.jit / "driver") == theirs["CUDA_CACHE_PATH"]
@@ -61,12 +55,12 @@ def test_driver_keeps_what_it_compiled_in_one_folder_of_the_clone_and_holds_the_
 
 
 def test_driver_cache_of_the_user_stays_and_a_cpu_build_has_none(house):
-    own = cache_variables(house.layout, house.settings(CUDA_CACHE_PATH="/mine"), OURS)
+    own = jit_caches.variables(house.layout, house.settings(CUDA_CACHE_PATH="/mine"), OURS)
     assert "CUDA_CACHE_PATH" not in own
-    without = Stack(**{**OURS.__dict__, "architecture": NONE})
+    without = Stack(**{**OURS.__dict__, "architecture": jit_caches.NONE})
     assert not [
         name
-        for name in cache_variables(house.layout, house.settings(), without)
+        for name in jit_caches.variables(house.layout, house.settings(), without)
         if name.startswith("CUDA_")
     ]
 
@@ -91,10 +85,10 @@ def test_what_a_run_has_compiled_is_named_by_its_compiler_and_older_kernels_are_
         "FLASHINFER_WORKSPACE_BASE": str(tmp_path / "flashinfer"),
         "CUDA_CACHE_PATH": str(tmp_path / "driver"),
     }
-    found = compiled_since(environment, start)
+    found = jit_caches.written_since(environment, start)
     assert found == "Triton 1 kernel, FlashInfer sampling, the driver 1.5 MB"
-    assert compiled_since(environment, start + 60) == ""
-    assert compiled_since({}, start) == ""
+    assert jit_caches.written_since(environment, start + 60) == ""
+    assert jit_caches.written_since({}, start) == ""
 
 
 def test_stack_has_the_versions_in_the_environment(house):
@@ -107,9 +101,9 @@ def test_stack_has_the_versions_in_the_environment(house):
         "__version__ = '2.13.0+cu130'\ncuda: str = '13.0'\n"
     )
     house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580'")
-    stack = observe_stack(house.machine(), tree="abc")
+    stack = jit_caches.observe(house.machine(), tree="abc")
     assert stack == Stack("abc", "2.13.0+cu130 CUDA 13.0", "3.7.1", "none", "12.1")
-    record_stack(house.layout, stack)
+    jit_caches.record(house.layout, stack)
     assert (
         json.loads((house.layout.jit / stack.key / "stack.json").read_text())["triton"] == "3.7.1"
     )
