@@ -1,4 +1,6 @@
-"""The folders in which a stack keeps its compiled kernels, and what a run has compiled."""
+"""Caches as Triton, FlashInfer and torch compile write them; their notes and their times show which
+stack wrote them.
+"""
 
 import json
 import os
@@ -6,22 +8,137 @@ from pathlib import Path
 
 import pytest
 
+from workspace.core.errors import ToolchainError
 from workspace.machine import jit_caches
 from workspace.machine.jit_caches import Stack
 
 OURS = Stack("tree", "2.13.0 CUDA 13.0", "3.7.1", "0.7.0", "12.1")
+INSTALLED_AT = 1_700_000_000.0
 
 
 def installed(house, name="torch", version="2.13.0") -> Path:
-    return house.package(name, version, {f"{name}-{version}.dist-info/RECORD": ""})
+    """A package as uv leaves it: old files, a RECORD of now."""
+    record = f"{name}-{version}.dist-info/RECORD"
+    packages = house.package(name, version, {record: ""})
+    os.utime(packages / record, (INSTALLED_AT, INSTALLED_AT))
+    return packages
 
 
-def test_folder_that_the_user_sets_gets_no_key(house, tmp_path):
+def kernel(place: Path, *, version="3.7.1", arch=121, name="probe") -> Path:
+    path = place / f"KEY-{version}-{arch}" / f"{name}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        json.dumps(
+            {
+                "triton_version": version,
+                "target": {"backend": "cuda", "arch": arch, "warp_size": 32},
+            }
+        )
+    )
+    return path
+
+
+def library(place: Path, include: Path, *, name="sampling") -> Path:
+    path = place / "121a" / "cached_ops" / name / "build.ninja"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        f"common_cflags = -isystem {include}/torch/include -isystem /usr/local/cuda/include\n"
+    )
+    return path
+
+
+def home(house) -> Path:
+    return house.layout.root.parent / "home"
+
+
+def foreign(house, stack=OURS, **shell):
+    shell.setdefault("TMPDIR", str(house.layout.root.parent))
+    return jit_caches.foreign(house.machine(**shell), stack)
+
+
+def test_kernels_of_another_triton_are_found_and_kernels_of_this_triton_are_not(
+    house,
+):
+    kernel(home(house) / ".triton" / "cache")
+    assert foreign(house) == ()
+    kernel(home(house) / ".triton" / "cache", version="3.5.1")
+    (found,) = foreign(house)
+    assert (found.cache.kind, found.wrote) == (
+        "triton",
+        "written by triton 3.5.1, and 3.7.1 is installed",
+    )
+
+
+def test_kernels_for_another_gpu_are_foreign_only_where_a_gpu_is_known(house):
+    kernel(home(house) / ".triton" / "cache", arch=90)
+    assert "sm_90" in foreign(house)[0].wrote
+    assert foreign(house, Stack("tree", "2.13.0", "3.7.1", "none", "none")) == ()
+
+
+def test_commit_in_the_version_of_a_triton_from_source_does_not_count(house):
+    kernel(home(house) / ".triton" / "cache", version="3.9.0")
+    assert foreign(house, Stack("tree", "2.13.0", "3.9.0+git3f6e4113", "none", "12.1")) == ()
+
+
+def test_library_of_another_torch_is_found_and_of_another_flashinfer_not(house, tmp_path):
+    packages = installed(house)
+    place = home(house) / ".cache" / "flashinfer"
+    library(place / "0.6.0", tmp_path / "elsewhere")
+    library(place / "0.7.0", packages, name="own")
+    assert foreign(house) == ()
+    library(place / "0.7.0", tmp_path / "elsewhere")
+    assert foreign(house)[0].wrote == f"compiled against the torch in {tmp_path / 'elsewhere'}"
+
+
+def test_file_older_than_torch_is_foreign_at_the_usual_places_only(house):
+    packages = installed(house)
+    graph = home(house) / ".cache" / "vllm" / "torch_compile_cache" / "ab12" / "graph.py"
+    own = Path(
+        jit_caches.variables(house.layout, house.settings(), OURS)["FLASHINFER_WORKSPACE_BASE"]
+    )
+    made = [
+        graph,
+        library(home(house) / ".cache" / "flashinfer" / "0.7.0", packages),
+        library(own / ".cache" / "flashinfer" / "0.7.0", packages),
+    ]
+    graph.parent.mkdir(parents=True)
+    graph.touch()
+    for path in made:
+        os.utime(path, (INSTALLED_AT - 60, INSTALLED_AT - 60))
+    assert {(one.cache.kind, one.cache.is_own) for one in foreign(house)} == {
+        ("vllm", False),
+        ("flashinfer", False),
+    }
+
+
+def test_foreign_kernel_in_a_folder_of_this_stack_is_found_too(house):
+    own = Path(jit_caches.variables(house.layout, house.settings(), OURS)["TRITON_CACHE_DIR"])
+    kernel(own, version="3.5.1")
+    (found,) = foreign(house)
+    assert found.cache.is_own
+
+
+def test_cache_is_renamed_with_its_date_and_never_over_another(house):
+    place = home(house) / ".triton" / "cache"
+    for _ in range(2):
+        path = kernel(place, version="3.5.1")
+        os.utime(path, (INSTALLED_AT, INSTALLED_AT))
+        jit_caches.rename_foreign(foreign(house)[0])
+    assert sorted(path.name for path in place.parent.iterdir()) == [
+        "cache.of-20231114-221320",
+        "cache.of-20231114-221320-2",
+    ]
+    assert foreign(house) == ()
+
+
+def test_folder_that_the_user_sets_is_read_and_gets_no_key(house, tmp_path):
     house.layout.dotenv.write_text(f"TRITON_CACHE_DIR={tmp_path / 'own'}\n")
+    kernel(tmp_path / "own", version="3.5.1")
     assert "TRITON_CACHE_DIR" not in jit_caches.variables(house.layout, house.settings(), OURS)
     assert "TRITON_CACHE_DIR" not in jit_caches.variables(
         house.layout, house.settings(TRITON_HOME=str(tmp_path)), OURS
     )
+    assert foreign(house)[0].cache.place == tmp_path / "own"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +206,28 @@ def test_what_a_run_has_compiled_is_named_by_its_compiler_and_older_kernels_are_
     assert found == "Triton 1 kernel, FlashInfer sampling, the driver 1.5 MB"
     assert jit_caches.written_since(environment, start + 60) == ""
     assert jit_caches.written_since({}, start) == ""
+
+
+def test_unreadable_caches_are_no_finding(house):
+    place = home(house) / ".triton" / "cache" / "KEY"
+    place.mkdir(parents=True)
+    for number, text in enumerate(
+        ["", "[]", '{"triton_version": 3}', "{", '{"triton_version": "3.5.1"}']
+    ):
+        (place / f"{number}.json").write_text(text)
+    (place / "link.json").symlink_to("/nonexistent")
+    os.mkfifo(place / "pipe.json")
+    assert foreign(house) == ()
+
+
+def test_cache_that_cannot_be_renamed_is_an_error_with_a_sentence(house):
+    found = jit_caches.Foreign(
+        jit_caches.Cache("triton", Path("/proc"), False),
+        "",
+        jit_caches._last_written(house.layout.root),
+    )
+    with pytest.raises(ToolchainError, match="/proc cannot be renamed"):
+        jit_caches.rename_foreign(found)
 
 
 def test_stack_has_the_versions_in_the_environment(house):
