@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from workspace.compile import job_server, jobs
+from workspace.compile import job_server
 from workspace.compile.costs import Costs, History
 from workspace.compile.scheduler import Admission, Bounds
 
@@ -123,7 +123,7 @@ class Site:
     def running(self) -> list[int]:
         """Return the pids of the compilers that have started and still live."""
         pids = [int(line.split()[2]) for line in self.log if line.startswith("+")]
-        return [pid for pid in pids if pid in jobs.living()]
+        return [pid for pid in pids if pid in job_server.living()]
 
     def most(self) -> int:
         """Return the most compilers that ran at any time, by their own log."""

@@ -15,7 +15,7 @@ import pytest
 
 from tests.compile.trees import Site, put
 from tests.repo.conftest import commit, sh_git
-from workspace.compile import cmake_inputs, externals
+from workspace.compile import externals
 from workspace.compile.externals import External
 from workspace.core.errors import SettingsError, SourceError
 
@@ -229,7 +229,7 @@ def test_unknown_condition_is_followed_both_ways(
         tmp_path,
         {"CMakeLists.txt": f"if({condition})\n  walked(yes)\nelse()\n  walked(no)\nendif()\n"},
     )
-    steps = cmake_inputs.walk(tmp_path, "cuda", machine="x86_64")
+    steps = externals.walk(tmp_path, "cuda", machine="x86_64")
     assert (
         " ".join(step.command.args[0] for step in steps if step.command.name == "walked")
         == branches

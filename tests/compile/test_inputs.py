@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.compile.trees import Site, put
-from workspace.compile import cmake, cmake_inputs
+from workspace.compile import cmake_inputs
 from workspace.compile.cmake_inputs import Inputs
 from workspace.machine.machine import Machine
 from workspace.machine.torch import TorchBuild
@@ -116,7 +116,7 @@ def test_machine_without_compilers_is_observed(site: Site) -> None:
 def arguments(site: Site) -> dict[str, str]:
     with site.run_log() as run_log:
         machine = Machine(site.layout, site.settings())
-        output = cmake.toolkit_arguments(machine, site.root / "build", run_log=run_log)
+        output = cmake_inputs.toolkit_arguments(machine, site.root / "build", run_log=run_log)
     return dict(argument.removeprefix("-D").split("=", 1) for argument in output)
 
 

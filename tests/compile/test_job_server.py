@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.compile.launching import Site, start_job_server, until
-from workspace.compile import job_server, jobs
+from workspace.compile import job_server, ninja
 from workspace.compile.costs import Costs, Entry, History, Unit
 from workspace.compile.scheduler import Admission, Bounds, MemoryStatus
 from workspace.core.errors import BuildError
@@ -124,9 +124,9 @@ def test_failure_of_the_job_server_is_reported_and_ends_waiting_launchers(site: 
 
 
 def test_memory_status_of_this_machine_is_plausible() -> None:
-    status = jobs.memory_status(0.0)
+    status = ninja.memory_status(0.0)
     assert 0 < status.available_gib < 100_000
-    assert jobs.memory_status(2.0).available_gib == pytest.approx(
+    assert ninja.memory_status(2.0).available_gib == pytest.approx(
         status.available_gib - 2.0, abs=1.0
     )
     assert 0 <= status.pressure_percent <= 100
@@ -135,10 +135,10 @@ def test_memory_status_of_this_machine_is_plausible() -> None:
 
 def test_processes_below_a_root_are_its_descendants_only() -> None:
     known = {
-        pid: jobs.Process(parent, 0, 1.0)
+        pid: job_server.Process(parent, 0, 1.0)
         for pid, parent in {1: 0, 10: 1, 11: 10, 12: 11, 20: 1, 21: 20, 30: 31, 31: 30}.items()
     }
-    assert jobs.below(frozenset({10, 11, 20, 99}), known) == {
+    assert job_server.below(frozenset({10, 11, 20, 99}), known) == {
         10: {11, 12},
         11: {12},
         20: {21},

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from workspace.compile import jobs
+from workspace.compile import jobs, ninja
 from workspace.core import settings
 from workspace.core.errors import SettingsError
 from workspace.core.paths import Layout
@@ -161,16 +161,16 @@ def test_memory_that_only_python_reads_as_a_number_is_refused(flag: str) -> None
 
 def test_ninja_sees_all_units_and_never_fewer_than_may_run() -> None:
     four = jobs.Jobs(4, 1, "")
-    assert [jobs.visible(units, four) for units in (0, 3, 169, 5000)] == [
+    assert [ninja.visible(units, four) for units in (0, 3, 169, 5000)] == [
         4,
         4,
         169,
-        jobs.MOST_VISIBLE,
+        ninja.MOST_VISIBLE,
     ]
 
 
 def test_nested_builds_get_the_same_number_of_jobs() -> None:
-    output = jobs.environment(jobs.Jobs(4, 1, ""), launcher="/build/launcher")
+    output = ninja.nested_environment(jobs.Jobs(4, 1, ""), launcher="/build/launcher")
     assert {
         output[name] for name in ("MAX_JOBS", "CARGO_BUILD_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL")
     } == {"4"}

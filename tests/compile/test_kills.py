@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.compile.launching import Site, command_of, start_job_server, until
-from workspace.compile import job_server, jobs, launcher
+from workspace.compile import job_server, launcher
 from workspace.compile.costs import Costs
 from workspace.compile.scheduler import Admission, Bounds, MemoryStatus
 from workspace.machine import failures
@@ -52,7 +52,7 @@ def test_killed_launcher_keeps_its_token_while_its_compiler_lives(site: Site, pa
     pair.holder.kill()
     pair.holder.wait()
     # The bound counts compilers, and that one still runs.
-    until(lambda: jobs.living().get(pair.holder.pid) is None)
+    until(lambda: job_server.living().get(pair.holder.pid) is None)
     assert pair.server.state.waiting == 1
     assert len(site.log) == 1
     site.open_gate()
@@ -182,4 +182,4 @@ def test_when_only_ninja_is_killed_its_compilers_end_too(site: Site) -> None:
     assert site.running() == []
     # The shell of a compiler may still log its end.
     assert sum(line.startswith("+") for line in site.log) == 2
-    assert not [pid for pid in jobs.living() if command_of(pid).startswith(str(site.folder))]
+    assert not [pid for pid in job_server.living() if command_of(pid).startswith(str(site.folder))]

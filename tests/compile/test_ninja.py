@@ -348,7 +348,9 @@ def test_no_compiler_outlives_a_killed_task_and_the_next_build_resumes(
     until(
         lambda: (
             not clone.site.running()
-            and not [pid for pid in jobs.living() if command_of(pid).startswith(str(clone.build))]
+            and not [
+                pid for pid in job_server.living() if command_of(pid).startswith(str(clone.build))
+            ]
         )
     )
     assert len(clone.site.log) == 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from workspace.compile import progress
+from workspace.compile import jobs
 from workspace.compile.costs import Cost, Unit
 from workspace.compile.scheduler import Finished, Running, State
 
@@ -21,7 +21,7 @@ def running(name: str, started: float) -> Running:
 
 
 def test_percent_follows_cost_and_not_the_count_of_units() -> None:
-    found = progress.estimate(
+    found = jobs.estimate(
         PLANNED,
         [finished("a.cu", 5.0), finished("b.cu", 5.0)],
         State(budget_gib=100.0),
@@ -35,13 +35,13 @@ def test_percent_follows_cost_and_not_the_count_of_units() -> None:
 def test_time_left_is_at_least_that_of_the_longest_unit() -> None:
     done = [finished("a.cu", 5.0), finished("b.cu", 5.0)]
     state = State(running=(running("long.cu", 0.0),), budget_gib=100.0)
-    found = progress.estimate(PLANNED, done, state, began=0.0, now=30.0)
+    found = jobs.estimate(PLANNED, done, state, began=0.0, now=30.0)
     assert found.share == pytest.approx(0.4)
     assert found.left_s == pytest.approx(60.0)
 
 
 def test_unit_slower_than_expected_never_counts_as_done() -> None:
-    found = progress.estimate(
+    found = jobs.estimate(
         PLANNED,
         [],
         State(running=(running("long.cu", 0.0),), budget_gib=100.0),
@@ -59,14 +59,14 @@ def test_unplanned_and_repeated_units_count_once() -> None:
         finished("new.cu", 5.0),
         Finished(Unit("", "x", True), Cost(1, 1, "guess"), 1, 1, 0),
     ]
-    found = progress.estimate(PLANNED, again, State(), began=0.0, now=0.0)
+    found = jobs.estimate(PLANNED, again, State(), began=0.0, now=0.0)
     assert (found.done, found.units) == (2, 4)
 
 
 def test_links_do_not_count_as_work_left() -> None:
     link = Unit("_C", "link")
     state = State(running=(Running(link, Cost(20.0, 2.0, "guess"), 9.0),), budget_gib=100.0)
-    found = progress.estimate(
+    found = jobs.estimate(
         {},
         [
             finished("a.cu", 500.0),
@@ -77,18 +77,16 @@ def test_links_do_not_count_as_work_left() -> None:
         now=10.0,
     )
     assert (found.done, found.units, found.share, found.left_s) == (1, 1, 1.0, 0.0)
-    assert progress.units(state) == ("link of _C",)
+    assert jobs.units(state) == ("link of _C",)
 
 
 def test_estimate_of_an_empty_build_is_zero() -> None:
-    assert progress.estimate({}, [], State(), began=0.0, now=0.0) == progress.Estimate(
-        0, 0, 0.0, 0.0
-    )
+    assert jobs.estimate({}, [], State(), began=0.0, now=0.0) == jobs.Estimate(0, 0, 0.0, 0.0)
 
 
 def test_figures_show_percent_units_time_memory_and_waiting_units() -> None:
     state = State(waiting=7, held_gib=9.23, budget_gib=24.0)
-    assert progress.figures(progress.Estimate(12, 31, 0.634, 245.0), state) == (
+    assert jobs.figures(jobs.Estimate(12, 31, 0.634, 245.0), state) == (
         "63%",
         "12 of 31 units",
         "4 min left",
@@ -98,7 +96,7 @@ def test_figures_show_percent_units_time_memory_and_waiting_units() -> None:
 
 
 def test_reason_is_shown_if_no_unit_runs() -> None:
-    assert progress.units(State(waiting=3, why="memory is short")) == ("memory is short",)
+    assert jobs.units(State(waiting=3, why="memory is short")) == ("memory is short",)
     both = State(
         running=(
             running("b.cu", 5.0),
@@ -106,7 +104,7 @@ def test_reason_is_shown_if_no_unit_runs() -> None:
             Running(Unit("", "p", True), PLANNED[Unit("t", "a.cu")], 0.0),
         )
     )
-    assert progress.units(both) == ("long.cu", "b.cu")
+    assert jobs.units(both) == ("long.cu", "b.cu")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +118,7 @@ def test_reason_is_shown_if_no_unit_runs() -> None:
     ],
 )
 def test_durations_are_written_in_suitable_units(seconds: float, output: str) -> None:
-    assert progress.duration(seconds) == output
+    assert jobs.duration(seconds) == output
 
 
 def test_summary_has_the_slowest_and_the_largest_units_that_were_compiled() -> None:
@@ -135,7 +133,7 @@ def test_summary_has_the_slowest_and_the_largest_units_that_were_compiled() -> N
         )
     ]
     light = Finished(Unit("", "p", True), Cost(1, 1, "guess"), 999.0, 99.0, 0)
-    assert progress.build_summary([*done, light]) == (
+    assert jobs.build_summary([*done, light]) == (
         ("slowest", "300.0 s", "1.00 GiB", "slow.cu"),
         ("slowest", "200.0 s", "2.00 GiB", "link of t"),
         ("slowest", "100.0 s", "9.50 GiB", "large.cu"),
@@ -143,4 +141,4 @@ def test_summary_has_the_slowest_and_the_largest_units_that_were_compiled() -> N
         ("largest", "200.0 s", "2.00 GiB", "link of t"),
         ("largest", "300.0 s", "1.00 GiB", "slow.cu"),
     )
-    assert progress.build_summary([light]) == ()
+    assert jobs.build_summary([light]) == ()

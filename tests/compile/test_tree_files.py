@@ -2,7 +2,6 @@
 overwritten, and completed after a kill.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -15,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.small.materials import ROOT, git
-from workspace.compile.project import Target
-from workspace.compile.tree_files import install_targets
+from workspace.compile.project import Target, install_targets
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.paths import Layout
@@ -139,8 +137,6 @@ def _configured(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def bench(_configured: Bench) -> Bench:
     """The bench as configured, at the path that CMake has written into it."""
     made = _configured
-    shutil.rmtree(made.build.parent / "put.json", ignore_errors=True)
-    (made.build.parent / "put.json").unlink(missing_ok=True)
     for part in ("fa", "cache", "many"):
         shutil.rmtree(made.build / part, ignore_errors=True)
     write(made.build, FIRST | CUTE)
@@ -189,50 +185,6 @@ def test_same_files_again_are_not_touched(bench: Bench) -> None:
     assert {path: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in before} == {
         path: (was.st_ino, was.st_mtime_ns) for path, was in before.items()
     }
-
-
-def test_file_that_a_component_no_longer_installs_is_removed(bench: Bench) -> None:
-    bench.put("_vllm_fa2_C", "_C")
-    (bench.build / "fa/layers/rotary.py").rename(bench.build / "fa/layers/turning.py")
-    write(bench.tree, {"vllm/vllm_flash_attn/mine.py": "ignored by git, and not of a build\n"})
-    bench.put("_vllm_fa2_C")
-    there = sorted(path.name for path in (bench.tree / "vllm/vllm_flash_attn").rglob("*.py"))
-    assert there == ["__init__.py", "mine.py", "turning.py"]
-
-
-def test_file_that_another_component_still_installs_stays(bench: Bench) -> None:
-    bench.put("_vllm_fa2_C", "_vllm_fa3_C")
-    record = bench.build.parent / "put.json"
-    recorded = json.loads(record.read_text())
-    recorded["_vllm_fa2_C"]["vllm/_C.abi3.so"] = recorded["other"] = {}
-    recorded["_vllm_fa2_C"]["vllm/_C.abi3.so"] = "x" * 64
-    record.write_text(json.dumps(recorded))
-    (bench.build / "fa/layers/rotary.py").unlink()
-    bench.put("_vllm_fa2_C")
-    assert bench.text("vllm_flash_attn/layers/rotary.py") == "r = 1\n"
-
-
-@pytest.mark.parametrize(
-    "change", ["edited", "not ignored", "record gone", "record damaged", "record elsewhere"]
-)
-def test_file_that_may_not_be_of_a_build_stays(bench: Bench, change: str) -> None:
-    bench.put("_vllm_fa2_C")
-    record = bench.build.parent / "put.json"
-    (bench.build / "fa/layers/rotary.py").unlink()
-    if change == "edited":
-        write(bench.tree, {"vllm/vllm_flash_attn/layers/rotary.py": "r = 2  # mine\n"})
-    elif change == "not ignored":
-        write(bench.tree, {".gitignore": "*.so\n"})
-    elif change == "record gone":
-        record.unlink()
-    elif change == "record damaged":
-        record.write_text('{"_vllm_fa2_C": [1]}')
-    else:
-        record.write_text(
-            record.read_text().replace("vllm/vllm_flash_attn/layers", "vllm/../layers")
-        )
-    bench.put("_vllm_fa2_C")
-    assert (bench.tree / "vllm/vllm_flash_attn/layers/rotary.py").exists()
 
 
 def test_link_to_the_users_own_sources_stays_a_link(bench: Bench) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workspace.compile import cmake, externals
+from workspace.compile import cmake, cmake_inputs, externals
 from workspace.compile.cmake_inputs import Inputs
 from workspace.compile.externals import External
 from workspace.compile.project import Project
@@ -203,7 +203,7 @@ class Site:
     ) -> Mapping[str, str]:
         others = externals.declared(self.tree, "cpu") if others is None else others
         with self.run_log() as run_log:
-            return externals.provide(
+            return cmake_inputs.provide(
                 self.layout,
                 self.settings(**more),
                 wanted,

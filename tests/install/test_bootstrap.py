@@ -1,7 +1,6 @@
 """A complete bootstrap from an empty clone to a verified vLLM; a second one changes nothing."""
 
 import json
-import os
 import re
 import stat
 import sys
@@ -19,7 +18,7 @@ from tests.small.world import World
 from workspace.core.console import Console, Step
 from workspace.install import bootstrap, status
 from workspace.install.stages import Run
-from workspace.machine import gpu, venv
+from workspace.machine import gpu
 
 ROWS = ("pin", "source", "patches", "environment", "kernels", "install")
 
@@ -283,16 +282,6 @@ def test_verification_leaves_bytecode_in_the_environment(built: World) -> None:
     layout = built.layout
     below = layout.bytecode / str(layout.vllm).lstrip("/") / "vllm"
     assert any(path.name.startswith("__init__.") for path in below.glob("*.pyc"))
-
-
-def test_bytecode_newer_than_the_last_sync_is_removed(built: World) -> None:
-    layout = built.layout
-    found = list(layout.bytecode.rglob("*.pyc"))
-    venv.drop_bytecode(layout, since=layout.stamp("vllm"))
-    assert [path for path in found if path.exists()] == found
-    os.utime(found[0])
-    venv.drop_bytecode(layout, since=layout.stamp("vllm"))
-    assert [path for path in found if not path.exists()] == [found[0]]
 
 
 def test_bootstrap_ends_with_a_token_of_the_built_vllm_and_never_repeats_it(built: World) -> None:

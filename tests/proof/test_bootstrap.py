@@ -353,36 +353,17 @@ def test_library_that_was_lost_or_changed_is_put_back(built: World) -> None:
     assert library.read_bytes() == content
 
 
-@pytest.fixture
-def alone(materials: Materials, tmp_path: Path) -> World:
-    """A fresh clone with its own uv cache, which a test may damage."""
-    made = make_world(materials, tmp_path)
-    made.env["UV_CACHE_DIR"] = str(tmp_path / "uv-cache")
-    return made
-
-
-def test_what_a_power_cut_left_short_is_replaced(alone: World) -> None:
+def test_environment_that_a_killed_run_left_is_completed(world: World) -> None:
     # What is left of a run that was killed while it wrote the marker of an environment of ours.
-    (alone.layout.environment / ".workspace").mkdir(parents=True)
-    (alone.layout.environment / ".workspace" / ".made-here.abcdefgh").touch()
-    alone.bootstrap()
-    whole = judge.fingerprint(alone.layout)
-    module = next(alone.layout.environment.glob("lib/*/site-packages/regex/__init__.py"))
-    cached = [
-        path
-        for path in (alone.folder / "uv-cache").rglob("regex/__init__.py")
-        if path.samefile(module)
-    ]
-    # One file under two names: uv links.
-    module.write_bytes(module.read_bytes()[:3])
-    assert cached
-    bytecode = next(
-        alone.layout.environment.glob("lib/*/site-packages/setuptools/__pycache__/__init__*.pyc")
-    )
-    bytecode.write_bytes(bytecode.read_bytes()[:40])
-    (alone.layout.environment / "bin" / "activate").write_bytes(b"")
-    (alone.layout.environment / ".workspace" / "unfinished").touch()
+    (world.layout.environment / ".workspace").mkdir(parents=True)
+    (world.layout.environment / ".workspace" / ".made-here.abcdefgh").touch()
+    world.bootstrap()
+    whole = judge.fingerprint(world.layout)
+    described = next(world.layout.environment.glob("lib/*/site-packages/regex-*.dist-info"))
+    (described / "RECORD").unlink()
+    (world.layout.environment / "bin" / "activate").write_bytes(b"")
+    (world.layout.environment / ".workspace" / "unfinished").touch()
     for name in ("environment", "vllm"):
-        alone.layout.stamp(name).unlink()
-    alone.bootstrap()
-    assert judge.differences(whole, judge.fingerprint(alone.layout)) == []
+        world.layout.stamp(name).unlink()
+    world.bootstrap()
+    assert judge.differences(whole, judge.fingerprint(world.layout)) == []

@@ -6,119 +6,26 @@ that it writes again with the same content keeps its time, because ninja would c
 
 import contextlib
 import hashlib
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
-from workspace.compile import cmake_inputs, externals, ninja, project, tree_files
-from workspace.compile.cmake_inputs import Inputs, folder
+from workspace.compile import cmake_inputs, externals, ninja, project
+from workspace.compile.cmake_inputs import MARK, Inputs, folder
 from workspace.compile.project import Project
-from workspace.compile.tree_files import State
 from workspace.core import hints, process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
-from workspace.core.files import read_regular, write_atomic
-from workspace.core.settings import Settings
+from workspace.core.files import LARGEST_FILE, read_regular, write_atomic
 from workspace.machine import interpreter
 from workspace.machine.machine import Machine
 
-# Folders in which a linker and CMake's FindCUDAToolkit search the driver's library: below a toolkit
-# and in the system.
-_TOOLKIT_LIBRARIES = (
-    "lib64",
-    "lib64/stubs",
-    "lib",
-    "lib/stubs",
-    "targets/*/lib",
-    "targets/*/lib/stubs",
-    "compat",
-)
-# A declaration in the preprocessed cuda.h, with the renamed functions (cuMemFree is cuMemFree_v2).
-_FUNCTION = re.compile(r"^\s*CUresult\s+(cu[A-Z]\w*)\s*\(", re.MULTILINE)
-_SYSTEM_LIBRARIES = (
-    "/usr/lib/*",
-    "/usr/lib64",
-    "/usr/lib/*/nvidia/current",
-    "/usr/local/lib",
-    "/lib/*",
-)
-
-
-def toolkit_arguments(machine: Machine, build: Path, *, run_log: RunLog) -> tuple[str, ...]:
-    """Return CMake arguments for the parts that the toolkit lacks. On a machine without a driver,
-    build a stub of its library in `build`.
-    """
-    toolkit = machine.toolkit()
-    if toolkit is None:
-        return ()
-    wheels = [
-        folder
-        for top in interpreter.site_packages(machine.layout)
-        for folder in sorted((top / "nvidia").glob("*"))
-        if folder.is_dir()
-    ]
-    found = [*_header_arguments(toolkit.home, wheels)]
-    runtime = next(
-        (path for folder in wheels for path in sorted((folder / "lib").glob("libnvrtc.so*"))), None
-    )
-    if runtime and not any(_libraries(toolkit.home, "libnvrtc.so")):
-        found.append(f"-DCUDA_nvrtc_LIBRARY={runtime}")
-    if not any(_libraries(toolkit.home, "libcuda.so")) and not any(_system("libcuda.so")):
-        stub = _stub(machine.settings, toolkit.home, build, run_log=run_log)
-        found.append(f"-DCUDA_cuda_driver_LIBRARY={stub}")
-    return tuple(found)
-
-
-def _header_arguments(home: Path, wheels: Sequence[Path]) -> Iterator[str]:
-    """Yield arguments for the headers of a wheel if the toolkit at `home` has no cuBLAS."""
-    include = next(
-        (folder / "include" for folder in wheels if (folder / "include" / "cublas_v2.h").is_file()),
-        None,
-    )
-    places = ("include", "targets/x86_64-linux/include", "targets/sbsa-linux/include")
-    if include and not any((home / place / "cublas_v2.h").is_file() for place in places):
-        # CMake adds these folders after all others, so the toolkit's own headers come first.
-        for language in ("CXX", "CUDA"):
-            yield f"-DCMAKE_{language}_STANDARD_INCLUDE_DIRECTORIES={include}"
-
-
-def _libraries(home: Path, name: str) -> Iterator[Path]:
-    return (path for place in _TOOLKIT_LIBRARIES for path in home.glob(f"{place}/{name}"))
-
-
-def _system(name: str) -> Iterator[Path]:
-    return (path for place in _SYSTEM_LIBRARIES for path in Path("/").glob(f"{place[1:]}/{name}"))
-
-
-def _stub(settings: Settings, home: Path, build: Path, *, run_log: RunLog) -> Path:
-    """Build a library with the driver's name and the functions of the toolkit's cuda.h, to link
-    against: the real one comes with the driver.
-
-    Without the functions, a linker with --as-needed would drop the library, and the result could
-    not be loaded.
-    """
-    stub = build / "stub" / "libcuda.so"
-    source = stub.with_suffix(".c")
-    if not stub.is_file():
-        stub.parent.mkdir(parents=True, exist_ok=True)
-        environment = settings.child_environment("build")
-        preprocessed = process.capture(
-            ["cc", "-E", "-P", home / "include" / "cuda.h"], env=environment
-        )
-        names = sorted(set(_FUNCTION.findall(preprocessed.stdout)))
-        write_atomic(
-            source, "".join(f"int {name}(void) {{ return 999; }}\n" for name in names).encode()
-        )
-        process.run(
-            ["cc", "-shared", "-fPIC", "-nostdlib", "-Wl,-soname,libcuda.so.1", "-o", stub, source],
-            env=environment,
-            run_log=run_log,
-        )
-    return stub
-
-
+# Size, time of the last change in ns, SHA-256.
+State = tuple[int, int, str]
 # Each try finds at least one more missing file of a placeholder; the tree's CMake files name most
 # of them before.
 MOST_TRIES = 12
@@ -172,15 +79,15 @@ def due(build: Path, inputs: Inputs, sources: Mapping[str, str]) -> str | None:
         *(
             f"{path}, which a configure wrote, was changed or deleted"
             for path, was in record.written.items()
-            if not tree_files.is_unchanged(tree, path, was)
+            if not is_unchanged(tree, path, was)
         ),
         *(
             f"{pattern} matches other files"
             for pattern, names in record.globs.items()
-            if tree_files.matches(tree, pattern) != list(names)
+            if matches(tree, pattern) != list(names)
         ),
     ]
-    if not reasons and not tree_files.is_unchanged(build, NINJA_FILE, record.ninja):
+    if not reasons and not is_unchanged(build, NINJA_FILE, record.ninja):
         reasons.append(f"{NINJA_FILE} was changed after the configure")
     if not reasons:
         return None
@@ -208,17 +115,17 @@ def configure(
     run_log.write(f"configure: {reason or 'the reply of CMake cannot be read'}")
     former = records.read(build / project.RECORD, Record)
     _begin(build)
-    read = tree_files.states(tree, tree_files.configure_files(tree))
-    output, renewed = _run_and_restore(setup, former, run_log)
+    read = states(tree, configure_files(tree))
+    output, written = _run_and_restore(setup, former, run_log)
     below = (_below(tree, path) for path in project.files(build) if not path.is_relative_to(build))
-    patterns = tree_files.glob_patterns(tree, inputs.device)
+    patterns = externals.glob_patterns(tree, inputs.device)
     record = Record(
         inputs=inputs.named,
         sources=dict(sources),
-        read=tree_files.states(tree, below) | read,
-        written=renewed,
-        globs={pattern: tree_files.matches(tree, pattern) for pattern in patterns},
-        ninja=tree_files.states(build, [NINJA_FILE])[NINJA_FILE],
+        read=states(tree, below) | read,
+        written=written,
+        globs={pattern: matches(tree, pattern) for pattern in patterns},
+        ninja=states(build, [NINJA_FILE])[NINJA_FILE],
         not_built=[found[1] for line in output.splitlines() if (found := _NOT_BUILT.match(line))],
     )
     records.write(build / project.RECORD, record, indent=None)
@@ -255,26 +162,24 @@ def _run_and_restore(
     package that come from placeholders. Return CMake's output and the sources that it wrote.
     """
     build, tree = setup.build, setup.tree
-    folders = tree_files.package_folders(tree, setup.inputs.device)
+    folders = externals.package_folders(tree, setup.inputs.device)
     scratch = (
         setup.machine.layout.builds / "kept" / hashlib.sha256(str(tree).encode()).hexdigest()[:12]
     )
-    tree_files.bring_back(tree, folders, scratch)
-    tree_files.keep(tree, folders, scratch)
-    before = tree_files.states(tree, tree_files.sources(tree))
-    headers = tree_files.states(build, tree_files.headers(build))
+    bring_back(tree, folders, scratch)
+    keep(tree, folders, scratch)
+    before = states(tree, sources(tree))
+    before_headers = states(build, headers(build))
     try:
         output = _run(setup, run_log)
     finally:
-        tree_files.give_back_times(
-            build, tree_files.states(build, tree_files.headers(build)), [headers]
+        give_back_times(build, states(build, headers(build)), [before_headers])
+        after = states(tree, sources(tree))
+        written = give_back_times(
+            tree, renewed(before, after), [former.written if former else {}, before]
         )
-        renewed = tree_files.renewed(before, tree_files.states(tree, tree_files.sources(tree)))
-        renewed = tree_files.give_back_times(
-            tree, renewed, [former.written if former else {}, before]
-        )
-        tree_files.bring_back(tree, folders, scratch)
-    return output, renewed
+        bring_back(tree, folders, scratch)
+    return output, written
 
 
 def _arguments(setup: _Setup) -> tuple[str, ...]:
@@ -319,7 +224,7 @@ def _run(setup: _Setup, run_log: RunLog) -> str:
     argv: list[process.Argument] = ["cmake", "-S", inputs.place, "-B", setup.build]
     argv += _arguments(setup)
     if inputs.device == "cuda":
-        argv += toolkit_arguments(setup.machine, setup.build, run_log=run_log)
+        argv += cmake_inputs.toolkit_arguments(setup.machine, setup.build, run_log=run_log)
     # The user's own arguments come last and win, as in setup.py.
     argv += settings.text("CMAKE_ARGS").split()
     for count in range(1, MOST_TRIES + 1):
@@ -329,7 +234,8 @@ def _run(setup: _Setup, run_log: RunLog) -> str:
             return "\n".join(lines)
         except BuildError as exc:
             output = "\n".join(lines)
-            absent = externals.complete_placeholder(layout.builds / externals.PLACEHOLDERS, output)
+            placeholders = layout.builds / cmake_inputs.PLACEHOLDERS
+            absent = cmake_inputs.complete_placeholder(placeholders, output)
             if not absent or count == MOST_TRIES:
                 error = _first_error(output)
                 about = _external_error(setup, error) if error else None
@@ -379,7 +285,7 @@ def _external_error(setup: _Setup, error: str) -> tuple[str, str] | None:
             project = f"{external.name} {external.tag[:12]}"
             if Path(folder).is_relative_to(setup.machine.settings.cache / "externals"):
                 hint = hints.text("compile.delete_external", folder=folder)
-            elif externals.PLACEHOLDERS in Path(folder).parts:
+            elif cmake_inputs.PLACEHOLDERS in Path(folder).parts:
                 hint = hints.text(
                     "compile.override_external", variable=external.override, project=project
                 )
@@ -387,7 +293,7 @@ def _external_error(setup: _Setup, error: str) -> tuple[str, str] | None:
                 hint = hints.text(
                     "compile.unset_external", variable=variable, project=project, folder=folder
                 )
-            place = externals.shown_source(folder)
+            place = cmake_inputs.shown_source(folder)
             return f"cannot configure with {external.name} from {place} ({external.override})", hint
     return None
 
@@ -420,13 +326,13 @@ def _begin(build: Path) -> None:
 
 
 def _moved(name: str, recorded: Mapping[str, str], sources: Mapping[str, str]) -> str:
-    was, is_now = (externals.shown_source(side.get(name)) for side in (recorded, sources))
+    was, is_now = (cmake_inputs.shown_source(side.get(name)) for side in (recorded, sources))
     return f"{name} {was} → {is_now}"
 
 
 def _changed(tree: Path, read: Mapping[str, State]) -> Iterator[str]:
-    for path in dict.fromkeys((*read, *tree_files.configure_files(tree))):
-        if not tree_files.is_unchanged(tree, path, read.get(path)):
+    for path in dict.fromkeys((*read, *configure_files(tree))):
+        if not is_unchanged(tree, path, read.get(path)):
             yield f"{path} {'changed' if path in read else 'is new'}"
 
 
@@ -441,13 +347,13 @@ def _skipped_generators(
     absent = [
         f"${{{Path(place).parent.name}_".lower()
         for place in sources.values()
-        if externals.PLACEHOLDERS in Path(place).parts
+        if cmake_inputs.PLACEHOLDERS in Path(place).parts
     ]
     scripts: dict[str, tuple[str, str]] = {}
-    for step in cmake_inputs.walk(tree, device) if absent else ():
+    for step in externals.walk(tree, device) if absent else ():
         args = step.command.args
         if step.command.name == "file" and len(args) == 3 and args[0] == "MD5":
-            scripts[args[1]] = args[2], cmake_inputs.without_top(step.resolved(args[1]))
+            scripts[args[1]] = args[2], externals.without_top(step.resolved(args[1]))
         if step.command.name == "execute_process" and any(
             name in argument.lower() for argument in args for name in absent
         ):
@@ -460,3 +366,132 @@ def _skipped_generators(
 
 def _below(tree: Path, path: Path) -> str:
     return str(path.relative_to(tree)) if path.is_relative_to(tree) else str(path)
+
+
+_HEADERS = (".h", ".hh", ".hpp", ".cuh", ".inc", ".c", ".cc", ".cpp", ".cu")
+
+
+def states(root: Path, paths: Iterable[str]) -> dict[str, State]:
+    """Return the states of these paths below `root`; paths that are no files are left out."""
+    found = {}
+    for path in paths:
+        if (state := _state(root / path)) is not None:
+            found[path] = state
+    return found
+
+
+def is_unchanged(root: Path, path: str, was: State | None) -> bool:
+    """Return whether a file has its recorded state, or is absent as recorded. A touched file is
+    hashed.
+    """
+    try:
+        there = (root / path).stat()
+    except OSError:
+        return was is None
+    if was is None or there.st_size != was[0]:
+        return False
+    return there.st_mtime_ns == was[1] or _digest(root / path) == was[2]
+
+
+def headers(build: Path) -> Iterator[str]:
+    """Yield the headers and sources that a configure writes into the build directory."""
+    for top, folders, names in os.walk(build):
+        folders[:] = [name for name in folders if name not in ("CMakeFiles", ".cmake", "_deps")]
+        yield from (
+            os.path.relpath(os.path.join(top, name), build)
+            for name in names
+            if name.endswith(_HEADERS)
+        )
+
+
+def renewed(before: Mapping[str, State], after: Mapping[str, State]) -> dict[str, State]:
+    """Return the files that were written in between, with the same content or not."""
+    return {path: state for path, state in after.items() if before.get(path) != state}
+
+
+def give_back_times(
+    root: Path, now: Mapping[str, State], former: Sequence[Mapping[str, State]]
+) -> dict[str, State]:
+    """Restore the former time of each file with its former content, so that objects compiled from
+    it stay up to date. Return the new states.
+    """
+    result = dict(now)
+    for path, state in now.items():
+        time_ns = next(
+            (known[path][1] for known in former if path in known and known[path][2] == state[2]),
+            state[1],
+        )
+        if time_ns != state[1]:
+            os.utime(root / path, ns=(time_ns, time_ns))
+            result[path] = (state[0], time_ns, state[2])
+    return result
+
+
+def keep(tree: Path, folders: Iterable[str], scratch: Path) -> None:
+    """Copy the files in these folders of the tree to `scratch`, from where `bring_back` restores
+    them, if need be in a later run.
+    """
+    for place in folders:
+        for path in sorted((tree / place).rglob("*")):
+            if path.is_file() and not path.is_symlink() and MARK.encode() not in _content(path):
+                write_atomic(scratch / path.relative_to(tree), path.read_bytes())
+                shutil.copystat(path, scratch / path.relative_to(tree))
+
+
+def bring_back(tree: Path, folders: Iterable[str], scratch: Path) -> None:
+    """Undo what a configure wrote from placeholders into these folders of the tree."""
+    for place in folders:
+        for path in sorted((tree / place).rglob("*")):
+            if path.is_file() and not path.is_symlink() and MARK.encode() in _content(path):
+                former = scratch / path.relative_to(tree)
+                if former.is_file():
+                    write_atomic(path, former.read_bytes())
+                    shutil.copystat(former, path)
+                else:
+                    path.unlink()
+                    with contextlib.suppress(OSError):
+                        path.parent.rmdir()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _content(path: Path) -> bytes:
+    return read_regular(path, most_bytes=LARGEST_FILE)
+
+
+def _state(path: Path) -> State | None:
+    try:
+        there = path.stat()
+        return (there.st_size, there.st_mtime_ns, _digest(path))
+    except OSError:
+        return None
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(_content(path)).hexdigest()
+    except OSError:
+        return ""
+
+
+def configure_files(tree: Path) -> Iterator[str]:
+    """Yield the files of the tree that a configure reads: CMake files, patches and generators. A
+    generator may import others, so every Python file beside sources counts.
+    """
+    yield from (str(path.relative_to(tree)) for path in externals.cmake_files(tree))
+    yield from sorted(
+        path
+        for path in sources(tree)
+        if path.endswith((".py", ".cmake", ".in", ".jinja", ".j2", "/CMakeLists.txt"))
+    )
+
+
+def matches(tree: Path, pattern: str) -> list[str]:
+    """Return the files of the tree that match a pattern, sorted."""
+    return sorted(glob(pattern, root_dir=tree, recursive=True))
+
+
+def sources(tree: Path) -> Iterator[str]:
+    """Yield every file below csrc, where a configure writes generated sources."""
+    for top, folders, names in os.walk(tree / "csrc"):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        yield from (os.path.relpath(os.path.join(top, name), tree) for name in names)

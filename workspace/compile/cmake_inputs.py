@@ -1,312 +1,40 @@
-"""Inputs of a configure: the commands of the tree's CMake files that it would reach, parsed without
-CMake; and the settings, compilers and versions that a build directory depends on.
+"""Inputs of a configure: the settings, compilers and versions that a build directory depends on;
+the parts that a small toolkit lacks; and the sources of external projects, fetched once for all
+clones or replaced by a placeholder.
 
-A condition that only CMake can decide counts as true and as false at once: the walk visits too much
-rather than too little.
+A fetched project is in the cache as name/tag, complete or not at all. The tree's `.deps` is never
+used: upstream's own files reuse one if a single file of it exists, whatever its tag
+(vllm-project/vllm#51112).
 """
 
 import hashlib
 import json
-import os
-import platform
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.compile import ninja
+from workspace.compile import externals, ninja
+from workspace.compile.externals import External
 from workspace.compile.project import Device
-from workspace.core import files
+from workspace.core import files, hints, lock, process
+from workspace.core.console import RunLog, Step
+from workspace.core.errors import SettingsError, SourceError
+from workspace.core.files import write_atomic
 from workspace.core.known_settings import is_secret
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, typed
+from workspace.core.settings import Settings
 from workspace.machine import interpreter
 from workspace.machine.machine import Machine
 from workspace.machine.torch import TorchBuild
+from workspace.repo.git import remotes
 from workspace.repo.pins import Pin
-
-# Tokens of cmake-language(7): comments, bracket arguments, quoted arguments, brackets, unquoted
-# arguments.
-_TOKEN = re.compile(
-    r'#\[(=*)\[.*?\]\1\]|#[^\n]*|\[(=*)\[(.*?)\]\2\]|"((?:[^"\\]|\\.)*)"|([()])|([^\s()#"]+)',
-    re.DOTALL,
-)
-_REFERENCE = re.compile(r"\$\{(\w[\w-]*)\}")
-_OVERRIDES = re.compile(r"\w+_(SRC|ROOT)_DIR|FETCHCONTENT_SOURCE_DIR_\w+")
-_UNARY = frozenset(
-    {
-        "EXISTS",
-        "IS_DIRECTORY",
-        "IS_ABSOLUTE",
-        "IS_SYMLINK",
-        "COMMAND",
-        "POLICY",
-        "TARGET",
-        "TEST",
-        "DEFINED",
-    }
-)
-_BINARY = frozenset(
-    {
-        "STREQUAL",
-        "MATCHES",
-        "EQUAL",
-        "LESS",
-        "GREATER",
-        "IN_LIST",
-        "IS_NEWER_THAN",
-        "PATH_EQUAL",
-        "STRLESS",
-        "STRGREATER",
-    }
-)
-_FALSE = frozenset({"", "0", "OFF", "NO", "FALSE", "N", "IGNORE", "NOTFOUND"})
-_INCLUDED_AT_MOST = 100
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command of a CMake file."""
-
-    name: str
-    args: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command that a configure would reach, the variables known by then, and its file."""
-
-    file: str
-    command: Command
-    values: Mapping[str, str]
-
-    def resolved(self, argument: str) -> str:
-        """Return an argument with the known variables replaced."""
-        return resolve(argument, self.values)
-
-
-def resolve(argument: str, values: Mapping[str, str]) -> str:
-    """Replace the references to known variables; leave the others."""
-    return _REFERENCE.sub(lambda found: values.get(found[1], found[0]), argument)
-
-
-def without_top(path: str) -> str:
-    """Return a path of a CMake file without its leading variable for the tree."""
-    return re.sub(r"^\$\{CMAKE_(CURRENT_)?(SOURCE|LIST)_DIR\}/", "", path)
-
-
-def commands(text: str) -> Iterator[Command]:
-    """Yield every command in order, its name in lower case, nested brackets as arguments. Stop at
-    invalid CMake.
-    """
-    name, depth, args = "", 0, []
-    for token in _TOKEN.finditer(text):
-        bracket, quoted, paren, plain = token[3], token[4], token[5], token[6]
-        argument = next((text for text in (bracket, quoted, plain) if text is not None), None)
-        if paren == "(":
-            depth += 1
-            if depth > 1:
-                args.append(paren)
-        elif paren == ")":
-            depth -= 1
-            if depth == 0:
-                yield Command(name.lower(), tuple(args))
-                name, args = "", []
-            elif depth < 0:
-                return
-            else:
-                args.append(paren)
-        elif argument is not None and depth:
-            args.append(argument)
-        elif argument is not None:
-            name = argument
-
-
-def walk(tree: Path, device: str, *, machine: str | None = None) -> Iterator[Step]:
-    """Yield the commands that a configure of `tree` for a device would reach; includes are
-    followed, functions are not.
-    """
-    here = machine or platform.machine()
-    values = {
-        "VLLM_TARGET_DEVICE": device,
-        "VLLM_GPU_LANG": "CUDA" if device == "cuda" else "",
-        "CMAKE_SYSTEM_NAME": "Linux",
-    }
-    values |= {
-        "ASIMD_FOUND": "ON" if here in ("aarch64", "arm64") else "",
-        "CMAKE_SYSTEM_PROCESSOR": here,
-    }
-    values |= dict.fromkeys(
-        (
-            "APPLE_SILICON_FOUND",
-            "MACOSX_FOUND",
-            "S390_FOUND",
-            "POWER9_FOUND",
-            "POWER10_FOUND",
-            "POWER11_FOUND",
-        ),
-        "",
-    )
-    yield from _Walk(tree, values).through("CMakeLists.txt")
-
-
-class _Walk:
-    def __init__(self, tree: Path, values: Mapping[str, str]) -> None:
-        self._tree = tree
-        self._values = dict(values)
-        # A branch that a configure would not reach must not change what the machine and the device
-        # decide.
-        self._decided = frozenset(values)
-        self._files = 0
-
-    def through(self, path: str) -> Iterator[Step]:
-        """Yield the commands of a file that a configure would reach."""
-        self._files += 1
-        try:
-            text = (self._tree / path).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return
-        branches: list[_Branch] = []
-        inside = ""
-        for command in commands(text):
-            if inside:
-                inside = "" if command.name == f"end{inside}" else inside
-            elif command.name in ("function", "macro"):
-                inside = command.name
-            elif command.name in ("if", "elseif", "else", "endif"):
-                # The variables in a condition count, too.
-                if all(branch.is_open for branch in branches):
-                    yield Step(path, command, self._values)
-                _update_branches(branches, command, self._values)
-            elif all(branch.is_open for branch in branches):
-                if command.name == "return" and all(branch.is_certain for branch in branches):
-                    return
-                self._set(command)
-                yield Step(path, command, self._values)
-                if command.name == "include" and command.args and self._files < _INCLUDED_AT_MOST:
-                    included = without_top(command.args[0])
-                    if (self._tree / included).is_file():
-                        yield from self.through(included)
-
-    def _set(self, command: Command) -> None:
-        args = command.args
-        is_kept = args[:1] and (
-            args[0] in self._decided or ("CACHE" in args and args[0] in self._values)
-        )
-        if command.name == "set" and len(args) > 1 and not is_kept:
-            # A new mapping each time: a step keeps the values of its own time.
-            self._values = {**self._values, args[0]: resolve(args[1], self._values)}
-
-
-@dataclass
-class _Branch:
-    """State of an `if`: whether an earlier branch was certainly taken, whether the current one is
-    walked, and whether it is certainly taken.
-    """
-
-    was_taken: bool = False
-    is_open: bool = False
-    is_certain: bool = False
-
-
-def _update_branches(branches: list[_Branch], command: Command, values: Mapping[str, str]) -> None:
-    """Update the branches for a command of an `if`."""
-    if command.name == "if":
-        branches.append(_Branch())
-    if not branches:
-        return
-    if command.name == "endif":
-        branches.pop()
-        return
-    branch = branches[-1]
-    value = True if command.name == "else" else _Condition(command.args, values).value()
-    branch.is_open = not branch.was_taken and value is not False
-    branch.is_certain = value is True
-    branch.was_taken = branch.was_taken or value is True
-
-
-class _Condition:
-    """Conditions of cmake-language with a third value, None: only a configure can decide."""
-
-    def __init__(self, tokens: Sequence[str], values: Mapping[str, str]) -> None:
-        self._tokens = list(tokens)
-        self._values = values
-
-    def value(self) -> bool | None:
-        value = self._either()
-        return value if not self._tokens else None
-
-    def _either(self) -> bool | None:
-        """Evaluate an OR of terms."""
-        value = self._both()
-        while self._take("OR"):
-            other = self._both()
-            value = True if True in (value, other) else None if None in (value, other) else False
-        return value
-
-    def _both(self) -> bool | None:
-        """Evaluate an AND of terms."""
-        value = self._one()
-        while self._take("AND"):
-            other = self._one()
-            value = False if False in (value, other) else None if None in (value, other) else True
-        return value
-
-    def _one(self) -> bool | None:
-        """Evaluate a single term."""
-        if self._take("NOT"):
-            value = self._one()
-            return None if value is None else not value
-        if self._take("("):
-            value = self._either()
-            return value if self._take(")") else None
-        if not self._tokens:
-            return None
-        token = self._tokens.pop(0)
-        if token in _UNARY and self._tokens:
-            variable = self._tokens.pop(0)
-            # Overrides are handled elsewhere; here the walk follows what is fetched without one.
-            return (
-                False
-                if token == "DEFINED"
-                and _OVERRIDES.fullmatch(variable.removeprefix("ENV{").rstrip("}"))
-                else None
-            )
-        if self._tokens and (self._tokens[0] in _BINARY or self._tokens[0].startswith("VERSION_")):
-            operator = self._tokens.pop(0)
-            right = resolve(self._tokens.pop(0), self._values) if self._tokens else ""
-            left = resolve(self._values.get(token, token), self._values)
-            if "$" in left or (token not in self._values and not _REFERENCE.fullmatch(token)):
-                return None
-            return (
-                left == right
-                if operator == "STREQUAL"
-                else _matches(right, left)
-                if operator == "MATCHES"
-                else None
-            )
-        if _OVERRIDES.fullmatch(token) and token not in self._values:
-            return False
-        text = self._values.get(token)
-        return None if text is None or "$" in text else text.upper() not in _FALSE
-
-    def _take(self, token: str) -> bool:
-        if self._tokens and self._tokens[0] == token:
-            self._tokens.pop(0)
-            return True
-        return False
-
-
-def _matches(pattern: str, text: str) -> bool | None:
-    try:
-        return bool(re.search(pattern, text))
-    except re.error:
-        return None
-
 
 # The default of setup.py's cmake_build_ext.configure.
 BUILD_TYPE = "RelWithDebInfo"
 KEY_DIGITS = 12
+_KEYED = ("device", "place", "pin", "archs", "torch", "cuda", "compiler")
 # Compilers read these variables, and no command contains them, so ninja cannot compare them.
 _READ_BY_COMPILERS = (
     "CPATH",
@@ -358,27 +86,13 @@ class Inputs:
 
     @property
     def key(self) -> str:
-        text = json.dumps(
-            [
-                self.device,
-                self.place,
-                self.pin,
-                self.archs,
-                self.torch,
-                self.cuda,
-                self.compiler,
-                self.build_type,
-            ]
-        )
-        return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
+        values = [getattr(self, name) for name in (*_KEYED, "build_type")]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:KEY_DIGITS]
 
     @property
     def named(self) -> Mapping[str, str]:
         """All inputs by name, as a record keeps them."""
-        own = {
-            name: str(getattr(self, name))
-            for name in ("device", "place", "pin", "archs", "torch", "cuda", "compiler")
-        }
+        own = {name: str(getattr(self, name)) for name in _KEYED}
         return {**own, "build type": self.build_type, **self.configure}
 
     def differences(self, recorded: Mapping[str, str]) -> tuple[str, ...]:
@@ -441,20 +155,6 @@ def folder(layout: Layout, inputs: Inputs) -> Path:
     return layout.builds / f"{inputs.device}-{inputs.key}"
 
 
-def cmake_files(tree: Path) -> tuple[Path, ...]:
-    """Return CMakeLists.txt and all files below cmake/: patches and scripts of a configure are
-    there too.
-    """
-    below = (Path(top) / name for top, _, names in os.walk(tree / "cmake") for name in names)
-    return tuple(
-        sorted(
-            path
-            for path in (tree / "CMakeLists.txt", *below)
-            if path.is_file() and "__pycache__" not in path.parts
-        )
-    )
-
-
 def _compiler(environment: Mapping[str, str]) -> str:
     try:
         return Path(shlex.split(environment.get("CXX") or "g++")[0]).name
@@ -466,7 +166,318 @@ def _environment_variables(tree: Path) -> frozenset[str]:
     """Return the environment variables that the tree's CMake files read."""
     texts = (
         path.read_text(encoding="utf-8", errors="replace")
-        for path in cmake_files(tree)
+        for path in externals.cmake_files(tree)
         if path.name == "CMakeLists.txt" or path.suffix == ".cmake"
     )
     return frozenset(name for text in texts for name in _READ_BY_TREE.findall(text))
+
+
+PLACEHOLDERS = "placeholders"
+# This text is in every file of a placeholder, and in files that a configure makes from one.
+MARK = "stands in for a file of an external project that was not fetched"
+# Libraries of a project that no target of the tree is named after.
+_LIBRARIES = {"onednn": ("dnnl",)}
+_ABSENT = (
+    re.compile(r"Cannot find source file:\s+(?P<path>/\S+)"),
+    re.compile(r"failed to open for reading \([^)]*\):\s+(?P<path>/\S+)"),
+    re.compile(
+        r"(?:given source|source directory|include path)\s+\"?(?P<path>/[^\s\"]+)\"? (?:which is"
+        r" not an existing|which does not exist)"
+    ),
+)
+
+
+def complete_placeholder(root: Path, output: str) -> tuple[Path, ...]:
+    """Create the files below `root`, the folder of all placeholders, that the output of a configure
+    names as missing, and return them.
+    """
+    missing = (
+        Path(found["path"].rstrip(".")) for pattern in _ABSENT for found in pattern.finditer(output)
+    )
+    absent = tuple(
+        dict.fromkeys(
+            path
+            for path in missing
+            if path.is_relative_to(root) and ".." not in path.parts and not path.exists()
+        )
+    )
+    for path in absent:
+        _write(path, _refusal(path, "/".join(path.relative_to(root).parts[:2])))
+    return absent
+
+
+def shown_source(folder: str | None) -> str:
+    """Return a folder of sources as shown to the user."""
+    return (
+        "nothing"
+        if not folder
+        else "a placeholder"
+        if PLACEHOLDERS in Path(folder).parts
+        else folder
+    )
+
+
+def _placeholder_cmake(external: External) -> str:
+    name, tag, prefix = external.name, external.tag, external.name.upper()
+    here = "${CMAKE_CURRENT_SOURCE_DIR}"
+    places = {
+        "DIR": here,
+        "INCLUDE_DIR": f"{here}/include",
+        "TOOLS_UTIL_INCLUDE_DIR": f"{here}/tools/util/include",
+    }
+    lines = [
+        f"# Stands in for {name} {tag}: nothing that is built here needs it.",
+        "cmake_minimum_required(VERSION 3.20)",
+        "project(placeholder NONE)",
+        "if(PROJECT_IS_TOP_LEVEL)",
+        "  return()",
+        "endif()",
+        # Not into the cache, as the project itself does: a later configure would find them there.
+        *(f'set({prefix}_{suffix} "{place}" PARENT_SCOPE)' for suffix, place in places.items()),
+        *(f"add_library({library} INTERFACE)" for library in _LIBRARIES.get(name.lower(), ())),
+    ]
+    for target in external.defines:
+        message = f"{target} needs {name} {tag}, which was not fetched"
+        lines.append(
+            f'add_custom_target({target} COMMAND "${{CMAKE_COMMAND}}" -E echo "{message}" COMMAND'
+            ' "${CMAKE_COMMAND}" -E false VERBATIM)'
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _refusal(path: Path, of: str) -> str:
+    if path.suffix in (".py", ".txt", ".cmake", ".md"):
+        return f"# {of}: {MARK}\n"
+    return f'#error "{of}: {MARK}"\n'
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        if path.read_text(encoding="utf-8") == text:
+            return
+    except (OSError, ValueError):
+        pass
+    write_atomic(path, text.encode())
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def provide(
+    layout: Layout,
+    settings: Settings,
+    wanted: Collection[External],
+    others: Collection[External],
+    *,
+    run_log: RunLog,
+    step: Step,
+) -> Mapping[str, str]:
+    """Provide the sources of all projects, and return a folder by variable for configure: the
+    user's own, else fetched if `wanted`, else a placeholder.
+
+    Raises SettingsError for an override without a folder, SourceError if a fetch fails; the cache
+    then has no partial project.
+    """
+    given: dict[str, str] = {}
+    for external in (*wanted, *others):
+        own = _own(settings, external)
+        if own:
+            given |= own
+        elif external in wanted:
+            given[external.variable] = str(_fetched(settings, external, run_log=run_log, step=step))
+        else:
+            given[external.variable] = str(_placeholder(layout, external))
+    return given
+
+
+def _own(settings: Settings, external: External) -> Mapping[str, str]:
+    """Return the user's own sources, from the environment, .env, or -D in CMAKE_ARGS."""
+    environment = settings.child_environment("build")
+    for name in dict.fromkeys((external.override, external.variable)):
+        argument = re.findall(rf"-D{re.escape(name)}(?::\w+)?=(\S+)", settings.text("CMAKE_ARGS"))
+        text = argument[-1] if argument else environment.get(name, "")
+        if text:
+            folder = typed(text)
+            if not folder.is_dir():
+                raise SettingsError(
+                    f"{name}={settings.presentable(text)}: the folder does not exist",
+                    hint=hints.text("compile.unset_override", variable=name, project=external.name),
+                )
+            return {name: str(folder)}
+    return {}
+
+
+def _fetched(settings: Settings, external: External, *, run_log: RunLog, step: Step) -> Path:
+    place = settings.cache / "externals" / external.name.lower() / external.tag.replace("/", "_")
+    if _is_fetched(place, external):
+        return place
+    # If two clones need it at once, one fetches and the other waits.
+    with lock.hold(
+        place.with_name(f".{place.name}.lock"),
+        verb=f"fetching {external.name}",
+        wait=True,
+        on_wait=step.line,
+    ):
+        if place.exists() and not _is_fetched(place, external):
+            message = (
+                f"{place} is at {(_checked_out(place) or 'no commit')[:12]}, not at"
+                f" {external.tag[:12]}: it is not used"
+            )
+            raise SourceError(message, hint=hints.text("compile.delete_external", folder=place))
+        if not place.exists():
+            with files.folder_beside(place) as made:
+                commit = _clone(made, settings, external, run_log=run_log, step=step)
+                if _COMMIT.fullmatch(external.tag) and commit != external.tag:
+                    raise SourceError(
+                        f"{external.name}: {external.repository} served {commit[:12]} instead of"
+                        f" {external.tag[:12]}"
+                    )
+                files.put_in_place(made, place)
+    return place
+
+
+def _clone(
+    made: Path, settings: Settings, external: External, *, run_log: RunLog, step: Step
+) -> str:
+    mirror = settings.text("EXTERNALS_MIRROR")
+    try:
+        return remotes.clone_shallow(
+            made,
+            external.repository,
+            external.tag,
+            submodules=external.submodules,
+            mirror=mirror,
+            settings=settings,
+            run_log=run_log,
+            on_line=lambda line: step.line(f"{external.name}: {line}"),
+        )
+    except SourceError as exc:
+        place = f"{external.repository} in EXTERNALS_MIRROR" if mirror else external.repository
+        hint = hints.text("compile.network_or_mirror", variable=external.override)
+        raise SourceError(
+            f"{external.name} {external.tag[:12]} could not be fetched from {place}: {exc.message}",
+            hint=hint,
+            details=exc.details,
+        ) from exc
+
+
+def _is_fetched(place: Path, external: External) -> bool:
+    """Return whether the cache has the project; a tag that is a commit must be its HEAD."""
+    there = _checked_out(place)
+    return there is not None and (not _COMMIT.fullmatch(external.tag) or there == external.tag)
+
+
+def _checked_out(folder: Path) -> str | None:
+    """Return the commit of a detached HEAD, read without git: every build reads it for every
+    project.
+    """
+    try:
+        text = (folder / ".git" / "HEAD").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    return text if _COMMIT.fullmatch(text) else None
+
+
+def _placeholder(layout: Layout, external: External) -> Path:
+    """Create the missing files of a placeholder; up-to-date files are not touched."""
+    name, tag = external.name, external.tag
+    place = layout.builds / PLACEHOLDERS / name.lower() / tag.replace("/", "_")
+    _write(place / "CMakeLists.txt", _placeholder_cmake(external))
+    for file in external.files:
+        _write(place / file, _refusal(place / file, f"{name} {tag}"))
+    return place
+
+
+# Folders in which a linker and CMake's FindCUDAToolkit search the driver's library: below a toolkit
+# and in the system.
+_TOOLKIT_LIBRARIES = (
+    "lib64",
+    "lib64/stubs",
+    "lib",
+    "lib/stubs",
+    "targets/*/lib",
+    "targets/*/lib/stubs",
+    "compat",
+)
+# A declaration in the preprocessed cuda.h, with the renamed functions (cuMemFree is cuMemFree_v2).
+_FUNCTION = re.compile(r"^\s*CUresult\s+(cu[A-Z]\w*)\s*\(", re.MULTILINE)
+_SYSTEM_LIBRARIES = (
+    "/usr/lib/*",
+    "/usr/lib64",
+    "/usr/lib/*/nvidia/current",
+    "/usr/local/lib",
+    "/lib/*",
+)
+
+
+def toolkit_arguments(machine: Machine, build: Path, *, run_log: RunLog) -> tuple[str, ...]:
+    """Return CMake arguments for the parts that the toolkit lacks. On a machine without a driver,
+    build a stub of its library in `build`.
+    """
+    toolkit = machine.toolkit()
+    if toolkit is None:
+        return ()
+    wheels = [
+        folder
+        for top in interpreter.site_packages(machine.layout)
+        for folder in sorted((top / "nvidia").glob("*"))
+        if folder.is_dir()
+    ]
+    found = [*_header_arguments(toolkit.home, wheels)]
+    runtime = next(
+        (path for folder in wheels for path in sorted((folder / "lib").glob("libnvrtc.so*"))), None
+    )
+    if runtime and not any(_libraries(toolkit.home, "libnvrtc.so")):
+        found.append(f"-DCUDA_nvrtc_LIBRARY={runtime}")
+    if not any(_libraries(toolkit.home, "libcuda.so")) and not any(_system("libcuda.so")):
+        stub = _stub(machine.settings, toolkit.home, build, run_log=run_log)
+        found.append(f"-DCUDA_cuda_driver_LIBRARY={stub}")
+    return tuple(found)
+
+
+def _header_arguments(home: Path, wheels: Sequence[Path]) -> Iterator[str]:
+    """Yield arguments for the headers of a wheel if the toolkit at `home` has no cuBLAS."""
+    include = next(
+        (folder / "include" for folder in wheels if (folder / "include" / "cublas_v2.h").is_file()),
+        None,
+    )
+    places = ("include", "targets/x86_64-linux/include", "targets/sbsa-linux/include")
+    if include and not any((home / place / "cublas_v2.h").is_file() for place in places):
+        # CMake adds these folders after all others, so the toolkit's own headers come first.
+        for language in ("CXX", "CUDA"):
+            yield f"-DCMAKE_{language}_STANDARD_INCLUDE_DIRECTORIES={include}"
+
+
+def _libraries(home: Path, name: str) -> Iterator[Path]:
+    return (path for place in _TOOLKIT_LIBRARIES for path in home.glob(f"{place}/{name}"))
+
+
+def _system(name: str) -> Iterator[Path]:
+    return (path for place in _SYSTEM_LIBRARIES for path in Path("/").glob(f"{place[1:]}/{name}"))
+
+
+def _stub(settings: Settings, home: Path, build: Path, *, run_log: RunLog) -> Path:
+    """Build a library with the driver's name and the functions of the toolkit's cuda.h, to link
+    against: the real one comes with the driver.
+
+    Without the functions, a linker with --as-needed would drop the library, and the result could
+    not be loaded.
+    """
+    stub = build / "stub" / "libcuda.so"
+    source = stub.with_suffix(".c")
+    if not stub.is_file():
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        environment = settings.child_environment("build")
+        preprocessed = process.capture(
+            ["cc", "-E", "-P", home / "include" / "cuda.h"], env=environment
+        )
+        names = sorted(set(_FUNCTION.findall(preprocessed.stdout)))
+        write_atomic(
+            source, "".join(f"int {name}(void) {{ return 999; }}\n" for name in names).encode()
+        )
+        process.run(
+            ["cc", "-shared", "-fPIC", "-nostdlib", "-Wl,-soname,libcuda.so.1", "-o", stub, source],
+            env=environment,
+            run_log=run_log,
+        )
+    return stub

@@ -1,118 +1,316 @@
-"""External projects: the sources that the tree's CMake files take from elsewhere, with tag and
-targets; fetched once for all clones, or replaced by a placeholder.
+"""What the tree's CMake files name: the commands that a configure would reach, parsed without
+CMake, and the external projects, which the tree takes from elsewhere, with tag and targets.
 
-A fetched project is in the cache as name/tag, complete or not at all. The tree's `.deps` is never
-used: upstream's own files reuse one if a single file of it exists, whatever its tag
-(vllm-project/vllm#51112).
+A condition that only CMake can decide counts as true and as false at once: the walk visits too much
+rather than too little.
 """
 
+import contextlib
+import os
+import platform
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.compile import cmake_inputs
-from workspace.core import files, hints, lock
-from workspace.core.console import RunLog, Step
-from workspace.core.errors import SettingsError, SourceError
-from workspace.core.files import write_atomic
-from workspace.core.paths import Layout, typed
-from workspace.core.settings import Settings
-from workspace.repo.git import remotes
-
-PLACEHOLDERS = "placeholders"
-# This text is in every file of a placeholder, and in files that a configure makes from one.
-MARK = "stands in for a file of an external project that was not fetched"
-# Libraries of a project that no target of the tree is named after.
-_LIBRARIES = {"onednn": ("dnnl",)}
-_ABSENT = (
-    re.compile(r"Cannot find source file:\s+(?P<path>/\S+)"),
-    re.compile(r"failed to open for reading \([^)]*\):\s+(?P<path>/\S+)"),
-    re.compile(
-        r"(?:given source|source directory|include path)\s+\"?(?P<path>/[^\s\"]+)\"? (?:which is"
-        r" not an existing|which does not exist)"
-    ),
+# Tokens of cmake-language(7): comments, bracket arguments, quoted arguments, brackets, unquoted
+# arguments.
+_TOKEN = re.compile(
+    r'#\[(=*)\[.*?\]\1\]|#[^\n]*|\[(=*)\[(.*?)\]\2\]|"((?:[^"\\]|\\.)*)"|([()])|([^\s()#"]+)',
+    re.DOTALL,
 )
-
-
-def complete_placeholder(root: Path, output: str) -> tuple[Path, ...]:
-    """Create the files below `root`, the folder of all placeholders, that the output of a configure
-    names as missing, and return them.
-    """
-    missing = (
-        Path(found["path"].rstrip(".")) for pattern in _ABSENT for found in pattern.finditer(output)
-    )
-    absent = tuple(
-        dict.fromkeys(
-            path
-            for path in missing
-            if path.is_relative_to(root) and ".." not in path.parts and not path.exists()
-        )
-    )
-    for path in absent:
-        _write(path, _refusal(path, "/".join(path.relative_to(root).parts[:2])))
-    return absent
-
-
-def shown_source(folder: str | None) -> str:
-    """Return a folder of sources as shown to the user."""
-    return (
-        "nothing"
-        if not folder
-        else "a placeholder"
-        if PLACEHOLDERS in Path(folder).parts
-        else folder
-    )
-
-
-def _placeholder_cmake(external: "External") -> str:
-    name, tag, prefix = external.name, external.tag, external.name.upper()
-    here = "${CMAKE_CURRENT_SOURCE_DIR}"
-    places = {
-        "DIR": here,
-        "INCLUDE_DIR": f"{here}/include",
-        "TOOLS_UTIL_INCLUDE_DIR": f"{here}/tools/util/include",
+_REFERENCE = re.compile(r"\$\{(\w[\w-]*)\}")
+_OVERRIDES = re.compile(r"\w+_(SRC|ROOT)_DIR|FETCHCONTENT_SOURCE_DIR_\w+")
+_UNARY = frozenset(
+    {
+        "EXISTS",
+        "IS_DIRECTORY",
+        "IS_ABSOLUTE",
+        "IS_SYMLINK",
+        "COMMAND",
+        "POLICY",
+        "TARGET",
+        "TEST",
+        "DEFINED",
     }
-    lines = [
-        f"# Stands in for {name} {tag}: nothing that is built here needs it.",
-        "cmake_minimum_required(VERSION 3.20)",
-        "project(placeholder NONE)",
-        "if(PROJECT_IS_TOP_LEVEL)",
-        "  return()",
-        "endif()",
-        # Not into the cache, as the project itself does: a later configure would find them there.
-        *(f'set({prefix}_{suffix} "{place}" PARENT_SCOPE)' for suffix, place in places.items()),
-        *(f"add_library({library} INTERFACE)" for library in _LIBRARIES.get(name.lower(), ())),
-    ]
-    for target in external.defines:
-        message = f"{target} needs {name} {tag}, which was not fetched"
-        lines.append(
-            f'add_custom_target({target} COMMAND "${{CMAKE_COMMAND}}" -E echo "{message}" COMMAND'
-            ' "${CMAKE_COMMAND}" -E false VERBATIM)'
-        )
-    return "\n".join(lines) + "\n"
+)
+_JOINING = frozenset({"AND", "OR", ")"})
+_FALSE = frozenset({"", "0", "OFF", "NO", "FALSE", "N", "IGNORE", "NOTFOUND"})
+# The values that a condition may have where only a configure can decide.
+_UNKNOWN = frozenset({True, False})
+_CERTAIN = frozenset({True})
+_INCLUDED_AT_MOST = 100
 
 
-def _refusal(path: Path, of: str) -> str:
-    if path.suffix in (".py", ".txt", ".cmake", ".md"):
-        return f"# {of}: {MARK}\n"
-    return f'#error "{of}: {MARK}"\n'
+@dataclass(frozen=True)
+class Command:
+    """A command of a CMake file."""
+
+    name: str
+    args: tuple[str, ...]
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        if path.read_text(encoding="utf-8") == text:
+@dataclass(frozen=True)
+class Step:
+    """A command that a configure would reach, the variables known by then, and its file."""
+
+    file: str
+    command: Command
+    values: Mapping[str, str]
+
+    def resolved(self, argument: str) -> str:
+        """Return an argument with the known variables replaced."""
+        return resolve(argument, self.values)
+
+
+def resolve(argument: str, values: Mapping[str, str]) -> str:
+    """Replace the references to known variables; leave the others."""
+    return _REFERENCE.sub(lambda found: values.get(found[1], found[0]), argument)
+
+
+def without_top(path: str) -> str:
+    """Return a path of a CMake file without its leading variable for the tree."""
+    return re.sub(r"^\$\{CMAKE_(CURRENT_)?(SOURCE|LIST)_DIR\}/", "", path)
+
+
+def commands(text: str) -> Iterator[Command]:
+    """Yield every command in order, its name in lower case, nested brackets as arguments. Stop at
+    invalid CMake.
+    """
+    name, depth, args = "", 0, []
+    for token in _TOKEN.finditer(text):
+        bracket, quoted, paren, plain = token[3], token[4], token[5], token[6]
+        argument = next((text for text in (bracket, quoted, plain) if text is not None), None)
+        if paren == "(":
+            depth += 1
+            if depth > 1:
+                args.append(paren)
+        elif paren == ")":
+            depth -= 1
+            if depth == 0:
+                yield Command(name.lower(), tuple(args))
+                name, args = "", []
+            elif depth < 0:
+                return
+            else:
+                args.append(paren)
+        elif argument is not None and depth:
+            args.append(argument)
+        elif argument is not None:
+            name = argument
+
+
+def walk(tree: Path, device: str, *, machine: str | None = None) -> Iterator[Step]:
+    """Yield the commands that a configure of `tree` for a device would reach; includes are
+    followed, functions are not.
+    """
+    here = machine or platform.machine()
+    values = {
+        "VLLM_TARGET_DEVICE": device,
+        "VLLM_GPU_LANG": "CUDA" if device == "cuda" else "",
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": here,
+        "ASIMD_FOUND": "ON" if here in ("aarch64", "arm64") else "",
+    }
+    others = ("APPLE_SILICON", "MACOSX", "S390", "POWER9", "POWER10", "POWER11")
+    values |= {f"{other}_FOUND": "" for other in others}
+    yield from _Walk(tree, values).through("CMakeLists.txt")
+
+
+class _Walk:
+    def __init__(self, tree: Path, values: Mapping[str, str]) -> None:
+        self._tree = tree
+        self._values = dict(values)
+        # A branch that a configure would not reach must not change what the machine and the device
+        # decide.
+        self._decided = frozenset(values)
+        self._files = 0
+
+    def through(self, path: str) -> Iterator[Step]:
+        """Yield the commands of a file that a configure would reach."""
+        self._files += 1
+        try:
+            text = (self._tree / path).read_text(encoding="utf-8", errors="replace")
+        except OSError:
             return
-    except (OSError, ValueError):
-        pass
-    write_atomic(path, text.encode())
+        branches: list[_Branch] = []
+        inside = ""
+        for command in commands(text):
+            if inside:
+                inside = "" if command.name == f"end{inside}" else inside
+            elif command.name in ("function", "macro"):
+                inside = command.name
+            elif command.name in ("if", "elseif", "else", "endif"):
+                # The variables in a condition count, too.
+                if all(branch.is_open for branch in branches):
+                    yield Step(path, command, self._values)
+                _update_branches(branches, command, self._values)
+            elif all(branch.is_open for branch in branches):
+                if command.name == "return" and all(branch.is_certain for branch in branches):
+                    return
+                self._set(command)
+                yield Step(path, command, self._values)
+                if command.name == "include" and command.args and self._files < _INCLUDED_AT_MOST:
+                    included = without_top(command.args[0])
+                    if (self._tree / included).is_file():
+                        yield from self.through(included)
+
+    def _set(self, command: Command) -> None:
+        args = command.args
+        is_kept = args[:1] and (
+            args[0] in self._decided or ("CACHE" in args and args[0] in self._values)
+        )
+        if command.name == "set" and len(args) > 1 and not is_kept:
+            # A new mapping each time: a step keeps the values of its own time.
+            self._values = {**self._values, args[0]: resolve(args[1], self._values)}
+
+
+@dataclass
+class _Branch:
+    """State of an `if`: whether an earlier branch was certainly taken, whether the current one is
+    walked, and whether it is certainly taken.
+    """
+
+    was_taken: bool = False
+    is_open: bool = False
+    is_certain: bool = False
+
+
+def _update_branches(branches: list[_Branch], command: Command, values: Mapping[str, str]) -> None:
+    """Update the branches for a command of an `if`."""
+    if command.name == "if":
+        branches.append(_Branch())
+    if not branches:
+        return
+    if command.name == "endif":
+        branches.pop()
+        return
+    branch = branches[-1]
+    possible = _CERTAIN if command.name == "else" else _Condition(command.args, values).values()
+    branch.is_open = not branch.was_taken and True in possible
+    branch.is_certain = possible == _CERTAIN
+    branch.was_taken = branch.was_taken or branch.is_certain
+
+
+class _Condition:
+    """Condition of cmake-language, with all values that it may have at a configure."""
+
+    def __init__(self, tokens: Sequence[str], values: Mapping[str, str]) -> None:
+        self._tokens = list(tokens)
+        self._values = values
+
+    def values(self) -> frozenset[bool]:
+        """Return the values that the condition may have."""
+        found = self._either()
+        return found if not self._tokens else _UNKNOWN
+
+    def _either(self) -> frozenset[bool]:
+        found = self._both()
+        while self._take("OR"):
+            others = self._both()
+            found = frozenset(one or other for one in found for other in others)
+        return found
+
+    def _both(self) -> frozenset[bool]:
+        found = self._one()
+        while self._take("AND"):
+            others = self._one()
+            found = frozenset(one and other for one in found for other in others)
+        return found
+
+    def _one(self) -> frozenset[bool]:
+        """Evaluate a single term."""
+        if self._take("NOT"):
+            return frozenset(not one for one in self._one())
+        if self._take("("):
+            found = self._either()
+            return found if self._take(")") else _UNKNOWN
+        token = self._pop()
+        if token in _UNARY:
+            # Overrides are handled elsewhere; here the walk follows what is fetched without one.
+            variable = self._pop().removeprefix("ENV{").rstrip("}")
+            is_override = token == "DEFINED" and _OVERRIDES.fullmatch(variable)
+            return frozenset({False}) if is_override else _UNKNOWN
+        if self._tokens and self._tokens[0] not in _JOINING:
+            return self._compared(token, self._pop(), self._pop())
+        text = self._values.get(token)
+        if text is None and _OVERRIDES.fullmatch(token):
+            return frozenset({False})
+        return _UNKNOWN if text is None or "$" in text else frozenset({text.upper() not in _FALSE})
+
+    def _compared(self, token: str, operator: str, right: str) -> frozenset[bool]:
+        """Evaluate a comparison of texts; all others are for a configure."""
+        left = resolve(self._values.get(token, token), self._values)
+        right = resolve(right, self._values)
+        is_known = token in self._values or _REFERENCE.fullmatch(token)
+        if is_known and "$" not in left and operator == "STREQUAL":
+            return frozenset({left == right})
+        if is_known and "$" not in left and operator == "MATCHES":
+            with contextlib.suppress(re.error):
+                return frozenset({bool(re.search(right, left))})
+        return _UNKNOWN
+
+    def _pop(self) -> str:
+        return self._tokens.pop(0) if self._tokens else ""
+
+    def _take(self, token: str) -> bool:
+        is_next = self._tokens[:1] == [token]
+        if is_next:
+            self._tokens.pop(0)
+        return is_next
+
+
+def cmake_files(tree: Path) -> tuple[Path, ...]:
+    """Return CMakeLists.txt and all files below cmake/: patches and scripts of a configure are
+    there too.
+    """
+    below = (Path(top) / name for top, _, names in os.walk(tree / "cmake") for name in names)
+    return tuple(
+        sorted(
+            path
+            for path in (tree / "CMakeLists.txt", *below)
+            if path.is_file() and "__pycache__" not in path.parts
+        )
+    )
+
+
+_IN_PACKAGE = re.compile(r"\$\{CMAKE_(?:CURRENT_)?SOURCE_DIR\}/(vllm/[\w./-]+)")
+
+
+def package_folders(tree: Path, device: str) -> tuple[str, ...]:
+    """Return the folders of the Python package that the CMake files name: a configure may overwrite
+    files of a precompiled wheel there.
+    """
+    steps = walk(tree, device)
+    named = (
+        found[1]
+        for step in steps
+        for argument in step.command.args
+        if (found := _IN_PACKAGE.match(argument))
+    )
+    return tuple(
+        dict.fromkeys(path for path in named if ".." not in path and not Path(path).suffix)
+    )
+
+
+def glob_patterns(tree: Path, device: str) -> Iterator[str]:
+    """Yield the patterns below the tree by which CMake files find sources; ninja must not evaluate
+    them itself.
+    """
+    for step in walk(tree, device):
+        args = step.command.args
+        if step.command.name == "file" and len(args) > 2 and args[0] in ("GLOB", "GLOB_RECURSE"):
+            for argument in args[2:]:
+                pattern = without_top(step.resolved(argument))
+                if "$" not in pattern and not pattern.startswith("/") and "/" in pattern:
+                    parent, _, name = pattern.rpartition("/")
+                    yield f"{parent}/**/{name}" if args[0] == "GLOB_RECURSE" else pattern
 
 
 _DECLARING = ("fetchcontent_declare", "fetchcontent_populate", "externalproject_add")
 _KEY = re.compile(r"[A-Z][A-Z_]{3,}")
 _TOP = "CMakeLists.txt"
 _VALUES = frozenset({"TRUE", "FALSE"})
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _OVERRIDE = re.compile(r"\$?ENV\{(\w+_(?:SRC|ROOT)_DIR|FETCHCONTENT_SOURCE_DIR_\w+)\}")
 _SUFFIXED = re.compile(r"\$\{([\w-]+)\}/([\w./+-]+\.[A-Za-z]\w*)")
 _DEFINING = (
@@ -145,7 +343,7 @@ def pinned(text: str) -> Iterator[tuple[str, str]]:
     values.
     """
     values: dict[str, list[str]] = {}
-    found = tuple(cmake_inputs.commands(text))
+    found = tuple(commands(text))
     for command in found:
         if command.name == "set" and len(command.args) > 1:
             values.setdefault(command.args[0], []).append(command.args[1])
@@ -161,7 +359,7 @@ def declared(tree: Path, device: str, *, machine: str | None = None) -> tuple[Ex
     """Return the projects that a configure of `tree` for a device fetches on this machine, in
     order.
     """
-    steps = tuple(cmake_inputs.walk(tree, device, machine=machine))
+    steps = tuple(walk(tree, device, machine=machine))
     defined = {
         step.resolved(step.command.args[0])
         for step in steps
@@ -183,33 +381,6 @@ def declared(tree: Path, device: str, *, machine: str | None = None) -> tuple[Ex
     return tuple(found.values())
 
 
-def provide(
-    layout: Layout,
-    settings: Settings,
-    wanted: Collection[External],
-    others: Collection[External],
-    *,
-    run_log: RunLog,
-    step: Step,
-) -> Mapping[str, str]:
-    """Provide the sources of all projects, and return a folder by variable for configure: the
-    user's own, else fetched if `wanted`, else a placeholder.
-
-    Raises SettingsError for an override without a folder, SourceError if a fetch fails; the cache
-    then has no partial project.
-    """
-    given: dict[str, str] = {}
-    for external in (*wanted, *others):
-        own = _own(settings, external)
-        if own:
-            given |= own
-        elif external in wanted:
-            given[external.variable] = str(_fetched(settings, external, run_log=run_log, step=step))
-        else:
-            given[external.variable] = str(_placeholder(layout, external))
-    return given
-
-
 def _options(args: Sequence[str]) -> Mapping[str, list[str]]:
     """Return the values after each keyword of a declaration."""
     options: dict[str, list[str]] = {}
@@ -223,10 +394,10 @@ def _options(args: Sequence[str]) -> Mapping[str, list[str]]:
 
 
 def _external(
-    step: cmake_inputs.Step,
+    step: Step,
     options: Mapping[str, list[str]],
     override: str,
-    steps: Sequence[cmake_inputs.Step],
+    steps: Sequence[Step],
     defined: Collection[str],
 ) -> External:
     name = step.command.args[0]
@@ -250,7 +421,7 @@ def _external(
     )
 
 
-def _targets(name: str, file: str, steps: Sequence[cmake_inputs.Step]) -> tuple[str, ...]:
+def _targets(name: str, file: str, steps: Sequence[Step]) -> tuple[str, ...]:
     """Return the targets that need the project: all targets of its own file and of every other file
     that names its variables, except for the top file, where only the commands that name them count.
     """
@@ -270,9 +441,7 @@ def _targets(name: str, file: str, steps: Sequence[cmake_inputs.Step]) -> tuple[
     return tuple(naming)
 
 
-def _defined(
-    steps: Sequence[cmake_inputs.Step], of_file: Sequence[cmake_inputs.Step]
-) -> Iterator[str]:
+def _defined(steps: Sequence[Step], of_file: Sequence[Step]) -> Iterator[str]:
     """Yield the targets that these steps define or install, also by a variable of a loop."""
     loops = {
         step.command.args[0]: step.command.args[1:]
@@ -297,7 +466,7 @@ def _defined(
             yield from loops.get(looped[1], ()) if looped else (component,)
 
 
-def _files(name: str, steps: Sequence[cmake_inputs.Step]) -> tuple[str, ...]:
+def _files(name: str, steps: Sequence[Step]) -> tuple[str, ...]:
     """Return the project's files that the tree's CMake files name. Files that are only installed
     are left out: their install must fail.
     """
@@ -320,101 +489,3 @@ def _files(name: str, steps: Sequence[cmake_inputs.Step]) -> tuple[str, ...]:
                 if variable.lower() in prefixes and ".." not in path:
                     found[prefixes[variable.lower()] + path] = None
     return tuple(sorted(found))
-
-
-def _own(settings: Settings, external: External) -> Mapping[str, str]:
-    """Return the user's own sources, from the environment, .env, or -D in CMAKE_ARGS."""
-    environment = settings.child_environment("build")
-    for name in dict.fromkeys((external.override, external.variable)):
-        argument = re.findall(rf"-D{re.escape(name)}(?::\w+)?=(\S+)", settings.text("CMAKE_ARGS"))
-        text = argument[-1] if argument else environment.get(name, "")
-        if text:
-            folder = typed(text)
-            if not folder.is_dir():
-                raise SettingsError(
-                    f"{name}={settings.presentable(text)}: the folder does not exist",
-                    hint=hints.text("compile.unset_override", variable=name, project=external.name),
-                )
-            return {name: str(folder)}
-    return {}
-
-
-def _fetched(settings: Settings, external: External, *, run_log: RunLog, step: Step) -> Path:
-    place = settings.cache / "externals" / external.name.lower() / external.tag.replace("/", "_")
-    if _is_fetched(place, external):
-        return place
-    # If two clones need it at once, one fetches and the other waits.
-    with lock.hold(
-        place.with_name(f".{place.name}.lock"),
-        verb=f"fetching {external.name}",
-        wait=True,
-        on_wait=step.line,
-    ):
-        if place.exists() and not _is_fetched(place, external):
-            message = (
-                f"{place} is at {(_checked_out(place) or 'no commit')[:12]}, not at"
-                f" {external.tag[:12]}: it is not used"
-            )
-            raise SourceError(message, hint=hints.text("compile.delete_external", folder=place))
-        if not place.exists():
-            with files.folder_beside(place) as made:
-                commit = _clone(made, settings, external, run_log=run_log, step=step)
-                if _COMMIT.fullmatch(external.tag) and commit != external.tag:
-                    raise SourceError(
-                        f"{external.name}: {external.repository} served {commit[:12]} instead of"
-                        f" {external.tag[:12]}"
-                    )
-                files.put_in_place(made, place)
-    return place
-
-
-def _clone(
-    made: Path, settings: Settings, external: External, *, run_log: RunLog, step: Step
-) -> str:
-    mirror = settings.text("EXTERNALS_MIRROR")
-    try:
-        return remotes.clone_shallow(
-            made,
-            external.repository,
-            external.tag,
-            submodules=external.submodules,
-            mirror=mirror,
-            settings=settings,
-            run_log=run_log,
-            on_line=lambda line: step.line(f"{external.name}: {line}"),
-        )
-    except SourceError as exc:
-        place = f"{external.repository} in EXTERNALS_MIRROR" if mirror else external.repository
-        hint = hints.text("compile.network_or_mirror", variable=external.override)
-        raise SourceError(
-            f"{external.name} {external.tag[:12]} could not be fetched from {place}: {exc.message}",
-            hint=hint,
-            details=exc.details,
-        ) from exc
-
-
-def _is_fetched(place: Path, external: External) -> bool:
-    """Return whether the cache has the project; a tag that is a commit must be its HEAD."""
-    there = _checked_out(place)
-    return there is not None and (not _COMMIT.fullmatch(external.tag) or there == external.tag)
-
-
-def _checked_out(folder: Path) -> str | None:
-    """Return the commit of a detached HEAD, read without git: every build reads it for every
-    project.
-    """
-    try:
-        text = (folder / ".git" / "HEAD").read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        return None
-    return text if _COMMIT.fullmatch(text) else None
-
-
-def _placeholder(layout: Layout, external: External) -> Path:
-    """Create the missing files of a placeholder; up-to-date files are not touched."""
-    name, tag = external.name, external.tag
-    place = layout.builds / PLACEHOLDERS / name.lower() / tag.replace("/", "_")
-    _write(place / "CMakeLists.txt", _placeholder_cmake(external))
-    for file in external.files:
-        _write(place / file, _refusal(place / file, f"{name} {tag}"))
-    return place

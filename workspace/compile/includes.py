@@ -4,13 +4,13 @@ It includes too much rather than too little: conditions are ignored, comments co
 name counts as every changed file that it could be.
 """
 
+import contextlib
 import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from glob import glob
 from os import path as paths
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from pathlib import Path
 # are not followed.
 _FOREIGN = ("/usr/", "/lib/")
 _FOREIGN_PARTS = ("/site-packages/", "/dist-packages/")
-_SYSTEM = ("/usr/include", "/usr/local/include", "/usr/local/cuda/include", "/usr/include/c++/*")
 # In GCC a backslash joins lines also with blanks after it.
 _SPLICE = re.compile(rb"\\[ \t\f\v\r]*\n")
 _BLANK = rb"(?:[ \t\f\v\r]|/\*[^*]*\*+(?:[^/*][^*]*\*+)*/)*"
@@ -31,7 +30,6 @@ _MACRO = rb"(?:_next)?(?![A-Za-z0-9_$])" + _BLANK + rb'(?=[^\s"</]|/[^*/])([^\n]
 _COMPUTED = tuple((directive, re.compile(directive + _MACRO)) for directive in _DIRECTIVES)
 _HASH = re.compile(rb"(?:\A|\n|\*/)[ \t\f\v\r]*(?:#|%:|\?\?=)" + _BLANK + rb"\Z")
 _DEFINE = rb"define" + _BLANK + rb"\b"
-_MACRO_NAME = re.compile(_DEFINE + rb"(\w+)")
 # A macro with parameters, its use and its definition: CUTLASS's CUDA_STD_HEADER(cstdint) is
 # <cuda/std/cstdint>.
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
@@ -41,13 +39,12 @@ _BODY = re.compile(r'(?:<([^<>"]+)>|"([^"]+)")\s*(?://.*|/\*.*)?')
 
 @dataclass(frozen=True)
 class Named:
-    """Names that a file includes; `next_to_it` by include_next; `computed` are macros in the place
-    of a name.
+    """Names that a file includes, those of include_next in both sets; `computed` are macros in the
+    place of a name.
     """
 
     quoted: frozenset[str] = frozenset()
     angled: frozenset[str] = frozenset()
-    next_to_it: frozenset[str] = frozenset()
     computed: frozenset[str] = frozenset()
 
 
@@ -55,16 +52,15 @@ def names(text: bytes) -> Named:
     """Return the names in all `#include` of a file, in every spelling that a compiler accepts."""
     if b"\\" in text:
         text = _SPLICE.sub(b"", text)
-    quoted, angled, next_to_it = set[str](), set[str](), set[str]()
+    quoted, angled = set[str](), set[str]()
     for directive, pattern in _NAMED:
-        if directive in text:
-            for following, in_quotes, in_angles in pattern.findall(text):
-                (next_to_it if following else quoted if in_quotes else angled).add(
-                    os.fsdecode(in_quotes or in_angles)
-                )
-    return Named(
-        frozenset(quoted), frozenset(angled), frozenset(next_to_it), frozenset(_computed(text))
-    )
+        for following, in_quotes, in_angles in pattern.findall(text) if directive in text else ():
+            name = os.fsdecode(in_quotes or in_angles)
+            if following or in_quotes:
+                quoted.add(name)
+            if following or in_angles:
+                angled.add(name)
+    return Named(frozenset(quoted), frozenset(angled), frozenset(_computed(text)))
 
 
 def _computed(text: bytes) -> Iterator[str]:
@@ -127,7 +123,6 @@ class Scan:
         }
         self._walked: set[str] = set()
         self._named: dict[str, Named | None] = {}
-        self._defined = cache(_defined)
         self._is_file = cache(self._look_for)
         self._is_folder = cache(paths.isdir)
 
@@ -148,10 +143,7 @@ class Scan:
         ]
         self._tops |= {self._top(path) for path in below}
         includers = self._includers(starts.values(), searched)
-        everywhere = frozenset(
-            self._changed[path] for path in self._changed if self._shadows(path, searched)
-        )
-        found: dict[str, set[str]] = {source: set(everywhere) for source in sources}
+        found: dict[str, set[str]] = {source: set() for source in sources}
         for path, name in self._changed.items():
             reached = _closure(path, includers)
             for source, start in starts.items():
@@ -193,17 +185,9 @@ class Scan:
             seen,
             {call[1] for uses in used.values() for use in uses if (call := _CALL.fullmatch(use))},
         )
-        macros = frozenset[str]().union(*map(self._defined, seen)) if used else frozenset[str]()
         for path, uses in used.items():
             for use in uses:
                 named = expanded(use, defined.get(use.split("(")[0], ()))
-                # An identifier in the name may be a macro, too.
-                if named and any(
-                    identifier in macros
-                    for name in named.angled
-                    for identifier in _IDENTIFIER.findall(name)
-                ):
-                    named = None
                 for included in (
                     self._changed if named is None else self._places(path, named, searched)
                 ):
@@ -216,12 +200,10 @@ class Scan:
     def _places(self, path: str, named: Named, searched: tuple[str, ...]) -> Iterator[str]:
         """Yield the paths at which the files that `path` names may be."""
         folder = paths.dirname(path)
-        beside = named.quoted | named.next_to_it
-        for name in beside | named.angled:
+        for name in named.quoted | named.angled:
             is_found = False
-            for place in (
-                (folder, *searched) if name in beside or name.startswith("/") else searched
-            ):
+            is_beside = name in named.quoted or name.startswith("/")
+            for place in (folder, *searched) if is_beside else searched:
                 candidate = paths.join(place, name)
                 if self._is_file(candidate):
                     is_found = True
@@ -232,7 +214,7 @@ class Scan:
                     if (
                         place is folder
                         and self._spelled(candidate) not in self._gone
-                        and name not in named.angled | named.next_to_it
+                        and name not in named.angled
                     ):
                         break
             if not is_found:
@@ -291,21 +273,6 @@ class Scan:
             return True
         return not path.startswith(_FOREIGN) and not any(part in path for part in _FOREIGN_PARTS)
 
-    def _shadows(self, path: str, searched: tuple[str, ...]) -> bool:
-        """Return whether a changed file has the name of a header that is not followed: its
-        includers may get this file.
-        """
-        for folder in searched:
-            if path.startswith(f"{folder}/"):
-                name = path[len(folder) + 1 :]
-                others = [*searched, *(place for pattern in _SYSTEM for place in glob(pattern))]
-                if any(
-                    not self._is_followed(f"{other}/") and self._is_file(f"{other}/{name}")
-                    for other in others
-                ):
-                    return True
-        return False
-
 
 def _definitions(
     files: Iterable[str], macros: Collection[str]
@@ -315,26 +282,12 @@ def _definitions(
     listed = b"|".join(sorted(map(os.fsencode, macros)))
     pattern = re.compile(_DEFINE + rb"(%s)\b\(([^()\n]*)\)([^\n]*)" % listed)
     for file in files if macros else ():
-        for definition in pattern.finditer(_joined_if_defining(file)):
-            macro, parameters, body = map(os.fsdecode, definition.groups())
-            found[macro].append((parameters, body))
+        with contextlib.suppress(OSError):
+            text = _SPLICE.sub(b"", Path(file).read_bytes())
+            for definition in pattern.finditer(text):
+                macro, parameters, body = map(os.fsdecode, definition.groups())
+                found[macro].append((parameters, body))
     return found
-
-
-def _defined(file: str) -> frozenset[str]:
-    """Return the names of all macros that the file defines."""
-    return frozenset(os.fsdecode(name) for name in _MACRO_NAME.findall(_joined_if_defining(file)))
-
-
-def _joined_if_defining(file: str) -> bytes:
-    """Return the text of a file with its continued lines joined; nothing if it defines nothing or
-    cannot be read.
-    """
-    try:
-        text = Path(file).read_bytes()
-    except OSError:
-        return b""
-    return _SPLICE.sub(b"", text) if b"define" in text else b""
 
 
 def _closure(path: str, includers: dict[str, set[str]]) -> set[str]:

@@ -15,11 +15,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.compile import jobs, launcher, scheduler
+from workspace.compile import launcher, scheduler
 from workspace.compile.costs import KILLED_HELD, Costs, History, unit_of
 from workspace.compile.scheduler import (
     Admission,
@@ -33,6 +33,7 @@ from workspace.compile.scheduler import (
 from workspace.core import hints
 from workspace.core.errors import BuildError
 from workspace.core.files import write_atomic
+from workspace.machine import hardware
 
 # Interval of measurements. A peak between two of them may be missed; the peak of the largest
 # process of a unit is known exactly.
@@ -245,7 +246,7 @@ class JobServer:
     def _is_inside_another(self, pid: int) -> bool:
         """Return whether a parent process of this launcher is a launcher with a token."""
         holders = {client.pid for client in self._clients.values() if client.started is not None}
-        return bool(holders) and any(parent in holders for parent in jobs.parents(pid))
+        return bool(holders) and any(parent in holders for parent in parents(pid))
 
     def _end_run(self, client: Client, end: End) -> None:
         began, status = client.started or 0.0, os.waitstatus_to_exitcode(end.status)
@@ -343,10 +344,10 @@ class JobServer:
         running = [client for client in self._clients.values() if client.is_counted]
         if not running:
             return
-        living = jobs.living()
-        trees = jobs.below(frozenset(client.pid for client in running), living)
+        found = living()
+        trees = below(frozenset(client.pid for client in running), found)
         for client in running:
-            held_gib = sum(living[pid].held_gib for pid in trees[client.pid])
+            held_gib = sum(found[pid].held_gib for pid in trees[client.pid])
             client.peak_gib = max(client.peak_gib, held_gib)
             self._admission.measured(client.number, held_gib)
 
@@ -372,7 +373,7 @@ class JobServer:
                 holders = [
                     client for client in self._clients.values() if client.started is not None
                 ]
-                jobs.signal_process(
+                signal_process(
                     frozenset(client.pid for client in holders),
                     frozenset(client.group for client in holders),
                     signal_number,
@@ -400,3 +401,68 @@ class JobServer:
     def _refuse(self, client: Client, why: str) -> None:
         client.send(why)
         self._drop(client)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process: its parent, its group, and the GiB it holds (resident, shared pages included)."""
+
+    parent: int
+    group: int
+    held_gib: float
+
+
+def living() -> dict[int, Process]:
+    """Return all living processes by pid, in one pass."""
+    import psutil
+
+    found = {}
+    for running in psutil.process_iter(["ppid", "status", "memory_info"]):
+        parent, held = running.info["ppid"], running.info["memory_info"]
+        is_over = running.info["status"] in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        # A process may end meanwhile.
+        with contextlib.suppress(ProcessLookupError):
+            if held and not is_over:
+                group = os.getpgid(running.pid)
+                found[running.pid] = Process(parent, group, held.rss / hardware.GIB)
+    return found
+
+
+def parents(pid: int) -> Iterator[int]:
+    """Yield the parent of a process, its parent, and so on."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        while pid > 1:
+            pid = psutil.Process(pid).ppid()
+            yield pid
+
+
+def below(roots: frozenset[int], known: Mapping[int, Process]) -> dict[int, set[int]]:
+    """Return, for each of `roots`, the processes below it, without itself."""
+    found: dict[int, set[int]] = {root: set() for root in roots}
+    for pid in known:
+        path: list[int] = []
+        ancestor = pid
+        while ancestor in known and ancestor not in path:
+            if ancestor in roots:
+                found[ancestor].update(path)
+            path.append(ancestor)
+            ancestor = known[ancestor].parent
+    return found
+
+
+def signal_process(
+    roots: frozenset[int], groups: frozenset[int], signal_number: signal.Signals
+) -> None:
+    """Send a signal to the processes below `roots` and in `groups`, but not to this process's own
+    group.
+    """
+    known = living()
+    receivers = {pid for pids in below(roots, known).values() for pid in pids}
+    receivers |= {
+        pid for pid, process in known.items() if process.group in groups - {0, os.getpgrp()}
+    }
+    for pid in receivers:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal_number)

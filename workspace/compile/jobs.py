@@ -1,28 +1,31 @@
-"""How many compilers and how much memory a build gets, and the forecast of its cost.
+"""How many compilers and how much memory a build gets, the forecast of its cost, and its progress:
+a bar on a terminal, a line now and then elsewhere.
 
-Limits come from flags, settings and the machine; the memory status is read while compilers run. The
-forecast counts units, minutes and memory before a rebuild starts.
+Limits come from flags, settings and the machine. The forecast counts units, minutes and memory
+before a rebuild starts; percent and remaining time come from expected costs, too, not from counts.
 """
 
 import contextlib
 import math
-import os
 import re
-import signal
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import textwrap
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from workspace.compile import costs, scheduler, targets
-from workspace.compile.costs import Cost, Costs
-from workspace.compile.project import Project, Unit
-from workspace.compile.scheduler import Bounds, MemoryStatus
+from workspace.compile import scheduler, targets
+from workspace.compile.costs import LINK, Cost, Costs, Unit, unit_at
+from workspace.compile.job_server import JobServer
+from workspace.compile.project import Project
+from workspace.compile.scheduler import Bounds, Finished, State
 from workspace.compile.targets import Reached
 from workspace.core import hints
-from workspace.core.console import Console
+from workspace.core.console import Console, Step
 from workspace.core.errors import SettingsError, counted
 from workspace.core.known_settings import LARGEST_COUNT
 from workspace.core.settings import Settings
-from workspace.machine import hardware
 from workspace.machine.hardware import Host
 
 AUTO = "auto"
@@ -32,9 +35,6 @@ AUTO = "auto"
 RESERVED_SHARE, LEAST_RESERVED_GIB = 0.1, 2.0
 # With less memory most compilers fail.
 LEAST_BUDGET_GIB = 1.0
-# ninja, its children and the job server may open about 1,000 files each (RLIMIT_NOFILE); each
-# waiting unit takes one.
-MOST_VISIBLE = 900
 
 
 @dataclass(frozen=True)
@@ -157,109 +157,6 @@ def memory(host: Host, *, flag: str | None = None) -> Memory:
     return Memory(wanted, reserve, sentence)
 
 
-def environment(jobs: Jobs, *, launcher: str) -> Mapping[str, str]:
-    """Return environment variables that keep nested builds to the same number of compilers.
-
-    `launcher` is the compiler launcher (job_server.install). Nested CMake, torch's own builder,
-    cargo and make each have their own variable.
-    """
-    count = str(jobs.count)
-    return {
-        "MAX_JOBS": count,
-        "NVCC_THREADS": str(jobs.nvcc_threads),
-        "CARGO_BUILD_JOBS": count,
-        "CMAKE_BUILD_PARALLEL_LEVEL": count,
-        "RUSTC_WRAPPER": launcher,
-        "CMAKE_C_COMPILER_LAUNCHER": launcher,
-        "CMAKE_CXX_COMPILER_LAUNCHER": launcher,
-        "CMAKE_CUDA_COMPILER_LAUNCHER": launcher,
-    }
-
-
-def visible(units: int, jobs: Jobs) -> int:
-    """Return ninja's -j: all units, because the scheduler orders only units that have requested a
-    token. The job tokens keep to `jobs`.
-    """
-    return max(jobs.count, min(units, MOST_VISIBLE))
-
-
-def memory_status(reserve_gib: float) -> MemoryStatus:
-    """Return the memory available beyond `reserve_gib`: of the machine, or of the control group if
-    that has less.
-    """
-    import psutil
-
-    available = float(psutil.virtual_memory().available)
-    for limit, used in hardware.memory_limits():
-        available = min(available, max(0.0, limit - used))
-    return MemoryStatus(available / hardware.GIB - reserve_gib, hardware.pressure_percent())
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process: its parent, its group, and the GiB it holds (resident, shared pages included)."""
-
-    parent: int
-    group: int
-    held_gib: float
-
-
-def living() -> dict[int, Process]:
-    """Return all living processes by pid, in one pass."""
-    import psutil
-
-    found = {}
-    for running in psutil.process_iter(["ppid", "status", "memory_info"]):
-        parent, held = running.info["ppid"], running.info["memory_info"]
-        is_over = running.info["status"] in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-        # A process may end meanwhile.
-        with contextlib.suppress(ProcessLookupError):
-            if held and not is_over:
-                group = os.getpgid(running.pid)
-                found[running.pid] = Process(parent, group, held.rss / hardware.GIB)
-    return found
-
-
-def parents(pid: int) -> Iterator[int]:
-    """Yield the parent of a process, its parent, and so on."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        while pid > 1:
-            pid = psutil.Process(pid).ppid()
-            yield pid
-
-
-def below(roots: frozenset[int], known: Mapping[int, Process]) -> dict[int, set[int]]:
-    """Return, for each of `roots`, the processes below it, without itself."""
-    found: dict[int, set[int]] = {root: set() for root in roots}
-    for pid in known:
-        path: list[int] = []
-        ancestor = pid
-        while ancestor in known and ancestor not in path:
-            if ancestor in roots:
-                found[ancestor].update(path)
-            path.append(ancestor)
-            ancestor = known[ancestor].parent
-    return found
-
-
-def signal_process(
-    roots: frozenset[int], groups: frozenset[int], signal_number: signal.Signals
-) -> None:
-    """Send a signal to the processes below `roots` and in `groups`, but not to this process's own
-    group.
-    """
-    known = living()
-    receivers = {pid for pids in below(roots, known).values() for pid in pids}
-    receivers |= {
-        pid for pid, process in known.items() if process.group in groups - {0, os.getpgrp()}
-    }
-    for pid in receivers:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal_number)
-
-
 _MINUTE_S = 60.0
 _HEAD = ("target", "units", "minutes", "peak GiB", "reason")
 _FIGURES = (1, 2, 3)
@@ -305,9 +202,12 @@ def work_out(
     """Return the plan, from the expected cost of each unit and of each target's link."""
     rows, everything, compiled = [], dict[str, Cost](), set[str]()
     for one in reached:
-        expected = {unit.object: costs.expected(_named(unit, one.target)) for unit in one.units}
+        expected = {
+            unit.object: costs.expected(unit_at(unit.object) or Unit(one.target, unit.source))
+            for unit in one.units
+        }
         compiled |= expected.keys()
-        link = {f"{one.target} link": costs.expected(_link(one.target))} if one.units else {}
+        link = {f"{one.target} link": costs.expected(Unit(one.target, LINK))} if one.units else {}
         everything |= expected | link
         rows.append(_target_cost(one, (expected | link).values()))
     replayed = scheduler.simulate(tuple(everything.values()), bounds)
@@ -335,14 +235,6 @@ def _target_cost(one: Reached, expected: Collection[Cost]) -> TargetCost:
     minutes = sum(cost.seconds for cost in expected) / _MINUTE_S
     peak_gib = max((cost.peak_gib for cost in expected), default=0.0)
     return TargetCost(one.target, one.reason, len(one.units), minutes, peak_gib, one.is_complete)
-
-
-def _named(unit: Unit, target: str) -> costs.Unit:
-    return costs.unit_at(unit.object) or costs.Unit(target, unit.source)
-
-
-def _link(target: str) -> costs.Unit:
-    return costs.Unit(target, "link")
 
 
 def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
@@ -385,3 +277,175 @@ def _sentences(plan: RebuildPlan) -> list[str]:
     if plan.from_precompiled:
         lines.append(f"from the precompiled wheel: {', '.join(plan.from_precompiled)}")
     return lines
+
+
+SHOWN = 3
+Cells = tuple[str, ...]
+
+
+def build_summary(finished: Sequence[Finished]) -> tuple[Cells, ...]:
+    """Return a line of a table for each of the slowest and the largest units."""
+    done = [one for one in finished if one.status == 0 and not one.unit.is_light]
+    slowest = sorted(done, key=lambda one: -one.seconds)[:SHOWN]
+    largest = sorted(done, key=lambda one: -one.peak_gib)[:SHOWN]
+    return tuple(
+        (heading, f"{one.seconds:.1f} s", f"{one.peak_gib:.2f} GiB", _shown(one.unit))
+        for heading, ones in (("slowest", slowest), ("largest", largest))
+        for one in ones
+    )
+
+
+def _shown(unit: Unit) -> str:
+    return f"link of {unit.target}" if unit.source == LINK else unit.source
+
+
+LOOK_S = 0.5
+LINE_S = 10.0
+# Columns beside a step's text in its row: spinner, bar, time and separators (core/console.py).
+_BESIDE = 42
+_NARROWEST = 24
+# A unit that takes longer than expected counts as nearly done, never as done.
+_NEARLY = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Progress estimate: units done and in all, the share of the work done, seconds left."""
+
+    done: int
+    units: int
+    share: float
+    left_s: float
+
+
+def estimate(
+    planned: Mapping[Unit, Cost],
+    finished: Sequence[Finished],
+    state: State,
+    *,
+    began: float,
+    now: float,
+) -> Estimate:
+    """Estimate the progress. The time left is that of the work done so far, scaled to the rest, and
+    at least that of the longest unit. `began` and `now` are times of time.monotonic.
+    """
+    done = {one.unit: one for one in finished if one.status == 0 and _is_counted(one.unit)}
+    running = {one.unit: one for one in state.running if _is_counted(one.unit)}
+    costs = {unit: one.expected for unit, one in (done | running).items()} | dict(planned)
+    over = {
+        unit: min(now - one.started, costs[unit].seconds * _NEARLY) for unit, one in running.items()
+    }
+    over |= {unit: costs[unit].seconds for unit in done}
+    longest_s = max((cost.seconds - over.get(unit, 0.0) for unit, cost in costs.items()), default=0)
+    share = sum(over.values()) / (sum(cost.seconds for cost in costs.values()) or 1.0)
+    scaled_s = (now - began) * (1.0 - share) / share if share else 0.0
+    return Estimate(len(done), len(costs), share, max(scaled_s, longest_s))
+
+
+def _is_counted(unit: Unit) -> bool:
+    """Return whether a unit counts: links and preprocessors are short, and not planned."""
+    return not unit.is_light and unit.source != LINK
+
+
+def figures(found: Estimate, state: State) -> tuple[str, ...]:
+    """Return the parts of the text beside a progress bar."""
+    parts = [f"{found.share:.0%}", f"{found.done} of {found.units} units"]
+    if found.done < found.units:
+        parts.append(f"{duration(found.left_s)} left")
+    parts.append(f"{state.held_gib:.1f} of {state.budget_gib:.1f} GiB")
+    return (*parts, f"{state.waiting} wait") if state.waiting else tuple(parts)
+
+
+def units(state: State) -> tuple[str, ...]:
+    """Return the names of the running units, the longest running first; if none runs, why the
+    others wait.
+    """
+    if state.waiting and not state.running:
+        return (state.why,)
+    return tuple(
+        _shown(one.unit).rpartition("/")[2]
+        for one in sorted(state.running, key=lambda one: one.started)
+        if not one.unit.is_light
+    )
+
+
+def _wrapped(parts: Sequence[str], width: int, *, lines: int) -> list[str]:
+    return textwrap.wrap(", ".join(parts), width, max_lines=lines, placeholder=" …")
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text: seconds, minutes, or hours and minutes."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+class Meter:
+    """Progress meter of a build, shown from a thread while the block is entered."""
+
+    def __init__(
+        self,
+        server: JobServer,
+        planned: Sequence[Unit],
+        costs: Costs,
+        *,
+        console: Console,
+        step: Step,
+    ) -> None:
+        self._server, self._costs = server, costs
+        self._console, self._step = console, step
+        self.expect(planned)
+        self._is_over = threading.Event()
+        self._budget_gib = server.state.budget_gib
+        self._last_text = ""
+
+    def expect(self, planned: Sequence[Unit]) -> None:
+        """Plan these units from now on, for a build that learns its units after the start."""
+        self._planned = {unit: self._costs.expected(unit) for unit in planned}
+
+    def __enter__(self) -> "Meter":
+        self._began = self._last_line = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, name="meter", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        # Report what happened after the last sample.
+        self._warn(self._server.state, self._server.finished)
+
+    def _watch(self) -> None:
+        # If the terminal is gone (SIGHUP), continue sampling.
+        while not self._is_over.wait(LOOK_S):
+            with contextlib.suppress(OSError):
+                self._look(time.monotonic())
+
+    def _look(self, now: float) -> None:
+        state, finished = self._server.state, self._server.finished
+        self._warn(state, finished)
+        found = estimate(self._planned, finished, state, began=self._began, now=now)
+        if self._console.width:
+            width = max(_NARROWEST, self._console.width - _BESIDE - len(self._step.title))
+            rows = (
+                *_wrapped(figures(found, state), width, lines=3),
+                *_wrapped(units(state), width, lines=2),
+            )
+            self._step.progress(found.share, 1.0, "\n".join(rows))
+        elif now - self._last_line >= LINE_S:
+            self._last_line = now
+            line = ", ".join(figures(found, state)) + ": " + ", ".join(units(state)[:3])
+            if line != self._last_text:
+                self._console.info(line)
+            self._last_text = line
+
+    def _warn(self, state: State, finished: Sequence[Finished]) -> None:
+        killed = next((one for one in reversed(finished) if one.is_killed), None)
+        if killed and state.budget_gib < self._budget_gib and not self._server.trouble:
+            name = Path(killed.unit.source).name
+            self._console.warn(
+                f"memory ran out while {name} was compiled: the build continues with"
+                f" {state.budget_gib:.1f} GiB instead of {self._budget_gib:.1f}"
+            )
+        self._budget_gib = state.budget_gib

@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from workspace.compile import job_server, progress
-from workspace.compile import jobs as job_limits
+from workspace.compile import job_server
 from workspace.compile.costs import Costs, History, known_entries, unit_at
 from workspace.compile.costs import Unit as CostUnit
-from workspace.compile.jobs import Jobs, Memory
+from workspace.compile.jobs import Cells, Jobs, Memory, Meter, build_summary
 from workspace.compile.launcher import REFUSAL
-from workspace.compile.progress import Meter
 from workspace.compile.project import Unit
-from workspace.compile.scheduler import Admission, Bounds, Finished
+from workspace.compile.scheduler import Admission, Bounds, Finished, MemoryStatus
 from workspace.core import hints, process
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError
@@ -44,6 +42,9 @@ _ERROR = re.compile(
     r"|[A-Za-z]*(Error|Exception)\b ?:|\b[Kk]illed\b|died due to signal"
 )
 _NO_SPACE = "No space left on device"
+# ninja, its children and the job server may open about 1,000 files each (RLIMIT_NOFILE); each
+# waiting unit takes one.
+MOST_VISIBLE = 900
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Compiled:
 
     finished: tuple[Finished, ...]
     seconds: float
-    summary: tuple[progress.Cells, ...]
+    summary: tuple[Cells, ...]
 
 
 def history_file(settings: Settings) -> Path:
@@ -175,7 +176,7 @@ def environment(
     builds, and the compiler cache's settings.
     """
     variables = {
-        **job_limits.environment(jobs, launcher=str(launcher)),
+        **nested_environment(jobs, launcher=str(launcher)),
         **launchers(settings, launcher),
     }
     cache = toolchain.find_cache(settings)
@@ -237,7 +238,7 @@ def compile(
         "ninja",
         "-C",
         work.build,
-        f"-j{job_limits.visible(len(work.planned), work.jobs)}",
+        f"-j{visible(len(work.planned), work.jobs)}",
         *targets,
     ]
     program = Program(argv, _child_environment(layout, settings, work.build, work.jobs))
@@ -292,7 +293,7 @@ def under_job_server(
     return Compiled(
         server.finished,
         time.monotonic() - began,
-        progress.build_summary(server.finished),
+        build_summary(server.finished),
     )
 
 
@@ -312,7 +313,7 @@ def _job_server(work: Work, costs: Costs, history: History) -> job_server.JobSer
         Admission(work.bounds),
         costs,
         memory=job_server.MemoryWatch(
-            lambda: job_limits.memory_status(work.memory.reserve_gib), hardware.kills
+            lambda: memory_status(work.memory.reserve_gib), hardware.kills
         ),
         history=history,
         units=len(work.planned),
@@ -393,3 +394,37 @@ def _full_disks(settings: Settings, work: Work, *, has_no_space: bool) -> list[P
     places = [work.build, Path(settings.child_environment("build").get("TMPDIR") or "/tmp")]
     full = [place for place in places if hardware.free_gib(place) < _FULL_GIB]
     return full or (places if has_no_space else [])
+
+
+def nested_environment(jobs: Jobs, *, launcher: str) -> Mapping[str, str]:
+    """Return environment variables that keep nested builds to the same number of compilers.
+
+    `launcher` is the compiler launcher (job_server.install). Nested CMake, torch's own builder,
+    cargo and make each have their own variable.
+    """
+    count = str(jobs.count)
+    return {
+        "MAX_JOBS": count,
+        "NVCC_THREADS": str(jobs.nvcc_threads),
+        "CARGO_BUILD_JOBS": count,
+        "CMAKE_BUILD_PARALLEL_LEVEL": count,
+        "RUSTC_WRAPPER": launcher,
+        "CMAKE_C_COMPILER_LAUNCHER": launcher,
+        "CMAKE_CXX_COMPILER_LAUNCHER": launcher,
+        "CMAKE_CUDA_COMPILER_LAUNCHER": launcher,
+    }
+
+
+def visible(units: int, jobs: Jobs) -> int:
+    """Return ninja's -j: all units, because the scheduler orders only units that have requested a
+    token. The job tokens keep to `jobs`.
+    """
+    return max(jobs.count, min(units, MOST_VISIBLE))
+
+
+def memory_status(reserve_gib: float) -> MemoryStatus:
+    """Return the memory available beyond `reserve_gib`: of the machine, or of the control group if
+    that has less.
+    """
+    _, available_gib = hardware.memory_gib()
+    return MemoryStatus(available_gib - reserve_gib, hardware.pressure_percent())

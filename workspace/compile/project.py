@@ -1,8 +1,12 @@
-"""Project as CMake would build it: targets, units, and the places of their results. Read from
-CMake's file API, never from its text output.
+"""Project as CMake would build it: targets, units, and the places of their results; and the install
+of targets into the tree. Read from CMake's file API, never from its text output.
 
 And the names of the extensions in the tree's setup.py: importing it would import torch and search
 for a compiler.
+
+CMake installs into a folder beside the tree, from where each file is renamed: after a kill it is
+old or new, and the next run installs all of them again. Files that git tracks are never
+overwritten, and no file is removed.
 """
 
 import contextlib
@@ -15,8 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from workspace.core import records
+from workspace.core import hints, process, records
+from workspace.core.console import RunLog
+from workspace.core.errors import BuildError
+from workspace.core.files import folder_beside, sha256
 from workspace.core.paths import Layout
+from workspace.repo.git import Git
 
 Device = Literal["cpu", "cuda"]
 
@@ -279,3 +287,101 @@ def extensions(tree: Path) -> tuple[str, ...]:
         return ()
     # As in setup.py's target_name: vllm.vllm_flash_attn._vllm_fa2_C is built by _vllm_fa2_C.
     return tuple(dict.fromkeys(name.rpartition(".")[2] for name in _EXTENSION.findall(text)))
+
+
+PACKAGE = "vllm"
+
+
+def install_targets(
+    build: Path,
+    tree: Path,
+    targets: Sequence[Target],
+    *,
+    run_log: RunLog,
+    env: Mapping[str, str],
+) -> tuple[str, ...]:
+    """Install the components of `targets` into the tree, and return the paths of their files,
+    relative to it.
+
+    A link to a folder of the user's own sources stays a link, as in upstream. Raises BuildError if
+    a target has not been built or a tracked file is in the way, ToolchainError if the tree cannot
+    be written.
+    """
+    tracked = Git(tree).entries((PACKAGE,), "HEAD")
+    installed = set[str]()
+    with folder_beside(tree) as staging:
+        staged = {
+            target.name: _stage(build, staging / target.name, target, run_log=run_log, env=env)
+            for target in targets
+        }
+        for target_name, names in staged.items():
+            for name in sorted(names & tracked.keys()):
+                run_log.line(f"{name} is tracked by git and stays: {target_name} has one too")
+            for name in sorted(names - tracked.keys()):
+                _rename(staging / target_name / name, tree, name, tracked)
+            installed |= names - tracked.keys()
+    return tuple(sorted(installed))
+
+
+def _stage(
+    build: Path,
+    prefix: Path,
+    target: Target,
+    *,
+    run_log: RunLog,
+    env: Mapping[str, str],
+) -> set[str]:
+    """Install the component of a target into `prefix`, and return the names of its files."""
+    if missing := [name for name in target.artifacts if not (build / name).exists()]:
+        raise BuildError(
+            f"{target.name} has not been built: {missing[0]} is not in {build}",
+            hint=hints.text("compile.rebuild_target", target=target.name),
+        )
+    prefix.mkdir()
+    process.run(
+        ["cmake", "--install", build, "--prefix", prefix, "--component", target.name],
+        env=env,
+        run_log=run_log,
+        failure=BuildError,
+        hint=hints.text("compile.rebuild_clean"),
+    )
+    return {
+        str(entry.relative_to(prefix))
+        for entry in (prefix / PACKAGE).rglob("*")
+        if entry.is_symlink() or not entry.is_dir()
+    }
+
+
+def _content_digest(path: Path) -> str:
+    """Return an identifier of the content of a file or a link; empty if neither exists."""
+    if path.is_symlink():
+        return f"link to {os.readlink(path)}"
+    return sha256(path) if path.is_file() else ""
+
+
+def _rename(made: Path, tree: Path, name: str, tracked: Mapping[str, str]) -> None:
+    """Move a staged file into the tree, unless an identical one is there."""
+    place = tree / name
+    for folder in reversed(place.relative_to(tree).parents):
+        # A file behind a link is outside the tree: the user may work in that folder.
+        if (tree / folder).is_symlink():
+            _require_free(str(folder), tracked)
+            (tree / folder).unlink()
+    if _content_digest(place) == _content_digest(made):
+        return
+    if place.is_dir() and not place.is_symlink():
+        _require_free(name, tracked)
+        place.rename(made.with_name(f"{made.name}.former"))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    made.replace(place)
+
+
+def _require_free(name: str, tracked: Mapping[str, str]) -> None:
+    """Raise BuildError if git tracks files at or below `name`."""
+    if inside := next(
+        (path for path in tracked if path == name or path.startswith(f"{name}/")), None
+    ):
+        raise BuildError(
+            f"{inside} of the tree is in the way of a built file: {name}",
+            hint=hints.text("core.git_status", folder="vendor/vllm"),
+        )

@@ -19,8 +19,7 @@ from typing import Any
 
 from workspace.compile import job_server, ninja
 from workspace.compile.costs import unit_at
-from workspace.compile.jobs import Jobs, Memory
-from workspace.compile.progress import Cells, Meter
+from workspace.compile.jobs import Cells, Jobs, Memory, Meter
 from workspace.core import hints, process, records
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, CheckoutError, SettingsError, SourceError

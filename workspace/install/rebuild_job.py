@@ -17,7 +17,6 @@ from workspace.compile import (
     ninja,
     project,
     targets,
-    tree_files,
 )
 from workspace.compile.cmake_inputs import Inputs
 from workspace.compile.costs import Costs, History, known_entries
@@ -156,7 +155,7 @@ class Job:
     ) -> Project:
         """Configure with CMake in the build directory of `inputs`; fetch only `needed` sources."""
         layout, settings, run_log = self.run.layout, self.run.settings, self.run.run_log
-        sources = externals.provide(layout, settings, needed, others, run_log=run_log, step=view)
+        sources = cmake_inputs.provide(layout, settings, needed, others, run_log=run_log, step=view)
         launcher = job_server.install(cmake_inputs.folder(layout, inputs) / "tickets")
         return cmake.configure(
             self.run.observed.machine, inputs, sources, launcher=launcher, run_log=run_log
@@ -255,7 +254,7 @@ class Job:
             ninja.environment(layout, run.settings, self.jobs, self.folder / "tickets" / "ticket"),
             layout=layout,
         )
-        files = tree_files.install_targets(
+        files = project.install_targets(
             self.folder,
             layout.vllm,
             installed,

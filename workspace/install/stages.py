@@ -157,10 +157,7 @@ def apply_patches(run: Run, view: Step) -> None:
 def make_python(run: Run, view: Step) -> None:
     # uv trusts installed metadata: nothing that an unfinished run left may count as complete.
     if run.layout.environment.exists():
-        is_interrupted = stamp.read(run.layout.stamp("environment")) is None
-        venv.repair(run.layout, run.settings, run_log=run.run_log, with_cache=is_interrupted)
-        if is_interrupted:
-            venv.drop_bytecode(run.layout, since=run.layout.stamp("environment"))
+        venv.repair(run.layout, run.settings, run_log=run.run_log)
     stamp.withdraw(run.layout.stamp("environment"))
     view.reason = venv.make_python(run.reread(), device=run.observed.device, run_log=run.run_log)
 
@@ -250,8 +247,6 @@ def _fitting(run: Run, path: Path) -> str | None:
 
 def install_vllm(run: Run, view: Step) -> None:
     """Install editable; from here until the stamp the build is unverified."""
-    if stamp.read(run.layout.stamp("vllm")) is None:
-        venv.drop_bytecode(run.layout, since=run.layout.stamp("environment"))
     stamp.withdraw(run.layout.stamp("vllm"))
     venv.repair(run.layout, run.settings, run_log=run.run_log, names=("vllm",))
     install_with_wheel(run)

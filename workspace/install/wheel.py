@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from workspace.compile import device_code, tree_files
+from workspace.compile import device_code, project
 from workspace.compile.cmake_inputs import Inputs
 from workspace.core import files, hints, lock, records
 from workspace.core.console import Console, Step
@@ -210,7 +210,7 @@ def _members(
         | _metadata(layout, observed, packed)
         | {
             "vllm/_version.py": _renamed(
-                (layout.vllm / tree_files.PACKAGE / "_version.py").read_text(encoding="utf-8"),
+                (layout.vllm / project.PACKAGE / "_version.py").read_text(encoding="utf-8"),
                 observed.version,
                 packed.version,
             ).encode()
@@ -220,9 +220,9 @@ def _members(
 
 def _package(layout: Layout, git: Git) -> dict[str, _Member]:
     """Map names to the tracked files of the package and those that a build writes."""
-    built = [name for name in worktree.products(git, tree_files.PACKAGE) if _BUILT.match(name)]
+    built = [name for name in worktree.products(git, project.PACKAGE) if _BUILT.match(name)]
     members: dict[str, _Member] = {}
-    for name in (*git.entries((tree_files.PACKAGE,), None), *built):
+    for name in (*git.entries((project.PACKAGE,), None), *built):
         path = layout.vllm / name
         if path.is_file():
             members[name] = path

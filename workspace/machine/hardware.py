@@ -95,6 +95,11 @@ class Host:
 
 def observe() -> Host:
     """Return processor and memory of this machine, within the limits of the control group."""
+    return Host(platform.machine(), len(os.sched_getaffinity(0)), *memory_gib())
+
+
+def memory_gib() -> tuple[float, float]:
+    """Return the memory in GiB, all of it and what is available now."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -102,7 +107,7 @@ def observe() -> Host:
     for limit, used in memory_limits():
         total = min(total, limit)
         available = min(available, max(0.0, limit - used))
-    return Host(platform.machine(), len(os.sched_getaffinity(0)), total / GIB, available / GIB)
+    return total / GIB, available / GIB
 
 
 def whole_memory_gib() -> float:

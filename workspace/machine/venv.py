@@ -28,17 +28,11 @@ _UNFINISHED = ".tmp??????"
 
 
 def repair(
-    layout: Layout,
-    settings: Settings,
-    *,
-    run_log: RunLog,
-    names: Iterable[str] = (),
-    with_cache: bool = False,
-) -> tuple[str, ...]:
-    """Remove the dist-info of partial packages, so that uv installs them again; return their names.
+    layout: Layout, settings: Settings, *, run_log: RunLog, names: Iterable[str] = ()
+) -> None:
+    """Remove the dist-info of partial packages, so that uv installs them again.
 
-    `names` limits it to packages whose names begin so. `with_cache` also removes damaged wheels
-    from uv's cache of unpacked ones.
+    A killed uv leaves such packages. `names` limits it to packages whose names begin so.
     """
     removed = []
     wanted = tuple(f"{name}-" for name in names)
@@ -49,75 +43,32 @@ def repair(
             is_meant = not info.name.startswith(kept) and (
                 not wanted or info.name.startswith(wanted)
             )
-            if is_meant and not _is_complete(info, _NEEDED):
+            if is_meant and not _is_complete(info):
                 shutil.rmtree(info)
                 removed.append(info.name.removesuffix(".dist-info"))
     for place in (layout.environment, *interpreter.site_packages(layout)):
         for left in place.glob(_UNFINISHED):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-    if with_cache:
-        removed += _repair_cache(layout, settings)
     if removed:
         run_log.write(f"partial, to be installed again: {', '.join(removed)}")
-    return tuple(removed)
 
 
-def drop_bytecode(layout: Layout, *, since: Path) -> None:
-    """Remove bytecode newer than the file `since`, all of it without that file.
-
-    A power cut can truncate bytecode, which then breaks its import.
-    """
-    synced_ns = since.stat().st_mtime_ns if since.exists() else 0
-    folders = [layout.bytecode]
-    for top in (*interpreter.site_packages(layout), layout.vllm):
-        folders += top.rglob("__pycache__")
-    for folder in folders:
-        for path in folder.rglob("*.pyc"):
-            if path.stat().st_mtime_ns > synced_ns:
-                path.unlink()
-
-
-def _repair_cache(layout: Layout, settings: Settings) -> list[str]:
-    """Remove damaged unpacked wheels from uv's cache; uv unpacks or fetches them again."""
-    done = process.capture(
-        [interpreter.uv(layout), "cache", "dir"],
-        env=settings.child_environment("plain"),
-        timeout_s=interpreter.ANSWER_S,
-    )
-    damaged = []
-    for archive in Path(done.stdout.strip() or "/nonexistent").glob("archive-v*/*"):
-        infos = list(archive.glob("*.dist-info"))
-        if any(not _is_complete(info, ("METADATA", "RECORD")) for info in infos):
-            shutil.rmtree(archive, ignore_errors=True)
-            damaged += [f"{info.name.removesuffix('.dist-info')} in uv's cache" for info in infos]
-    return damaged
-
-
-def _is_complete(info: Path, needed: Iterable[str]) -> bool:
+def _is_complete(info: Path) -> bool:
     try:
-        if any((info / name).stat().st_size == 0 for name in needed):
-            return False
         with (info / "RECORD").open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
         # A truncated RECORD lacks its own row, or the end of another; one that uv has not yet
         # completed lacks the installer's.
         listed = {row[0] for row in rows}
         if any(len(row) != 3 for row in rows) or any(
-            f"{info.name}/{name}" not in listed for name in needed
+            f"{info.name}/{name}" not in listed for name in _NEEDED
         ):
             return False
         return all(
-            (info.parent / name).stat().st_size >= int(size)
-            for name, _, size in rows
-            if size and not _is_elsewhere(name, needed)
+            (info.parent / name).stat().st_size >= int(size) for name, _, size in rows if size
         )
     except (OSError, ValueError, csv.Error):
         return False
-
-
-def _is_elsewhere(name: str, needed: Iterable[str]) -> bool:
-    """Return whether an unpacked wheel has a file elsewhere than an installed package."""
-    return "INSTALLER" not in needed and name.startswith("..")
 
 
 @dataclass(frozen=True)
@@ -241,28 +192,7 @@ def install_requirements(machine: Machine, *, device: str, run_log: RunLog) -> s
 
 
 def install_accelerators(machine: Machine, *, device: str, run_log: RunLog) -> Provided:
-    """Install xgrammar, triton and FlashInfer as pinned, and repair partial packages."""
-    layout, settings = machine.layout, machine.settings
-    _install_accelerators(machine, device=device, run_log=run_log)
-    if repair(layout, settings, run_log=run_log, with_cache=False):
-        # uv has just linked incomplete files: its cache is damaged, after a power cut for example.
-        repair(layout, settings, run_log=run_log, with_cache=True)
-        install_torch(machine, device=device, run_log=run_log)
-        install_requirements(machine, device=device, run_log=run_log)
-        _install_accelerators(machine, device=device, run_log=run_log)
-    packages = {
-        name: version for name, version in interpreter.installed(layout).items() if name != "vllm"
-    }
-    own = " (installed on purpose, kept)" if torch.kept_triton(layout) else ""
-    named = [
-        f"{name} {packages[name]}{own if name == 'triton' else ''}"
-        for name in ("xgrammar", "triton", "flashinfer-python")
-        if name in packages
-    ]
-    return Provided(", ".join(named) or "none is needed here", packages)
-
-
-def _install_accelerators(machine: Machine, *, device: str, run_log: RunLog) -> None:
+    """Install xgrammar, triton and FlashInfer as pinned."""
     layout, settings = machine.layout, machine.settings
     needs = _needs(machine, device=device)
     if needs.accelerators:
@@ -275,6 +205,16 @@ def _install_accelerators(machine: Machine, *, device: str, run_log: RunLog) -> 
             constraints=torch.constraints(layout),
             overrides=_overrides(layout, needs),
         )
+    packages = {
+        name: version for name, version in interpreter.installed(layout).items() if name != "vllm"
+    }
+    own = " (installed on purpose, kept)" if torch.kept_triton(layout) else ""
+    named = [
+        f"{name} {packages[name]}{own if name == 'triton' else ''}"
+        for name in ("xgrammar", "triton", "flashinfer-python")
+        if name in packages
+    ]
+    return Provided(", ".join(named) or "none is needed here", packages)
 
 
 def _overrides(layout: Layout, needs: requirements.Requirements) -> tuple[str, ...]:
