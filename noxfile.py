@@ -68,6 +68,8 @@ PROOFS = {
     # It runs its worlds beside each other by itself.
     "kill": ["tests/proof/kill", "-n", "0"],
     "kernels": ["tests/proof/kernels", "-n", "0", "-s"],
+    # Two network namespaces with an sshd each; needs root.
+    "nodes": ["tests/proof/nodes", "-n", "0", "-s"],
     "pins": ["tests/proof/test_pins.py", "tests/proof/bump"],
     "repo": ["tests/proof/repo"],
     # One server at a time in this clone.
@@ -165,9 +167,7 @@ def start(session, *argv, log=True):
 @nox.session
 def tests(session):
     """Run the workspace's own tests; arguments after -- go to pytest."""
-    # The floor of the coverage is for the whole suite.
-    coverage = [] if session.posargs else ["--cov", "--cov-report="]
-    run(session, "pytest", *coverage, *typed(session.posargs))
+    run(session, "pytest", *typed(session.posargs))
 
 
 @nox.session

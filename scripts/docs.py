@@ -175,6 +175,8 @@ def settings_page(settings: Sequence[Setting]) -> str:
         "A setting comes from the first of these places that has it:",
         "a flag of the verb, the shell, `.env`, the default.",
         "The page on [settings](settings.md) explains how to set one.",
+        "",
+        "Sources: for a GB10, those on the page of the [Spark](spark.md).",
     ]
     for phase, (title, reach) in PHASES.items():
         rows = [_of_setting(setting) for setting in settings if setting.phase == phase]

@@ -54,11 +54,12 @@ SINGLE_ENTRANCES = {
 SINGLE_PROGRAMS = {"nvidia-smi": "workspace/machine/gpu.py"}
 STARTS_A_PROGRAM = re.compile(r"os\.(system|popen|fork|forkpty|exec\w+|spawn\w+|posix_spawn\w*)$")
 # The seam, the program it puts between itself and what it starts, the one that a build puts before
-# each compiler, and the one above a server.
+# each compiler, the one above a server, and the one above the ranks of several nodes.
 STARTS_PROGRAMS = {
     "workspace/core/process.py",
     "workspace/core/guard.py",
     "workspace/compile/launcher.py",
+    "workspace/server/node_link.py",
     "workspace/server/process_tree.py",
 }
 # Everything else decodes with core/records, which has one exception for all damage.
@@ -89,7 +90,7 @@ PROBES_MAY_IMPORT = {
     "gguf",
 }
 LONGEST_MODULE = 500
-MOST_MODULES = 152
+MOST_MODULES = 157
 LONGEST_FUNCTION = 40
 MOST_PARAMETERS = 6
 # More parameters: the flags of a verb; and calls that need, beside the layout, settings, log and
@@ -101,6 +102,7 @@ MORE_PARAMETERS = {
     "workspace/cli/verbs.py:rebuild",
     "workspace/cli/verbs_patch.py:patch_import",
     "workspace/cli/verbs.py:serve",
+    "workspace/cli/verbs_node.py:serve_rank",
     "workspace/compile/job_server.py:__init__",
     "workspace/core/process.py:run",
     "workspace/install/sandbox.py:make",
@@ -124,6 +126,7 @@ MAKES_A_MACHINE = {
     "workspace/install/rebuild.py": 1,
     "workspace/install/triton_fix.py": 1,
     "workspace/install/triton_fixes.py": 1,
+    "workspace/server/multi_node.py": 1,
     "workspace/server/start.py": 2,
     "workspace/support/bug_report.py": 1,
     "workspace/support/perf.py": 1,

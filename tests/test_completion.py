@@ -27,6 +27,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     for path, text in (
         ("recipes/smollm2.toml", ""),
         ("recipes/tiny.toml", ""),
+        ("recipes/coder.yaml", ""),
         ("recipes/$(touch x).toml", ""),
         ("patches/vllm/series", "# base: v0.31.0\nfaster.patch  # remark\n"),
         ("results/gb10/0123456789ab-before.json", "{"),
@@ -70,7 +71,7 @@ def warm(clone: Clone) -> Iterator[Warm]:
         ("--help pin.b", "pin.bump"),
         ("--verb", "--verbose"),
         ("--list-format ", "flat full json nested"),
-        ("serve ", "smollm2 tiny"),
+        ("serve ", "coder smollm2 tiny"),
         ("serve.fetch t", "tiny"),
         ("serve tiny --de", "--detach"),
         ("serve --detach t", "tiny"),

@@ -92,6 +92,7 @@ PROGRAMS = {
         "mv",
     ),
     *("nvidia-smi", "ps", "python3", "reboot", "rm", "sed", "sha256sum", "ss", "systemctl"),
+    *("ssh", "ssh-copy-id", "ssh-keygen"),
     *("sysctl", "tar", "tee", "unset", "uv", "apt", "apt-get", "${EDITOR:-nano}"),
 }
 VERB_OF_INSTALL = "rebuild"
@@ -103,6 +104,7 @@ PACKAGES = {
     "g++": "/usr/bin/g++",
     "g++-VALUE": "/usr/bin/g++-VALUE",
     "git": "/usr/bin/git",
+    "openssh-client": "/usr/bin/ssh",
     "libnuma1": f"/usr/lib/{platform.machine()}-linux-gnu/libnuma.so.1",
     "patch": "/usr/bin/patch",
     "pythonVALUE": "/usr/bin/pythonVALUE",

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from workspace.bench import ab_trees
 from workspace.core import settings
 from workspace.core.errors import CheckoutError, PatchConflict, SettingsError
 from workspace.install import plan
+from workspace.repo.pins import load, save
 
 
 def observed(world: World) -> plan.Observation:
@@ -54,13 +56,14 @@ def test_base_with_an_unknown_pin_or_with_patches_that_do_not_apply_is_refused(
     git(built.root, "commit", "--quiet", "--all", "-m", "Another pin")
     pins.write_text(text)
     series.write_text(lines)
-    git(built.layout.vllm, "config", "remote.origin.url", "file:///mirror/vllm.git")
+    # The checkout may have been cloned from a fork that is pinned no longer.
+    git(built.layout.vllm, "config", "remote.origin.url", "file:///fork/vllm.git")
     with (
         pytest.raises(SettingsError, match="does not have v0.31.0") as unknown,
         ab_trees.base_tree(built.layout, observed(built), "HEAD"),
     ):
         pass
-    fetch = f"git -C vendor/vllm fetch file:///mirror/vllm.git {'1' * 40}"
+    fetch = f"git -C vendor/vllm fetch {built.materials.upstream.as_uri()} {'1' * 40}"
     assert str(unknown.value.hint).startswith(fetch)
     patch = built.layout.patches("vllm") / built.materials.patch.name
     # Without the blob of the index line there is nothing to merge from.
@@ -77,6 +80,25 @@ def test_base_with_an_unknown_pin_or_with_patches_that_do_not_apply_is_refused(
         ab_trees.base_tree(built.layout, observed(built), "HEAD"),
     ):
         pass
+
+
+def test_commit_of_a_fork_is_fetched_from_the_fork(built: World) -> None:
+    path, url = built.layout.pins, "https://host.invalid/me/vllm.git"
+    before, pin = path.read_bytes(), load(path).vllm
+    fork = replace(pin, tag="mine", ref="refs/heads/mine", url=url, upstream=pin.url)
+    save(path, replace(fork, commit="1" * 40, archive=None))
+    series = built.layout.patches("vllm") / "series"
+    lines = series.read_text()
+    series.write_text(lines.replace(built.materials.commit, "1" * 40))
+    git(built.root, "commit", "--quiet", "--all", "-m", "The pin of a fork")
+    path.write_bytes(before)
+    series.write_text(lines)
+    with (
+        pytest.raises(SettingsError, match="does not have mine") as unknown,
+        ab_trees.base_tree(built.layout, observed(built), "HEAD"),
+    ):
+        pass
+    assert str(unknown.value.hint).startswith(f"git -C vendor/vllm fetch {url} {'1' * 40}")
 
 
 def test_working_tree_has_edits_and_new_files_and_equal_content_is_the_same_commit(

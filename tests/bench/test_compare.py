@@ -11,8 +11,9 @@ import pytest
 
 from tests.bench.materials import arm, record, served
 from tests.bench.test_record import kept
-from workspace.bench import compare
-from workspace.bench.results import Gpu, Record
+from workspace.bench import compare, subject
+from workspace.bench.results import Gpu, Kind, Record
+from workspace.bench.subject import _TINY_ENGINE, _TINY_WORK, _WORK, SWEEP
 from workspace.core.console import Console
 from workspace.core.errors import Regression, SettingsError
 
@@ -68,7 +69,31 @@ def test_lower_throughput_is_a_regression_and_lower_latency_is_not(tmp_path: Pat
 def test_too_few_starts_report_the_number_that_is_needed(tmp_path: Path) -> None:
     out, _ = output(tmp_path, record(), other(starts=record().starts[:3]))
     assert "inconclusive" in out
-    assert "hint: ./scripts/nox -s bench -- latency --label latency --repeat 6" in out
+    hint = "./scripts/nox -s bench -- latency --label latency --repeat 6 -- --enforce-eager"
+    assert f"hint: {hint}    keeps the measured starts, on the tree of ffffffffffff-latency" in out
+    out, _ = output(tmp_path, other(starts=record().starts[:3], label="a"), record())
+    assert "bench -- latency --label a --repeat 6 -- --enforce-eager" in out
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "flags", "arguments"),
+    [
+        ("latency", "tiny", (*_TINY_ENGINE, *_TINY_WORK["latency"]), ""),
+        ("latency", "tiny", (*_TINY_ENGINE, "-O0", *_TINY_WORK["latency"]), "-- -O0"),
+        ("throughput", "org/name", ("-O0", *_WORK["throughput"]), "--model org/name -- -O0"),
+        ("serve", "smollm2", ("-O0", "--max-concurrency=8"), "--model smollm2 -- -O0"),
+        ("serve", "tiny", (*_TINY_ENGINE, *(f"--max-concurrency={n}" for n in SWEEP)), "--sweep"),
+        ("startup", "llama ab12cd34ef56", _WORK["startup"], "--model FOLDER"),
+    ],
+)
+def test_arguments_of_a_record_measure_its_workload(
+    kind: Kind, model: str, flags: tuple[str, ...], arguments: str
+) -> None:
+    made = subject.options_of(replace(record(), kind=kind, model=model, flags=flags))
+    before, _, after = arguments.partition("-- ")
+    label = ["--label", "x", "--repeat", "6"]
+    given = ["--", *after.split()] if after else []
+    assert subject.arguments(made, "x", 6) == [*before.split(), *label, *given]
 
 
 def test_json_is_one_document_without_nan(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ and refusals.
 """
 
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from tests.small.world import Ended, World
 
+LOGS = Path(__file__).parents[1] / "machine" / "logs"
 SECRET = "hf_swordfish42"
 # A vllm that measures or fails as FAKE_MANNER requests.
 PROGRAM = """#!@PYTHON@ -Es
@@ -29,6 +31,9 @@ count = os.path.getsize(folder + "/calls")
 print("INFO 11-20 10:00:00 [cpu.py:100] Using Torch SDPA backend.")
 if manner == "no model" or manner == "dies" and count > 2:
     sys.exit("ValueError: Unrecognized model in /nowhere")
+if manner.endswith(".log"):
+    print(open(manner).read())
+    sys.exit(1)
 if manner == "hangs" and count > 2:
     open(folder + "/hangs", "w").close()
     time.sleep(60)
@@ -75,8 +80,12 @@ def hinted(ended: Ended) -> list[str]:
     return shlex.split(last.partition("hint: ")[2].partition("    ")[0])
 
 
+def records_of(world: World) -> list[Path]:
+    return list(world.layout.results.glob("*/*.json"))
+
+
 def only(world: World) -> dict[str, Any]:
-    (path,) = world.layout.results.glob("*/*.json")
+    (path,) = records_of(world)
     document: dict[str, Any] = json.loads(path.read_text())
     return document
 
@@ -192,6 +201,57 @@ def test_model_that_cannot_be_loaded_fails_clearly_and_leaves_no_record(measured
     ended = bench(measured, env={"FAKE_MANNER": "no model"})
     assert "ValueError: Unrecognized model in /nowhere" in ended.error(1)
     assert list(measured.layout.results.glob("*/*.json")) == []
+
+
+def test_cause_below_the_errors_of_other_processes_is_named_with_its_command(
+    measured: World,
+) -> None:
+    """The log is that of `vllm bench latency` where the KV cache found no memory; the second one
+    differs in the line of the cause, as an engine on a GPU writes it.
+    """
+    failed = bench(measured, env={"FAKE_MANNER": str(LOGS / "bench-kv.log")})
+    assert failed.error(1).startswith(
+        "error: vllm bench latency exited with 1: less memory is free than the KV cache is to take:"
+        " ValueError: Available memory on node 0 (15.9/23.54 GiB)"
+    )
+    assert hinted(failed)[0] == "less"
+    assert Path(hinted(failed)[1]).is_file()
+    on_gpu = re.sub(
+        r"Available memory on node 0 .*",
+        "No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when"
+        " initializing the engine.",
+        (LOGS / "bench-kv.log").read_text(),
+    )
+    log = measured.folder / "gpu.log"
+    log.write_text(on_gpu)
+    failed = bench(measured, env={"FAKE_MANNER": str(log)})
+    assert (
+        "exited with 1: the weights left no memory for the KV cache: ValueError: No available"
+        in (failed.error(1))
+    )
+    assert hinted(failed) == ["./scripts/inv", "drop-caches"]
+
+
+def test_hint_of_a_comparison_resumes_the_record_with_too_few_starts(measured: World) -> None:
+    """The flags of vLLM and the model are the record's."""
+    eager = ("--", "--gpu-memory-utilization=0.2", "--enforce-eager")
+    model = str(measured.folder / "model")
+    assert bench(measured, "--repeat", "6").code == 0
+    assert bench(measured, "--label", "eager", "--repeat", "2", *eager).code == 0
+    compared = measured.run("bench.compare", "latency", "eager", "--across", "flags")
+    assert "these have 6 and 2" in compared.out
+    hint = compared.out.splitlines()[-1].partition("hint: ")[2]
+    assert hint.endswith("; FOLDER is that of model without config.json")
+    argv = shlex.split(hint.partition("    ")[0].replace("FOLDER", model))
+    more = measured.session("bench", *argv[4:])
+    assert more.code == 0, more.output
+    counts = {path.stem[13:]: json.loads(path.read_text()) for path in records_of(measured)}
+    assert {label: len(found["starts"]) for label, found in counts.items()} == {
+        "latency": 6,
+        "eager": 6,
+    }
+    again = measured.run("bench.compare", "latency", "eager", "--across", "flags")
+    assert "each arm needs" not in again.out
 
 
 def test_bench_that_measured_nothing_writes_no_record(measured: World) -> None:

@@ -157,6 +157,24 @@ def test_verdict_is_first_and_judges_the_compiler_of_this_machine(
     assert not any(line.startswith("ok       requirement") for line in rows)
 
 
+@pytest.mark.parametrize(("version", "is_blocked"), [("12.2.0", True), ("13.1.0", False)])
+def test_fork_whose_compiled_sources_differ_needs_a_compiler_before_anything_is_built(
+    clone: Workspace, releases: TwoReleases, tmp_path: Path, version: str, is_blocked: bool
+) -> None:
+    fork = tmp_path / "fork"
+    sh_git(tmp_path, "clone", "--quiet", "--no-tags", str(releases.bare), str(fork))
+    sh_git(fork, "switch", "--quiet", "--create", "mine", releases.commits["1.0.0"])
+    sh_git(fork, "config", "uploadpack.allowFilter", "true")
+    path = compiler(tmp_path / "other g++", version)
+    cmake = 'if(CMAKE_CXX_COMPILER_VERSION VERSION_LESS "13")\nendif()\n'
+    for files, blocked in (({"vllm/mine.py": "1\n"}, False), ({"CMakeLists.txt": cmake}, True)):
+        commit(fork, "Mine", files)
+        run(clone, f"{fork.as_uri()}@mine", PATH=path, DEVICE="cpu")
+        shown = clone.out.getvalue()
+        sentence = "g++ 12.2.0; mine differs from its base in compiled sources, and needs 13 or"
+        assert (sentence in shown) == (blocked and is_blocked), shown
+
+
 def test_conflicts_name_the_upstream_commits_that_touched_the_file(
     clone: Workspace, releases: TwoReleases, kind: str
 ) -> None:

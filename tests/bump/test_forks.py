@@ -7,6 +7,7 @@ import pytest
 
 from tests.bump.conftest import ROWS
 from tests.small.materials import TAG, Materials, git
+from tests.small.releases import CLEAN, Releases
 from tests.small.world import World
 from workspace.repo import pins
 
@@ -84,3 +85,21 @@ def test_fork_is_pinned_and_followed_only_on_request(
     assert row["hint"] == f"./scripts/inv pin.bump {url}"
     assert clone.run("bootstrap").code == 0
     assert clone.git("merge-base", "HEAD", first) == first
+
+
+def test_base_that_was_said_is_in_the_command_for_a_branch_that_moved(
+    clone: World, fork: Path, releases: Releases
+) -> None:
+    """The branch does not descend from that release, so no search would find it again."""
+    clone.env |= {"SOURCE": "auto", "VLLM_MIRROR": releases.upstream.as_uri()}
+    url = f"{fork.as_uri()}@{BRANCH}"
+    ended = clone.run("pin.bump", url, "--base", f"v{CLEAN}")
+    assert ended.code == 0, ended.output
+    change(fork, "2")
+    row = shown(clone)["branch"]
+    assert row["hint"] == f"./scripts/inv pin.bump {url} --base v{CLEAN}"
+    ended = clone.run(*row["hint"].split()[1:])
+    assert ended.code == 0, ended.output
+    assert pins.load(clone.layout.pins).vllm.base == pins.Base(
+        f"v{CLEAN}", CLEAN, releases.commit(CLEAN)
+    )

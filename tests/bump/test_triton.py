@@ -45,6 +45,22 @@ def test_pin_and_series_follow_main(world: World, triton: Path) -> None:
     )
 
 
+def test_forecast_of_triton_names_the_bump_of_triton(world: World, triton: Path) -> None:
+    tree, first = world.layout.triton, git(triton, "rev-parse", "main~1")
+    git(triton, "clone", "--quiet", triton.as_uri(), str(tree))
+    git(tree, "checkout", "--quiet", "--detach", first)
+    folder = world.layout.patches("triton")
+    folder.mkdir(exist_ok=True)
+    (folder / "series").write_text(f"# base: {first}\n")
+    forecast = world.run("pin.forecast", "triton")
+    assert forecast.code == 0, forecast.output
+    assert forecast.out.splitlines()[-1] == "hint: ./scripts/inv pin.bump triton"
+    ended = world.run("pin.bump", "triton")
+    assert ended.code == 0, ended.output
+    assert pins.load(world.layout.pins).triton.commit == git(triton, "rev-parse", "main")
+    assert git(tree, "rev-parse", "HEAD") == git(triton, "rev-parse", "main")
+
+
 @pytest.mark.parametrize("is_partial", [False, True], ids=["whole", "partial"])
 def test_patch_that_does_not_apply_stops_the_move_before_any_change(
     world: World, triton: Path, is_partial: bool

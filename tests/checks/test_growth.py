@@ -133,6 +133,7 @@ def stand(request: pytest.FixtureRequest) -> Iterator[Stand]:
 
 def run(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:
     monkeypatch.setattr(growth, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(growth, "POLL_S", 0.01)
     address = Address("127.0.0.1", stand.server_address[1])
     tested = ServerUnderTest((), dict(os.environ), address, "1", (), (), (), 60.0)
     server: Any = SimpleNamespace(

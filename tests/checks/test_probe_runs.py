@@ -16,6 +16,7 @@ import pytest
 from workspace.checks import probe_runs
 from workspace.checks.probe_runs import Program, SharedImport
 from workspace.core.paths import here
+from workspace.core.process import Completed
 from workspace.machine.gpu import Memory
 from workspace.machine.hardware import Host
 from workspace.server import lifecycle, process_tree
@@ -203,6 +204,18 @@ def test_exit_status_and_messages_of_a_forked_probe_are_its_own(tmp_path: Path) 
     assert answer.problem == "the probe exited with 1: the last line"
     folder = built.program("import json, os; print(json.dumps({'error': None, 'at': os.getcwd()}))")
     assert probe_runs.ask(folder, shared).record["at"] == str(built.folder)
+
+
+def test_cause_of_a_probe_is_judged_as_that_of_a_server(tmp_path: Path) -> None:
+    """The engine reports the cause; what follows from it is last."""
+    log = (Path(__file__).parents[1] / "machine" / "logs" / "bench-kv.log").read_text()
+    _, failure = probe_runs.read(Completed(1, "", log))
+    assert (failure or "").startswith(
+        "the probe exited with 1: less memory is free than the KV cache is to take: ValueError:"
+    )
+    assert probe_runs.read(Completed(-9, "", ""))[1] == (
+        "the probe was killed (SIGKILL): memory ran out"
+    )
 
 
 def test_memory_and_cores_limit_how_many_probes_run_at_once() -> None:

@@ -151,7 +151,8 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setattr(lifecycle, "POLL_S", 0.02)
     return Place(tmp_path)
 
 

@@ -3,13 +3,13 @@
 import io
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.checks.test_server_checks import REFERENCE, ROWS, SAMPLED
+from tests.clone import program
 from workspace.checks import growth, numeric, probe_runs, server_checks, smoke_suite
 from workspace.checks.registry import Check, Expected, Level, chosen
 from workspace.checks.smoke import require_passed
@@ -38,7 +38,8 @@ class Clone:
     def __init__(self, root: Path) -> None:
         self.layout = Layout(root)
         self.layout.environment_python.parent.mkdir(parents=True)
-        self.layout.environment_python.symlink_to(sys.executable)
+        # A stand-in needs no packages, and imports no site: that takes as long as all else it does.
+        program(self.layout.environment_python, '#!/bin/sh\nexec @PYTHON@ -S "$@"\n')
         self.layout.probes.mkdir(parents=True)
         self.err = io.StringIO()
         self.probe("small_model", TINY)
@@ -144,12 +145,11 @@ class Clone:
             " enforce-eager enable-prompt-tokens-details"
         )
         source.write_text("".join(f'group.add_argument("--{name}")\n' for name in names.split()))
-        program = self.layout.environment / "bin" / "vllm"
-        program.write_text(
-            f'#!/bin/sh\nwords="$*"\nexec {sys.executable} -S {FRONT} "${{words##*--port=}}"'
-            f" {manner} {self.layout.root}/rows.json\n"
+        program(
+            self.layout.environment / "bin" / "vllm",
+            f'#!/bin/sh\nwords="$*"\nexec @PYTHON@ -S {FRONT} "${{words##*--port=}}"'
+            f" {manner} {self.layout.root}/rows.json\n",
         )
-        program.chmod(0o755)
 
     def run(
         self,

@@ -252,3 +252,44 @@ def test_price_of_a_target_is_of_all_its_measured_units() -> None:
     measured = Costs(costs.read_table(), [*own, Entry("_vllm_fa2_C", "link", 30.0, 1.0)])
     assert measured.of_target("_vllm_fa2_C") == (55, 55 * 60.0 + 30.0)
     assert Costs(()).of_target("_vllm_fa2_C") == (0, 0.0)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The place of this machine's own table, beside a copy of the shipped one."""
+    shipped = tmp_path / "costs.tsv"
+    shipped.write_bytes(costs.TABLE.read_bytes())
+    monkeypatch.setattr(costs, "TABLE", shipped)
+    return costs.own_table()
+
+
+def test_table_of_a_machine_of_this_kind_comes_before_the_shipped_one(own: Path) -> None:
+    shipped = costs.read_table()
+    known = Entry(shipped[0].target, shipped[0].source, 77.0, 7.5)
+    new = Entry("_C", "csrc/new.cu", 5.0, 0.5)
+    own.write_text(costs.table_text([new, known], setup="cuda 12.1a", date="2026-12-01"))
+    assert costs.read_table(own) == (known, new)
+    found = {(one.target, one.source): one for one in costs.known_entries()}
+    assert found[known.target, known.source] == known
+    assert found["_C", "csrc/new.cu"] == new
+    assert len(found) == len(shipped) + 1
+
+
+def test_table_of_another_kind_of_machine_is_refused_with_both_kinds(own: Path) -> None:
+    text = costs.table_text([], setup="cuda 12.1a", date="2026-12-01")
+    own.write_text(text.replace(costs.machine_kind(), "riscv64-3-cores"))
+    with pytest.raises(BuildError, match=f"riscv64-3-cores, not {costs.machine_kind()}"):
+        costs.known_entries()
+    own.write_text(text.replace(f"# machine: {costs.machine_kind()}\n", ""))
+    with pytest.raises(BuildError, match="it names none"):
+        costs.known_entries()
+
+
+def test_newest_setup_of_the_history_is_the_one_that_was_compiled_last(tmp_path: Path) -> None:
+    file = tmp_path / "h"
+    assert costs.newest_setup(file) == ("", ())
+    for setup in ("one", "other", "one"):
+        history = History(file, setup=setup)
+        history.add(Unit("_C", f"{setup}.cu"), seconds=1.0, peak_gib=0.1)
+        history.save()
+    assert costs.newest_setup(file) == ("one", (Entry("_C", "one.cu", 1.0, 0.1),))

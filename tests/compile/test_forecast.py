@@ -51,7 +51,7 @@ ONE = Reached("_C", "csrc/c.h changed, included by csrc/c.cu", units("_C", "csrc
 
 def shown(plan: RebuildPlan, *, as_json: bool = False) -> tuple[list[str], str]:
     out, err = io.StringIO(), io.StringIO()
-    jobs.show(plan, Console(out=out, err=err), as_json=as_json)
+    jobs.show(plan, Console(out=out, err=err).stdout, as_json=as_json)
     assert err.getvalue() == ""
     return ([], out.getvalue()) if as_json else (out.getvalue().splitlines(), "")
 

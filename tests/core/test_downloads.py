@@ -110,7 +110,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(files, "ANSWER_S", 0.6)
+    monkeypatch.setattr(files, "ANSWER_S", 0.2)
     monkeypatch.setattr(files, "LARGEST_FILE", 3 << 20)
     monkeypatch.setattr(files, "LARGEST_PAGE", 3 << 20)
     monkeypatch.setattr(remotes, "LARGEST_BYTES", 3 << 20)
@@ -153,19 +153,25 @@ def test_answer_has_one_bound_on_bytes_and_time(
 
 
 class _Raw:
-    """The slowest line of use: its first bytes come late, and all of them come."""
+    """The slowest line of use, with its clock: its first bytes come late, and all of them come."""
 
     def __init__(self) -> None:
         self.chunks = [b"x" * files.SLOWEST_BYTES_PER_S] * 4 + [b""]
+        self.now = 0.0
 
     def read1(self, amount: int, decode_content: bool) -> bytes:
-        time.sleep(0.4)
+        self.now += 0.4
         return self.chunks.pop(0)
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 def test_slow_line_that_goes_on_is_no_drip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "ANSWER_S", 0.6)
-    reply = types.SimpleNamespace(headers={}, request=None, raw=_Raw())
+    raw = _Raw()
+    monkeypatch.setattr(files, "time", raw)
+    reply = types.SimpleNamespace(headers={}, request=None, raw=raw)
     assert len(b"".join(files.received(reply, 1 << 20))) == 4 * files.SLOWEST_BYTES_PER_S
 
 

@@ -35,7 +35,7 @@ from pathlib import Path
 from workspace.core import lock, process
 from workspace.core.console import Console
 from workspace.core.console import RunLog
-script = "trap : TERM HUP INT; echo $$; while :; do sleep 0.1; done"
+script = "trap 'sleep 0.5; exit' TERM; trap : HUP INT; echo $$; while :; do sleep 0.1; done"
 show = lambda line: print(line, flush=True)
 path = {"PATH": "/usr/bin:/bin"}
 with lock.hold(Path(sys.argv[1]), verb="test") as held:
@@ -145,7 +145,7 @@ def test_damaged_record_of_the_holder_is_still_a_sentence(tmp_path: Path) -> Non
 
 def test_lock_of_a_killed_verb_is_held_until_what_it_started_has_ended(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    # Deaf to being told to end, the program lives until the guard kills it.
+    # The program takes its time to end after the guard has told it to.
     with subprocess.Popen(
         [sys.executable, "-c", VERB, str(path), str(tmp_path)],
         cwd=ROOT,

@@ -16,6 +16,9 @@ from workspace.cli import main
 from workspace.core import process
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import SourceError, ToolchainError
+from workspace.core.paths import Layout
+from workspace.core.process import Completed, NoAnswer, Slow, There
+from workspace.core.settings import load
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"PATH": "/usr/bin:/bin"}
@@ -285,3 +288,14 @@ def test_daemon_that_a_program_leaves_on_purpose_outlives_it() -> None:
     daemon = int(found.stdout)
     assert is_alive(daemon)
     os.kill(daemon, signal.SIGKILL)
+
+
+def test_factor_of_a_slow_machine_multiplies_the_time_limit_of_a_program(tmp_path):
+    env = load(Layout(tmp_path), environ={"PATH": os.defpath, "TIME_LIMIT_FACTOR": "200"})
+    plain, argv = env.child_environment("plain"), ["sh", "-c", "sleep 0.2; echo there"]
+    assert process.ask(argv, env=plain, limit_s=0.05) == There(Completed(0, "there\n", ""))
+    assert process.capture(argv, env=plain, timeout_s=0.05).stdout == "there\n"
+    usual = {**plain, "TIME_LIMIT_FACTOR": ""}
+    assert process.ask(argv, env=usual, limit_s=0.05) == Slow(0.05)
+    with pytest.raises(NoAnswer, match=r"gave no answer in 0\.05 s"):
+        process.capture(argv, env=usual, timeout_s=0.05)

@@ -1,13 +1,9 @@
 """Settings: precedence of their sources, refused values, variables kept from children."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
 from workspace.core import settings
 from workspace.core.child_variables import fitting_jobs
@@ -250,27 +246,6 @@ def test_bad_flag_is_called_as_it_was_typed(tmp_path: Path, name: str, flag: str
 def test_bad_shell_value_is_located_in_the_shell(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="^NVCC_THREADS in the shell: '-1' is not"):
         load(tmp_path, shell={"NVCC_THREADS": "-1"})
-
-
-@hypothesis_settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(
-    st.one_of(
-        st.binary(max_size=80),
-        st.text(alphabet="ABMAX_JOS=#'\"\\ \n${}:-\tDEVIC01é", max_size=80).map(str.encode),
-    )
-)
-def test_no_content_of_dotenv_gives_anything_but_settings_or_a_sentence(content: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            found = load(Path(folder), content)
-        except SettingsError as exc:
-            assert exc.hint
-        else:
-            assert all(
-                "\0" not in text and "\n" not in found.text(name)
-                for name, text in found.child_environment("run").items()
-                if name in settings.KNOWN
-            )
 
 
 def test_children_do_not_inherit_another_interpreter_checkout_or_build(tmp_path: Path) -> None:

@@ -94,10 +94,6 @@ def test_any_pins_have_their_form_or_are_refused(tmp_path: Path, content: bytes)
         assert load(tmp_path / "again.toml", written(found).encode()) == found
 
 
-def test_the_committed_pins_are_accepted(tmp_path: Path) -> None:
-    assert load(tmp_path / "pins.toml", ORIGINAL.encode()) is not None
-
-
 @pytest.mark.parametrize("thing", places.NO_FILE)
 def test_whatever_lies_in_the_place_of_the_pins_is_a_sentence(tmp_path: Path, thing: str) -> None:
     places.put(tmp_path / "pins.toml", thing)

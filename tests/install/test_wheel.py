@@ -401,13 +401,3 @@ def test_wheel_installs_into_another_environment_and_imports(
     ).stdout
     assert output.startswith(str(venv))
     assert output.strip().endswith(made.path.name.split("-")[1])
-
-
-def test_wheel_gives_its_libraries(built: World, dist: Path) -> None:
-    made = pack(built, dist)
-    libraries = {path: path.read_bytes() for path in (built.layout.vllm / "vllm").glob("*.so")}
-    for path in libraries:
-        path.unlink()
-    built.bootstrap("--kernels", str(made.path))
-    assert {path: path.read_bytes() for path in libraries} == libraries
-    assert built.git("status", "--porcelain") == ""

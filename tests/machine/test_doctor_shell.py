@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from workspace.core.console import Row
-from workspace.machine import doctor, doctor_host
+from workspace.machine import doctor_host, run_environment
 from workspace.machine.machine import Case, Machine
 
 
@@ -37,28 +37,31 @@ def test_folder_with_a_library_of_torch_is_named_and_removed_by_the_hint(house, 
         tmp_path / "bad", "libcublas.so.13.0.0.19", "libcublas.so.13", "libnccl.so.2.27.5"
     )
     good = libraries(tmp_path / "good", "libcublas.so.12", "libfoo.so.1")
-    found = row(doctor.library_path, house, LD_LIBRARY_PATH=f"{good}:{bad}:/nonexistent")
+    found = row(run_environment.library_path, house, LD_LIBRARY_PATH=f"{good}:{bad}:/nonexistent")
     assert found.state == "warn"
     assert "libcublas.so.13, libnccl.so.2" in found.text
     assert found.hint == f"export LD_LIBRARY_PATH={good}:/nonexistent"
 
 
 def test_empty_entry_is_the_current_folder_and_reported(house, torchs, tmp_path):
-    found = row(doctor.library_path, house, LD_LIBRARY_PATH=f"{tmp_path}:")
+    found = row(run_environment.library_path, house, LD_LIBRARY_PATH=f"{tmp_path}:")
     assert (found.state, found.hint) == ("warn", f"export LD_LIBRARY_PATH={tmp_path}")
-    assert row(doctor.library_path, house, LD_LIBRARY_PATH=":").hint == "unset LD_LIBRARY_PATH"
+    assert (
+        row(run_environment.library_path, house, LD_LIBRARY_PATH=":").hint
+        == "unset LD_LIBRARY_PATH"
+    )
 
 
 def test_folders_without_such_libraries_are_no_fault(house, torchs, tmp_path):
     assert (
         row(
-            doctor.library_path,
+            run_environment.library_path,
             house,
             LD_LIBRARY_PATH=str(libraries(tmp_path / "x", "libfoo.so.1")),
         ).state
         == "ok"
     )
-    assert row(doctor.library_path, house).state == "ok"
+    assert row(run_environment.library_path, house).state == "ok"
 
 
 @pytest.mark.parametrize(("version", "state"), [("13.0", "ok"), ("13.1", "warn")])
@@ -71,7 +74,7 @@ def test_cuda_home_is_a_fault_only_where_it_is_not_of_torchs_cuda(
         f'[ "$1" = --version ] && echo "release {version}, V{version}.1"',
         folder=tmp_path / "cuda" / "bin",
     )
-    assert row(doctor.library_path, house, CUDA_HOME=str(tmp_path / "cuda")).state == state
+    assert row(run_environment.library_path, house, CUDA_HOME=str(tmp_path / "cuda")).state == state
 
 
 def test_token_is_present_or_absent_and_its_value_never_shown(house, tmp_path):
@@ -115,6 +118,33 @@ def test_variable_of_the_shell_that_hides_a_line_is_reported_with_its_unset(hous
     assert row(doctor_host.settings, house, MAX_JOBS="4").state == "ok"
 
 
+def test_line_that_hides_nothing_which_a_shell_needs_is_taken_out_of_dotenv(house):
+    house.layout.dotenv.write_text("PATH=/own\n")
+    case = Case(house.machine(PATH="/usr/bin:/bin"), device="cpu", is_native=False)
+    found, _ = doctor_host.settings(case)
+    assert (found.state, found.hint) == ("warn", "sed -i 's/^PATH=/# &/' .env")
+    done = subprocess.run(found.hint, shell=True, cwd=house.layout.root, check=False)
+    assert done.returncode == 0
+    assert row(doctor_host.settings, house, PATH="/usr/bin:/bin").state == "ok"
+
+
+def test_tmpdir_that_is_no_folder_is_a_row_since_nvcc_ends_there(house, tmp_path):
+    """Seen with nvcc 13.0: `nvcc fatal : Could not open output file '/nonexistent/tmpxft…'`."""
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "nowhere", tmp_path / "file"):
+        found = row(doctor_host.folders, house, TMPDIR=str(place))
+        assert (found.state, found.text, found.hint) == (
+            "warn",
+            f"TMPDIR {place} is no folder",
+            "unset TMPDIR",
+        )
+    machine = house.machine(TMPDIR=str(tmp_path))
+    assert not [*doctor_host.folders(Case(machine, device="cpu", is_native=False))]
+    house.layout.dotenv.write_text(f"TMPDIR={tmp_path}/nowhere\n")
+    found = row(doctor_host.folders, house)
+    assert found.hint == "sed -i 's/^TMPDIR=/# &/' .env"
+
+
 def test_repeated_setting_is_reported_with_the_line_without_effect(house):
     house.layout.dotenv.write_text("# a remark\nMAX_JOBS=4\nMAX_JOBS=8\n")
     found = row(doctor_host.settings, house)
@@ -133,11 +163,11 @@ def test_misspelt_setting_is_reported_with_its_line(house):
 
 
 def test_missing_libnuma_is_named_and_its_package_cures_it(house, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "NUMA_LIBRARY", "libworkspace-nowhere.so.1")
+    monkeypatch.setattr(run_environment, "NUMA_LIBRARY", "libworkspace-nowhere.so.1")
     settings = house.settings(LD_LIBRARY_PATH=str(tmp_path))
 
     def look(**more):
-        return list(doctor.numa_library(Case(Machine(house.layout, settings), **more)))
+        return list(run_environment.numa_library(Case(Machine(house.layout, settings), **more)))
 
     (missing,) = look(device="cpu")
     assert (missing.state, missing.text) == ("FAIL", "libworkspace-nowhere.so.1 is missing")

@@ -89,14 +89,13 @@ def test_first_cause_is_found_among_the_errors_that_follow_from_it(
     assert (reading.first is None, reading.lack) == (first is None, lack)
 
 
-def test_server_killed_without_a_message_lacked_memory() -> None:
-    assert judge(["loading"], status=-9).lack == "memory"
+def test_server_that_ended_without_a_message_lacked_nothing() -> None:
     assert judge(["loading"], status=1).lack is None
 
 
 @pytest.mark.parametrize("status", [-9, 137, -15, 143])
 def test_front_ended_by_a_signal_of_others_lacked_memory(status: int) -> None:
-    assert judge(["loading"], status=status).lack == "memory"
+    assert judge(["loading"], status=status, kills=1).lack == "memory"
     assert judge(["KeyError: 'x'"], status=status).lack is None
 
 
@@ -120,6 +119,7 @@ def test_front_ended_by_a_signal_of_others_lacked_memory(status: int) -> None:
         ("inductor-failed", "no-compiler", None),
         ("inductor-killed", "compiler-killed", "memory"),
         ("kv", "little-memory-for-cache", None),
+        ("bench-kv", "little-memory-for-cache", None),
         ("long", "length-beyond-model", None),
         ("lora", "adapter-missing", None),
     ],
@@ -138,8 +138,8 @@ def test_every_log_of_a_real_run_is_judged() -> None:
 @pytest.mark.parametrize(
     ("ended", "sentence", "lack"),
     [
-        ("{'EngineCore': -9}", "the engine was killed (SIGKILL): memory ran out", "memory"),
-        ("{'EngineCore_DP1': -9}", "the engine was killed (SIGKILL): memory ran out", "memory"),
+        ("{'EngineCore': -9}", "the engine was killed (SIGKILL)", None),
+        ("{'EngineCore_DP1': -9}", "the engine was killed (SIGKILL)", None),
         (
             "{'EngineCore_DP0': -15}",
             "the engine was ended (SIGTERM), which earlyoom sends when memory runs out",
@@ -156,6 +156,20 @@ def test_signal_that_ended_the_engine_is_the_cause(
     assert (reading.sentence, reading.lack, reading.speaker) == (sentence, lack, "front")
 
 
+@pytest.mark.parametrize(("status", "who"), [(1, "the engine"), (-9, "the server")])
+def test_kill_is_for_lack_of_memory_where_the_kernel_counts_one(status: int, who: str) -> None:
+    lines = [FOLLOWS.replace("{}", "{'EngineCore': -9}")] if status == 1 else []
+    reading = judge(lines, status=status, kills=1)
+    assert reading.symptom
+    assert reading.symptom.next_command() == "./scripts/inv drop-caches"
+    assert (reading.sentence, reading.lack) == (
+        f"{who} was killed (SIGKILL): memory ran out",
+        "memory",
+    )
+    strange = judge(lines, status=status)
+    assert (strange.sentence, strange.lack) == (f"{who} was killed (SIGKILL)", None)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -167,7 +181,7 @@ def test_signal_that_ended_the_engine_is_the_cause(
 )
 def test_process_that_ended_without_an_error_lacked_memory(line: str) -> None:
     for prefix in (f"{FRONT}ERROR 06-20 10:12:07 [core_client.py:664] ", ENGINE, ""):
-        assert judge([f"{prefix}{line}"], status=0).lack == "memory"
+        assert judge([f"{prefix}{line}"], status=0, kills=1).lack == "memory"
 
 
 def test_error_of_an_engine_goes_before_the_signals_that_follow_from_it() -> None:
@@ -386,7 +400,7 @@ def test_table_is_large_and_has_no_name_twice() -> None:
 
 
 # Programs of the system that a hint may call, and of the built environment.
-PROGRAMS = {"df", "ip", "ss", ".vllm/bin/hf"}
+PROGRAMS = {"df", "ip", "journalctl", "ss", ".vllm/bin/hf"}
 
 
 @pytest.mark.parametrize("symptom", failures.symptoms(), ids=lambda symptom: symptom.name)
@@ -472,3 +486,18 @@ def test_no_pattern_is_slow_on_a_line_that_repeats_a_word_of_it() -> None:
         word for symptom in failures.symptoms() for word in re.findall(r"[A-Za-z]+", symptom.line)
     }
     assert {word for word in words if seconds(word, 2) > 0.1} == set()
+
+
+def test_cause_names_its_node_and_is_not_mixed_with_another_of_the_same_pid() -> None:
+    lines = [
+        "[node b] (Worker_TP1 pid=9) ERROR 11-23 20:01:02 [w.py:1] ValueError: no link",
+        "[node a] (Worker_TP0 pid=9) INFO 11-23 20:01:03 [w.py:1] still at work",
+        "[node a] (EngineCore pid=8) ERROR 11-23 20:01:04 [c.py:1] RuntimeError: closed by peer",
+        "inv serve: error: node b ended its rank, with exit status 10",
+    ]
+    reading = failures.judge(lines, status=1)
+    assert reading.first == "node b: ValueError: no link"
+    assert reading.tail[1] == "node a: still at work"
+    assert failures.without_prefix(lines[0]) == "node b: ValueError: no link"
+    silent = failures.judge(["[node a] ok", "inv serve: error: no sign of life from b"], status=1)
+    assert silent.first == "inv serve: error: no sign of life from b"

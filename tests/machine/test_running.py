@@ -6,10 +6,10 @@ import pytest
 
 from tests.machine.conftest import House
 from workspace.core import child_variables
-from workspace.machine import run_environment
+from workspace.machine import jit_caches, run_environment
 
-STACK = run_environment.Stack("tree", "2.13.0", "none", "none", "none")
-ON_GPU = run_environment.Stack("tree", "2.13.0 CUDA 13.0", "3.7.1", "0.7.0", "12.1")
+STACK = jit_caches.Stack("tree", "2.13.0", "none", "none", "none")
+ON_GPU = jit_caches.Stack("tree", "2.13.0 CUDA 13.0", "3.7.1", "0.7.0", "12.1")
 # The children of a built vLLM, which compile at run time.
 COMPILING = [
     phase
@@ -127,7 +127,7 @@ def test_every_folder_of_a_gpu_reaches_every_child_that_compiles(
     house, phase: child_variables.Phase
 ):
     assert {"first-token", "serve", "smoke", "bench", "shell"} <= set(COMPILING)
-    folders = run_environment.cache_variables(house.layout, house.settings(), ON_GPU)
+    folders = jit_caches.variables(house.layout, house.settings(), ON_GPU)
     assert "CUDA_CACHE_MAXSIZE" in folders
     found = run_environment.built_environment(house.layout, house.settings(), phase, stack=ON_GPU)
     assert folders.items() <= found.items()

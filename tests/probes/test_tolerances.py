@@ -2,11 +2,15 @@
 measured.
 """
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.probes.conftest import load
+
+LIBRARY = Path(__file__).resolve().parents[2] / "workspace"
 
 # In roundings of float32: what one per cent is, and the most that was measured for silu_and_mul on
 # x86-64 and on an emulated aarch64.
@@ -58,3 +62,25 @@ def test_layer_that_uses_that_exp_has_the_same_limit_there() -> None:
         assert layers.roundings(device, machine) == layers.ROUNDINGS
     # A form that is left out must show beyond every limit.
     assert max(layers.ARM_CPU_ROUNDINGS.values()) * layers.SHOWN < ONE_PER_CENT
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("checks/numeric.py", "MAX_DIFFERENCE"),
+        ("checks/numeric.py", "_LIMITS"),
+        ("checks/numeric.py", "MAX_MEAN_BFLOAT16"),
+        ("probes/engine.py", "ROUNDED"),
+        ("probes/kernels.py", "ROUNDINGS"),
+        ("probes/kernels.py", "SILU_ROUNDINGS"),
+        ("probes/layers.py", "ROUNDINGS"),
+        ("probes/layers.py", "ARM_CPU_ROUNDINGS"),
+        ("probes/triton_kernel.py", "TOLERANCE"),
+    ],
+)
+def test_tolerance_states_the_architectures_on_which_it_was_measured(
+    module: str, name: str
+) -> None:
+    text = (LIBRARY / module).read_text()
+    (reason,) = re.findall(rf"((?:^#.*\n)+){name} = ", text, re.MULTILINE)
+    assert re.search("x86-64|aarch64|Arm CPU|H200", reason)

@@ -22,6 +22,7 @@ from workspace.core.errors import PatchConflict
 from workspace.core.files import sha256
 from workspace.core.paths import Layout
 from workspace.repo import pins
+from workspace.repo.git import command
 from workspace.repo.pins import Archive, Pin
 
 URL = "https://upstream.invalid/vllm.git"
@@ -159,6 +160,13 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hostile_home: Path)
     monkeypatch.setenv("HOME", str(hostile_home))
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
     return config
+
+
+@pytest.fixture(autouse=True)
+def _brief_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for the locks of another git as briefly as a test can: here none works beside it."""
+    monkeypatch.setattr(command, "QUIET_S", 0.1)
+    monkeypatch.setattr(command, "WAIT_S", 0.4)
 
 
 @pytest.fixture(scope="session")

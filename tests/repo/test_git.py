@@ -170,6 +170,43 @@ except ToolchainError as error:
         assert done.stdout == "sudo apt install git\n"
 
 
+@pytest.mark.parametrize(
+    ("script", "sentence", "hint"),
+    [
+        (
+            "echo 'git: error while loading shared libraries: libpcre2-8.so.0' >&2; exit 127",
+            "exited with 127: git: error while loading shared libraries: libpcre2-8.so.0",
+            "ls -l ",
+        ),
+        ("exit 1", "exited with 1", "ls -l "),
+        ("kill -9 $$", "was killed by SIGKILL", "free -h"),
+    ],
+)
+def test_git_that_is_there_and_fails_is_not_missing(
+    tmp_path: Path, script: str, sentence: str, hint: str
+) -> None:
+    program = tmp_path / "git"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    look = """
+from pathlib import Path
+from workspace.core.errors import ToolchainError
+from workspace.repo.git import Git
+try:
+    Git(Path(".")).head()
+except ToolchainError as error:
+    print(error.message, error.hint, sep="\\n")
+"""
+    environ = {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", look], env=environ, capture_output=True, text=True, check=True
+    )
+    message, shown = done.stdout.splitlines()
+    assert message.startswith(f"{program} {sentence}")
+    assert "missing" not in message
+    assert shown.startswith(hint)
+
+
 def test_first_line_names_the_reason() -> None:
     assert first_line("warning: x\nhint: y\nfatal: it broke\nmore\n") == "it broke"
     assert first_line("only this\n") == "only this"

@@ -1,7 +1,6 @@
-"""Imports of files, URLs and pull requests, and refusals with nothing changed."""
+"""Imports of files and URLs, and refusals with nothing changed."""
 
 import http.server
-import io
 import re
 import threading
 from collections.abc import Iterator
@@ -10,14 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.repo.conftest import LINES, Snapshot, Upstream, Workspace, commit, export, sh_git, write
-from workspace.core.console import Console
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
     PatchDrift,
     SettingsError,
     SourceError,
-    WorkspaceError,
 )
 from workspace.repo import patching
 from workspace.repo.export import Export
@@ -44,10 +41,7 @@ def state(workspace: Workspace, snapshot: Snapshot) -> object:
 
 @pytest.fixture(scope="session")
 def mails(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
-    """Return a clone of upstream with two pull requests, and their mails as files.
-
-    Pull request 1 has two commits with a merge of main between them, 2 has a conflict.
-    """
+    """Return a folder with the mails of two commits, and of one that conflicts."""
     root = tmp_path_factory.mktemp("mails")
     work = root / "work"
     sh_git(root, "clone", "--quiet", str(upstream.work), str(work))
@@ -62,7 +56,6 @@ def mails(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
             ),
         )
     )
-    sh_git(work, "merge", "--quiet", "--no-ff", "--message", "merge", "v1.0.0^{commit}")
     second = commit(
         work,
         "A second one\n\nUpstream-Status: Backport [0123456]",
@@ -72,12 +65,10 @@ def mails(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
     (root / "both.mbox").write_bytes(
         (root / "first.patch").read_bytes() + b"\n" + (root / "second.patch").read_bytes()
     )
-    sh_git(work, "update-ref", "refs/pull/1/head", second)
     conflict = commit(
         work, "Twenty again", {"vllm/lines.py": LINES.replace("line 20\n", "line 2O\n")}
     )
     (root / "conflict.patch").write_bytes(export(work, conflict))
-    sh_git(work, "update-ref", "refs/pull/2/head", conflict)
     sh_git(work, "switch", "--quiet", "main")
     return root
 
@@ -119,16 +110,6 @@ def test_commits_that_are_not_exported_yet_are_exported_along(
 ) -> None:
     commit(applied.vllm, "mine\n\nUpstream-Status: Pending", {"vllm/mine.py": "mine\n"})
     assert take(applied, mails / "first.patch").written == ("mine.patch", "Core-first-one.patch")
-
-
-def test_pull_request_of_a_mirror_on_this_disk(applied: Workspace, mails: Path) -> None:
-    done = take(applied, "#1", VLLM_MIRROR=str(mails / "work"))
-    assert done.written == ("Core-first-one.patch", "A-second-one.patch"), "the merge is left out"
-    with pytest.raises(
-        SourceError,
-        match="pull request 7 of https://upstream.invalid/vllm.git cannot .* has no refs/pull/7/h",
-    ):
-        take(applied, "7", VLLM_MIRROR=str(mails / "work"))
 
 
 def test_conflict_is_refused_with_its_files_and_nothing_changed(
@@ -361,39 +342,3 @@ def test_no_credentials_of_the_user_are_sent_and_failures_are_sentences(
 )
 def test_addresses_of_github_lead_to_the_mail(source: str, fetched: str | None) -> None:
     assert patching.public_of(source) == fetched
-
-
-ESCAPES = """From 1111111111111111111111111111111111111111 Mon Sep 17 00:00:00 2001
-From: =?utf-8?q?Eve=1B=5B2J?= <eve@example.com>
-Date: Mon, 1 Jun 2026 10:00:00 +0000
-Subject: [PATCH] =?utf-8?q?case_=1B=5B31mRED=1B=5D0=3Bpwn=07?=
-
----
-diff --git a/case_esc.txt b/case_esc.txt
-new file mode 100644
-index 0000000..257cc56
---- /dev/null
-+++ b/case_esc.txt
-@@ -0,0 +1 @@
-+foo
---
-2.39
-"""
-
-
-def test_escape_sequences_of_a_mail_do_not_reach_the_terminal(
-    applied: Workspace, tmp_path: Path
-) -> None:
-    (tmp_path / "esc.patch").write_text(ESCAPES)
-    out, err = io.StringIO(), io.StringIO()
-    console = Console(out=out, err=err)
-    try:
-        take(applied, tmp_path / "esc.patch")
-    except WorkspaceError as exc:
-        console.error(exc)
-    entries = applied.rows()
-    console.table([(entry.state, entry.subject) for entry in entries])
-    shown = out.getvalue() + err.getvalue() + applied.err.getvalue()
-    assert "\x1b" not in shown
-    assert "\x07" not in shown
-    assert "case" in shown

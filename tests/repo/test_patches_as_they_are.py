@@ -156,6 +156,14 @@ def test_bare_diff_is_a_commit_of_the_user_with_all_of_its_files(
     assert named.stack().state is State.APPLIED
 
 
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_mail_that_a_program_of_windows_wrote_is_read(applied: Workspace, coding: str) -> None:
+    """Notepad writes a byte order mark, and `>` of PowerShell UTF-16."""
+    text = mail_of("From: Zoë <zoe@example.org>").replace("\n", "\r\n")
+    take(applied, str(file(applied, text.encode(coding))))
+    assert author(applied).startswith("Zoë <zoe@example.org>")
+
+
 def test_bare_diff_needs_a_name_and_says_how_to_set_it(applied: Workspace) -> None:
     with pytest.raises(SettingsError, match="are not set in git") as failure:
         take(applied, file(applied, NEW, "feature.diff"))

@@ -105,7 +105,11 @@ def forge(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
     made(work, ANN, "There", {FILE: "there\n"})
     made(work, ANN, "and back", {FILE: "a\n"})
     end(9)
+    begin()
+    made(work, ANN, "Merged", {"vllm/merged.py": "1\n"})
+    end(10)
     sh_git(work, "switch", "--quiet", "main")
+    sh_git(work, "merge", "--quiet", "--no-ff", "--message=Merge 10", "refs/pull/10/head")
     write(root, {"www/login.html": "<!DOCTYPE html>\n<html>Sign in</html>\n"})
     return work
 
@@ -149,8 +153,9 @@ def www(forge: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.fixture
-def github(forge: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Serve the mails and diffs at the addresses of GitHub, behind a proxy."""
+def github(forge: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Serve the mails and diffs at the addresses of GitHub, behind a proxy; yield what is asked."""
+    asked: list[str] = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(CERTIFICATE)
 
@@ -166,6 +171,7 @@ def github(forge: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                 self.rfile.close()
 
         def do_GET(self) -> None:
+            asked.append(self.path)
             self.path = self.path.removeprefix("/o/r/pull")
             super().do_GET()
             self.close_connection = True
@@ -182,7 +188,7 @@ def github(forge: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield
+        yield asked
         server.shutdown()
         thread.join()
 
@@ -247,7 +253,7 @@ def test_merge_of_main_that_changes_something_gives_the_net_change(
 
 
 def test_merge_of_main_that_only_merges_leaves_the_commits(applied: Workspace, forge: Path) -> None:
-    assert take(applied, forge, 8).written == ("Five.patch", "Ten.patch")
+    assert take(applied, forge, "#8").written == ("Five.patch", "Ten.patch")
 
 
 def test_binary_rename_line_ends_and_a_long_subject_arrive_whole(
@@ -379,6 +385,23 @@ def test_request_without_commits_is_refused(
     assert state(applied, snapshot)[:2] == before[:2]  # type: ignore[index]
 
 
+def test_request_that_main_has_is_refused_at_once(
+    applied: Workspace, forge: Path, github: list[str]
+) -> None:
+    """No page is asked: without a network that would take half a minute."""
+    applied.pin = replace(applied.pin, url="https://github.com/o/r.git")
+    with pytest.raises(PatchDrift, match="request 10 are in main already") as failure:
+        take(applied, forge, 10)
+    assert github == []
+    hint = failure.value.hint or ""
+    argv = hint.partition("    ")[0].split()
+    for key, value in (("user.name", "Me"), ("user.email", "me@example.org")):
+        sh_git(applied.vllm, "config", key, value)
+    assert argv[:2] == ["./scripts/inv", "patch.import"]
+    assert take(applied, forge, argv[2], subject=argv[4]).written == ("SUBJECT.patch",)
+    assert (applied.vllm / "vllm/merged.py").read_text() == "1\n"
+
+
 def test_page_of_a_login_is_named(applied: Workspace, www: str, forge: Path) -> None:
     with pytest.raises(SettingsError, match="it is a web page") as failure:
         take(applied, forge, f"{www}/404.patch")
@@ -438,26 +461,42 @@ def test_partial_checkout_fetches_what_a_request_needs(
 
 
 @pytest.mark.parametrize(
-    ("squash", "fates"), [(True, ["upstreamed"]), (False, ["conflicts", "upstreamed"])]
+    ("home", "squash", "fates"),
+    [
+        ("https://github.com/o/r.git", True, ["upstreamed"]),
+        ("https://github.com/o/r.git", False, ["upstreamed", "upstreamed"]),
+        # Nothing shows that these patches are one request.
+        ("file:///nowhere/vllm.git", False, ["conflicts", "upstreamed"]),
+    ],
 )
 def test_forecast_knows_a_request_that_upstream_took_by_its_net_change(
-    tmp_path: Path, hostile: Path, squash: bool, fates: list[str]
+    tmp_path: Path, hostile: Path, home: str, squash: bool, fates: list[str]
 ) -> None:
+    """Also between a patch of the user and a request of which upstream has nothing."""
     releases = two_releases.build(tmp_path)
     sh_git(releases.work, "checkout", "--quiet", "--detach", "v1.0.0")
     for author, text in ((ANN, "almost"), (BOB, "ten")):
         made(releases.work, author, text, {"vllm/taken.py": two_releases.lines("taken", l10=text)})
     sh_git(releases.work, "push", "--quiet", str(releases.bare), "HEAD:refs/pull/2/head")
+    sh_git(releases.work, "checkout", "--quiet", "--detach", "v1.0.0")
+    made(releases.work, ANN, "new", {"vllm/feature.py": "1\n"})
+    conflicting = {"vllm/conflict.py": two_releases.lines("conflict", l20="twenty")}
+    made(releases.work, ANN, "otherwise", conflicting)
+    sh_git(releases.work, "push", "--quiet", str(releases.bare), "HEAD:refs/pull/3/head")
     with (
         two_releases.serve(releases) as index,
         two_releases.cloned(tmp_path / "clone", releases, index) as clone,
     ):
-        clone.series({})
+        clone.pin = replace(clone.pin, url=home)
+        clone.series({"Local-clean.patch": releases.series["Local-clean.patch"]})
         clone.ensure("git")
+        clone.apply()
         done = patching.take(clone.session(), ImportOptions("2", squash=squash))
         assert len(done.written) == len(fates)
+        patching.take(clone.session(), ImportOptions("3"))
         console = Console(out=clone.out, err=clone.err)
         judged = forecast.run(
             clone.layout, clone.settings(), Wanted.read("v1.1.0"), console=console
         )
-        assert [patch.state for patch in judged.patches] == fates
+        states = [patch.state for patch in judged.patches]
+        assert states == ["clean", *fates, "clean", "conflicts"]

@@ -100,18 +100,3 @@ def test_patch_that_is_no_single_mail_is_refused(folder: Path, content: bytes) -
     (folder / "a.patch").write_bytes(content)
     with pytest.raises(PatchDrift, match=r"patches/vllm/a\.patch is not a mail"):
         written(folder, f"# base: {BASE}\na.patch\n")
-
-
-def test_missing_or_binary_series_is_no_traceback(folder: Path) -> None:
-    with pytest.raises(PatchDrift, match="cannot be read"):
-        series.read_series(folder, pin=BASE)
-    (folder / "series").write_bytes(b"\xff\xfe")
-    with pytest.raises(PatchDrift, match="not UTF-8"):
-        series.read_series(folder, pin=BASE)
-
-
-def test_folder_in_place_of_a_patch_is_no_traceback(folder: Path) -> None:
-    (folder / "a.patch").unlink()
-    (folder / "a.patch").mkdir()
-    with pytest.raises(PatchDrift, match="cannot be read"):
-        written(folder, f"# base: {BASE}\na.patch\n")

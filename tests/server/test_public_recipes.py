@@ -3,7 +3,10 @@
 tests/proof/serve/test_parser.py judges the same files by the flags of the built tree.
 """
 
+import io
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,12 @@ from hypothesis import given
 
 from tests.fuzz.strategies import damaged, fuzz
 from tests.server.test_flags import CLI, ENGINE
+from workspace.core.console import Console
 from workspace.core.errors import SettingsError, WorkspaceError
 from workspace.core.paths import Layout
-from workspace.server import command, flags, public_recipes
+from workspace.core.settings import load as load_settings
+from workspace.machine.machine import Machine
+from workspace.server import command, flags, public_recipes, verbs
 from workspace.server.recipes import Recipe
 
 FILES = Path(__file__).with_name("public")
@@ -30,9 +36,10 @@ FULL = "model: a/b\ncommand: vllm serve {model} --port 1\n"
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     """A clone with our recipes and a small tree."""
     root = tmp_path_factory.mktemp("clone")
-    for name in ("recipes", "vendor/pins.toml"):
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).symlink_to(FILES.parents[2] / name)
+    for name in ("recipes", "workspace/probes"):
+        shutil.copytree(FILES.parents[2] / name, root / name)
+    (root / "vendor").mkdir()
+    shutil.copy(FILES.parents[2] / "vendor" / "pins.toml", root / "vendor")
     package = root / "vendor" / "vllm" / "vllm"
     (package / "engine").mkdir(parents=True)
     further = "".join(f'        group.add_argument("{name}")\n' for name in FURTHER.split())
@@ -49,6 +56,28 @@ def load(layout: Layout, text: str | bytes) -> Recipe:
     path = layout.root / "given.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return public_recipes.load(layout, path)
+
+
+def test_files_beside_our_recipes_are_listed_and_served_by_name(layout: Layout) -> None:
+    folder = layout.root / "recipes"
+    for name, text in (
+        ("coder.yaml", FULL),
+        ("damaged.yml", "model: ["),
+        # A recipe of ours goes first.
+        ("tiny.yaml", FULL),
+    ):
+        (folder / name).write_text(text)
+    assert public_recipes.named(layout, "coder").model == "a/b"
+    assert public_recipes.named(layout, "tiny").model == "tiny"
+    out = io.StringIO()
+    machine = Machine(layout, load_settings(layout, environ={"DEVICE": "cpu"}))
+    verbs.show_recipes(machine, console=Console(out=out, err=out), as_json=True)
+    rows = {row["name"]: row for row in json.loads(out.getvalue())["rows"]}
+    assert (rows["coder"]["model"], rows["coder"]["on_disk"]) == ("a/b", None)
+    assert "damaged.yml" in rows["damaged"]["error"]
+    assert rows["tiny"]["model"] == "tiny"
+    for name in ("coder.yaml", "damaged.yml", "tiny.yaml"):
+        (folder / name).unlink()
 
 
 def line(layout: Layout, recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.settings import load
 from workspace.machine import interpreter
 from workspace.server import models, start
+from workspace.server.flags import ServeOptions
 
 FLAGS = (
     "allowed-local-media-path chat-template code-revision config-format default-mm-loras"
@@ -62,7 +63,7 @@ class Request:
         """Return all that a dry run prints, with the command line last."""
         out = io.StringIO()
         settings = load(self.clone.layout, environ=self.clone.shell | shell)
-        options = start.ServeOptions(name, extra, dry_run=True)
+        options = ServeOptions(name, extra, dry_run=True)
         start.run(self.clone.layout, settings, options, console=Console(out=out, err=out))
         return out.getvalue()
 

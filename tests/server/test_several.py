@@ -10,7 +10,8 @@ from workspace.cli import completion
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SettingsError
 from workspace.core.paths import Layout
-from workspace.server import lifecycle, observation, start, verbs
+from workspace.server import lifecycle, observation, verbs
+from workspace.server.flags import ServeOptions
 from workspace.server.observation import place_of
 
 
@@ -19,7 +20,11 @@ def started(layout: Layout, name: str, **facts: str) -> observation.Server:
     return lifecycle.start(place_of(layout, name), order)
 
 
-def test_each_server_has_a_place_and_stop_all_leaves_nothing(tmp_path: Path) -> None:
+def test_each_server_has_a_place_and_stop_all_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # While a server starts it is deaf to SIGTERM, and each stop waits that long.
+    monkeypatch.setattr(lifecycle, "GRACE_S", 0.2)
     layout = Layout(tmp_path)
     made = [started(layout, name) for name in ("", "a", "b")]
     assert [there.label for there in observation.servers(layout)] == ["server", "a", "b"]
@@ -71,12 +76,12 @@ def test_name_that_cannot_be_a_folder_is_refused(tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize(
     "options",
     [
-        start.ServeOptions("tiny", memory="much"),
-        start.ServeOptions("tiny", memory="0"),
-        start.ServeOptions("tiny", ("--gpu-memory-utilization", "0.5"), memory="4"),
-        start.ServeOptions("tiny", restart="-1"),
+        ServeOptions("tiny", memory="much"),
+        ServeOptions("tiny", memory="0"),
+        ServeOptions("tiny", ("--gpu-memory-utilization", "0.5"), memory="4"),
+        ServeOptions("tiny", restart="-1"),
     ],
 )
-def test_value_that_cannot_be_used_is_refused(options: start.ServeOptions) -> None:
+def test_value_that_cannot_be_used_is_refused(options: ServeOptions) -> None:
     with pytest.raises(SettingsError):
         options.check()

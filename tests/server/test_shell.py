@@ -334,3 +334,23 @@ def test_exported_values_are_not_the_users_until_the_user_changes_one(tmp_path: 
     changed = load(layout, environ={**seen, "MAX_JOBS": "7", "TRITON_CACHE_DIR": "/mine"})
     assert (changed.text("MAX_JOBS"), changed.source("MAX_JOBS")) == ("7", "shell")
     assert changed.is_users("TRITON_CACHE_DIR")
+
+
+def test_line_that_was_deleted_from_dotenv_leaves_the_shell_with_the_next_export(
+    tmp_path: Path,
+) -> None:
+    layout = built(tmp_path)
+    layout.dotenv.write_text("MY_OWN=a\nMY_OTHER=b\n")
+    seen = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CUDA_CACHE_PATH": "/own"}
+    for text in ("MY_OWN=a\nMY_OTHER=b\n", "MY_OTHER=b\n", "MY_OTHER=b\n"):
+        layout.dotenv.write_text(text)
+        out = io.StringIO()
+        machine = Machine(layout, load(layout, environ=seen))
+        verbs.export_variables(machine, console=Console(out=out, err=io.StringIO()))
+        seen = evaluated(out.getvalue().splitlines(), seen)
+    assert "MY_OWN" not in seen
+    assert (seen["MY_OTHER"], seen["CUDA_CACHE_PATH"]) == ("b", "/own")
+    assert not load(layout, environ=seen).is_users("MY_OWN")
+    # What the user set there since is the user's.
+    kept = load(layout, environ={**seen, "MY_OTHER": "mine"})
+    assert kept.passed["MY_OTHER"].source == "shell"

@@ -17,10 +17,12 @@ from workspace.core.console import Console
 from workspace.core.errors import BuildError, CheckoutError, PatchConflict, SettingsError, counted
 from workspace.core.files import sha256
 from workspace.core.paths import Layout
+from workspace.core.settings import without_user
 from workspace.install import plan
 from workspace.install import sandbox as sandboxes
 from workspace.install.sandbox import Sandbox
 from workspace.machine import hardware
+from workspace.machine.machine import Machine
 from workspace.repo import checkout, pins, series
 from workspace.repo.git import Git, am, worktree
 from workspace.repo.pins import Pin
@@ -100,10 +102,10 @@ def base_tree(layout: Layout, observed: plan.Observation, name: str) -> Iterator
             hint=hints.text("bench.base"),
         )
     with TemporaryDirectory(prefix=_PREFIX) as folder:
-        yield _tree_of_commit(layout, outer, commit, name, Path(folder) / "vllm")
+        yield _tree_of_commit(observed.machine, outer, commit, name, Path(folder) / "vllm")
 
 
-def _tree_of_commit(layout: Layout, outer: Git, commit: str, name: str, folder: Path) -> Tree:
+def _tree_of_commit(machine: Machine, outer: Git, commit: str, name: str, folder: Path) -> Tree:
     """Read pins and patches from a commit of the superproject, and apply the patches."""
     entries = outer.entries((_PINS, _SERIES), commit)
     if _PINS not in entries or f"{_SERIES}/{series.SERIES_FILE}" not in entries:
@@ -118,25 +120,23 @@ def _tree_of_commit(layout: Layout, outer: Git, commit: str, name: str, folder: 
         if path != _PINS and entry.startswith("100") and is_direct:
             (folder / Path(path).name).write_bytes(outer.blob(entry.split()[1]))
     names = series.read_series(folder, pin=pin.commit).names
-    start = _base_of(layout, pin)
+    start = _base_of(machine, pin)
     files = [folder / patch for patch in names]
-    tip = apply_series(layout, start, files, description=f"the series of {commit[:12]}")
+    tip = apply_series(machine.layout, start, files, description=f"the series of {commit[:12]}")
     count = counted(len(names), "patch", "patches")
     return Tree(f"{name} ({commit[:12]}): {pin.tag} with {count}", pin, folder, tip, commit)
 
 
-def _base_of(layout: Layout, pin: Pin) -> str:
+def _base_of(machine: Machine, pin: Pin) -> str:
     """Return the pin's commit, or its archive's, as far as vendor/vllm has it.
 
     Raises SettingsError where it has neither.
     """
     known = [pin.commit, *([pin.archive.commit] if pin.archive else [])]
-    git = Git(layout.vllm)
-    present = git.present(known)
+    present = Git(machine.layout.vllm).present(known)
     found = next((commit for commit in known if commit in present), None)
     if found is None:
-        # A checkout that was cloned from a mirror names it as its remote.
-        url = git.setting("remote.origin.url") or pin.url
+        url = without_user(checkout.url_of(machine.layout, pin, machine.settings))
         raise SettingsError(
             f"vendor/vllm does not have {pin.tag} ({pin.commit[:12]}), which that commit pins",
             hint=hints.text("bench.fetch_pin", url=url, commit=pin.commit),

@@ -28,6 +28,7 @@ from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import SettingsError, SmokeError, ToolchainError, WorkspaceError
 from workspace.core.settings import Settings, nearest, shortened
 from workspace.install.sandbox import Sandbox
+from workspace.machine import failures
 from workspace.machine.machine import Machine
 from workspace.server.command import built_environment
 
@@ -284,11 +285,8 @@ def _start(benchmark: Benchmark, trial: Trial) -> Mapping[str, tuple[float, ...]
                 f"vllm bench {work.kind} gave no result in {trial.bounds.timeout_s:g} s"
             )
         if done.returncode != 0:
-            raise WorkspaceError(
-                f"vllm bench {work.kind} {process.describe_status(done.returncode)}:"
-                f" {_last_lines(done)}"
-            )
-        return measure.read_samples(work, result)
+            raise WorkspaceError(f"vllm bench {work.kind} {_how_ended(done)}")
+        return measure.read_samples(work, result, log=trial.run_log.path)
 
 
 def _run(predicate: Predicate, trial: Trial) -> Outcome:
@@ -297,7 +295,7 @@ def _run(predicate: Predicate, trial: Trial) -> Outcome:
         done = _run_in_time(predicate.argv, environment, Path(neutral), trial)
     if done is None:
         return Outcome("skip", f"it did not end in {trial.bounds.timeout_s:g} s")
-    evidence = f"{process.describe_status(done.returncode)}: {_last_lines(done)}"
+    evidence = _how_ended(done)
     if done.returncode in (0, SKIP_CODE):
         return Outcome("skip" if done.returncode else "good", evidence)
     if 0 < done.returncode <= LAST_BAD_CODE:
@@ -329,11 +327,12 @@ def _run_in_time(
     return done
 
 
-def _last_lines(done: process.Completed) -> str:
-    """Return the last lines of a program's output, which mostly hold the error."""
-    lines = [
-        line.strip()
-        for line in (*done.stdout.splitlines(), *done.stderr.splitlines())
-        if line.strip()
-    ]
-    return shortened(" / ".join(lines[-_LAST_LINES:])) or "no output"
+def _how_ended(done: process.Completed) -> str:
+    """Return how a program ended, with the cause, or the last lines where its output shows none."""
+    output = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    lines = [line.strip() for line in output if line.strip()]
+    last = " / ".join(lines[-_LAST_LINES:]) or "no output"
+    if done.returncode == 0:
+        return f"{process.describe_status(0)}: {shortened(last)}"
+    reading = failures.judge(output, status=done.returncode)
+    return shortened(failures.how_ended(done.returncode, reading, otherwise=last))

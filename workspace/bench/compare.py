@@ -205,11 +205,25 @@ def show(
             f"{b.stem} is slower than {a.stem}: {names}",
             hint=plots if isinstance(b, Record) else hints.text("nox.bench"),
         )
-    if isinstance(b, Record) and (needed := most_needed(rows)):
+    if isinstance(a, Record) and isinstance(b, Record) and (needed := most_needed(rows)):
         # Beside a document stdout has nothing else.
-        (console if as_json else console.stdout).hint(
-            hints.text("bench.repeat_both", kind=b.kind, label=b.label, needed=needed)
-        )
+        (console if as_json else console.stdout).hint(_repeat_hint(a, b, needed))
+
+
+def _repeat_hint(a: Record, b: Record, needed: int) -> str:
+    """Return the command that adds starts to a record that has too few, the second one first."""
+    from workspace.bench import subject
+
+    short = next((record for record in (b, a) if len(record.starts) < needed), b)
+    options = subject.options_of(short)
+    is_folder = options.model == subject.FOLDER
+    return hints.text(
+        "bench.repeat_both",
+        kind=short.kind,
+        arguments=subject.arguments(options, short.label, needed),
+        record=short.stem,
+        folder=f"; {subject.FOLDER} is that of {short.model}" if is_folder else "",
+    )
 
 
 def _measured(layout: Layout, name: str) -> Measured:

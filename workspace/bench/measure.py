@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workspace.bench import compare, results, subject
 from workspace.bench.compare import MIN_STARTS
-from workspace.bench.results import Clocks, Conditions, Kind, Record, Start
+from workspace.bench.results import Clocks, Conditions, Record, Start
 from workspace.bench.subject import Benchmark, Workload, WorkloadOptions
 from workspace.core import hints, lock, process, records
 from workspace.core.child_variables import with_given
@@ -23,6 +23,7 @@ from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError, counted
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
+from workspace.machine import failures
 from workspace.machine.doctor_toolchain import is_vllm
 from workspace.machine.gpu import Driver, Sensors
 from workspace.machine.machine import Machine, running_programs
@@ -60,14 +61,11 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """The options of `nox -s bench`; `vllm_args` go to vLLM unchanged."""
+    """The options of `nox -s bench`."""
 
-    kind: Kind = "latency"
-    model: str = subject.TINY
-    label: str | None = None
-    repeat: int = MIN_STARTS
-    has_sweep: bool = False
-    vllm_args: tuple[str, ...] = ()
+    workload: WorkloadOptions
+    label: str
+    repeat: int
 
 
 def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: Console) -> Path:
@@ -87,14 +85,10 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
         RunLog(console, layout.logs, verb="bench", secrets=settings.secrets, held=held) as run_log,
     ):
         run_log.phase("model")
-        wanted = WorkloadOptions(
-            options.kind, options.model, options.vllm_args, has_sweep=options.has_sweep
-        )
-        benchmark = subject.prepare(observed.machine, wanted, run_log=run_log)
-        label = options.label or f"{options.kind}{'-sweep' if options.has_sweep else ''}"
-        fresh = subject.describe(benchmark, observed, label=label, repeat=options.repeat)
+        benchmark = subject.prepare(observed.machine, options.workload, run_log=run_log)
+        fresh = subject.describe(benchmark, observed, label=options.label, repeat=options.repeat)
         path = results.record_path(layout, fresh)
-        so_far = _record_to_resume(layout, path, fresh)
+        so_far = _record_to_resume(layout, path, fresh, options.workload)
         if so_far.starts:
             console.info(f"{layout.relative(path)} has {len(so_far.starts)} starts; resuming")
         with kept_reported(console, lambda: _kept(layout, path)):
@@ -121,13 +115,14 @@ def _show_result(
     count = len(done.starts)
     if count < MIN_STARTS or any(map(done.is_noisy, done.shown_metrics)):
         needed = MIN_STARTS if count < MIN_STARTS else count + MIN_STARTS
-        arguments = _arguments(options, done.label, needed)
+        arguments = subject.arguments(options.workload, done.label, needed)
         console.hint(hints.text("bench.add_starts", kind=done.kind, arguments=arguments))
     elif first := compare.newest_like(layout, done, differing=()):
         a, b = (compare.shortest_name(layout, record) for record in (first, done))
         console.hint(hints.text("bench.compare_these", first=a, second=b))
     else:
-        arguments = _arguments(options, "after" if done.label != "after" else "changed", count)
+        label = "after" if done.label != "after" else "changed"
+        arguments = subject.arguments(options.workload, label, count)
         console.hint(hints.text("bench.after_change", kind=done.kind, arguments=arguments))
 
 
@@ -140,29 +135,23 @@ def _result_row(done: Record, name: str) -> Row:
     return Row(State.WARN if done.is_noisy(name) else State.OK, name, text)
 
 
-def _arguments(options: BenchOptions, label: str, repeat: int) -> list[str]:
-    """Return the arguments after the kind that measure the same as these options."""
-    model = ["--model", options.model] if options.model != subject.TINY else []
-    sweep = ["--sweep"] if options.has_sweep else []
-    given = ["--", *options.vllm_args] if options.vllm_args else []
-    return [*model, *sweep, "--label", label, "--repeat", str(repeat), *given]
-
-
-def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
+def _record_to_resume(
+    layout: Layout, path: Path, fresh: Record, options: WorkloadOptions
+) -> Record:
     """Return the existing record of the same benchmark, or the fresh one.
 
     Raises SettingsError for a record that is damaged, complete, or measured with other settings.
     """
     shown = layout.relative(path)
+    another = hints.text(
+        "bench.label_another", kind=fresh.kind, arguments=subject.arguments(options, "another")
+    )
     try:
         existing = results.read(path, place=shown) if path.exists() else None
     except SettingsError:
         if not path.is_file():
             raise
-        raise SettingsError(
-            f"{shown} is damaged, and is not overwritten",
-            hint=hints.text("bench.label_another", kind=fresh.kind),
-        ) from None
+        raise SettingsError(f"{shown} is damaged, and is not overwritten", hint=another) from None
     if existing is None:
         return fresh
     differing = [name for name in compare.differences(existing, fresh) if name != "backends"]
@@ -175,15 +164,11 @@ def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
         if a != b
     ]
     if differing:
-        raise SettingsError(
-            f"{shown} was measured with other {', '.join(differing)}",
-            hint=hints.text("bench.label_another", kind=fresh.kind),
-        )
+        raise SettingsError(f"{shown} was measured with other {', '.join(differing)}", hint=another)
     count = len(existing.starts)
     if count >= fresh.repeat:
-        hint = hints.text(
-            "bench.repeat_or_label", kind=fresh.kind, label=fresh.label, starts=count + MIN_STARTS
-        )
+        arguments = subject.arguments(options, fresh.label, count + MIN_STARTS)
+        hint = hints.text("bench.repeat_or_label", kind=fresh.kind, arguments=arguments)
         raise SettingsError(f"{shown} already has its {counted(count, 'start')}", hint=hint)
     return replace(existing, repeat=fresh.repeat)
 
@@ -288,9 +273,9 @@ def _samples(
         cwd=folder,
         on_line=look,
         failure=WorkspaceError,
-        hint=hints.text("bench.read_log_arguments"),
+        judge=failures.ending,
     )
-    return read_samples(work, result)
+    return read_samples(work, result, log=run_log.path)
 
 
 def measure_server(
@@ -329,13 +314,14 @@ def measure_server(
                     run_log=run_log,
                     cwd=folder,
                     failure=ServeError,
-                    hint=hints.text("bench.read_newest_log"),
+                    judge=failures.ending,
                 )
             except ServeError as exc:
                 if not observation.is_healthy(address) and _has_ended(server):
                     raise lifecycle.failure(server) from exc
                 raise
-            found |= read_samples(work, result, at=at if len(work.concurrencies) > 1 else None)
+            several = len(work.concurrencies) > 1
+            found |= read_samples(work, result, log=run_log.path, at=at if several else None)
     return found
 
 
@@ -351,7 +337,7 @@ def _has_ended(server: observation.Server) -> bool:
 
 
 def read_samples(
-    work: Workload, result: Path, *, at: int | None = None
+    work: Workload, result: Path, *, log: Path | None, at: int | None = None
 ) -> dict[str, tuple[float, ...]]:
     """Read the samples of a result file. Raises WorkspaceError where it has none."""
     try:
@@ -360,7 +346,7 @@ def read_samples(
     except ValueError as exc:
         raise WorkspaceError(
             f"vllm bench {work.kind} measured nothing: {exc}",
-            hint=hints.text("bench.read_newest_log"),
+            hint=hints.text("core.read_log", path=log),
         ) from exc
 
 

@@ -29,11 +29,14 @@ from workspace.install.precompiled import text_of
 from workspace.machine import hardware
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
-from workspace.server import flags, models, start
+from workspace.server import command as server_command
+from workspace.server import flags, models
 from workspace.server.command import built_environment
 
 KINDS: tuple[Kind, ...] = ("latency", "throughput", "serve", "startup")
 TINY = "tiny"
+# A hint's word for the path of a model, which no record has.
+FOLDER = "FOLDER"
 CONCURRENCY = 8
 SWEEP = (1, 4, 16, 32)
 
@@ -156,6 +159,30 @@ class Benchmark:
     environment: Mapping[str, str]
 
 
+def options_of(record: Record) -> WorkloadOptions:
+    """Return the workload of a record. Its model is FOLDER where it has the name of a folder."""
+    is_tiny, kind = record.model == TINY, record.kind
+    loads = [flag for flag in record.flags if flag.startswith("--max-concurrency=")]
+    given = list(record.flags[: len(record.flags) - (len(loads) if kind == "serve" else 0)])
+    work = (_TINY_WORK if is_tiny else _WORK)[kind]
+    if work and tuple(given[-len(work) :]) == work:
+        del given[-len(work) :]
+    if is_tiny and tuple(given[: len(_TINY_ENGINE)]) == _TINY_ENGINE:
+        del given[: len(_TINY_ENGINE)]
+    # A folder is recorded with its configuration: see `_called`.
+    model = FOLDER if " " in record.model else record.model
+    return WorkloadOptions(kind, model, tuple(given), has_sweep=kind == "serve" and len(loads) > 1)
+
+
+def arguments(options: WorkloadOptions, label: str, repeat: int | None = None) -> list[str]:
+    """Return the arguments of `nox -s bench` after the kind that measure this workload."""
+    model = ["--model", options.model] if options.model != TINY else []
+    sweep = ["--sweep"] if options.has_sweep else []
+    starts = ["--repeat", str(repeat)] if repeat else []
+    given = ["--", *options.vllm_args] if options.vllm_args else []
+    return [*model, *sweep, "--label", label, *starts, *given]
+
+
 def prepare(machine: Machine, options: WorkloadOptions, *, run_log: RunLog) -> Benchmark:
     """Return the benchmark to run; create a built-in model that is missing.
 
@@ -195,7 +222,7 @@ def _workload(
     elif (folder := typed(model)).is_dir():
         place, model = str(folder.resolve()), _called(folder.resolve())
     named = flags.references(engine, place)
-    if not all(start.is_here(settings, reference) for reference in named):
+    if not all(server_command.is_here(settings, reference) for reference in named):
         given.pop("HF_HUB_OFFLINE", None)
         recipe = {name: text for name, text in recipe.items() if name != "HF_HUB_OFFLINE"}
     work = (_TINY_WORK if model == TINY else _WORK)[kind]

@@ -60,6 +60,8 @@ Facts = dict[str, set[str]]
 _REQUIREMENTS = re.compile(r"requirements/(common|cuda|cpu|build/(cuda|cpu|rust))\.txt")
 # The sources of a compiled library; see install/plan.py.
 _COMPILED = re.compile(r"csrc/.*|cmake/.*|CMakeLists\.txt")
+# The name of the change for those that differ from the base, without its tag.
+SINCE_BASE = "compiled sources since "
 _MINIMA: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("CMake", re.compile(r"\bcmake_minimum_required\s*\(\s*VERSION\s+([0-9.]+)")),
     ("C++ compiler", re.compile(r"CMAKE_CXX_COMPILER_VERSION\s+VERSION_LESS\s+\"?([0-9.]+)")),
@@ -313,7 +315,7 @@ def _since_base(git: Git, candidate: Candidate) -> Iterator[Change]:
     count = f"{counted(len(compiled), 'file')} {'differs' if len(compiled) == 1 else 'differ'}"
     yield Change(
         "sources",
-        f"compiled sources since {base.tag}",
+        f"{SINCE_BASE}{base.tag}",
         None,
         count if compiled else "none differ",
         compiled,

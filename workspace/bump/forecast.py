@@ -53,6 +53,7 @@ _CHANGE_STATES: Mapping[Topic, RowState] = {
     "unknown": RowState.WARN,
 }
 _SHOWN = 5
+_REQUEST = re.compile(r"^(?:Submitted|Backport) \[(https?://[^\s\]]+)")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Conflict:
 class PatchForecast:
     """What becomes of one patch.
 
-    `merged`: only a three-way merge applies it; `upstreamed`: it changes nothing on the new base.
+    `merged`: only a three-way merge applies it; `upstreamed`: it changes nothing on the new base,
+    or, with `by_request`, all patches of its pull request together change nothing.
     """
 
     name: str
@@ -82,6 +84,7 @@ class PatchForecast:
     merged: bool = False
     conflicts: tuple[Conflict, ...] = ()
     depends_on: str | None = None
+    by_request: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,18 +105,21 @@ class _Tried:
     state: State = "clean"
     merged: bool = False
     conflicted: tuple[str, ...] = ()
+    by_request: bool = False
 
 
 @dataclass
 class _Attempt:
     """A series on its way to the new base.
 
-    `old` follows it on the present base; a three-way merge needs the trees there.
+    `old` follows it on the present base; a three-way merge needs the trees there. `requests` has
+    the address of each patch's pull request, "" without.
     """
 
     new: Trial
     base: str
     files: Sequence[Path]
+    requests: Sequence[str]
     tried: list[_Tried]
     old: Trial | None = None
     taken: int = 0
@@ -124,7 +130,10 @@ class _Attempt:
         if start == end or self.new.apply(self.files[start:end]):
             return
         if end - start > 1:
-            middle = (start + end) // 2
+            if self._is_upstreamed(start, end):
+                self.tried[start:end] = [_Tried("upstreamed", by_request=True)] * (end - start)
+                return
+            middle = self._middle(start, end)
             self.run(start, middle)
             self.run(middle, end)
             return
@@ -139,6 +148,23 @@ class _Attempt:
         else:
             self.new.take(merged.tree)
             self.tried[start] = _Tried("clean", merged=True)
+
+    def _middle(self, start: int, end: int) -> int:
+        """Return where to halve a range: between two requests, where it has several."""
+        half, of = (start + end) // 2, self.requests
+        cuts = (cut for cut in range(start + 1, end) if not of[cut] or of[cut - 1] != of[cut])
+        return min(cuts, key=lambda cut: abs(cut - half), default=half)
+
+    def _is_upstreamed(self, start: int, end: int) -> bool:
+        """Return whether the patches are of one request whose net change the new base has.
+
+        Upstream merges a request as one commit, so the lines of its first commits may not be there.
+        """
+        if not self.requests[start] or len({*self.requests[start:end]}) > 1:
+            return False
+        trees = [self._before(count) for count in range(start, end + 1)]
+        merged = self.new.merge(trees[0], trees[-1])
+        return merged.conflicted is None and merged.tree == self.new.tree()
 
     def _before(self, count: int) -> str:
         """Return the tree of the present base with the first `count` patches."""
@@ -170,12 +196,16 @@ def run(
     """
     known = pins.load(layout.pins)
     pin = known.vllm
-    if wanted.text == "triton":
+    is_triton = wanted.text == "triton"
+    if is_triton:
         pin, wanted = known.triton, Wanted.read(known.triton.tag)
     found = checkout.observe(layout, pin)
     stack = patches.observe(layout, pin.name, pin, found)
     with RunLog(console, layout.logs, verb="pin.forecast", secrets=settings.secrets) as run_log:
         candidate = find_candidate(layout, settings, pin, wanted, found, run_log=run_log)
+        if is_triton:
+            # `inv pin.bump main` would move vLLM.
+            candidate = dataclasses.replace(candidate, argv=("triton",))
         with stages.step(run_log, "forecast") as view:
             made = work_out(layout, settings, candidate, found, stack)
             view.reason = f"{pin.tag} → {candidate.pin.tag}"
@@ -221,8 +251,10 @@ def work_out(
     pin = getattr(pins.load(layout.pins), candidate.pin.name)
     git = Git(candidate.store)
     files = [layout.patches(pin.name) / name for name in stack.names]
+    mails = [mail.read_mail(file) for file in files]
+    requests = ["".join(_REQUEST.findall(read.status or "")) for read in mails]
     with worktree.try_on(git, candidate.base) as new:
-        attempt = _Attempt(new, present.base, files, [_Tried() for _ in files])
+        attempt = _Attempt(new, present.base, files, requests, [_Tried() for _ in files])
         attempt.run(0, len(files))
         tree = new.tree()
     touched = worktree.paths_of(git, files)
@@ -234,8 +266,8 @@ def work_out(
     if candidate.kind is present.kind is Kind.GIT:
         commits = history.log(git, present.base, candidate.base, sorted({*every, *moved.values()}))
     series = [
-        _Patch(name, mail.read_mail(file), paths, tried)
-        for name, file, paths, tried in zip(stack.names, files, touched, attempt.tried, strict=True)
+        _Patch(name, read, paths, tried)
+        for name, read, paths, tried in zip(stack.names, mails, touched, attempt.tried, strict=True)
     ]
     judged = _judge(series, commits, moved)
     found = changes.work_out(
@@ -263,7 +295,12 @@ def _judge(
     for patch in series:
         tried = patch.tried
         made = PatchForecast(
-            patch.name, patch.mail.subject, patch.mail.status, tried.state, tried.merged
+            patch.name,
+            patch.mail.subject,
+            patch.mail.status,
+            tried.state,
+            tried.merged,
+            by_request=tried.by_request,
         )
         if tried.state == "conflicts":
             paths = tried.conflicted or tuple(sorted(patch.paths))
@@ -315,10 +352,14 @@ def _blockers(machine: Machine, made: Forecast) -> list[Row]:
         change.topic == "precompiled" and change.name.startswith("cpu") == (case.device == "cpu")
         for change in made.changes
     )
-    is_compiled = lacks_wheel or precompiled.is_native(machine.settings)
-    rows = _room(case, is_compiled=is_compiled)
-    if is_compiled:
-        rows += _compiler(case, made, "has no precompiled wheel" if lacks_wheel else "is compiled")
+    is_hybrid = machine.settings.text("KERNELS") == "auto" and any(
+        change.name.startswith(changes.SINCE_BASE) and change.where for change in made.changes
+    )
+    is_native = precompiled.is_native(machine.settings)
+    rows = _room(case, is_compiled=lacks_wheel or is_hybrid or is_native)
+    if lacks_wheel or is_hybrid or is_native:
+        why = "is compiled" if is_native else "differs from its base in compiled sources"
+        rows += _compiler(case, made, "has no precompiled wheel" if lacks_wheel else why)
     return rows
 
 
@@ -420,6 +461,8 @@ def text_of(change: Change) -> str:
 
 
 def _why(patch: PatchForecast) -> str:
+    if patch.by_request:
+        return ": its pull request changes nothing there; skip it where a bump stops at it"
     if patch.state == "upstreamed":
         return ": it changes nothing there"
     if patch.depends_on:

@@ -295,7 +295,7 @@ def _remotes(layout: Layout, settings: Settings, pin: Pin, console: Console) -> 
     try:
         now = checkout.commit_now(layout, pin, settings)
         if now != pin.commit:
-            hint = hints.text("bump.bump", tag=pin.request) if now else None
+            hint = hints.text("bump.bump", tag=_again(layout, pin)) if now else None
             text = f"{checkout.moved(pin, now)}; the pin stays at {pin.commit[:12]}"
             rows.append(PinRow(State.WARN, "branch", text, hint=hint, facts={"commit": now}))
     except WorkspaceError as exc:
@@ -307,6 +307,16 @@ def _remotes(layout: Layout, settings: Settings, pin: Pin, console: Console) -> 
     except WorkspaceError as exc:
         rows.append(PinRow(State.WARN, "upstream", f"unknown: {exc.message}"))
     return rows
+
+
+def _again(layout: Layout, pin: Pin) -> list[str]:
+    """Return the arguments of `inv pin.bump` to the pin's branch.
+
+    A base that is no ancestor of the pin was said with --base, and would not be found again.
+    """
+    if pin.base is None or Git(layout.vllm).is_ancestor(pin.base.commit, pin.commit):
+        return [pin.request]
+    return [pin.request, "--base", pin.base.tag]
 
 
 def _behind(layout: Layout, settings: Settings, pin: Pin, console: Console) -> tuple[str, int]:

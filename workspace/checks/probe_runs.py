@@ -22,6 +22,7 @@ from pathlib import Path
 from workspace.core import process, records
 from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.process import Completed
+from workspace.machine import failures
 from workspace.machine.gpu import Memory
 from workspace.machine.hardware import Host
 from workspace.server import lifecycle, process_tree
@@ -330,12 +331,11 @@ def read(done: Completed) -> tuple[Mapping[str, object], str | None]:
         record = records.decode(done.stdout, dict[str, object])
     except records.DecodeError:
         record = None
-    last = next(
-        (line.strip() for line in reversed(done.stderr.splitlines()) if not is_part(line)),
-        "no output",
-    )
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not is_part(line)]
+    last = lines[-1].strip() if lines else "no output"
     if done.returncode != 0:
-        return {}, f"the probe {process.describe_status(done.returncode)}: {last}"
+        reading = failures.judge(lines, status=done.returncode)
+        return {}, f"the probe {failures.how_ended(done.returncode, reading, otherwise=last)}"
     if record is None:
         return {}, f"the probe printed no document: {last}"
     return record, None

@@ -28,7 +28,7 @@ from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.plan import COMPILED_SOURCES
-from workspace.machine import interpreter
+from workspace.machine import failures, interpreter
 from workspace.repo.git import Git, remotes, worktree
 
 # Seconds for one test: upstream's slowest takes one minute on two CPU cores. Arguments after -- may
@@ -145,6 +145,7 @@ def _run_pytest(
                 run_log=run_log,
                 failure=SmokeError,
                 hint=hints.text("checks.pytest_arguments"),
+                judge=failures.ending,
             )
     except _OutOfTime:
         raise SmokeError(

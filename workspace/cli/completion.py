@@ -155,9 +155,9 @@ def _values(verb: str, argument: str) -> Iterable[str]:
 
 
 def _recipes(layout: Layout) -> Iterable[str]:
-    from workspace.server import recipes
+    from workspace.server import public_recipes
 
-    return recipes.names(layout)
+    return public_recipes.names(layout)
 
 
 def _servers(layout: Layout) -> Iterable[str]:

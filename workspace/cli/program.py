@@ -15,7 +15,7 @@ from invoke.parser import Parser
 from invoke.parser.argument import Argument
 from invoke.program import Program
 
-from workspace.cli import completion, main, verbs, verbs_patch
+from workspace.cli import completion, main, verbs, verbs_node, verbs_patch
 from workspace.cli.completion import LIST_FORMATS
 from workspace.core import hints, known_settings
 from workspace.core.errors import SettingsError
@@ -55,6 +55,7 @@ COLLECTIONS = {
         verbs.serve_unit,
         verbs.serve_list,
         verbs.serve_fetch,
+        verbs_node.serve_rank,
     ),
     "bench": (
         verbs.bench_list,
@@ -87,7 +88,7 @@ GROUPS = {
     "Build": ("fix-triton", "wheel", "bundle", "env.init", "env.export", "run"),
     "Serve": ("serve.list", "serve.fetch", "serve.status", "serve.logs", "drop-caches"),
     "Measure": ("bench.label", "bench.compare", "bench.report"),
-    "Look": ("env.check", "serve.unit", "report", "completion"),
+    "Look": ("env.check", "serve.unit", "serve.rank", "report", "completion"),
 }
 # What a person types for the positional argument of a verb, where its name does not say it.
 _TYPED = {
@@ -128,6 +129,7 @@ EXAMPLES = {
     "serve.logs": "serve.logs --follow",
     "serve.stop": "serve.stop --all",
     "serve.unit": "serve.unit tiny --name a --port 8001 --restart 3",
+    "serve.rank": "serve.rank tiny --rank 1,2,10.0.0.1,29501,10.0.0.2,eth1 --check",
     "serve.list": "serve.list",
     "serve.fetch": "serve.fetch Qwen/Qwen3-8B",
     "bench.list": "bench",

@@ -143,14 +143,14 @@ def bench_session(argv: Sequence[str]) -> int:
         parser.error("--label takes at most 64 letters, digits and . - + _")
     if arguments.sweep and arguments.kind != "serve":
         parser.error("--sweep needs the kind serve")
-    options = measure.BenchOptions(
+    workload = subject.WorkloadOptions(
         arguments.kind,
         arguments.model,
-        arguments.label,
-        arguments.repeat,
-        arguments.sweep,
         flags.typed_paths(for_vllm),
+        has_sweep=arguments.sweep,
     )
+    label = arguments.label or f"{arguments.kind}{'-sweep' if arguments.sweep else ''}"
+    options = measure.BenchOptions(workload, label, arguments.repeat)
     return _run(
         lambda layout, settings: measure.run(layout, settings, options, console=main.console())
     )

@@ -315,6 +315,7 @@ def pin_rollback(_: Context, good: str = "", force: bool = False, wait: bool = F
         "port": "the port it listens at",
         "memory": "GiB for weights, cache and the rest together",
         "restart": "start it again this often if it dies",
+        "nodes": "names of nodes.toml, with commas, that serve it together",
     },
 )
 def serve(
@@ -324,14 +325,16 @@ def serve(
     port: str | None = None,
     memory: str | None = None,
     restart: str | None = None,
+    nodes: str = "",
     dry_run: bool = False,
     detach: bool = False,
     force: bool = False,
 ) -> None:
     """Serve a recipe or a model; vLLM's flags go after --."""
-    from workspace.server import start
+    from workspace.server import multi_node
+    from workspace.server.flags import ServeOptions
 
-    options = start.ServeOptions(
+    options = ServeOptions(
         recipe,
         tuple(after_dashes()),
         dry_run=dry_run,
@@ -341,8 +344,9 @@ def serve(
         port=port,
         memory=memory,
         restart=restart,
+        nodes=nodes,
     )
-    start.run(*main.opened(), options, console=main.console())
+    multi_node.run(*main.opened(), options, console=main.console())
 
 
 @task(
@@ -365,10 +369,10 @@ def serve_unit(
     restart: str = "3",
 ) -> None:
     """Print a systemd user unit of a server that comes back."""
-    from workspace.server import start
     from workspace.server import verbs as verb
+    from workspace.server.flags import ServeOptions
 
-    options = start.ServeOptions(
+    options = ServeOptions(
         recipe,
         tuple(after_dashes()),
         server=name,

@@ -1,9 +1,12 @@
 """Expected costs of compiling a unit: its name, its seconds and memory, and their origin.
 
-This machine's own history comes first, then the shipped table (costs.tsv), then a guess that
-assumes rather too much memory than too little.
+This machine's own history comes first, then a table that `nox -s spark` wrote on a machine of the
+same kind (costs-<kind>.tsv), then the shipped table (costs.tsv), then a guess that assumes rather
+too much memory than too little.
 """
 
+import os
+import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +22,8 @@ TABLE = Path(__file__).with_name("costs.tsv")
 KEPT_SETUPS = 8
 _MIB = 1024
 _COLUMNS = "target\tsource\tseconds\tpeak_mib"
+# The line of a table that names the kind of machine on which it was measured.
+_MEASURED_ON = "# machine: "
 
 
 @dataclass(frozen=True)
@@ -213,6 +218,52 @@ def read_table(path: Path = TABLE) -> tuple[Entry, ...]:
         ) from exc
 
 
+def machine_kind() -> str:
+    """Return the kind of this machine, on which seconds and peaks depend: `aarch64-20-cores`."""
+    return f"{platform.machine()}-{len(os.sched_getaffinity(0))}-cores"
+
+
+def own_table() -> Path:
+    """Return the place of a table that was measured on a machine of this kind."""
+    return TABLE.with_name(f"costs-{machine_kind()}.tsv")
+
+
+def known_entries() -> tuple[Entry, ...]:
+    """Return the entries of the shipped table, and instead of them those of `own_table`, if it is
+    there.
+
+    Raises BuildError for a damaged table, and for one that was measured on another kind of machine.
+    """
+    path = own_table()
+    if not path.exists():
+        return read_table()
+    own, lines = read_table(path), read_regular(path).decode().splitlines()
+    if f"{_MEASURED_ON}{machine_kind()}" not in lines:
+        named = next((line for line in lines if line.startswith(_MEASURED_ON)), "")
+        raise BuildError(
+            f"the cost table {path.name} was measured on another machine:"
+            f" {named.removeprefix(_MEASURED_ON) or 'it names none'}, not {machine_kind()}",
+            hint=hints.text("core.git_status", folder=path.parent),
+        )
+    return tuple({(one.target, one.source): one for one in (*read_table(), *own)}.values())
+
+
+def table_text(entries: Iterable[Entry], *, setup: str, date: str) -> str:
+    """Return entries as a table that `read_table` reads; the largest first, as a build begins."""
+    ordered = sorted(entries, key=lambda one: -one.seconds * one.peak_gib)
+    rows = (
+        f"{one.target}\t{one.source}\t{one.seconds:.1f}\t{one.peak_gib * _MIB:.0f}"
+        for one in ordered
+    )
+    head = (
+        "# What units of a real build cost, measured by `nox -s spark`.",
+        f"{_MEASURED_ON}{machine_kind()}",
+        f"# setup: {setup}; {date}",
+        _COLUMNS,
+    )
+    return "".join(f"{line}\n" for line in (*head, *rows))
+
+
 @dataclass(frozen=True)
 class _History(records.Record, schema=1):
     """Target, source, seconds and peak GiB of each unit, by setup."""
@@ -267,6 +318,15 @@ class History:
         }
         records.write(self.path, _History(setups), indent=None)
         self._known, self._new = ours, {}
+
+
+def newest_setup(path: Path) -> tuple[str, tuple[Entry, ...]]:
+    """Return the setup that was compiled last, with all its measured units; empty if there is none.
+
+    `History.save` writes the setup of a build last.
+    """
+    known, _ = _read_history(path)
+    return [("", ()), *known.items()][-1]
 
 
 def _read_history(path: Path) -> tuple[dict[str, tuple[Entry, ...]], tuple[str, ...]]:

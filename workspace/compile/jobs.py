@@ -238,7 +238,7 @@ def _target_cost(one: Reached, expected: Collection[Cost]) -> TargetCost:
 
 
 def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
-    """Print a row for each target and a summary on stdout, or JSON."""
+    """Print a row for each target and a summary, or JSON."""
     if as_json:
         console.document({"schema": 1, **asdict(plan)})
         return
@@ -247,9 +247,9 @@ def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
             (one.target, str(one.units), f"{one.minutes:.1f}", f"{one.peak_gib:.1f}", one.reason)
             for one in plan.rows
         ]
-        console.stdout.table([_HEAD, *lines], right=_FIGURES)
+        console.table([_HEAD, *lines], right=_FIGURES)
     for sentence in _sentences(plan):
-        console.stdout.sentence(sentence)
+        console.sentence(sentence)
 
 
 def _sentences(plan: RebuildPlan) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from workspace.compile import job_server
-from workspace.compile.costs import Costs, History, read_table, unit_at
+from workspace.compile.costs import Costs, History, known_entries, unit_at
 from workspace.compile.costs import Unit as CostUnit
 from workspace.compile.jobs import Cells, Jobs, Memory, Meter, build_summary
 from workspace.compile.launcher import REFUSAL
@@ -260,7 +260,7 @@ def under_job_server(
     Raises BuildError as `compile` does.
     """
     history = History(history_file(settings), setup=work.setup)
-    costs = Costs(read_table(), history.entries)
+    costs = Costs(known_entries(), history.entries)
     server = _job_server(work, costs, history)
     meter = Meter(server, work.planned, costs, console=run_log.console, step=step)
     began, failures = time.monotonic(), Failures()

@@ -161,8 +161,14 @@ _SETUP: tuple[Phase, ...] = ("install", "by-hand")
 _SMOKES: tuple[Phase, ...] = ("smoke", "smoke-serve")
 _SERVERS: tuple[Phase, ...] = ("serve", "smoke-serve", "bench")
 
+# Settings that a child of every kind gets; core/process.py and the probes read this one.
+TO_ALL = ("TIME_LIMIT_FACTOR",)
+
 # fmt: off
 VARIABLES: tuple[Variable, ...] = (
+    Variable("TIME_LIMIT_FACTOR", lambda child: child.environment.get("TIME_LIMIT_FACTOR"),
+             "setting", tuple(PHASES),
+             "the time limit of a program is multiplied by it: the machine is slower than usual"),
     Variable("PATH", _toolkit_first("PATH", "bin"), "setting", _of_base("build", "run"),
              "CUDA_HOME/bin first: its nvcc, not another toolkit's"),
     Variable("LD_LIBRARY_PATH", _toolkit_first("LD_LIBRARY_PATH", "lib64"), "setting",

@@ -89,6 +89,11 @@ class LockError(WorkspaceError):
     meaning = "another verb is changing this workspace"
 
 
+class NodeError(WorkspaceError):
+    exit_code = 13
+    meaning = "another node cannot be reached, or is not as this one"
+
+
 ERRORS: tuple[type[WorkspaceError], ...] = (
     WorkspaceError,
     SettingsError,
@@ -102,6 +107,7 @@ ERRORS: tuple[type[WorkspaceError], ...] = (
     ServeError,
     SourceError,
     LockError,
+    NodeError,
 )
 
 

@@ -19,6 +19,9 @@ Kind = Literal["text", "path", "url", "mirror", "python", "count", "switch", "ch
 # all.
 Phase = Literal["workspace", "build", "run", "both"]
 
+# No shell works without these: a line of .env with one of them is removed, not the variable.
+OF_THE_LOGIN = frozenset({"HOME", "LANG", "LOGNAME", "PATH", "PWD", "SHELL", "TERM", "USER"})
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -141,6 +144,13 @@ SETTINGS: tuple[Setting, ...] = (
         "5",
         "workspace",
         "seconds to wait for a remote before falling back",
+    ),
+    Setting(
+        "TIME_LIMIT_FACTOR",
+        "count",
+        "",
+        "workspace",
+        "multiplies the time limits of programs, on a machine as slow as an emulated one; empty: 1",
     ),
     Setting(
         "WORKSPACE_CACHE_DIR",

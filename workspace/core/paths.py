@@ -126,7 +126,7 @@ class Layout:
 
     @property
     def jit(self) -> Path:
-        """Kernels compiled at run time, a folder for each stack; see machine/run_environment.py."""
+        """Kernels compiled at run time, one folder for each stack; see machine/jit_caches.py."""
         return self.state / "jit"
 
     @property
@@ -136,7 +136,7 @@ class Layout:
 
     @property
     def bundles(self) -> Path:
-        """Index pages of the bundles that `inv bootstrap --from` read, one folder each."""
+        """What `inv bootstrap --from` made of bundles: index pages, and copies of own kernels."""
         return self.state / "bundles"
 
     @property

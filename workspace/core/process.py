@@ -29,6 +29,8 @@ from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 INTERRUPT_GRACE_S = 10.0
 TERMINATE_GRACE_S = 5.0
 SHOWN_TAIL_LINES = 15
+# The lines at the end of a program's output in which the cause of its failure is searched.
+JUDGED_LINES = 50_000
 # What `ask` waits after a first signal: a program may trap it.
 KILL_S = 0.5
 # Exit statuses of timeout(1): it ended the program, or had to kill it.
@@ -45,6 +47,9 @@ _ERROR_LINE = re.compile(
 _GUARD = (sys.executable, "-I", "-S", guard.__file__)
 
 Argument = str | os.PathLike[str]
+# Returns how a failed program ended, from its lines and its exit status, as the end of a sentence
+# that begins with its name; and the next command, None where it knows none.
+Judge = Callable[[Sequence[str], int], tuple[str, str | None]]
 Value = TypeVar("Value", covariant=True)
 
 
@@ -94,6 +99,11 @@ class Completed:
     stderr: str
 
 
+def time_limit_factor(env: Mapping[str, str]) -> int:
+    """Return the setting TIME_LIMIT_FACTOR, which is among the variables of every child."""
+    return int(env.get("TIME_LIMIT_FACTOR") or 1)
+
+
 def capture(
     argv: Sequence[Argument],
     *,
@@ -105,8 +115,10 @@ def capture(
     """Run a program that changes nothing, and return its output. The caller judges the status.
 
     `on_start` gets the pid of the guard, below which the program runs. Raises ToolchainError where
-    the program is missing or runs longer than `timeout_s` seconds.
+    the program is missing or runs longer than `timeout_s` seconds, times the factor in `env`.
     """
+    if timeout_s is not None:
+        timeout_s *= time_limit_factor(env)
     with _started(argv, env=env, cwd=cwd, stderr=subprocess.PIPE) as child:
         if on_start:
             on_start(child.pid)
@@ -129,8 +141,10 @@ def ask(
 ) -> Answer[Completed]:
     """Run a program that only reads and may hang. The caller judges the status.
 
-    timeout(1) kills the program soon after `limit_s` seconds, whatever signals it traps.
+    timeout(1) kills the program soon after `limit_s` seconds, times the factor in `env`, whatever
+    signals it traps.
     """
+    limit_s *= (factor := time_limit_factor(env))
     path, program = env.get("PATH", os.defpath), os.fspath(argv[0])
     if shutil.which(program, path=path) is None:
         is_there = "/" in program and os.path.lexists(program)
@@ -139,7 +153,7 @@ def ask(
     bound = [timeout, "-k", f"{KILL_S:g}", f"{limit_s:g}"] if timeout else []
     began = time.monotonic()
     try:
-        done = capture([*bound, *argv], env=env, cwd=cwd, timeout_s=limit_s + 2 * KILL_S)
+        done = capture([*bound, *argv], env=env, cwd=cwd, timeout_s=limit_s / factor + 2 * KILL_S)
     except NoAnswer:
         return Slow(limit_s)
     except ToolchainError as exc:
@@ -191,19 +205,18 @@ def run(
     on_line: Callable[[str], None] | None = None,
     failure: type[WorkspaceError] = BuildError,
     hint: str | None = None,
+    judge: Judge | None = None,
 ) -> None:
     """Run a program that changes something: logged line by line, ended on ^C with its group.
 
-    Raises `failure` with the first error line, the command, the last lines and the path of the log
-    on any status but 0.
+    Raises `failure` with the sentence of `judge`, the command, the last lines and the path of the
+    log on any status but 0; `hint`, or a look at the log, counts where `judge` has no next
+    command. Without a judge the sentence has the first error line.
     """
     command = [os.fspath(argument) for argument in argv]
-    echo = shlex.join(command)
-    if cwd is not None:
-        echo = f"cd {shlex.quote(str(cwd))} && {echo}"
+    echo = shlex.join(command) if cwd is None else _in_folder(command, cwd)
     run_log.command(echo)
-    tail: deque[str] = deque(maxlen=SHOWN_TAIL_LINES)
-    first_error: str | None = None
+    lines: deque[str] = deque(maxlen=JUDGED_LINES)
     with _started(
         command,
         env=env,
@@ -214,18 +227,30 @@ def run(
         assert child.stdout is not None
         for raw in child.stdout:
             line = raw.rstrip()
-            tail.append(line)
+            lines.append(line)
             run_log.line(line)
-            if first_error is None and _ERROR_LINE.search(line):
-                first_error = line.strip()
             if on_line:
                 on_line(line)
         child.wait()
     if child.returncode != 0:
-        message = f"{_name(command)} {describe_status(child.returncode)}"
-        message += f": {first_error}" if first_error else ""
-        details = (*map(run_log.redact, (f"+ {echo}", *tail)), f"log: {run_log.path}")
-        raise failure(run_log.redact(message), hint=hint, details=details)
+        how, next_command = (judge or _first_error)([*lines], child.returncode)
+        if judge and not hint:
+            hint = hints.text("core.read_log", path=run_log.path)
+        tail = map(run_log.redact, (f"+ {echo}", *[*lines][-SHOWN_TAIL_LINES:]))
+        raise failure(
+            run_log.redact(f"{_name(command)} {how}"),
+            hint=next_command or hint,
+            details=(*tail, f"log: {run_log.path}"),
+        )
+
+
+def _in_folder(command: Sequence[str], cwd: Path) -> str:
+    return f"cd {shlex.quote(str(cwd))} && {shlex.join(command)}"
+
+
+def _first_error(lines: Sequence[str], status: int) -> tuple[str, None]:
+    error = next((line.strip() for line in lines if _ERROR_LINE.search(line)), "")
+    return f"{describe_status(status)}: {error}" if error else describe_status(status), None
 
 
 def become(argv: Sequence[Argument], *, env: Mapping[str, str]) -> NoReturn:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import child_variables, hints
-from workspace.core.child_variables import PHASES, Base, Phase, with_given, with_rows
+from workspace.core.child_variables import PHASES, TO_ALL, Base, Phase, with_given, with_rows
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
 from workspace.core.known_settings import (
     BUILD_ONLY,
     KNOWN,
+    OF_THE_LOGIN,
     RUN_ONLY,
     SETTINGS,
     TRUE,
@@ -65,6 +66,8 @@ class Notice:
 
     @property
     def hint(self) -> str:
+        if self.kind == "hidden" and self.name in OF_THE_LOGIN:
+            return hints.text("machine.drop_from_dotenv", name=self.name)
         if self.kind == "hidden":
             return hints.text("machine.unset", name=self.name)
         if self.kind == "repeated":
@@ -109,6 +112,8 @@ class Settings:
     passed: Mapping[str, Value]
     shell: Mapping[str, str] = field(repr=False)
     warnings: tuple[Notice, ...] = ()
+    # What an earlier `inv env.export` set, and the user did not change; `shell` lacks it.
+    exported: frozenset[str] = frozenset()
 
     def text(self, name: str) -> str:
         return self.values[name].text
@@ -145,14 +150,8 @@ class Settings:
     @property
     def index_url(self) -> str | None:
         """The package index that the user configured for uv or pip, if any."""
-        return next(
-            (
-                self.shell[name]
-                for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
-                if self.shell.get(name)
-            ),
-            None,
-        )
+        names = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
+        return next((self.shell[name] for name in names if self.shell.get(name)), None)
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -194,6 +193,7 @@ class Settings:
         environment = self._inherited(base)
         if base != "plain":
             environment |= self._own(base)
+        environment |= {name: self.text(name) for name in TO_ALL if self.text(name)}
         environment |= {
             name: text for name, text in (recipe or {}).items() if not self.is_users(name)
         }
@@ -220,14 +220,13 @@ class Settings:
 
     def _own(self, base: Literal["build", "run"]) -> dict[str, str]:
         """Return the variables of .env and of the settings that a child gets."""
-        passed = {
+        return {
             name: value.text
             for name, value in self.passed.items()
             if is_for(name, base)
             and not _FOREIGN.match(name)
             and (base == "run" or not is_secret(name))
-        }
-        return passed | {
+        } | {
             name: value.text
             for name, value in self.values.items()
             if value.text and KNOWN[name].phase in (base, "both")
@@ -263,7 +262,8 @@ def load(
     folder of .env, another from the folder in which the command was typed. Raises SettingsError for
     an unreadable .env and for a bad value, and names the line or the flag.
     """
-    shell = child_variables.without_exported(os.environ if environ is None else environ)
+    whole = os.environ if environ is None else environ
+    shell = child_variables.without_exported(whole)
     written = _read_dotenv(layout.dotenv)
     # .env may put a secret into any other value: DEVICE=${HF_TOKEN}.
     named = [*shell.items(), *((name, text) for name, (text, _) in written.items())]
@@ -282,8 +282,9 @@ def load(
         for name, text in unknown.items()
     }
     known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
-    warnings = tuple(_warnings(shell, written, known, secrets))
-    return Settings(values, passed, shell, warnings)
+    exported = frozenset(whole.keys() - shell.keys() - {child_variables.EXPORTED})
+    notices = tuple(_warnings(shell, written, known, secrets))
+    return Settings(values, passed, shell, notices, exported)
 
 
 def _warnings(
@@ -496,5 +497,4 @@ def _hidden(name: str, shell_text: str, text: str) -> Notice:
 def _unknown(name: str, line: int, known: Iterable[str]) -> Notice:
     like = nearest(name, {*known, *usual_names()})
     meant = f"; did you mean {like}?" if like else ""
-    sentence = f".env, line {line}: {name} is not a known setting{meant}"
-    return Notice("unknown", name, sentence, line)
+    return Notice("unknown", name, f".env, line {line}: {name} is not a known setting{meant}", line)

@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -16,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote
 
 from workspace.core import files, hints, process, records
 from workspace.core.console import Console, State, Step
@@ -24,7 +24,7 @@ from workspace.core.errors import BuildError, SettingsError, ToolchainError, cou
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
 from workspace.install import bundle, plan, stages, stamp, status
-from workspace.machine import check, doctor, interpreter, run_environment
+from workspace.machine import check, doctor, interpreter, jit_caches, run_environment
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git, worktree
 
@@ -220,8 +220,8 @@ def _generate(run: stages.Run, view: Step) -> None:
     stamp.withdraw(layout.stamp(FIRST_TOKEN))
     if sentence := status.driver_sentence(observed.kernels.recorded):
         run.run_log.console.info(sentence)
-    stack = run_environment.observe_stack(observed.machine, tree=Git(layout.vllm).tree("HEAD"))
-    run_environment.record_stack(layout, stack)
+    stack = jit_caches.observe(observed.machine, tree=Git(layout.vllm).tree("HEAD"))
+    jit_caches.record(layout, stack)
     environment = run_environment.built_environment(
         layout, run.settings, "first-token", stack=stack
     )
@@ -282,7 +282,7 @@ class _Wait:
         self.view.progress(0, None, self.sentence())
 
     def written(self) -> str:
-        return run_environment.compiled_since(self.environment, self.started)
+        return jit_caches.written_since(self.environment, self.started)
 
     def sentence(self) -> str:
         """Return the stage, its seconds, and what is compiled meanwhile."""
@@ -381,10 +381,17 @@ def run_from(
 ) -> plan.Observation:
     """Bring the workspace to a verified vLLM with the files of a bundle, and with nothing else.
 
-    Raises SettingsError for a bundle of another pin or machine, SourceError for a damaged one,
-    ToolchainError without its Python; nothing is changed then.
+    Nothing refers to the bundle afterwards, so it may be deleted. Raises SettingsError for a bundle
+    of another pin or machine, and for --source; SourceError for a damaged one, ToolchainError
+    without its Python; nothing is changed then.
     """
     folder = folder.resolve()
+    if settings.source("SOURCE") == "flag":
+        raise SettingsError(
+            f"--source {settings.text('SOURCE')} and --from exclude each other: a bundle has one"
+            " source of vendor/vllm",
+            hint=hints.text("install.bootstrap_from", folder=folder),
+        )
     manifest = bundle.read(folder)
     # The pages of a bundle that has changed, or has moved, are others.
     named = f"{folder}\n{files.sha256(folder / bundle.MANIFEST)}"
@@ -396,8 +403,30 @@ def run_from(
         bundle.require_complete(manifest, folder)
         view.reason = f"{counted(len(manifest.items), 'file')} as in its manifest"
     if not pages.exists():
-        _write_pages(manifest, folder / bundle.FILES, pages)
-    return run(layout, settings, console=console, wait=wait, end=end)
+        bundle.write_pages(manifest, folder / bundle.FILES, pages)
+    settings = _with_kept_kernels(layout, manifest, folder / bundle.FILES, settings)
+    observed = run(layout, settings, console=console, wait=wait, end=end)
+    bundle.forget_remote(layout, settings.text("VLLM_MIRROR"), observed.pin.url)
+    return observed
+
+
+def _with_kept_kernels(
+    layout: Layout, manifest: bundle.Manifest, folder: Path, settings: Settings
+) -> Settings:
+    """Copy the kernels of a bundle that are wanted into the clone, and name the copy instead.
+
+    The stamp names the wheel from which a library that was lost is installed again.
+    """
+    for item in manifest.items:
+        if settings.text("KERNELS") == str(folder / item.name):
+            kept = layout.bundles / item.name
+            if not kept.is_file() or files.sha256(kept) != item.sha256:
+                with files.folder_beside(kept) as scratch:
+                    shutil.copyfile(folder / item.name, scratch / item.name)
+                    (scratch / item.name).replace(kept)
+            values = {**settings.values, "KERNELS": Value(str(kept), "flag")}
+            return replace(settings, values=values)
+    return settings
 
 
 def _settings_for(
@@ -461,20 +490,3 @@ def _require_fit(manifest: bundle.Manifest, folder: Path, observed: plan.Observa
             f"the bundle is for Python {python}, which is not installed here",
             hint=hints.text("machine.install_python", version=python),
         )
-
-
-def _write_pages(manifest: bundle.Manifest, folder: Path, pages: Path) -> None:
-    """Write an index (PEP 503) of the files of a bundle that `.vllm` and the checkout need."""
-    from packaging.utils import canonicalize_name
-
-    links: dict[str, list[str]] = {}
-    for item in manifest.items:
-        if "vllm" in item.uses:
-            project = canonicalize_name(item.name.partition("-")[0])
-            url = f"{(folder / item.name).as_uri()}#sha256={item.sha256}"
-            links.setdefault(project, []).append(f'<a href="{url}">{quote(item.name)}</a>')
-    with files.folder_beside(pages) as scratch:
-        for name, lines in links.items():
-            (scratch / "made" / name).mkdir(parents=True)
-            (scratch / "made" / name / "index.html").write_text("<br>".join(lines))
-        files.put_in_place(scratch / "made", pages)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
 
 from workspace.core import files, hints, records
 from workspace.core.console import Console, RunLog, Step
@@ -375,11 +376,11 @@ def _fault(folder: Path, item: Item) -> str | None:
     path = folder / item.name
     if path.is_symlink() or not path.is_file():
         return f"{item.name} is missing"
-    if item.size and (size := path.stat().st_size) != item.size:
-        return f"{item.name} has {size} bytes instead of {item.size} (sha256 {item.sha256})"
-    found = files.sha256(path)
-    changed = f"{item.name} has sha256 {found} instead of {item.sha256}"
-    return None if found == item.sha256 else changed
+    size, found = path.stat().st_size, files.sha256(path)
+    if found == item.sha256:
+        return None
+    cut = f"{size} bytes instead of {item.size}, and " if item.size not in (0, size) else ""
+    return f"{item.name} has {cut}sha256 {found} instead of {item.sha256}"
 
 
 def read(folder: Path) -> Manifest:
@@ -414,6 +415,35 @@ def require_complete(manifest: Manifest, folder: Path) -> None:
             f"the bundle is not as its manifest: {listed(faults)}",
             hint=anew(manifest, folder),
         )
+
+
+def write_pages(manifest: Manifest, folder: Path, pages: Path) -> None:
+    """Write an index (PEP 503) of the files of a bundle that `.vllm` and the checkout need."""
+    from packaging.utils import canonicalize_name
+
+    links: dict[str, list[str]] = {}
+    for item in manifest.items:
+        if "vllm" in item.uses:
+            project = canonicalize_name(item.name.partition("-")[0])
+            url = f"{(folder / item.name).as_uri()}#sha256={item.sha256}"
+            links.setdefault(project, []).append(f'<a href="{url}">{quote(item.name)}</a>')
+    with files.folder_beside(pages) as scratch:
+        for name, lines in links.items():
+            (scratch / "made" / name).mkdir(parents=True)
+            (scratch / "made" / name / "index.html").write_text("<br>".join(lines))
+        files.put_in_place(scratch / "made", pages)
+
+
+def forget_remote(layout: Layout, mirror: str, url: str) -> None:
+    """Name the project's own address where git has recorded the file of a bundle as the remote."""
+    name = layout.relative(layout.vllm)
+    places = (
+        (Git(layout.vllm), "remote.origin.url"),
+        (checkout.superproject(layout), f"submodule.{name}.url"),
+    )
+    for git, setting in places:
+        if git and git.setting(setting) == mirror:
+            git.set_setting(setting, url)
 
 
 def anew(manifest: Manifest, folder: Path) -> str:

@@ -19,7 +19,7 @@ from workspace.compile import (
     targets,
 )
 from workspace.compile.cmake_inputs import Inputs
-from workspace.compile.costs import Costs, History, read_table
+from workspace.compile.costs import Costs, History, known_entries
 from workspace.compile.externals import External
 from workspace.compile.jobs import Jobs, Memory, RebuildPlan
 from workspace.compile.project import Project
@@ -145,7 +145,7 @@ class Job:
         return jobs.work_out(
             self.reached,
             self.project,
-            Costs(read_table(), history.entries),
+            Costs(known_entries(), history.entries),
             Bounds(self.jobs.count, self.memory.budget_gib),
             why_not_hybrid=self.why_native,
         )
@@ -311,12 +311,14 @@ class Job:
         stages.write_stamp(run, verdict, self.source)
         view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}{device_code}"
 
-    def show(self, *, as_json: bool) -> None:
+    def show(self, options: RebuildOptions) -> None:
+        """Print the plan: on stdout only where it was asked for, with --plan."""
         if self.plan is not None:
             console = self.run.run_log.console
-            jobs.show(self.plan, console, as_json=as_json)
+            place = console.stdout if options.plan_only else console
+            jobs.show(self.plan, place, as_json=options.as_json)
             sentence = status.driver_sentence(self.run.observed.kernels.recorded)
-            if sentence and not as_json:
+            if sentence and not options.as_json:
                 console.info(sentence)
 
 
@@ -378,7 +380,7 @@ def show_empty(bounds: tuple[Jobs, Memory], console: Console, *, as_json: bool) 
     """Print the plan where no unit is compiled: for a program, the same document as elsewhere."""
     within = Bounds(bounds[0].count, bounds[1].budget_gib)
     empty = jobs.work_out((), Project((), ()), Costs(()), within)
-    jobs.show(empty, console, as_json=as_json)
+    jobs.show(empty, console.stdout, as_json=as_json)
 
 
 def bounds_of(machine: Machine, options: RebuildOptions) -> tuple[Jobs, Memory]:
@@ -412,7 +414,7 @@ def _act(
         return rebuilt
     run.job = job = Job(run, *bounds, targets=options.targets)
     stages.act(run, PLAN)
-    job.show(as_json=options.as_json)
+    job.show(options)
     if options.plan_only:
         return "nothing was built"
     stages.act(run, COMPILE)

@@ -19,7 +19,7 @@ from workspace.core.files import copy_files, files_below, read_regular, write_at
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
 from workspace.install import bootstrap, plan, precompiled, stages, stamp
-from workspace.machine import run_environment
+from workspace.machine import jit_caches
 from workspace.repo import pins, series
 from workspace.repo.git import Git, command, worktree
 from workspace.repo.pins import COMMIT, Pin
@@ -33,7 +33,7 @@ def furnish(outer: Layout, target: Layout, pin: Pin) -> None:
 
     Patches, tree and environment are added by the caller.
     """
-    driver_caches = [layout.jit / run_environment.DRIVER_CACHE for layout in (outer, target)]
+    driver_caches = [layout.jit / jit_caches.DRIVER_CACHE for layout in (outer, target)]
     for shared in (outer.logs, outer.models, driver_caches[0]):
         shared.mkdir(parents=True, exist_ok=True)
     target.pins.parent.mkdir(parents=True)

@@ -1,6 +1,6 @@
 """Diagnosis of Triton, one row for each finding, without any change.
 
-The rows: the installed Triton, its assemblers, a compiled kernel, shadows.
+The rows: the installed Triton, its assemblers, a compiled kernel, shadows, caches.
 The fixes are in triton_fixes.py.
 """
 
@@ -12,13 +12,14 @@ from typing import Any
 
 from workspace.core import hints, process, records
 from workspace.core.console import Row, State, failed
-from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import is_met, origin, pairing
-from workspace.machine import arch, dotenv, interpreter, torch
+from workspace.machine import arch, dotenv, interpreter, jit_caches, torch
 from workspace.machine.dotenv import Verdict
 from workspace.machine.machine import Case, Machine
+from workspace.repo.git import Git
 
 PROBE_S = 300.0
 # The line of Triton's output that states the cause begins so.
@@ -52,6 +53,7 @@ class Diagnosis:
     verdicts: tuple[Verdict, ...]
     kernel: Kernel | None
     shadow: Path | None
+    foreign: tuple[jit_caches.Foreign, ...]
 
     @property
     def bad(self) -> tuple[Row, ...]:
@@ -83,19 +85,30 @@ def diagnose(machine: Machine) -> Diagnosis:
         dotenv.judge_ptxas(assembler, settings, capability, case.ask) for assembler in assemblers
     )
     kernel = try_kernel(layout, settings, capability) if installed else None
-    shadow = shadowing(layout, kernel)
+    tree, shadow = _tree(layout), shadowing(layout, kernel)
+    stack = jit_caches.observe(machine, tree=tree)
+    foreign = jit_caches.foreign(machine, stack)
     findings = (
         _installed(layout, installed, build, paired),
         *(_assembler(case, verdict, capability) for verdict in verdicts),
         *((_kernel(kernel, is_gpu_torch=is_gpu_torch),) if kernel else ()),
         _shadow(layout, shadow),
+        *_caches(foreign),
     )
-    return Diagnosis(findings, installed, paired, capability, verdicts, kernel, shadow)
+    return Diagnosis(findings, installed, paired, capability, verdicts, kernel, shadow, foreign)
 
 
 def _fault(name: str, text: str, cause: str, fix: str, *, state: State = State.FAIL) -> Row:
     """Return the row of a fault; `fix` is what inv fix-triton does about it."""
     return Row(state, name, text, f"{cause}; fix: {fix}")
+
+
+def _tree(layout: Layout) -> str:
+    """Return the tree OID that caches are keyed by; other screens report a broken repository."""
+    try:
+        return Git(layout.vllm).tree("HEAD") if (layout.vllm / ".git").exists() else jit_caches.NONE
+    except WorkspaceError:
+        return jit_caches.NONE
 
 
 def try_kernel(
@@ -247,3 +260,11 @@ def _shadow(layout: Layout, shadow: Path | None) -> Row:
         "vLLM imports it instead of its own triton_kernels",
         fix,
     )
+
+
+def _caches(foreign: tuple[jit_caches.Foreign, ...]) -> tuple[Row, ...]:
+    rows = tuple(
+        _fault("caches", f"{entry.cache.kind}: {entry.cache.place}", entry.wrote, "rename it")
+        for entry in foreign
+    )
+    return rows or (Row(State.OK, "caches", "the caches hold no kernels of another stack"),)

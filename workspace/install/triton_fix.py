@@ -29,7 +29,7 @@ from workspace.repo import pins
 # GiB that a build adds: objects and libraries, and LLVM with NVIDIA's tools among the downloads
 # (2.9 in a public note), rounded up.
 NEEDED_GIB, NEEDED_CACHE_GIB = 6.0, 5.0
-# Rounds over the fixes: the wheel comes last, and brings other assemblers.
+# Rounds over the fixes: the wheel comes last, and makes the cache of the former Triton foreign.
 ROUNDS = 3
 
 

@@ -1,7 +1,7 @@
 """The fixes of inv fix-triton, cheapest first, each with its plan.
 
-They change a line of .env, move folders away, or install the wheel that torch pairs with. The next
-diagnosis judges the result. The build from source is in triton_fix.py.
+They change a line of .env, move folders away, rename caches, or install the wheel that torch pairs
+with. The next diagnosis judges the result. The build from source is in triton_fix.py.
 """
 
 import datetime
@@ -17,7 +17,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp
 from workspace.install.triton_diagnosis import Diagnosis
-from workspace.machine import dotenv, interpreter
+from workspace.machine import dotenv, interpreter, jit_caches
 from workspace.machine.arch import key
 from workspace.machine.dotenv import Verdict
 from workspace.machine.machine import Case, Machine
@@ -196,6 +196,19 @@ def _move_folders(context: Context, found: Diagnosis) -> str:
     return f"{len(moved)} moved to {layout.relative(quarantine)}"
 
 
+def _plan_caches(_: Context, found: Diagnosis) -> tuple[str, ...]:
+    return tuple(f"rename {foreign.cache.place}" for foreign in found.foreign)
+
+
+def _move_caches(context: Context, found: Diagnosis) -> str:
+    names = []
+    for foreign in found.foreign:
+        place = jit_caches.rename_foreign(foreign)
+        context.run_log.command(shlex.join(["mv", str(foreign.cache.place), str(place)]))
+        names.append(place.name)
+    return f"renamed to {', '.join(names)}; kernels are compiled again when needed"
+
+
 def _plan_wheel(context: Context, found: Diagnosis) -> tuple[str, ...]:
     if found.paired is None or found.can_compile:
         return ()
@@ -243,5 +256,6 @@ def record_installed(layout: Layout) -> None:
 FIXES = (
     Fix("assembler", _plan_assembler, _change_assembler),
     Fix("folders", _plan_folders, _move_folders),
+    Fix("caches", _plan_caches, _move_caches),
     Fix("wheel", _plan_wheel, _install_wheel),
 )

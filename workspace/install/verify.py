@@ -22,7 +22,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.plan import Observation
 from workspace.install.stamp import Library, Stamp
-from workspace.machine import interpreter
+from workspace.machine import failures, interpreter
 from workspace.machine.machine import Machine
 from workspace.machine.torch import TorchBuild
 
@@ -343,12 +343,10 @@ def _probe(layout: Layout, settings: Settings, folder: Path) -> tuple[_Report, _
 
 
 def _failed_import(done: process.Completed) -> BuildError:
-    last = tuple(done.stderr.strip().splitlines()[-15:])
-    return BuildError(
-        f"the built interpreter {process.describe_status(done.returncode)} while it imported"
-        f" vllm: {last[-1] if last else 'no output'}",
-        details=last,
-    )
+    reading = failures.judge(done.stderr.splitlines(), status=done.returncode)
+    last = reading.tail[-1] if reading.tail else "no output"
+    how = failures.how_ended(done.returncode, reading, otherwise=last)
+    return BuildError(f"the import of vllm in .vllm {how}", details=reading.tail)
 
 
 def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:

@@ -5,28 +5,24 @@ A preflight selects from the one table of checks. Checks only read, and run in p
 """
 
 import contextlib
-import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import hints, process
+from workspace.core import hints
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import ToolchainError, WorkspaceError
-from workspace.core.process import Broken, There
+from workspace.core.process import There
 from workspace.machine import (
     doctor_host,
     doctor_toolchain,
     dotenv,
-    interpreter,
     run_environment,
     toolchain,
 )
-from workspace.machine.arch import key
 from workspace.machine.doctor_toolchain import required_compiler
 from workspace.machine.machine import Case, Machine, Place, unanswered
 
@@ -42,15 +38,6 @@ _START_UP = {
     "zsh": (".zshrc", 'eval "$({} completion zsh)"'),
     "fish": (".config/fish/config.fish", "{} completion fish | source"),
 }
-
-_SONAME = re.compile(r"lib[\w+-]+\.so(\.\d+)?")
-NUMA_LIBRARY = "libnuma.so.1"
-# Loads a library as Python does, and prints the loader's own sentence where it cannot.
-_LOAD = """import ctypes, sys
-try:
-    ctypes.CDLL(sys.argv[1])
-except OSError as exc:
-    sys.exit(str(exc))"""
 
 
 def ccache(case: Case) -> Iterator[Row]:
@@ -91,125 +78,6 @@ def completion(case: Case) -> Iterator[Row]:
     yield Row(State.OK, "completion", f"{name} does not complete verbs and values", hint=hint)
 
 
-def library_path(case: Case) -> Iterator[Row]:
-    """Check that no folder of LD_LIBRARY_PATH has a library that torch brings too.
-
-    The loader would take the library from that folder (ld.so(8)).
-    """
-    text = case.settings.child_environment("run").get("LD_LIBRARY_PATH", "")
-    why = (
-        "the loader takes a library from there before torch's own of the same name, whatever its"
-        " version"
-    )
-    if not text:
-        yield Row(State.OK, "library path", "not set", why)
-        return
-    # A blank does not separate entries; a semicolon does, as well as a colon.
-    entries = re.split(r"[:;]", text)
-    faults = dict(_library_faults(case, entries))
-    if faults:
-        hint = _library_hint(case, entries, faults)
-        yield Row(State.WARN, "library path", "; ".join(faults.values()), why, hint)
-        return
-    folders = f"{len(entries)} folder{'s' if len(entries) > 1 else ''}"
-    yield Row(State.OK, "library path", f"{folders}, none with a library of torch's", why)
-
-
-def numa_library(case: Case) -> Iterator[Row]:
-    """Check libnuma, which the CPU wheels' kernels name (NEEDED of _C.abi3.so) and no wheel brings.
-
-    A CUDA build needs none of it; a native CPU build does without it.
-    """
-    if case.device != "cpu":
-        return
-    why = "the precompiled kernels for CPUs are linked against it"
-    argv = [sys.executable, "-I", "-c", _LOAD, NUMA_LIBRARY]
-    environment = case.settings.child_environment("run")
-    limit_s = run_environment.ANSWER_S
-    answer = process.output_of(process.ask(argv, env=environment, limit_s=limit_s))
-    hint = hints.text("machine.apt_libnuma")
-    state = State.WARN if case.is_native else State.FAIL
-    missing = Row(state, "libnuma", f"{NUMA_LIBRARY} is missing", why, hint)
-    if isinstance(answer, There):
-        yield Row(State.OK, "libnuma", f"{NUMA_LIBRARY} is installed", why)
-    elif isinstance(answer, Broken) and "No such file" in answer.message:
-        yield missing
-    else:
-        yield unanswered(missing, answer, look=hint)
-
-
-def _library_faults(case: Case, entries: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield each harmful entry of LD_LIBRARY_PATH with a sentence on it."""
-    own = _libraries_of_torch(case)
-    for entry in dict.fromkeys(entries):
-        if not entry:
-            yield entry, "an empty entry, which means the current folder"
-        elif not _is_torchs_toolkit(case, Path(entry)) and (
-            shadows := sorted(own & _libraries(Path(entry)))
-        ):
-            more = f" and {len(shadows) - 3} more" if len(shadows) > 3 else ""
-            yield entry, f"{entry} has {', '.join(shadows[:3])}{more}"
-
-
-def _library_hint(case: Case, entries: list[str], faults: Mapping[str, str]) -> str:
-    # Children always get CUDA_HOME's own folder; to remove it from the shell's list changes
-    # nothing.
-    home = case.settings.path("CUDA_HOME")
-    if home and set(faults) == {str(home / "lib64")}:
-        wanted = (build.cuda if (build := case.torch()) else None) or "13.0"
-        return hints.text(
-            "machine.cuda_home_dotenv", version=wanted, package=wanted.replace(".", "-")
-        )
-    passed = case.settings.passed.get("LD_LIBRARY_PATH")
-    if passed and passed.source == ".env":
-        return hints.text("machine.drop_library_path")
-    toolkits = str((home or Path("/nonexistent")) / "lib64")
-    kept = ":".join(
-        entry for entry in dict.fromkeys(entries) if entry not in faults and entry != toolkits
-    )
-    return (
-        hints.text("machine.export_library_path", path=kept)
-        if kept
-        else hints.text("machine.unset_library_path")
-    )
-
-
-def _is_torchs_toolkit(case: Case, folder: Path) -> bool:
-    """Return whether a folder is CUDA_HOME's and of torch's own CUDA: it is then harmless."""
-    home, build, found = case.settings.path("CUDA_HOME"), case.torch(), case.toolkit()
-    return (
-        home is not None
-        and folder == home / "lib64"
-        and build is not None
-        and build.cuda is not None
-        and found is not None
-        and key(found.version)[:2] == key(build.cuda)[:2]
-    )
-
-
-def _libraries_of_torch(case: Case) -> frozenset[str]:
-    """Return the names of torch's own libraries and of those in NVIDIA's wheels beside it."""
-    packages = interpreter.site_packages(case.layout)
-    folders = [
-        folder
-        for package in packages
-        for folder in (package / "torch" / "lib", *package.glob("nvidia/*/lib"))
-    ]
-    return frozenset().union(*(_libraries(folder) for folder in folders))
-
-
-def _libraries(folder: Path) -> frozenset[str]:
-    """Return the libraries in a folder by name and major version, such as libcublas.so.13.
-
-    The set is empty where the folder cannot be read.
-    """
-    try:
-        found = (_SONAME.match(name) for name in os.listdir(folder))
-    except OSError:
-        return frozenset()
-    return frozenset(name[0] for name in found if name and name[1])
-
-
 @dataclass(frozen=True)
 class Check:
     """A check and the purposes for which a preflight runs it."""
@@ -245,8 +113,8 @@ CHECKS: tuple[Check, ...] = (
     _check(doctor_toolchain.agreement, "cuda", "native"),
     _check(doctor_toolchain.archs, "native"),
     _check(dotenv.ptxas),
-    _check(library_path, "native"),
-    _check(numa_library, "cpu"),
+    _check(run_environment.library_path, "native"),
+    _check(run_environment.numa_library, "cpu"),
     _check(doctor_toolchain.running_programs, "native"),
     _check(doctor_host.token),
     _check(doctor_host.settings),

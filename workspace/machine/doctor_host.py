@@ -139,7 +139,15 @@ def disk(case: Case) -> Iterator[Row]:
 def folders(case: Case) -> Iterator[Row]:
     """Check that every folder that will grow is writable; no row where all are."""
     for place in case.places:
-        if fault := unusable_folder(place.path):
+        if place.label == "TMPDIR" and not place.path.is_dir():
+            # nvcc ends there; gcc and Python take another folder without a word.
+            state = State.FAIL if case.is_native else State.WARN
+            unset = hints.text("machine.unset", name="TMPDIR")
+            drop = hints.text("machine.drop_from_dotenv", name="TMPDIR")
+            hint = unset if "TMPDIR" in case.settings.shell else drop
+            seen = f"TMPDIR {place.path} is no folder"
+            yield Row(state, "folder", seen, "compilers write there", hint)
+        elif fault := unusable_folder(place.path):
             state, why = State.FAIL if place.is_vital else State.WARN, "is created or changed there"
             yield Row(state, "folder", fault[0], f"{place.path} {why}", fault[1])
 

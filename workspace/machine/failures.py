@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import records
+from workspace.core import process, records
 
 Lack = Literal["memory", "cache"]
 Speaker = Literal["front", "engine", "worker"]
@@ -28,6 +28,8 @@ CARRIED_LINES = 80
 
 # What stands before a message: "(EngineCore_DP0 pid=12) ", "ERROR 11-23 20:01:02 ", "[core.py:1] "
 # (vllm/logger.py; before 0.7 "core.py:1] "), "[rank0]: " (torch), "INFO:     " (uvicorn).
+# "[node b] ": the node of a server over several (server/node_link.py).
+_NODE = re.compile(r"\[node ([\w.-]{1,64})\] ")
 _PROCESS = re.compile(r"\(([A-Za-z_]+)[^()]{0,60}?\bpid=(\d+)[^()]{0,60}\)\s?")
 _LEVEL = re.compile(
     r"(TRACE|DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: \d\d-\d\d \d\d:\d\d:\d\d\s|: {2,})"
@@ -78,13 +80,16 @@ _CARRIED = re.compile(
     r"\b(?:fatal )?error\s*:|\bfatal\s*:|undefined reference|cannot find -l|signal terminated"
     r"|died due to signal|^FAILED: "
 )
+# The process whose status is known: no line of its log names it.
+_FRONT = "the server"
 _SIGNAL = re.compile(r"-(\d+)\b")
 # Exit statuses of a program that a signal ended, itself or a child of a shell.
+_KILLED, _TERMINATED = "process-killed", "process-terminated"
 _ENDS = {
-    -signal.SIGKILL: "process-killed",
-    128 + signal.SIGKILL: "process-killed",
-    -signal.SIGTERM: "process-terminated",
-    128 + signal.SIGTERM: "process-terminated",
+    -signal.SIGKILL: _KILLED,
+    128 + signal.SIGKILL: _KILLED,
+    -signal.SIGTERM: _TERMINATED,
+    128 + signal.SIGTERM: _TERMINATED,
 }
 
 
@@ -140,13 +145,21 @@ class Harmless:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a log without colours and prefix; `speaker` and `pid` are None without a prefix."""
+    """A line of a log without colours and prefix; `speaker` and `pid` are None without a prefix.
+
+    `node` is the node of a server over several, with which `pid` then begins.
+    """
 
     text: str
     speaker: Speaker | None = None
     pid: str | None = None
     level: str | None = None
     place: str = ""
+    node: str = ""
+
+    @property
+    def marked(self) -> str:
+        return f"node {self.node}: {self.text}" if self.node else self.text
 
 
 @dataclass(frozen=True)
@@ -201,7 +214,9 @@ def harmless() -> tuple[Harmless, ...]:
     return records.convert(_table()["harmless"], tuple[Harmless, ...])
 
 
-def read(log: Path, *, status: int | None, begin: int = 0, end: int | None = None) -> Reading:
+def read(
+    log: Path, *, status: int | None, begin: int = 0, end: int | None = None, kills: int = 0
+) -> Reading:
     """Read the end of a log, or of its part from byte `begin` to `end`, and find the cause as
     `judge` does.
     """
@@ -212,32 +227,55 @@ def read(log: Path, *, status: int | None, begin: int = 0, end: int | None = Non
             lines = file.read(max(0, end - first)).decode("utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    return judge(lines, status=status)
+    return judge(lines, status=status, kills=kills)
 
 
-def judge(lines: Sequence[str], *, status: int | None) -> Reading:
+def judge(lines: Sequence[str], *, status: int | None, kills: int = 0) -> Reading:
     """Find the cause of a failure in a log, None if nothing in it may be one.
 
-    `status` is the front's exit status as subprocess counts it, or None if this workspace ended it:
-    SIGKILL, and the SIGTERM of earlyoom, mean that memory ran out.
+    `status` is the front's exit status as subprocess counts it, or None if this workspace ended it.
+    `kills` are the processes that the kernel killed meanwhile because memory ran out: without one
+    SIGKILL may be anybody's. The SIGTERM of earlyoom means that memory ran out.
     """
     plain = [parse(line) for line in lines]
     parsed = [_unframed(line) for line in plain]
     candidates = list(_candidates(parsed))
-    ended = _by_status(status)
+    ended = _proven(_by_status(status), kills)
     best = min(candidates, key=lambda one: one.order, default=None)
-    shown = [line.text for line in plain if line.text.strip()]
+    shown = [line.marked for line in plain if line.text.strip()]
     tail = tuple(line[:LONGEST_SHOWN] for line in shown[-SHOWN_TAIL_LINES:])
     if ended and (best is None or best.rank > _SIGNALLED):
-        return Reading(_who_ended(ended, None, "the server"), ended.lack, tail, ended)
+        return Reading(_who_ended(ended, None, _FRONT), ended.lack, tail, ended)
     if best is None:
         return Reading(None, None, tail)
-    line, symptom = parsed[best.index], best.symptom
+    line, symptom = parsed[best.index], _proven(best.symptom, kills)
     if symptom and symptom.is_last_resort:
         first = _who_ended(symptom, line.text, _who(line.text))
     else:
         first = _with_detail(parsed, best)
+    first = f"node {line.node}: {first}" if line.node else first
     return Reading(first, symptom.lack if symptom else None, tail, symptom, line.speaker)
+
+
+def how_ended(status: int | None, reading: Reading, *, otherwise: str = "") -> str:
+    """Return how a program ended, and why: the end of a sentence that begins with its name.
+
+    `otherwise` is the reason where the log shows no cause. A status of None: its supervisor was
+    killed, too.
+    """
+    how = "was killed with its supervisor" if status is None else process.describe_status(status)
+    why = reading.sentence or otherwise
+    if reading.symptom and reading.symptom.is_last_resort and why.startswith(f"{_FRONT} "):
+        # It is about this process, and has its signal.
+        return why.removeprefix(f"{_FRONT} ")
+    return f"{how}: {why}" if why else how
+
+
+def ending(lines: Sequence[str], status: int) -> tuple[str, str | None]:
+    """Judge the output of a program that is no server, for process.run."""
+    reading = judge(lines, status=status)
+    hint = reading.symptom.next_command() if reading.symptom else None
+    return how_ended(status, reading), hint
 
 
 def find_in_build(lines: Sequence[str]) -> tuple[int, Symptom] | None:
@@ -269,9 +307,13 @@ def parse(line: str) -> Line:
     """Split a line into its prefix and its text, without colours."""
     rest = _COLOUR.sub("", line[:LONGEST_LINE])
     parsed = Line("")
+    if found := _NODE.match(rest):
+        # Two nodes may have the same pid.
+        parsed, rest = Line("", pid=found[1], node=found[1]), rest[found.end() :]
     for _ in range(6):
         if found := _PROCESS.match(rest):
-            parsed = replace(parsed, speaker=_speaker(found[1]), pid=found[2])
+            pid = f"{parsed.node} {found[2]}" if parsed.node else found[2]
+            parsed = replace(parsed, speaker=_speaker(found[1]), pid=pid)
         elif found := _LEVEL.match(rest):
             parsed = replace(parsed, level=found[1])
         elif found := _GLOG.match(rest):
@@ -286,7 +328,7 @@ def parse(line: str) -> Line:
 
 def without_prefix(line: str) -> str:
     """Return a line of vLLM's log without its process, level, time, source and colours."""
-    return parse(line).text
+    return parse(line).marked
 
 
 def _candidates(parsed: Sequence[Line]) -> Iterator[_Candidate]:
@@ -382,6 +424,15 @@ def _by_status(status: int | None) -> Symptom | None:
     """Return the symptom of a front that a signal ended, which the workspace did not send."""
     name = _ENDS.get(status or 0)
     return next((symptom for symptom in symptoms() if symptom.name == name), None)
+
+
+def _proven(symptom: Symptom | None, kills: int) -> Symptom | None:
+    """Return a symptom; that of SIGKILL with its reason where the kernel has killed a process."""
+    if symptom is None or symptom.name != _KILLED or not kills:
+        return symptom
+    hint = next(row.hint for row in symptoms() if row.name == _TERMINATED)
+    cause = f"{symptom.cause}: memory ran out"
+    return replace(symptom, cause=cause, hint=hint, lack="memory")
 
 
 def _who_ended(symptom: Symptom, text: str | None, who: str) -> str:

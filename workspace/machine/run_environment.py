@@ -1,33 +1,32 @@
 """The environment of a running vLLM, which smoke, bench, serve, `inv run` and `inv shell` share,
-the names that the pinned vLLM reads, and the folders of kernels that are compiled while it runs.
+the names that the pinned vLLM reads, and the check of LD_LIBRARY_PATH.
 
-The user's values (shell, then .env) go before a recipe's, and those before defaults. Each stack has
-cache folders of its own below .workspace/jit, so that nothing of another tree, torch, triton or
-architecture is ever loaded (vllm-project/vllm#41871). The caches at the usual places belong to the
-user, and no run of the workspace reads or writes them.
+The user's values (shell, then .env) go before a recipe's, and those before defaults.
 """
 
 import ast
 import contextlib
 import functools
-import hashlib
-import json
+import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from workspace.core import hints, process, records
 from workspace.core.child_variables import Phase
-from workspace.core.errors import SmokeError, ToolchainError, counted
+from workspace.core.console import Row, State
+from workspace.core.errors import SmokeError, ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
+from workspace.core.process import Broken, There
 from workspace.core.settings import Settings, shortened
-from workspace.machine import interpreter, torch
-from workspace.machine.machine import Machine
+from workspace.machine import interpreter, jit_caches, torch
+from workspace.machine.arch import key
+from workspace.machine.machine import Case, Machine, unanswered
 
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0
@@ -35,6 +34,14 @@ VOCABULARIES = ("o200k_base.tiktoken", "cl100k_base.tiktoken")
 ENCODINGS = "TIKTOKEN_ENCODINGS_BASE"
 # A call in tiktoken's source: `load_tiktoken_bpe("https://…/NAME", expected_hash="…")`.
 _PUBLISHED = re.compile(r"""["'](\w+://[^"']+/([^/"']+))["'],\s*expected_hash=["'](\w{64})["']""")
+_SONAME = re.compile(r"lib[\w+-]+\.so(\.\d+)?")
+NUMA_LIBRARY = "libnuma.so.1"
+# Loads a library as Python does, and prints the loader's own sentence where it cannot.
+_LOAD = """import ctypes, sys
+try:
+    ctypes.CDLL(sys.argv[1])
+except OSError as exc:
+    sys.exit(str(exc))"""
 _REMOVED = Path(__file__).with_name("removed.toml")
 
 
@@ -163,13 +170,13 @@ def built_environment(
     settings: Settings,
     phase: Phase,
     *,
-    stack: "Stack | None",
+    stack: jit_caches.Stack | None,
     recipe: Mapping[str, str] | None = None,
     given: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the environment of a vLLM that the workspace starts; see core/child_variables.py.
 
-    `stack` decides the folders of compiled kernels (observe_stack; None: the usual folders),
+    `stack` decides the folders of compiled kernels (jit_caches.observe; None: the usual folders),
     `recipe` is the environment of a recipe, and `given` the variables of the starting room.
     """
     facts: dict[str, str | None] = {}
@@ -181,7 +188,7 @@ def built_environment(
         known = known_variables(layout)
         facts |= {name: None for name in removed_names("variables") if known and name not in known}
     if stack is not None:
-        facts |= cache_variables(layout, settings, stack)
+        facts |= jit_caches.variables(layout, settings, stack)
     facts[ENCODINGS] = _encodings(layout, settings, recipe or {})
     return settings.child_environment(
         phase, {**facts, **(given or {})}, layout=layout, recipe=recipe
@@ -224,6 +231,124 @@ def _encodings(layout: Layout, settings: Settings, recipe: Mapping[str, str]) ->
     )
 
 
+def library_path(case: Case) -> Iterator[Row]:
+    """Check that no folder of LD_LIBRARY_PATH has a library that torch brings too.
+
+    The loader would take the library from that folder (ld.so(8)).
+    """
+    text = case.settings.child_environment("run").get("LD_LIBRARY_PATH", "")
+    why = (
+        "the loader takes a library from there before torch's own of the same name, whatever its"
+        " version"
+    )
+    if not text:
+        yield Row(State.OK, "library path", "not set", why)
+        return
+    # A blank does not separate entries; a semicolon does, as well as a colon.
+    entries = re.split(r"[:;]", text)
+    faults = dict(_library_faults(case, entries))
+    if faults:
+        hint = _library_hint(case, entries, faults)
+        yield Row(State.WARN, "library path", "; ".join(faults.values()), why, hint)
+        return
+    folders = f"{len(entries)} folder{'s' if len(entries) > 1 else ''}"
+    yield Row(State.OK, "library path", f"{folders}, none with a library of torch's", why)
+
+
+def numa_library(case: Case) -> Iterator[Row]:
+    """Check libnuma, which the CPU wheels' kernels name (NEEDED of _C.abi3.so) and no wheel brings.
+
+    A CUDA build needs none of it; a native CPU build does without it.
+    """
+    if case.device != "cpu":
+        return
+    why = "the precompiled kernels for CPUs are linked against it"
+    argv = [sys.executable, "-I", "-c", _LOAD, NUMA_LIBRARY]
+    environment = case.settings.child_environment("run")
+    answer = process.output_of(process.ask(argv, env=environment, limit_s=ANSWER_S))
+    hint = hints.text("machine.apt_libnuma")
+    state = State.WARN if case.is_native else State.FAIL
+    missing = Row(state, "libnuma", f"{NUMA_LIBRARY} is missing", why, hint)
+    if isinstance(answer, There):
+        yield Row(State.OK, "libnuma", f"{NUMA_LIBRARY} is installed", why)
+    elif isinstance(answer, Broken) and "No such file" in answer.message:
+        yield missing
+    else:
+        yield unanswered(missing, answer, look=hint)
+
+
+def _library_faults(case: Case, entries: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield each harmful entry of LD_LIBRARY_PATH with a sentence on it."""
+    own = _libraries_of_torch(case)
+    for entry in dict.fromkeys(entries):
+        if not entry:
+            yield entry, "an empty entry, which means the current folder"
+        elif not _is_torchs_toolkit(case, Path(entry)) and (
+            shadows := sorted(own & _libraries(Path(entry)))
+        ):
+            more = f" and {len(shadows) - 3} more" if len(shadows) > 3 else ""
+            yield entry, f"{entry} has {', '.join(shadows[:3])}{more}"
+
+
+def _library_hint(case: Case, entries: list[str], faults: Mapping[str, str]) -> str:
+    # Children always get CUDA_HOME's own folder; to remove it from the shell's list changes
+    # nothing.
+    home = case.settings.path("CUDA_HOME")
+    if home and set(faults) == {str(home / "lib64")}:
+        wanted = (build.cuda if (build := case.torch()) else None) or "13.0"
+        return hints.text(
+            "machine.cuda_home_dotenv", version=wanted, package=wanted.replace(".", "-")
+        )
+    passed = case.settings.passed.get("LD_LIBRARY_PATH")
+    if passed and passed.source == ".env":
+        return hints.text("machine.drop_library_path")
+    toolkits = str((home or Path("/nonexistent")) / "lib64")
+    kept = ":".join(
+        entry for entry in dict.fromkeys(entries) if entry not in faults and entry != toolkits
+    )
+    return (
+        hints.text("machine.export_library_path", path=kept)
+        if kept
+        else hints.text("machine.unset_library_path")
+    )
+
+
+def _is_torchs_toolkit(case: Case, folder: Path) -> bool:
+    """Return whether a folder is CUDA_HOME's and of torch's own CUDA: it is then harmless."""
+    home, build, found = case.settings.path("CUDA_HOME"), case.torch(), case.toolkit()
+    return (
+        home is not None
+        and folder == home / "lib64"
+        and build is not None
+        and build.cuda is not None
+        and found is not None
+        and key(found.version)[:2] == key(build.cuda)[:2]
+    )
+
+
+def _libraries_of_torch(case: Case) -> frozenset[str]:
+    """Return the names of torch's own libraries and of those in NVIDIA's wheels beside it."""
+    packages = interpreter.site_packages(case.layout)
+    folders = [
+        folder
+        for package in packages
+        for folder in (package / "torch" / "lib", *package.glob("nvidia/*/lib"))
+    ]
+    return frozenset().union(*(_libraries(folder) for folder in folders))
+
+
+def _libraries(folder: Path) -> frozenset[str]:
+    """Return the libraries in a folder by name and major version, such as libcublas.so.13.
+
+    The set is empty where the folder cannot be read.
+    """
+    try:
+        found = (_SONAME.match(name) for name in os.listdir(folder))
+    except OSError:
+        return frozenset()
+    return frozenset(name[0] for name in found if name and name[1])
+
+
 def published_vocabularies(layout: Layout) -> dict[str, tuple[str, str]]:
     """Return address and SHA-256 of each vocabulary from the source of the tiktoken in `.vllm`.
 
@@ -240,126 +365,3 @@ def published_vocabularies(layout: Layout) -> dict[str, tuple[str, str]]:
             hint=hints.text("inv.bootstrap"),
         )
     return found
-
-
-NONE = "none"
-KEY_DIGITS = 12
-STACK_FILE = "stack.json"
-# The driver's own cache of compiled PTX, below .workspace/jit. The driver keys each entry by the
-# code, the GPU and its own version, so one folder serves every stack.
-DRIVER_CACHE = "driver"
-# The largest size that the driver accepts, 4 GiB (CUDA C++ Programming Guide, CUDA Environment
-# Variables). Its default is 1 GiB, on embedded systems 256 MiB, and it evicts what is older.
-DRIVER_CACHE_BYTES = 4 << 30
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The software and GPU that compiled kernels belong to.
-
-    `tree` identifies vendor/vllm, by its tree OID for example; the others are `none` where missing.
-    """
-
-    tree: str
-    torch: str
-    triton: str
-    flashinfer: str
-    architecture: str
-
-    @property
-    def key(self) -> str:
-        """Return the name of the folder of Triton's kernels and torch compile's graphs."""
-        return _digest(self.tree, self.torch, self.triton, self.architecture)
-
-    @property
-    def library_key(self) -> str:
-        """Return the name of FlashInfer's folder.
-
-        Its libraries take half an hour to compile and contain nothing of the tree or of Triton.
-        """
-        return _digest("flashinfer", self.flashinfer, self.torch, self.architecture)
-
-
-def observe_stack(machine: Machine, *, tree: str) -> Stack:
-    """Return the stack that `.vllm` runs as.
-
-    The driver is asked for the GPUs only where torch is built for CUDA. Starts no Python.
-    """
-    build, there = machine.torch(), machine.packages()
-    capabilities = machine.capabilities if build and build.cuda else ()
-    return Stack(
-        tree=tree,
-        torch=f"{build.version} CUDA {build.cuda or NONE}" if build else NONE,
-        triton=there.get("triton", NONE),
-        flashinfer=there.get("flashinfer-python", NONE),
-        architecture=" ".join(sorted(set(capabilities))) or NONE,
-    )
-
-
-def cache_variables(layout: Layout, settings: Settings, stack: Stack) -> Mapping[str, str]:
-    """Return the variables with which a vLLM keeps its kernels in this stack's folders only.
-
-    A variable that the user sets, in the shell or in .env, is left out. Changes nothing.
-    """
-    own, library = layout.jit / stack.key, layout.jit / stack.library_key
-    keyed = {
-        "TRITON_CACHE_DIR": own / "triton",
-        "TORCHINDUCTOR_CACHE_DIR": own / "inductor",
-        "VLLM_CACHE_ROOT": own / "vllm",
-        "FLASHINFER_WORKSPACE_BASE": library,
-    }
-    found = {name: str(place) for name, place in keyed.items()}
-    if stack.architecture != NONE:
-        found["CUDA_CACHE_PATH"] = str(layout.jit / DRIVER_CACHE)
-        found["CUDA_CACHE_MAXSIZE"] = str(DRIVER_CACHE_BYTES)
-    # Triton uses its home only for what has no folder of its own, but a user who sets it means all
-    # of Triton's files.
-    if _set(settings, "TRITON_HOME"):
-        del found["TRITON_CACHE_DIR"]
-    return {name: text for name, text in found.items() if not _set(settings, name)}
-
-
-def record_stack(layout: Layout, stack: Stack) -> None:
-    """Write a stack's description beside its folders, once, for a person who reads them; and make
-    the driver's folder, which it may only fill.
-    """
-    if stack.architecture != NONE:
-        (layout.jit / DRIVER_CACHE).mkdir(parents=True, exist_ok=True)
-    for key in (stack.key, stack.library_key):
-        path = layout.jit / key / STACK_FILE
-        if not path.exists():
-            records.write(path, stack)
-
-
-def compiled_since(environment: Mapping[str, str], start: float) -> str:
-    """Return what a run with this environment has compiled since a time, such as `Triton 3
-    kernels, the driver 12 MB`; FlashInfer's libraries by name. Empty if nothing is finished yet.
-    """
-
-    def fresh(variable: str, pattern: str) -> list[Path]:
-        place = environment.get(variable)
-        found = Path(place).glob(pattern) if place else ()
-        with contextlib.suppress(OSError):
-            return [path for path in found if path.is_file() and path.stat().st_mtime >= start]
-        return []
-
-    # Triton has a folder for each kernel, with several files.
-    kernels = len({path.parent for path in fresh("TRITON_CACHE_DIR", "*/*.json")})
-    libraries = fresh("FLASHINFER_WORKSPACE_BASE", ".cache/flashinfer/*/*/cached_ops/*/build.ninja")
-    names = ", ".join(sorted(path.parent.name for path in libraries)[:3])
-    size = sum(path.stat().st_size for path in fresh("CUDA_CACHE_PATH", "*/*/*"))
-    parts = (
-        f"Triton {counted(kernels, 'kernel')}" if kernels else "",
-        f"FlashInfer {names}" if names else "",
-        f"the driver {size / 1e6:.1f} MB" if size else "",
-    )
-    return ", ".join(part for part in parts if part)
-
-
-def _set(settings: Settings, name: str) -> str | None:
-    value = settings.passed.get(name)
-    return settings.shell.get(name) or (value.text if value else None)
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:KEY_DIGITS]

@@ -18,7 +18,7 @@ from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine import interpreter
+from workspace.machine import failures, interpreter
 from workspace.machine.requirements import COMPANIONS
 
 # uv's backend for CUDA 13 of a DGX Spark. Since torch 2.11 the plain index has CUDA 13 builds for
@@ -93,13 +93,12 @@ def load(layout: Layout, settings: Settings) -> TorchBuild:
         ) from exc
     process.require_not_killed(done, "the import of torch")
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [
-            f"Python {process.describe_status(done.returncode)}"
-        ]
+        reading = failures.judge(done.stderr.splitlines(), status=done.returncode)
+        last = reading.tail[-1] if reading.tail else process.describe_status(done.returncode)
         raise BuildError(
-            f"torch in .vllm cannot be imported: {lines[-1].strip()}",
+            f"torch in .vllm cannot be imported: {reading.sentence or last.strip()}",
             hint=hints.text("machine.set_venv_aside"),
-            details=tuple(lines[-10:]),
+            details=reading.tail,
         )
     return records.decode(done.stdout.splitlines()[-1], TorchBuild)
 

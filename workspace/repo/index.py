@@ -139,7 +139,8 @@ def project_page(project: str, settings: Settings) -> "ProjectPage":
         raise _unavailable(f"the package index has no project {project}") from exc
     except requests.HTTPError as exc:
         status = exc.response.status_code
-        raise _unavailable(f"the package index answers {status} for {project}") from exc
+        who = "a proxy that wants a login" if status == 407 else "the package index"
+        raise _unavailable(f"{who} answers {status} for {project}") from exc
     except requests.RequestException as exc:
         reason = files.reason_of(exc)
         raise _unavailable(f"the package index gives no page of {project}: {reason}") from exc
@@ -166,7 +167,11 @@ def _page(client: "PyPISimple", project: str, timeout_s: float) -> "ProjectPage"
         reply.raise_for_status()
         # `content`, which from_response reads, would have no bound.
         reply._content = b"".join(files.received(reply, files.LARGEST_PAGE))
-        return ProjectPage.from_response(reply, project)
+        page = ProjectPage.from_response(reply, project)
+        if not page.packages and "json" not in reply.headers.get("Content-Type", ""):
+            # The login page of a network, or of a proxy, answers 200 as well.
+            raise ValueError("it names no file")
+        return page
 
 
 def _unavailable(message: str) -> SourceError:

@@ -4,6 +4,7 @@ The work itself is in patches, export, importing and overview. A patch as a
 branch, and what is read or fetched for an import, are here.
 """
 
+import codecs
 import contextlib
 import functools
 import itertools
@@ -311,12 +312,22 @@ def _origin(session: Session, source: str) -> Origin:
         return Origin(raw, name, public)
     path = typed(source)
     try:
-        return Origin(read_regular(path), path.name.removesuffix(".patch"), None)
+        return Origin(_in_utf8(read_regular(path)), path.name.removesuffix(".patch"), None)
     except OSError as exc:
         raise SettingsError(
-            f"{source} cannot be read: {exc.strerror}",
+            f"{source or repr(source)} cannot be read: {exc.strerror}",
             hint=hints.text("repo.what_to_import"),
         ) from exc
+
+
+def _in_utf8(raw: bytes) -> bytes:
+    """Return a mail without the byte order mark of an editor, and in UTF-8 what `>` of PowerShell
+    wrote in UTF-16.
+    """
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raw = raw.decode("utf-16", errors="replace").encode()
+    return raw
 
 
 def _net_of(page: str, session: Session) -> Callable[[], bytes]:
@@ -368,9 +379,13 @@ def _pull_request(session: Session, number: int) -> Origin:
             raw = am.mails_of_request(git, found.base, found.head)
             net = functools.partial(am.net_change, git, found.base, found.head)
             return Origin(raw, name, public, net, found.merges > 0)
-        reason = f"all commits of pull request {number} are in main already, or it is empty"
-        if public is None:
-            raise PatchDrift(reason, hint=hints.text("repo.newer_releases"))
+        # git's answer is final: no mail is awaited from a page that may not be reachable.
+        raise PatchDrift(
+            f"all commits of pull request {number} are in main already, or it is empty",
+            hint=hints.text("repo.merged_request", url=public)
+            if public
+            else hints.text("repo.newer_releases"),
+        )
     except SourceError as exc:
         reason = exc.message
         if public is None:

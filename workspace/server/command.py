@@ -22,7 +22,7 @@ from workspace.core.known_settings import KNOWN, has_login, is_relative, is_secr
 from workspace.core.paths import Layout
 from workspace.core.process import There
 from workspace.core.settings import Settings
-from workspace.machine import hardware, run_environment
+from workspace.machine import hardware, jit_caches, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo.git import Git
 from workspace.server import flags, models, public_recipes
@@ -267,6 +267,20 @@ def require_files(layout: Layout, settings: Settings, args: Sequence[str]) -> No
     _require_modules(layout, settings, modules)
 
 
+def reference_folder(settings: Settings, reference: flags.Reference) -> Path | None:
+    """Return the folder of what a flag names, None if it is not on this machine."""
+    path, cache = Path(reference.name), models.hub_cache(settings)
+    return path if path.is_absolute() else models.cached(cache, reference.name, reference.revision)
+
+
+def is_here(settings: Settings, reference: flags.Reference) -> bool:
+    """Return whether what a flag names is on this machine, so that vLLM needs no hub for it."""
+    folder = reference_folder(settings, reference)
+    if folder is None:
+        return False
+    return models.holds(folder, reference.needs) if reference.needs else models.is_complete(folder)
+
+
 def _problem(layout: Layout, args: Sequence[str], key: str, path: Path) -> str | None:
     """Return what is wrong with the file or folder of a setting, None if nothing is."""
     if key == "chat_template":
@@ -458,9 +472,9 @@ def built_environment(
     layout, settings = machine.layout, machine.settings
     if not is_shown:
         run_environment.require_own_tree(machine)
-    stack = run_environment.observe_stack(machine, tree=tree_oid(layout))
+    stack = jit_caches.observe(machine, tree=tree_oid(layout))
     if not is_shown:
-        run_environment.record_stack(layout, stack)
+        jit_caches.record(layout, stack)
     return run_environment.built_environment(
         layout, settings, phase, stack=stack, recipe=recipe, given=given
     )

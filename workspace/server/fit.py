@@ -27,7 +27,7 @@ Verdict = Literal["yes", "after drop-caches", "no"]
 MARGIN_GIB = 2.0
 # A smaller cache serves one short request at a time.
 LEAST_KV_GIB = 0.5
-SHARE, SEQUENCES, LENGTH = "--gpu-memory-utilization", "--max-num-seqs", "--max-model-len"
+SHARE, SEQUENCES, LENGTH = flags.SHARE, "--max-num-seqs", "--max-model-len"
 # vLLM's own default, except on the largest GPUs (vllm/engine/arg_utils.py).
 DEFAULT_SEQUENCES = 256
 STEP, LEAST_SHARE, LEAST_LENGTH = 0.1, 0.05, 256
@@ -208,16 +208,10 @@ def judge(
         hint = hints.text("server.recipes_fit")
         return Fit("no", needs_gib(recipe, args), offloaded, frees[0], sentence, hint)
     used = frees[: split.local] if device == "cuda" else frees[:1]
-    judged = [
-        judge_one(
-            _part(recipe, args, split, free) if device == "cuda" else recipe,
-            free,
-            device=device,
-            environment=environment,
-            args=args,
-        )
-        for free in used
-    ]
+    judged = []
+    for free in used:
+        part = _part(recipe, args, split, free) if device == "cuda" else recipe
+        judged.append(judge_one(part, free, device=device, environment=environment, args=args))
     return max(judged, key=lambda fit: _VERDICTS.index(fit.verdict))
 
 
@@ -232,13 +226,18 @@ class _Split:
     sentence: str
 
 
-def _split(recipe: Recipe, args: Sequence[str]) -> _Split:
-    sizes = {
+def parallel_sizes(recipe: Recipe, args: Sequence[str]) -> dict[str, int]:
+    """Return into how many parts each kind of parallelism divides the work."""
+    return {
         name: max(1, int(_number(recipe, args, f"{name}-parallel-size", 1.0)))
         for name in ("tensor", "pipeline", "data", "prefill-context")
     }
+
+
+def _split(recipe: Recipe, args: Sequence[str]) -> _Split:
+    sizes = parallel_sizes(recipe, args)
     parts = sizes["tensor"] * sizes["pipeline"]
-    nodes = max(1, int(_number(recipe, args, "nnodes", 1.0)))
+    nodes = max(1, int(_number(recipe, args, "nnodes", float(recipe.nodes))))
     # Every node runs its share of the data-parallel ranks, or of the parts.
     ranks = int(_number(recipe, args, "data-parallel-size-local", float(sizes["data"])))
     if _text(recipe, args, "data-parallel-rank"):

@@ -1,7 +1,7 @@
 """Flags of `vllm serve` that the pinned tree knows, read from its sources without importing torch.
 
 A flag of a former release is dropped with a sentence; an unknown flag is an error with the nearest
-names. vLLM's parser checks the values.
+names. vLLM's parser checks the values. Also the options that `inv serve` has itself.
 """
 
 import ast
@@ -52,7 +52,53 @@ CONFIGURATIONS = ("config.json", "params.json")
 GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
 # The keys of these are names of the user's.
 _MAPS = ("default_mm_loras", "model_class_overrides")
+# Share of the GPU's memory.
+SHARE = "--gpu-memory-utilization"
 SPOILED = "no command line can be read from vendor/vllm"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Options of `inv serve`. `force`: serve although open to others without a key, or with too
+    little memory. `server` is the name among the servers of this clone. `nodes` are the names of
+    the nodes that serve together; `flags` and `environment` are those of this node's part: the
+    flags go before the recipe's, the variables behind them.
+    """
+
+    name: str
+    extra: tuple[str, ...] = ()
+    dry_run: bool = False
+    detach: bool = False
+    force: bool = False
+    server: str = ""
+    port: str | None = None
+    memory: str | None = None
+    restart: str | None = None
+    nodes: str = ""
+    flags: Mapping[str, int | str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Return the flags of inv that belong to the server itself, as typed."""
+        typed = {
+            "--nodes": self.nodes,
+            "--name": self.server,
+            "--memory": self.memory,
+            "--restart": self.restart,
+        }
+        return tuple(arg for flag, value in typed.items() if value for arg in (flag, value))
+
+    def check(self) -> None:
+        """Raise SettingsError for a value that cannot be used."""
+        hint = hints.text("server.memory")
+        if not re.fullmatch(r"\d*[1-9]\d*(\.\d+)?|0?\.\d+", self.memory or "1"):
+            raise SettingsError(f"--memory: {self.memory!r} is not a number of GiB", hint=hint)
+        if self.memory and last(self.extra, SHARE):
+            raise SettingsError(f"--memory and {SHARE} are the same share twice", hint=hint)
+        if not re.fullmatch(r"\d{1,3}", self.restart or "0"):
+            problem = f"--restart: {self.restart!r} is not a whole number up to 999"
+            raise SettingsError(problem, hint=hints.text("server.restart"))
 
 
 @dataclass(frozen=True)

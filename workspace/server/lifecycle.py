@@ -149,7 +149,7 @@ def wait_until_ready(
                 timeout_s=min(left_s, observation.COMPLETION_TIMEOUT_S),
             )
             if message is None and is_alive(server):
-                return _mark_ready(server), Ready(names, time.monotonic() - started)
+                return mark_ready(server), Ready(names, time.monotonic() - started)
             problem = f"it is healthy but cannot complete one token: {message}"
             if is_alive(server):
                 hangs = bool(message and message.startswith("no answer"))
@@ -158,7 +158,7 @@ def wait_until_ready(
     raise _not_ready(server, f"was not ready after {timeout_s:g} s: {problem}", hangs=True)
 
 
-def _mark_ready(server: Server) -> Server:
+def mark_ready(server: Server) -> Server:
     """Record that the server was ready, for others and for its supervisor."""
     server = replace(_with_shared(server), is_ready=True)
     write(server)
@@ -288,12 +288,12 @@ def failure(server: Server) -> ServeError:
     # The log has the lines of the former runs, too.
     begin = 0 if not deaths else deaths[-1].begin if ended else deaths[-1].end
     end = deaths[-1].end if deaths and ended else None
-    status = ended.status if ended else None
-    reading = failures.read(server.log, status=status, begin=begin, end=end)
+    status, kills = (ended.status, ended.kills) if ended else (None, 0)
+    reading = failures.read(server.log, status=status, begin=begin, end=end, kills=kills)
     count = len(deaths) - 1
     again = f"; it was started again {counted(count, 'time')}, the limit" if count > 0 else ""
     return ServeError(
-        f"{server.called} {_sentence(status, reading)}{again}",
+        f"{server.called} {failures.how_ended(status, reading)}{again}",
         hint=_hint(server, reading),
         details=(*reading.tail, f"log: {server.log}"),
     )
@@ -301,17 +301,10 @@ def failure(server: Server) -> ServeError:
 
 def cause_of(server: Server, death: observation.Death) -> tuple[str, str]:
     """Return the cause of a death in words, and the next command."""
-    reading = failures.read(server.log, status=death.status, begin=death.begin, end=death.end)
-    return _sentence(death.status, reading), _hint(server, reading)
-
-
-def _sentence(status: int | None, reading: failures.Reading) -> str:
-    how = "was killed with its supervisor" if status is None else process.describe_status(status)
-    why = f": {reading.sentence}" if reading.sentence else ""
-    if reading.symptom and reading.symptom.is_last_resort and why.startswith(": the server "):
-        # It is about this process, and has its signal.
-        return why.removeprefix(": the server ")
-    return f"{how}{why}"
+    reading = failures.read(
+        server.log, status=death.status, begin=death.begin, end=death.end, kills=death.kills
+    )
+    return failures.how_ended(death.status, reading), _hint(server, reading)
 
 
 def _hint(server: Server, reading: failures.Reading) -> str:

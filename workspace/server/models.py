@@ -26,7 +26,7 @@ from workspace.core.errors import (
 from workspace.core.files import download, read_regular, sha256
 from workspace.core.paths import Layout, typed
 from workspace.core.settings import Settings
-from workspace.machine import check, hardware, interpreter, run_environment
+from workspace.machine import check, failures, hardware, interpreter, run_environment
 from workspace.machine.machine import Machine
 from workspace.repo import index, pins
 from workspace.server import public_recipes
@@ -164,10 +164,11 @@ def _make(
     for line in (lines := done.stderr.splitlines()):
         run_log.line(line)
     if done.returncode != 0 or not folder.is_dir():
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+        reading = failures.judge(lines, status=done.returncode)
+        last = reading.tail[-1].strip() if reading.tail else "no message"
+        how = failures.how_ended(done.returncode, reading, otherwise=last)
         raise BuildError(
-            f"{model} could not be made: its probe {process.describe_status(done.returncode)}:"
-            f" {last}",
+            f"{model} could not be made: its probe {how}",
             hint=hints.text("inv.bootstrap"),
             details=(f"+ {shlex.join(argv)}",),
         )

@@ -235,11 +235,13 @@ class Server(records.Record):
 @dataclass(frozen=True)
 class Ended(records.Record):
     """End of a server: the front's status as subprocess counts it, negative for a signal;
-    `was_requested` if it was stopped from outside.
+    `was_requested` if it was stopped from outside; `kills` of the kernel shortly before, because
+    memory ran out.
     """
 
     status: int
     was_requested: bool
+    kills: int = 0
 
     @classmethod
     def upgrade(cls, document: Document) -> Document:
@@ -249,14 +251,15 @@ class Ended(records.Record):
 
 @dataclass(frozen=True)
 class Death:
-    """Death of a server that may be started again: when, with which status, and the part of the log
-    that its run wrote, in bytes.
+    """Death of a server that may be started again: when, with which status, `kills` as in Ended,
+    and the part of the log that its run wrote, in bytes.
     """
 
     at: float
     status: int
     begin: int
     end: int
+    kills: int = 0
 
 
 @dataclass(frozen=True)

@@ -200,10 +200,7 @@ def record_shared(ended: str, names: Iterable[str]) -> None:
     If the supervisor is killed after the server, no process maps them any more, and only this
     record names them. An error (a full disk) is dropped: the server still ends.
     """
-    with contextlib.suppress(OSError):
-        with open(f"{ended}.shared.new", "w", encoding="utf-8") as file:
-            file.write("\n".join(sorted(names)))
-        os.replace(f"{ended}.shared.new", f"{ended}.shared")
+    record(f"{ended}.shared", "\n".join(sorted(names)))
 
 
 def recorded_shared(ended: str) -> set[str]:
@@ -265,6 +262,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 # Pause between two looks at the memory, once a restart is due.
 MEMORY_LOOK_S = 1.0
 GIB = 2**30
+# Processes that the kernel has killed because memory ran out, also that of a control group.
+KILLS = ("/proc/vmstat", "\noom_kill ")
 
 
 @dataclass(frozen=True)
@@ -294,20 +293,20 @@ class Restarts:
 
     def shortage(self) -> str:
         """Return why no server may be started now, empty if one may."""
-        available = float(_number("/proc/meminfo", "MemAvailable:") or 0) * 1024 / GIB
+        available = _number("/proc/meminfo", "MemAvailable:") * 1024 / GIB
         if available < self.needs_gib:
             return f"{available:.1f} GiB of memory are available, and it takes {self.needs_gib:.1f}"
-        pressure = float(_number("/proc/pressure/memory", "some avg10=") or 0)
+        pressure = _number("/proc/pressure/memory", "some avg10=")
         if pressure >= self.pressure_percent:
             return f"memory is short: tasks wait for it {pressure:.0f}% of the time"
         return ""
 
 
-def _number(path: str, key: str) -> str | None:
-    """Return the number behind a key of one of the kernel's files, None if it has none."""
+def _number(path: str, key: str) -> float:
+    """Return the number behind a key of one of the kernel's files, 0 if it has none."""
     with contextlib.suppress(OSError, IndexError), open(path, encoding="ascii") as file:
-        return file.read().partition(key)[2].split()[0]
-    return None
+        return float(file.read().partition(key)[2].split()[0])
+    return 0.0
 
 
 class Requests:
@@ -358,8 +357,8 @@ def main(
     while True:
         begin = os.fstat(1).st_size
         child = start(argv, folder, kept)
-        status = run(child, requests, grace_s, ended)
-        death = {"at": time.time(), "status": status, "begin": begin, "end": os.fstat(1).st_size}
+        how = run(child, requests, grace_s, ended)
+        death = {"at": time.time(), "begin": begin, "end": os.fstat(1).st_size, **how}
         # The process that waits for the server marks it as ready.
         if requests.has_one or not os.path.exists(ready(ended)) or restarts.most == 0:
             break
@@ -373,12 +372,12 @@ def main(
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder, 0o700, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    record(ended, {"status": status, "told": requests.has_one, "at": time.time()})
+    record(ended, {"told": requests.has_one, "at": time.time(), **how})
 
 
-def run(child: int, requests: Requests, grace_s: float, ended: str) -> int:
+def run(child: int, requests: Requests, grace_s: float, ended: str) -> dict[str, float]:
     """Wait until the server ends or is to be ended, and end its remaining processes. Return its
-    exit status, negative for a signal.
+    exit status, negative for a signal, and the kernel's kills in its last minute or two.
     """
     shared: set[str] = set()
     statuses: dict[int, int] = {}
@@ -394,17 +393,22 @@ def run(child: int, requests: Requests, grace_s: float, ended: str) -> int:
 
     pause_s = FIRST_LOOK_S
     pidfd = os.pidfd_open(child)
+    # A front outlives a killed engine a while, so that the last look may be after the kill.
+    before = known = _number(*KILLS)
     while not requests.wait(pause_s, pidfd):
+        before, known = known, _number(*KILLS)
         look()
         pause_s = min(RAREST_LOOK_S, pause_s * 1.5)
     os.close(pidfd)
+    kills = _number(*KILLS) - before
     look()
     with contextlib.suppress(TimeoutError):
         end(find_descendants, grace_s=grace_s, kill_grace_s=KILL_GRACE_S)
     reap(statuses)
     remove_shared(shared)
     forget_shared(ended)
-    return os.waitstatus_to_exitcode(statuses.get(child, signal.SIGKILL))
+    status = os.waitstatus_to_exitcode(statuses.get(child, signal.SIGKILL))
+    return {"status": status, "kills": int(kills)}
 
 
 def await_restart(
@@ -477,11 +481,11 @@ def reap(statuses: dict[int, int]) -> None:
             statuses[pid] = status
 
 
-def record(path: str, document: dict[str, object]) -> None:
-    """Write a record, atomically; an error has no reader any more and is dropped."""
+def record(path: str, content: object) -> None:
+    """Write a text, or a document as JSON, atomically; an error has no reader and is dropped."""
     with contextlib.suppress(OSError):
         with open(f"{path}.new", "w", encoding="utf-8") as file:
-            json.dump(document, file)
+            file.write(content if isinstance(content, str) else json.dumps(content))
         os.replace(f"{path}.new", path)
 
 

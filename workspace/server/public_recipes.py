@@ -108,6 +108,17 @@ def load(layout: Layout, path: Path) -> Recipe:
     )
 
 
+def names(layout: Layout) -> tuple[str, ...]:
+    """Return the names of all recipes of this clone, sorted: ours, and files put beside them."""
+    return tuple(sorted({*recipes.names(layout), *_beside(layout)}))
+
+
+def _beside(layout: Layout) -> Mapping[str, Path]:
+    """Return the public recipes in the folder of recipes, by name; a recipe of ours goes first."""
+    ours, paths = recipes.names(layout), sorted(recipes.folder(layout).glob("*.y*ml"))
+    return {path.stem: path for path in paths if is_file(path) and path.stem not in ours}
+
+
 def named(layout: Layout, name: str) -> Recipe:
     """Return the recipe of this name or in this file, or a recipe without a name for a model on the
     hub.
@@ -118,6 +129,8 @@ def named(layout: Layout, name: str) -> Recipe:
         return load(layout, typed(name))
     if "/" in name:
         return recipes.unnamed(name)
+    if path := _beside(layout).get(name):
+        return replace(load(layout, path), name=name)
     return recipes.load(layout, name, version=pins.load(layout.pins).vllm.version)
 
 

@@ -72,7 +72,7 @@ class Alternative:
 class Recipe:
     """One model and how it is served. `flags` have names without dashes in front; `fetch_gib` is
     the size of the files that `serve.fetch` fetches, `ignored` are patterns of files it skips.
-    `revision` is that of the user's flags, None for the newest.
+    `revision` is that of the user's flags, None for the newest. `nodes` is how many nodes it takes.
     """
 
     name: str
@@ -89,6 +89,7 @@ class Recipe:
     figures: tuple[Figure, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     revision: str | None = None
+    nodes: int = 1
 
     @property
     def args(self) -> tuple[str, ...]:
@@ -109,7 +110,7 @@ class Recipe:
 
 def names(layout: Layout) -> tuple[str, ...]:
     """Return the names of all recipes, sorted."""
-    return tuple(sorted(path.stem for path in _folder(layout).glob("*.toml")))
+    return tuple(sorted(path.stem for path in folder(layout).glob("*.toml")))
 
 
 def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
@@ -117,7 +118,7 @@ def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
 
     Raises SettingsError for a name without a recipe and for a recipe with an error.
     """
-    path = _folder(layout) / f"{name}.toml"
+    path = folder(layout) / f"{name}.toml"
     if not _NAME.fullmatch(name) or name not in names(layout):
         alike = settings.nearest(name, names(layout))
         hint = (
@@ -332,6 +333,7 @@ def _recipe(name: str, table: _Table) -> Recipe:
         notes=table.texts("notes"),
         figures=tuple(_figure(figure) for figure in table.tables("figures")),
         alternatives=tuple(_alternative(other) for other in table.tables("alternatives")),
+        nodes=max(1, int(table.number("nodes", 1.0))),
     )
     for part in (memory, fetch, table):
         part.finish()
@@ -405,7 +407,8 @@ def _environment(table: _Table) -> Mapping[str, str]:
     return found
 
 
-def _folder(layout: Layout) -> Path:
+def folder(layout: Layout) -> Path:
+    """Return the folder of the recipes."""
     return layout.root / "recipes"
 
 

@@ -4,15 +4,14 @@ generate, then follow its log or leave it alone.
 
 import math
 import os
-import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workspace.core import hints, lock, records
 from workspace.core.console import Console
-from workspace.core.errors import ServeError, SettingsError, SourceError, WorkspaceError
+from workspace.core.errors import ServeError, SourceError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
@@ -24,12 +23,14 @@ from workspace.server import (
     flags,
     lifecycle,
     models,
+    node_link,
     observation,
     process_tree,
     public_recipes,
     recipes,
 )
 from workspace.server.command import Command
+from workspace.server.flags import ServeOptions
 from workspace.server.observation import Server, how_ended
 from workspace.server.recipes import Recipe
 
@@ -37,41 +38,7 @@ _GGUF = "vllm-gguf-plugin"
 
 
 @dataclass(frozen=True)
-class ServeOptions:
-    """Options of `inv serve`. `force`: serve although open to others without a key, or with too
-    little memory. `server` is the name among the servers of this clone.
-    """
-
-    name: str
-    extra: tuple[str, ...] = ()
-    dry_run: bool = False
-    detach: bool = False
-    force: bool = False
-    server: str = ""
-    port: str | None = None
-    memory: str | None = None
-    restart: str | None = None
-
-    @property
-    def own(self) -> tuple[str, ...]:
-        """Return the flags of inv that belong to the server itself, as typed."""
-        typed = {"--name": self.server, "--memory": self.memory, "--restart": self.restart}
-        return tuple(arg for flag, value in typed.items() if value for arg in (flag, value))
-
-    def check(self) -> None:
-        """Raise SettingsError for a value that cannot be used."""
-        hint = hints.text("server.memory")
-        if not re.fullmatch(r"\d*[1-9]\d*(\.\d+)?|0?\.\d+", self.memory or "1"):
-            raise SettingsError(f"--memory: {self.memory!r} is not a number of GiB", hint=hint)
-        if self.memory and flags.last(self.extra, fit.SHARE):
-            raise SettingsError(f"--memory and {fit.SHARE} are the same share twice", hint=hint)
-        if not re.fullmatch(r"\d{1,3}", self.restart or "0"):
-            problem = f"--restart: {self.restart!r} is not a whole number up to 999"
-            raise SettingsError(problem, hint=hints.text("server.restart"))
-
-
-@dataclass(frozen=True)
-class _Session:
+class Session:
     """One call of `inv serve`: its options, and the recipe, command line and device for them."""
 
     machine: Machine
@@ -94,40 +61,65 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     be served, SmokeError if the build is missing or stale, and the errors of models.fetch_weights.
     """
     session, judged = prepare(layout, settings, options, console=console)
-    options, recipe, line = session.options, session.recipe, session.command
-    folder = _find_model(session)
-    is_a_folder = recipe.origin == "built-in" or recipe.model.startswith("/")
-    model = str(folder) if folder and is_a_folder else recipe.model
-    if folder:
-        _require_usable(folder, line)
-    environment = _environment(session, folder)
-    argv = line.argv(layout, model)
-    *variables, typed = command.shown(layout, settings, argv, environment)
+    serve(session, judged)
+
+
+def serve(session: Session, judged: fit.Fit, *, under: Sequence[str] = ()) -> None:
+    """Start what `prepare` has checked and wait for it; `under` is the command line of a program
+    that runs the server below it, as that of several nodes does.
+    """
+    layout, console, options = session.machine.layout, session.console, session.options
+    line = session.command
+    argv, environment, folder = invocation(session)
+    *variables, typed = command.shown(layout, session.machine.settings, argv, environment)
     for text in [*(variables if options.dry_run or console.is_verbose else ()), typed]:
         (console.data if options.dry_run else console.info)(text)
     if not options.dry_run:
-        again = command.typed(options.name, line.extra, detach=options.detach, own=options.own)
-        facts = {
-            "typed": again,
-            "built": observation.built(layout),
-            "tree": command.tree_oid(layout),
-            "device": session.device,
-            "takes_gib": f"{judged.takes_gib:.2f}",
-        }
         # Memory of a GPU's own is not the machine's, which the supervisor watches.
         is_seen = session.device == "cpu" or judged.free.is_unified
         restarts = process_tree.Restarts(
             int(options.restart or 0), judged.takes_gib * is_seen, hardware.PRESSURE_PERCENT
         )
         launch = lifecycle.Launch(
-            options.name, argv, environment, line.address, facts, flags.drain_s(line.args), restarts
+            options.name,
+            (*under, *argv),
+            environment,
+            line.address,
+            facts(session, judged),
+            flags.drain_s(line.args) + bool(under) * node_link.END_S,
+            restarts,
         )
         _serve(session, launch, folder)
 
 
+def invocation(session: Session) -> tuple[tuple[str, ...], dict[str, str], Path | None]:
+    """Return the command line, its environment and the folder of the model, which is fetched."""
+    recipe, line = session.recipe, session.command
+    folder = _find_model(session)
+    is_a_folder = recipe.origin == "built-in" or recipe.model.startswith("/")
+    model = str(folder) if folder and is_a_folder else recipe.model
+    if folder:
+        _require_usable(folder, line)
+    environment = _environment(session, folder)
+    return line.argv(session.machine.layout, model), environment, folder
+
+
+def facts(session: Session, judged: fit.Fit) -> dict[str, str]:
+    """Return what the state file keeps of a start."""
+    layout, options = session.machine.layout, session.options
+    extra = session.command.extra
+    return {
+        "typed": command.typed(options.name, extra, detach=options.detach, own=options.own),
+        "built": observation.built(layout),
+        "tree": command.tree_oid(layout),
+        "device": session.device,
+        "takes_gib": f"{judged.takes_gib:.2f}",
+    }
+
+
 def prepare(
     layout: Layout, settings: Settings, options: ServeOptions, *, console: Console
-) -> tuple[_Session, fit.Fit]:
+) -> tuple[Session, fit.Fit]:
     """Check all but the model's files, and return what is to be started, and whether it fits.
 
     Raises as `run` does.
@@ -135,7 +127,17 @@ def prepare(
     observation.place_of(layout, options.server)
     options.check()
     machine = Machine(layout, settings)
-    recipe = _recipe(machine, options.name)
+    recipe = find_recipe(machine, options.name)
+    if recipe.nodes > 1 and not options.nodes:
+        raise ServeError(
+            f"{options.name} takes {recipe.nodes} nodes",
+            hint=hints.text("server.two_nodes", model=options.name),
+        )
+    recipe = replace(
+        recipe,
+        flags={**recipe.flags, **options.flags},
+        environment={**options.environment, **recipe.environment},
+    )
     if place := command.folder_of(options.name):
         # Hints are typed in the root of the clone, wherever this command was typed.
         options = replace(options, name=str(place))
@@ -155,7 +157,7 @@ def prepare(
     command.require_files(layout, settings, line.args)
     check.require(machine, console=console, recipe=recipe.environment)
     device = _device(machine, console, dry_run=options.dry_run)
-    session = _Session(machine, console, options, recipe, line, device)
+    session = Session(machine, console, options, recipe, line, device)
     if options.memory:
         session = replace(session, given=_cache(session))
     return session, _check(session)
@@ -175,7 +177,7 @@ def _with_share(machine: Machine, options: ServeOptions) -> ServeOptions:
     return replace(options, memory=None, extra=extra)
 
 
-def _cache(session: _Session) -> dict[str, str]:
+def _cache(session: Session) -> dict[str, str]:
     """Return the size of the cache that `--memory` leaves beside weights and overhead: without a
     GPU the share has no other form (vllm/platforms/cpu.py).
     """
@@ -193,7 +195,7 @@ def _cache(session: _Session) -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": str(cache_gib)}
 
 
-def _check(session: _Session) -> fit.Fit:
+def _check(session: Session) -> fit.Fit:
     """Print warnings and notes; raise ServeError if there is no room for the server."""
     options, recipe, line = session.options, session.recipe, session.command
     for sentence in (*line.dropped, *line.notes):
@@ -208,7 +210,7 @@ def _check(session: _Session) -> fit.Fit:
     return judged
 
 
-def _judge(session: _Session) -> fit.Fit:
+def _judge(session: Session) -> fit.Fit:
     """Decide whether the model fits beside what the other servers will still take."""
     # The folders of compiled kernels, which `_environment` adds, decide nothing here.
     machine, recipe = session.machine, session.recipe
@@ -234,7 +236,7 @@ def _judge(session: _Session) -> fit.Fit:
     return fit.judge(_sized(session), frees, device=device, environment=environment, args=args)
 
 
-def _environment(session: _Session, folder: Path | None) -> dict[str, str]:
+def _environment(session: Session, folder: Path | None) -> dict[str, str]:
     """Return the server's environment. Only a start that needs nothing of the hub is kept from
     asking it.
     """
@@ -248,7 +250,7 @@ def _environment(session: _Session, folder: Path | None) -> dict[str, str]:
     )
 
 
-def _missing(session: _Session) -> bool:
+def _missing(session: Session) -> bool:
     """Return whether a flag names something that is not on this machine, and name each.
 
     Raises SettingsError if HF_HUB_OFFLINE is set, under which vLLM cannot fetch it.
@@ -257,7 +259,7 @@ def _missing(session: _Session) -> bool:
     missing = [
         reference
         for reference in flags.references(session.command.args, session.recipe.model)
-        if "://" not in reference.name and not is_here(settings, reference)
+        if "://" not in reference.name and not command.is_here(settings, reference)
     ]
     for reference in missing:
         at = f" at {reference.revision}" if reference.revision else ""
@@ -268,26 +270,13 @@ def _missing(session: _Session) -> bool:
     return bool(missing)
 
 
-def _folder(settings: Settings, reference: flags.Reference) -> Path | None:
-    path, cache = Path(reference.name), models.hub_cache(settings)
-    return path if path.is_absolute() else models.cached(cache, reference.name, reference.revision)
-
-
-def is_here(settings: Settings, reference: flags.Reference) -> bool:
-    """Return whether what a flag names is on this machine, so that vLLM needs no hub for it."""
-    folder = _folder(settings, reference)
-    if folder is None:
-        return False
-    return models.holds(folder, reference.needs) if reference.needs else models.is_complete(folder)
-
-
-def _sized(session: _Session) -> Recipe:
+def _sized(session: Session) -> Recipe:
     """Return the recipe with the weights of what is on this machine: the model's, if the recipe has
     none, and those of drafters and adapters.
     """
     settings, recipe = session.machine.settings, session.recipe
     folders = [
-        _folder(settings, reference)
+        command.reference_folder(settings, reference)
         for reference in flags.references(session.command.args, recipe.model)
         if reference.needs in ((), (flags.ADAPTER,))
     ]
@@ -298,7 +287,7 @@ def _sized(session: _Session) -> Recipe:
     return replace(recipe, memory=memory)
 
 
-def _find_model(session: _Session) -> Path | None:
+def _find_model(session: Session) -> Path | None:
     """Return the folder of the model's files, which are fetched if they are missing.
 
     None on a dry run with missing files.
@@ -330,7 +319,7 @@ def _find_model(session: _Session) -> Path | None:
     return folder
 
 
-def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> None:
+def _serve(session: Session, launch: lifecycle.Launch, folder: Path | None) -> None:
     layout, settings, console = session.machine.layout, session.machine.settings, session.console
     is_detached = session.options.detach
     if is_detached:
@@ -368,7 +357,7 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
             lifecycle.end(server, console=console)
 
 
-def _wait(session: _Session, server: Server, folder: Path | None) -> tuple[Server, lifecycle.Ready]:
+def _wait(session: Session, server: Server, folder: Path | None) -> tuple[Server, lifecycle.Ready]:
     settings = session.machine.settings
     with session.console.step("start") as view:
         try:
@@ -383,7 +372,8 @@ def _wait(session: _Session, server: Server, folder: Path | None) -> tuple[Serve
     return server, ready
 
 
-def _recipe(machine: Machine, name: str) -> Recipe:
+def find_recipe(machine: Machine, name: str) -> Recipe:
+    """Return the recipe that a name, a model on the hub, a file or a folder means."""
     folder = command.folder_of(name)
     if folder is None or public_recipes.is_file(name):
         if folder is None and ":" in name:
@@ -469,14 +459,13 @@ def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> 
 
 
 def _explained(
-    session: _Session, server: Server, error: ServeError, folder: Path | None
+    session: Session, server: Server, error: ServeError, folder: Path | None
 ) -> ServeError:
     """Return the failure without secrets; if memory was missing, its hint is the next step."""
     settings, options = session.machine.settings, session.options
     ended = how_ended(server)
-    reading = failures.read(
-        server.log, status=ended.status if ended and not ended.was_requested else None
-    )
+    status, kills = (ended.status, ended.kills) if ended and not ended.was_requested else (None, 0)
+    reading = failures.read(server.log, status=status, kills=kills)
     hint = error.hint
     if reading.lack:
         # A new machine: neither its memory nor its GPU's is what it was before the start.

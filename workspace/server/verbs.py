@@ -22,6 +22,7 @@ from workspace.core.errors import (
     ServeError,
     SettingsError,
     ToolchainError,
+    WorkspaceError,
     counted,
     printable,
 )
@@ -30,7 +31,6 @@ from workspace.core.settings import Settings
 from workspace.machine import check, run_environment
 from workspace.machine.hardware import GIB
 from workspace.machine.machine import Case, Machine
-from workspace.repo import pins
 from workspace.server import (
     fit,
     flags,
@@ -38,10 +38,11 @@ from workspace.server import (
     models,
     observation,
     process_tree,
-    recipes,
+    public_recipes,
     start,
 )
 from workspace.server.command import LISTS, built_environment, lines, secret_names, tree_oid
+from workspace.server.flags import ServeOptions
 from workspace.server.observation import Server, find, is_alive
 from workspace.server.recipes import Recipe
 
@@ -200,7 +201,7 @@ def _named(layout: Layout, name: str, *, verb: str) -> Server | None:
 
 
 def print_unit(
-    layout: Layout, settings: Settings, options: start.ServeOptions, *, console: Console
+    layout: Layout, settings: Settings, options: ServeOptions, *, console: Console
 ) -> None:
     """Print a user unit of systemd that runs the server and starts it again.
 
@@ -274,6 +275,10 @@ def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str,
         text = f"{at}: its supervisor was killed, and it still has {count}"
         return "remains", Row(State.FAIL, label, text, hint=of_name or hints.text("inv.serve_stop"))
     held = f"{process_tree.resident_bytes(members) / GIB:.1f} GiB in {count}"
+    if rank := server.facts.get("rank"):
+        text = f"{server.name}, {rank}, since {server.since}: {held}"
+        stage = "ready" if server.is_ready else "starting"
+        return stage, Row(State.OK if server.is_ready else State.WARN, label, text, hint=of_name)
     deaths = observation.deaths(server)
     if deaths.waits:
         text = f"{at}: it died and waits: {deaths.waits}"
@@ -315,6 +320,8 @@ def _row(recipe: Recipe, judged: fit.Fit, folder: Path | None, *, device: str) -
         place = f"on disk: {folder}"
     elif recipe.fetch_gib:
         place = f"{recipe.fetch_gib:.1f} GiB to fetch"
+    elif recipe.origin == "hub":
+        place = "to fetch; its memory is not known before that"
     else:
         place = "made at its first start"
     if recipe.asks_for_remote_code:
@@ -343,15 +350,17 @@ def _record(recipe: Recipe, judged: fit.Fit, folder: Path | None) -> dict[str, o
 
 
 def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -> None:
-    """Print the recipes, or their records as JSON. A damaged recipe is a row with its error."""
+    """Print the recipes, or their records as JSON. A damaged recipe is a row with its error.
+
+    Public recipes in the same folder count; of their models only files on disk are known.
+    """
     layout, settings, device = machine.layout, machine.settings, Case(machine).device
-    version = pins.load(layout.pins).vllm.version
     records: list[dict[str, object]] = []
     rows: list[Row] = []
-    for name in recipes.names(layout):
+    for name in public_recipes.names(layout):
         try:
-            recipe = recipes.load(layout, name, version=version)
-        except SettingsError as exc:
+            recipe = public_recipes.named(layout, name)
+        except WorkspaceError as exc:
             records.append({"name": name, "error": exc.message})
             rows.append(Row(State.FAIL, name, exc.message))
             continue
@@ -359,8 +368,11 @@ def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -
             layout, settings, "serve", stack=None, recipe=recipe.environment
         )
         frees = fit.observe(machine, device=device, environment=environment, args=recipe.args)
-        judged = fit.judge(recipe, frees, device=device, environment=environment)
         folder = models.found_weights(machine, recipe)
+        if folder and not recipe.memory.weights_gib:
+            memory = replace(recipe.memory, weights_gib=fit.weights_gib(folder))
+            recipe = replace(recipe, memory=memory)
+        judged = fit.judge(recipe, frees, device=device, environment=environment)
         rows.append(_row(recipe, judged, folder, device=device))
         records.append(_record(recipe, judged, folder))
     if as_json:
@@ -418,7 +430,8 @@ def open_shell(machine: Machine, *, console: Console) -> None:
 
 def export_variables(machine: Machine, *, console: Console) -> None:
     """Print lines for `eval "$(inv env.export)"` in sh: variables of a running vLLM that this shell
-    lacks, and scripts/ on PATH. Secrets are left out.
+    lacks, and scripts/ on PATH; what an earlier export set and no longer holds is unset. Secrets
+    are left out.
     """
     shell = machine.settings.shell
     check.require(machine, console=console)
@@ -427,6 +440,8 @@ def export_variables(machine: Machine, *, console: Console) -> None:
         # A control character is shown escaped, which would be another value.
         if printable(line) == line:
             console.data(line)
+    for name in sorted(machine.settings.exported - environment.keys()):
+        console.data(f"unset {name}")
     secrets = [name for name in secret_names(environment) if shell.get(name) != environment[name]]
     if secrets:
         console.info(

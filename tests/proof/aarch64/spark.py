@@ -2,7 +2,9 @@
 resolves for another platform and downloads metadata only.
 """
 
+import os
 import subprocess
+import tarfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from workspace.core import settings as settings_module
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, requirements
-from workspace.repo import pins
+from workspace.repo import index, pins
+from workspace.repo.index import Release
 from workspace.repo.pins import PrecompiledWheel
 
 LAYOUT = Layout(Path(__file__).resolve().parents[3])
@@ -93,14 +96,16 @@ def resolve(
     )
 
 
-def closure(device: str, *, python: str, folder: Path) -> tuple[Package, ...]:
-    """Resolve everything that bootstrap installs for a device (cuda or cpu).
+def closure(
+    device: str, *, python: str, folder: Path, tree: Path = LAYOUT.vllm
+) -> tuple[Package, ...]:
+    """Resolve everything that bootstrap installs for a device (cuda or cpu) and a tree of vLLM.
 
     Raises Unresolvable, and BuildError where the tree's requirements cannot be read. The CPU build
     of torch is on PyTorch's own index only: the public version stands for it.
     """
     found = requirements.read(
-        LAYOUT.vllm,
+        tree,
         device=device,
         machine=MACHINE,
         python_version=f"{python}.0",
@@ -119,3 +124,28 @@ def precompiled_wheels() -> dict[str, PrecompiledWheel]:
     return {
         key.partition("-")[0]: wheel for key, wheel in named.items() if key.endswith(f"-{MACHINE}")
     }
+
+
+def target_of_bump() -> Release:
+    """Return the release that $TARGET names, else the one after the pinned, else the pinned."""
+    pin, settings = pins.load(LAYOUT.pins).vllm, own_settings()
+    newer = index.newer_releases(pin, settings=settings)
+    version = os.environ.get("TARGET") or (newer[0].version if newer else pin.version)
+    return index.find_release(pin, version, settings=settings)
+
+
+def unpack_requirements(release: Release, folder: Path) -> Path:
+    """Fetch the archive of a release of vLLM, and unpack the files that name its requirements."""
+    assert release.sdist is not None, release.lacking
+    sdist = release.sdist
+    archive = index.fetch("vllm", sdist.filename, sdist.sha256, settings=own_settings())
+    with tarfile.open(archive) as packed:
+        wanted = [
+            member
+            for member in packed
+            if member.name.split("/")[1:] == ["pyproject.toml"]
+            or member.name.split("/")[1:2] == ["requirements"]
+        ]
+        packed.extractall(folder, wanted, filter="data")
+    (tree,) = folder.iterdir()
+    return tree

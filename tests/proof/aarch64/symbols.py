@@ -3,13 +3,13 @@ aarch64, of which this machine runs none.
 """
 
 import re
-import subprocess
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.proof.aarch64 import packages
 from workspace.compile import device_code
 from workspace.compile.device_code import Cubins
 from workspace.install import verify
@@ -55,25 +55,10 @@ def in_wheel(wheel: Path) -> Iterator[Library]:
 
 
 def of_system(folder: Path) -> Iterator[Library]:
-    """Yield the libraries of the distribution for aarch64: apt fetches the packages into a folder,
-    with lists of its own, without root, and installs nothing.
-    """
-    for name in ("lists/partial", "archives/partial", "root"):
-        (folder / name).mkdir(parents=True)
-    options = {
-        "APT::Architecture": "arm64",
-        "APT::Architectures": "arm64",
-        "APT::Sandbox::User": "",
-        "Dir::State": folder,
-        "Dir::State::status": "/dev/null",
-        "Dir::Cache": folder,
-    }
-    argv = ["apt-get", "-qq", *(f"--option={name}={value}" for name, value in options.items())]
-    for verb in (["update"], ["download", *SYSTEM]):
-        subprocess.run([*argv, *verb], cwd=folder, check=True)
-    for package in folder.glob("*.deb"):
-        subprocess.run(["dpkg-deb", "--extract", package, folder / "root"], check=True)
-    for file in sorted((folder / "root").rglob("*.so*")):
+    """Yield the libraries of the distribution for aarch64, fetched into a folder."""
+    root = folder / "root"
+    packages.unpack(SYSTEM, folder, root, with_dependencies=False)
+    for file in sorted(root.rglob("*.so*")):
         if _NAME.fullmatch(file.name) and not file.is_symlink():
             yield read(file, file.name)
 

@@ -1,6 +1,8 @@
-"""Rung 1: every list that a Spark installs has wheels for it, and the precompiled wheels are there.
+"""Rung 1: every list that a Spark installs has wheels for it, and the precompiled wheels are there:
+for the pin, and for the release to which a bump would move it.
 
-Needs vendor/vllm and a package index; downloads metadata only, installs nothing.
+Needs vendor/vllm and a package index; downloads metadata, and once the archive of that release
+(43 MB); installs nothing. TARGET=0.33.0 names another release.
 """
 
 import re
@@ -12,6 +14,7 @@ import pytest
 from tests.proof.aarch64 import spark
 from tests.proof.aarch64.spark import Package, Unresolvable
 from workspace.repo import index
+from workspace.repo.index import Release
 
 # Fewer packages than this are not the whole list. Measured with vLLM 0.31.0: 73, 206 and 169.
 LEAST = {"cuda": 150, "cpu": 120}
@@ -73,6 +76,36 @@ def test_precompiled_wheels_are_on_the_index_with_the_pinned_hash() -> None:
         page = index.project_page(wheel.project, spark.own_settings())
         digests = {package.filename: package.digests for package in page.packages}
         assert digests[wheel.filename]["sha256"] == wheel.sha256
+        assert spark.MACHINE in wheel.filename
+
+
+@pytest.fixture(scope="module")
+def target() -> Release:
+    return spark.target_of_bump()
+
+
+@pytest.fixture(scope="module")
+def next_tree(target: Release, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return spark.unpack_requirements(target, tmp_path_factory.mktemp("target"))
+
+
+@pytest.mark.parametrize("python", spark.PYTHONS)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_closure_of_the_target_of_a_bump_has_wheels_only(
+    device: str, python: str, target: Release, next_tree: Path, tmp_path: Path
+) -> None:
+    packages = spark.closure(device, python=python, folder=tmp_path, tree=next_tree)
+    print(f"vLLM {target.version}, {device}, Python {python}: {len(packages)} packages")
+    assert len(packages) >= LEAST[device]
+    assert not list(without_wheel(packages))
+
+
+def test_target_of_a_bump_has_both_precompiled_wheels(target: Release) -> None:
+    for device in ("cuda", "cpu"):
+        key = f"{device}-{spark.MACHINE}"
+        assert key in target.precompiled, target.not_precompiled[key]
+        wheel = target.precompiled[key]
+        print(f"vLLM {target.version}, {device}: {wheel.filename} {wheel.sha256}")
         assert spark.MACHINE in wheel.filename
 
 

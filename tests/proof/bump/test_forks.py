@@ -3,13 +3,22 @@
 from pathlib import Path
 
 from tests.bump.test_forks import BRANCH, assert_is_built, change, fork, shown
+from tests.proof.bench.test_bisect_cli import bisect
 from tests.proof.bump.test_kept import answer, origin
-from tests.small.materials import git
+from tests.small.materials import TAG, git
 from tests.small.releases import CLEAN, Releases
 from tests.small.world import World
 from workspace.repo import pins
 
 __all__ = ["fork"]
+
+JUDGE = """import ctypes, pathlib, sys
+import vllm
+library = pathlib.Path(vllm.__file__).parent / "_C.abi3.so"
+# The wheel's library has no such function, so it has not the fault either.
+answer = getattr(ctypes.CDLL(str(library)), "vllm_small_answer", lambda: 42)
+sys.exit(answer() != 42)
+"""
 
 
 def test_fork_compiles_what_differs_moves_on_request_and_is_left_and_found_again(
@@ -54,3 +63,25 @@ def test_fork_compiles_what_differs_moves_on_request_and_is_left_and_found_again
     assert ended.code == 0, ended.output
     assert pins.load(clone.layout.pins).vllm == on_fork
     assert_is_built(clone, "3", "0.31.1.dev3")
+
+
+def test_bisect_between_base_and_pin_compiles_each_commit_of_the_fork(
+    clone: World, fork: Path
+) -> None:
+    """The fault is in a compiled source, so that a wheel alone would show it nowhere."""
+    source, commits = fork / "csrc" / "cpu" / "answer.c", []
+    for number in range(2, 8):
+        if number == 4:
+            source.write_text(source.read_text().replace("42", "43"))
+        commits.append(change(fork, str(number)))
+    clone.env["SOURCE"] = "auto"
+    ended = clone.run("pin.bump", f"{fork.as_uri()}@{BRANCH}")
+    assert ended.code == 0, ended.output
+    (clone.folder / "judge.py").write_text(JUDGE)
+    built, run = origin(clone), f"python {clone.folder / 'judge.py'}"
+    ended = bisect(clone, "--good", TAG, "--run", run)
+    assert (ended.code, ended.out.strip()) == (0, commits[2]), ended.output
+    assert "csrc/cpu/answer.c" in ended.err
+    # The pin, its build and its kernels are as they were.
+    assert (origin(clone), answer(clone)) == (built, "43")
+    assert_is_built(clone, "7", "0.31.1.dev7")

@@ -1,10 +1,12 @@
 """A fork of the real vLLM: the tree of the pinned release archive with a commit on top.
 
-A bootstrap, a bump and its smoke on the CPU, with some 6 GB of disk. Needs the package index, or
-warm caches.
+A bootstrap, two bumps and their smokes on the CPU, with some 6 GB of disk. Needs the package index,
+or warm caches. The second bump compiles: without a compiler that the tree accepts, the forecast has
+to report that instead.
 """
 
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,10 +17,12 @@ import pytest
 
 from tests.proof.kill.real import Clone, make_clone
 from tests.repo.shell import sh_git
-from workspace.install import stamp
+from workspace.install import rebuild_job, stamp
 from workspace.repo import pins
 
 BRANCH = "mine"
+# Compiled on every device, and compiled for CUDA alone.
+SOURCES = ("csrc/spinloop.cpp", "csrc/libtorch_stable/moe/topk_softmax_kernels.cu")
 LIMIT_S = 3600.0
 
 
@@ -77,6 +81,24 @@ def test_commit_on_the_real_release_takes_the_wheel_of_the_release(
     imported = "import vllm, vllm.mine; print(vllm.__version__, vllm.mine.MINE)"
     assert sh_output(python, imported).split()[-2:] == [f"{pin.version}+cpu", "1"]
     assert "1 commit ahead" in inv(clone, "pin", "--offline")
+
+    # The next commit changes compiled sources: one target is compiled, the rest is the wheel's.
+    for source in SOURCES:
+        path = tmp_path / "fork" / source
+        path.write_text(f"{path.read_text()}\n// mine\n")
+    sh_git(tmp_path / "fork", "commit", "--quiet", "--all", "--message", "Mine, compiled")
+    foreseen = inv(clone, "pin.forecast", url, "--base", before.tag)
+    assert all(source in foreseen for source in SOURCES), foreseen
+    if re.search("cannot be built here: .*compiler", foreseen):
+        print(f"not compiled, as the forecast reports: {foreseen}")
+        return
+    planned = inv(clone, "pin.bump", url, "--base", before.tag, "--allow-recent")
+    rows = [line for line in planned.splitlines() if line.endswith(f"{SOURCES[0]} changed")]
+    assert {row.split()[0] for row in rows} == {"spinloop"}, planned
+    built = stamp.read(clone.layout.stamp("vllm"))
+    assert rebuild_job.compiled_here(built) == {"spinloop"}
+    shown = inv(clone, "pin", "--offline")
+    assert all(source in shown for source in SOURCES), shown
 
 
 def sh_output(python: Path, code: str) -> str:

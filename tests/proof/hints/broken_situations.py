@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from tests.proof.hints.build_situations import torch_cache_of_another
 from tests.proof.hints.doctor_situations import program
 from tests.proof.hints.following import User, printed, runs
 from tests.proof.hints.pin_situations import publish
@@ -74,8 +75,11 @@ def bound(folder: Path, *options: str) -> str:
     return f"mount --bind {folder} {folder}{then}"
 
 
-@runs("machine.own_environment")
-def environment_that_cannot_be_changed(user: User) -> None:
+@runs("machine.own_environment", "machine.cache_folder")
+def folders_that_cannot_be_changed(user: User) -> None:
+    cache = torch_cache_of_another(user)
+    user.mounts(bound(cache))
+    user.look("machine.cache_folder", "fix-triton", shows=cache.parent.name)
     requirement_is_missing(user)
     user.mounts(bound(user.world.layout.environment / "lib", "ro"))
     user.look("machine.own_environment", "bootstrap", shows=r"\.vllm")

@@ -1,5 +1,6 @@
 """Situations of a rebuild, of wheels and of Triton."""
 
+import os
 from pathlib import Path
 
 from tests.bench.materials import record
@@ -29,10 +30,21 @@ def wheel_of_another_clone(user: User) -> None:
     assert user.world.status()["install"] == "ok"
 
 
+def torch_cache_of_another(user: User) -> Path:
+    """Let TorchInductor have a cache that another torch wrote, and return it."""
+    cache = user.world.folder / "tmp" / "torchinductor_root"
+    cache.mkdir(parents=True)
+    user.world.env["TMPDIR"] = str(cache.parent)
+    user.world.env["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    (cache / "old.py").write_text("old")
+    os.utime(cache / "old.py", (1, 1))
+    os.utime(cache, (1, 1))
+    return cache
+
+
 @runs("install.fix_what_can")
 def triton_that_has_a_fault(user: User) -> None:
-    (packages,) = (user.world.layout.environment / "lib").glob("python3*/site-packages")
-    (packages / "triton_kernels").mkdir()
+    torch_cache_of_another(user)
     user.follow("install.fix_what_can", "fix-triton", "--check", then=False)
 
 

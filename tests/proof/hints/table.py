@@ -20,6 +20,9 @@ _BENCH = (
     "test_bench_ends_with_median_and_spread_and_each_next_command_leads_on"
 )
 _LINT = "tests/checks/test_lint.py::test_"
+_NODES = "tests/server/test_nodes.py::test_"
+_RANKS = "tests/server/test_multi_node.py::test_"
+_REFUSED = f"{_RANKS}nodes_that_cannot_serve_together_are_a_sentence_whose_hint_works"
 _BUNDLE = "tests/install/test_bundle.py::test_"
 # The test that runs the command of the hint.
 ELSEWHERE = {
@@ -98,6 +101,9 @@ ELSEWHERE = {
     "repo.connect_submodule": (
         "tests/repo/test_checkout.py::test_submodule_that_was_moved_is_connected_by_the_hint"
     ),
+    "repo.merged_request": (
+        "tests/repo/test_pull_requests.py::test_request_that_main_has_is_refused_at_once"
+    ),
     "repo.squash": (
         "tests/repo/test_pull_requests.py::test_squash_is_offered_where_only_the_net_change_applies"
     ),
@@ -118,6 +124,22 @@ ELSEWHERE = {
     "machine.apt_libnuma": (
         "tests/machine/test_doctor_shell.py::test_missing_libnuma_is_named_and_its_package_cures_it"
     ),
+    "server.copy_key": f"{_NODES}a_node_that_ssh_does_not_reach_is_named_with_its_reason",
+    "server.first_nodes": f"{_NODES}first_nodes_come_from_the_example",
+    "server.form_of_nodes": f"{_NODES}unusable_nodes_are_a_sentence_and_exit_2",
+    "server.install_ssh": f"{_NODES}a_machine_without_ssh_has_the_package_as_hint",
+    "server.known_key": f"{_NODES}a_node_that_ssh_does_not_reach_is_named_with_its_reason",
+    "server.divide": _REFUSED,
+    "server.fetch_on_each": (
+        "tests/server/test_fetch.py::test_model_is_fetched_once_and_then_needs_no_hub"
+    ),
+    "server.node_status": f"{_RANKS}node_that_is_not_fit_for_its_rank_is_named",
+    "server.own_addresses": f"{_RANKS}meeting_point_that_is_not_of_this_machine_is_named",
+    "server.serve_over": _REFUSED,
+    "server.two_nodes": f"{_RANKS}recipe_for_two_nodes_is_not_started_on_one",
+    "server.without_nodes": _REFUSED,
+    "server.nodes": f"{_NODES}an_unknown_name_lists_the_known_ones",
+    "server.ssh": f"{_NODES}a_node_that_ssh_does_not_reach_is_named_with_its_reason",
     "server.adapter": (
         "tests/server/test_request.py::test_adapter_is_served_by_the_command_of_the_hint"
     ),

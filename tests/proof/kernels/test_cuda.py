@@ -41,7 +41,7 @@ def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clo
     assert units > 20
 
     # ^C in the middle: no compiler is left, the tree is unchanged, and the next run resumes.
-    child = replace(clone, words=("rebuild",)).start()
+    child = replace(clone, args=("rebuild",)).start()
     wait_for_objects(clone, least=2)
     assert clone.end(child, signal.SIGINT)[0] == 130, clone.output[-2000:]
     assert libraries(clone) == precompiled_wheel
@@ -69,7 +69,7 @@ def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clo
 
 
 def inv(clone: Clone, *args: str) -> str:
-    child = replace(clone, words=args).start()
+    child = replace(clone, args=args).start()
     assert child.wait(timeout=LIMIT_S) == 0, clone.output[-4000:]
     return clone.output
 

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.bump.conftest import smoke
+from tests.bump.test_forks import BRANCH, fork
 from tests.small.materials import git
 from tests.small.world import World
 from workspace.checks.smoke import HOOK, KEPT
+
+__all__ = ["fork"]
 
 MINE = '#!/bin/sh\nread words; echo "mine: $1 $words" >&2\n'
 
@@ -93,6 +96,29 @@ def test_commit_that_no_patch_has_stops_a_push_of_the_submodule_and_the_workspac
         assert "hint: " in pushed.stderr
         assert "patch.export" in pushed.stderr
     assert git(remote, "for-each-ref") == ""
+
+
+def test_gate_judges_commits_on_the_commit_of_a_fork_as_those_on_a_release(
+    clone: World, fork: Path, remote: Path
+) -> None:
+    clone.env["SOURCE"] = "auto"
+    ended = clone.run("pin.bump", f"{fork.as_uri()}@{BRANCH}")
+    assert ended.code == 0, ended.output
+    clone.run("hook")
+    pushed = push(clone, clone.layout.vllm, remote)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "the smoke has passed on this tree and build" in pushed.stderr
+    assert git(remote, "rev-parse", "pushed") == clone.git("rev-parse", "HEAD")
+    package = clone.layout.vllm / "vllm" / "__init__.py"
+    package.write_text(package.read_text() + "OURS = 1\n")
+    git(clone.layout.vllm, "commit", "--quiet", "--all", "-m", "Ours\n\nUpstream-Status: Pending")
+    pushed = push(clone, clone.layout.vllm, remote)
+    assert pushed.returncode != 0
+    assert "patch.export" in pushed.stderr
+    assert clone.run("patch.export").code == 0
+    pushed = push(clone, clone.layout.vllm, remote)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "no smoke has passed on this tree and build yet" in pushed.stderr
 
 
 def test_edit_is_judged_again_and_a_broken_one_stops_the_push(clone: World, remote: Path) -> None:

@@ -2,10 +2,11 @@
 
 The wheels come from the package index of this machine.
 
-The assemblers of each wheel show what it can assemble. Seeded faults are found and fixed: a
-shadow, broken paths, another wheel.
+The assemblers of each wheel show what it can assemble. Seeded faults are found and fixed: a stale
+cache, a shadow, broken paths, another wheel.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from tests.small.materials import Materials
 from tests.small.wheels import write
 from tests.small.world import Ended, World, make_world
+from workspace.core.paths import Layout
 
 OLD, MIDDLE, NEW = "3.5.1", "3.6.0", "3.7.1"
 NO_SM = "Value 'sm_121a' is not defined for option 'gpu-name'"
@@ -164,15 +166,30 @@ def test_path_in_the_shell_is_for_the_person_to_change(context: World, tmp_path:
     assert "unset TRITON_PTXAS_BLACKWELL_PATH" in ended.err
 
 
-def test_shadow_is_found_and_moved(context: World) -> None:
+def test_stale_cache_and_shadow_are_found_and_moved(context: World) -> None:
+    install(context, MIDDLE)
+    home = Path(context.env["HOME"])
+    cache = home / ".triton" / "cache"
+    argv = [context.layout.environment_python, Layout(context.root).probes / "triton_kernel.py"]
+    output = subprocess.run(
+        argv,
+        env=context.env | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(output.stdout)["cubin_bytes"] > 0
     install(context, NEW)
     packages = next((context.layout.environment / "lib").glob("python3*/site-packages"))
     (packages / "triton_kernels").mkdir()
     (packages / "triton_kernels" / "__init__.py").write_text("raise ImportError('shadow')\n")
     ended = context.run("fix-triton", "--check")
-    assert "shadows" in ended.error(6)
+    assert "shadows, caches" in ended.error(6)
+    assert f"written by triton {MIDDLE}, and {NEW} is installed" in ended.output
     ended = context.run("fix-triton")
     assert ended.code == 0, ended.output
+    assert not cache.exists()
+    assert len(list(cache.parent.glob("cache.of-*/*/kernel.cubin"))) == 1
     assert not (packages / "triton_kernels").exists()
     assert (
         len(

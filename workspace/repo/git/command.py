@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -369,7 +370,7 @@ class Command:
                 strip_newline_in_stdout=False,
             )
         except GitCommandNotFound as exc:
-            raise _missing() from exc
+            raise _unusable(exc) from exc
         return status, out, err
 
     def _raise_environment_failure(self, answer: Answer, verb: str) -> None:
@@ -476,9 +477,19 @@ def _gitpython() -> "type[gitpython.Git]":
     try:
         import git as gitpython
     except ImportError as exc:
-        raise _missing() from exc
+        raise _unusable(exc) from exc
     return gitpython.Git
 
 
-def _missing() -> ToolchainError:
-    return ToolchainError("git is missing or cannot be started", hint=hints.text("machine.apt_git"))
+def _unusable(exc: Exception) -> ToolchainError:
+    """Return the error for a git that is missing, or that is there and fails."""
+    path, status = shutil.which("git"), getattr(exc.__cause__, "status", None)
+    if path is None or not isinstance(status, int):
+        hint = hints.text("machine.apt_git")
+        return ToolchainError("git is missing or cannot be started", hint=hint)
+    found = re.search(r"'(.*)'", str(getattr(exc.__cause__, "stderr", "")), re.DOTALL)
+    output = f": {first_line(found[1])}" if found else ""
+    again, look = hints.text("repo.memory_again"), hints.text("core.list_file", path=path)
+    return ToolchainError(
+        f"{path} {process.describe_status(status)}{output}", hint=again if status < 0 else look
+    )

@@ -1,0 +1,241 @@
+"""`inv serve --nodes`: which node runs which rank and with what, and each fault that is found
+before anything is loaded. The other node is a clone on this machine, and an executable stands in
+for ssh.
+"""
+
+import io
+import json
+import shlex
+import socket
+import subprocess
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from tests.server.test_request import Request
+from tests.small import ssh
+from workspace.core.console import Console
+from workspace.core.errors import ServeError, SettingsError, WorkspaceError
+from workspace.core.settings import load
+from workspace.server import multi_node
+from workspace.server.flags import ServeOptions
+from workspace.server.multi_node import Rank, Report
+from workspace.server.nodes import Node
+
+NODES = """
+[a]
+address = "127.0.0.1"
+interface = "lo"
+[b]
+address = "127.0.0.2"
+interface = "lo"
+ssh = "b"
+folder = "~/clone"
+[c]
+address = "127.0.0.3"
+interface = "lo"
+ssh = "c"
+folder = "/c"
+"""
+RANK = Rank(1, 2, "127.0.0.1", 29501, "127.0.0.2", "lo")
+SAME = Report("tree", {"torch": "2.13.0"}, "cpu", "the model fits", True, {"VLLM_HOST_IP": "1"})
+# Flags of the pinned tree that a server over nodes needs.
+FLAGS = (
+    "tensor-parallel-size pipeline-parallel-size data-parallel-size nnodes node-rank master-addr"
+    " master-port headless distributed-executor-backend max-model-len max-num-seqs dtype"
+    " gpu-memory-utilization enforce-eager"
+)
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> Request:
+    made = Request(tmp_path)
+    source = made.clone.layout.vllm / "vllm" / "engine" / "arg_utils.py"
+    switches = ("headless", "enforce-eager")
+    lines = [
+        f'    parser.add_argument("--{name}"'
+        + (', action="store_true")' if name in switches else ")")
+        for name in FLAGS.split()
+    ]
+    source.write_text("\n".join([source.read_text(), *lines, ""]))
+    (made.clone.layout.root / "nodes.toml").write_text(NODES)
+    return made
+
+
+def serve(request_: Request, *argv: str, **shell: str) -> tuple[str, str]:
+    """Type `inv serve` with a dry run. Return what it prints on stdout and on stderr."""
+    own, extra = list(argv), ()
+    if "--" in own:
+        place = own.index("--")
+        own, extra = own[:place], tuple(own[place + 1 :])
+    nodes = own[own.index("--nodes") + 1] if "--nodes" in own else ""
+    options = ServeOptions(own[0], extra, nodes=nodes, dry_run=True)
+    layout, out, err = request_.clone.layout, io.StringIO(), io.StringIO()
+    settings = load(layout, environ=request_.clone.shell | shell)
+    multi_node.run(layout, settings, options, console=Console(out=out, err=err))
+    return out.getvalue(), err.getvalue()
+
+
+def typed(hint: str | None) -> list[str]:
+    """Return the arguments of `inv serve` in a hint."""
+    assert hint
+    words = shlex.split(hint.split("    ")[0])
+    assert words[:2] == ["./scripts/inv", "serve"]
+    return words[2:]
+
+
+def test_each_node_gets_its_rank_and_this_one_is_the_head(request_: Request) -> None:
+    out, _ = serve(request_, "tiny", "--nodes", "b,a", "--", "--max-num-seqs", "4")
+    lines = out.splitlines()
+    argv = shlex.split(lines[-1])
+    assert "--headless" not in argv
+    for flag, value in {
+        "--nnodes": "2",
+        "--node-rank": "0",
+        "--master-addr": "127.0.0.1",
+        "--tensor-parallel-size": "2",
+        "--max-num-seqs": "4",
+    }.items():
+        assert argv[argv.index(flag) + 1] == value
+    for variable in ("VLLM_HOST_IP=127.0.0.1", "GLOO_SOCKET_IFNAME=lo", "NCCL_SOCKET_IFNAME=lo"):
+        assert f"export {variable}" in lines
+    (far,) = (line for line in lines if line.startswith("# node b: "))
+    assert f"serve.rank tiny --rank=1,2,127.0.0.1,{argv[argv.index('--master-port') + 1]}" in far
+    assert far.count("--max-num-seqs 4") == 1
+
+
+def test_variables_of_the_user_go_before_those_of_the_link(request_: Request) -> None:
+    (request_.clone.layout.root / ".env").write_text("NCCL_SOCKET_IFNAME=eth7\n")
+    out, _ = serve(request_, "tiny", "--nodes", "a,b", GLOO_SOCKET_IFNAME="eth8")
+    assert "export NCCL_SOCKET_IFNAME=eth7" in out
+    assert "GLOO_SOCKET_IFNAME=lo" not in out
+
+
+def test_rdma_devices_of_the_interface_are_named(tmp_path: Path) -> None:
+    for device, interface in (("mlx5_1", "lo"), ("mlx5_0", "lo"), ("mlx5_2", "eth0")):
+        (tmp_path / device / "device" / "net" / interface).mkdir(parents=True)
+    assert RANK.environment(tmp_path)["NCCL_IB_HCA"] == "mlx5_0,mlx5_1"
+    assert "NCCL_IB_HCA" not in replace(RANK, interface="eth9").environment(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "args", "sentence"),
+    [
+        ("a", (), "a server over several takes two"),
+        ("a,a", (), "a node is named twice"),
+        ("b,c", (), "this machine, a, has to be among them"),
+        ("a,b,c", ("--tensor-parallel-size", "2"), "tensor parallel 2 cannot be divided over 3"),
+        ("a,b", ("--pipeline-parallel-size", "3"), "pipeline parallel 3 cannot be divided over 2"),
+        ("a,b", ("--distributed-executor-backend", "ray"), "Ray has a cluster of its own"),
+    ],
+)
+def test_nodes_that_cannot_serve_together_are_a_sentence_whose_hint_works(
+    request_: Request, nodes: str, args: tuple[str, ...], sentence: str
+) -> None:
+    with pytest.raises(SettingsError, match=sentence) as caught:
+        serve(request_, "tiny", "--nodes", nodes, "--", *args)
+    out, _ = serve(request_, *typed(caught.value.hint))
+    assert "vllm serve" in out
+
+
+def test_recipe_for_two_nodes_is_not_started_on_one(request_: Request) -> None:
+    path = request_.clone.layout.root / "recipes" / "tiny.toml"
+    path.write_text(f"nodes = 2\n{path.read_text()}")
+    with pytest.raises(ServeError, match="tiny takes 2 nodes") as caught:
+        serve(request_, "tiny")
+    out, _ = serve(request_, *typed(caught.value.hint))
+    assert "--nnodes 2" in out
+
+
+def test_meeting_point_that_is_not_of_this_machine_is_named(request_: Request) -> None:
+    toml = request_.clone.layout.root / "nodes.toml"
+    toml.write_text(NODES.replace("127.0.0.1", "203.0.113.7"))
+    with pytest.raises(ServeError, match="the ranks cannot meet at 203.0.113.7") as caught:
+        serve(request_, "tiny", "--nodes", "a,b")
+    assert caught.value.hint
+    command = shlex.split(caught.value.hint.split("    ")[0])
+    assert b"127.0.0.1" in subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def ask(tmp_path: Path, script: str) -> Report:
+    """Have the node b run `script` in the place of the verb that checks its rank."""
+    clone = tmp_path / "homes" / "b" / "clone" / "scripts"
+    clone.mkdir(parents=True)
+    (clone / "inv").write_text(f"#!/bin/sh\n{script}\n")
+    (clone / "inv").chmod(0o755)
+    shell = ssh.stand_in(tmp_path / "bin", tmp_path / "homes")
+    request_ = Request(tmp_path / "request")
+    settings = load(request_.clone.layout, environ=request_.clone.shell | {"PATH": shell["PATH"]})
+    node = Node("b", "127.0.0.2", "lo", "b", "~/clone")
+    with socket.create_server(("127.0.0.1", 0)) as meeting:
+        order = ["./scripts/inv", "serve.rank", "tiny", "--rank=1"]
+        return multi_node.ask(settings, node, order, meeting)
+
+
+def test_node_reports_what_it_would_run(tmp_path: Path) -> None:
+    text = shlex.quote(json.dumps(asdict(SAME)))
+    assert ask(tmp_path, f'[ "$3" = --check ] && echo {text}') == SAME
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        ("echo 'error: the model does not fit' >&2; exit 10", "its rank: the model does not fit"),
+        ("echo nonsense", "it gave no report"),
+    ],
+)
+def test_node_that_is_not_fit_for_its_rank_is_named(
+    tmp_path: Path, script: str, sentence: str
+) -> None:
+    with pytest.raises(ServeError, match=sentence) as caught:
+        ask(tmp_path, script)
+    assert caught.value.message.startswith("node b ")
+    assert caught.value.hint
+    # The hint runs the status of that clone.
+    status = tmp_path / "homes" / "b" / "clone" / "scripts" / "inv"
+    status.write_text("#!/bin/sh\necho status of $PWD\n")
+    command = shlex.split(caught.value.hint.split("    ")[0])
+    shell = ssh.stand_in(tmp_path / "bin", tmp_path / "homes")
+    done = subprocess.run(command, env=shell, capture_output=True, text=True, check=True)
+    assert done.stdout == f"status of {status.parents[1]}\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"tree": "other"}, "node b differs from a: vendor/vllm: tree, other"),
+        ({"packages": {"torch": "2.12.0"}}, "torch: 2.13.0, 2.12.0"),
+        ({"device": "cuda"}, "device: cpu, cuda"),
+        ({"reach": "it cannot reach 127.0.0.1"}, "node b: it cannot reach 127.0.0.1"),
+        ({"has_weights": False}, "the weights of tiny are missing on b"),
+    ],
+)
+def test_difference_between_the_nodes_ends_before_the_load(
+    changed: dict[str, object], sentence: str
+) -> None:
+    members = [Node("a", "127.0.0.1", "lo"), Node("b", "127.0.0.2", "lo", "b", "/b")]
+    err = io.StringIO()
+    console, options = Console(out=err, err=err), ServeOptions("tiny")
+    multi_node.compare(members, [SAME, SAME], options, console=console)
+    assert "node b: rank 1, VLLM_HOST_IP=1" in err.getvalue()
+    other = replace(SAME, **changed)  # type: ignore[arg-type]
+    with pytest.raises(WorkspaceError, match=sentence) as caught:
+        multi_node.compare(members, [SAME, other], options, console=console)
+    assert caught.value.hint
+
+
+def test_both_directions_of_the_link_are_tried() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as meeting:
+        rank = replace(RANK, port=meeting.getsockname()[1])
+        with multi_node.answering(meeting):
+            assert multi_node.reach(rank) == ""
+            away = replace(rank, address="203.0.113.7")
+            assert multi_node.reach(away).startswith("it has no address 203.0.113.7")
+    assert multi_node.reach(rank).startswith("it cannot reach 127.0.0.1 port ")
+
+
+def test_rank_is_read_as_it_was_written() -> None:
+    assert Rank.parse(RANK.argument) == RANK
+    with pytest.raises(SettingsError, match="is no rank"):
+        Rank.parse("1,2")
