@@ -13,8 +13,8 @@ from workspace.core.process import Absent
 from workspace.install import stamp, triton_diagnosis, triton_fixes
 from workspace.install.triton_diagnosis import Diagnosis
 from workspace.install.triton_fixes import FIXES, Context
-from workspace.machine import dotenv, interpreter
-from workspace.machine.dotenv import Assembler, Trial, Verdict
+from workspace.machine import doctor, interpreter
+from workspace.machine.doctor import Assembler, Trial, Verdict
 
 __all__ = ["built", "house"]
 
@@ -140,6 +140,6 @@ def test_script_without_a_shebang_is_refused_as_triton_would_be_stopped_by_it(ho
     program.write_text("echo release 13.0\n")
     os.chmod(program, 0o755)
     one = Assembler("ptxas", "TRITON_PTXAS_PATH", tmp_path / "bundled", True)
-    assert dotenv.judge_ptxas(
+    assert doctor.judge_ptxas(
         one, house.settings(TRITON_PTXAS_PATH=str(program)), "12.1", lambda argv: Absent()
     ).is_refused

@@ -10,7 +10,6 @@ from workspace.machine import (
     doctor,
     doctor_host,
     doctor_toolchain,
-    dotenv,
     hardware,
     interpreter,
     machine,
@@ -176,7 +175,7 @@ def test_slow_assembler_is_not_replaced_by_an_older_one(house, tmp_path, impatie
     program = house.program("ptxas", SLOW, folder=tmp_path)
     case = Case(house.machine(), device="cuda")
     with pytest.raises(NoAnswer, match="ptxas gave no answer"):
-        dotenv.try_ptxas(program, "12.1", case.ask)
+        doctor.try_ptxas(program, "12.1", case.ask)
 
 
 def test_slow_pip_does_not_change_the_source_of_torch(house, impatient):

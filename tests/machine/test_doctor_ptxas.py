@@ -6,7 +6,7 @@ import pytest
 
 from tests.machine.programs import NEW, OLD, PTXAS
 from workspace.core.console import Row
-from workspace.machine import dotenv
+from workspace.machine import doctor
 from workspace.machine.machine import Case
 
 
@@ -19,7 +19,7 @@ def triton(house, version, *, first=OLD, second=None) -> None:
 
 
 def rows(house, *, device="cuda", **shell) -> dict[str, Row]:
-    found = tuple(dotenv.ptxas(Case(house.machine(**shell), device=device, is_native=False)))
+    found = tuple(doctor.ptxas(Case(house.machine(**shell), device=device, is_native=False)))
     assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its hint"
     return {row.name: row for row in found}
 
@@ -79,7 +79,7 @@ def test_first_assembler_is_the_one_used_for_a_hopper_until_triton_3_9(house):
         "ptxas": "ok",
         "ptxas-bw": "ok",
     }
-    assert not dotenv.ptxas_of_triton(
+    assert not doctor.ptxas_of_triton(
         house.layout.environment / "lib/python3.11/site-packages/triton/backends/nvidia/bin",
         "3.9.0",
         "9.0",

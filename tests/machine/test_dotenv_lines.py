@@ -3,7 +3,7 @@
 import pytest
 
 from workspace.core import settings
-from workspace.machine import dotenv
+from workspace.machine import check
 
 
 @pytest.mark.parametrize(
@@ -24,14 +24,14 @@ from workspace.machine import dotenv
     ],
 )
 def test_no_line_is_lost_and_the_new_value_counts(text, changes, after):
-    assert dotenv.changed(text, changes, why="why") == after
+    assert check.changed(text, changes, why="why") == after
 
 
 def test_difference_is_returned_and_the_file_keeps_its_mode_and_its_link(house, tmp_path):
     (tmp_path / "real.env").write_text("TRITON_PTXAS_PATH=/old\n")
     (tmp_path / "real.env").chmod(0o640)
     house.layout.dotenv.symlink_to(tmp_path / "real.env")
-    output = dotenv.change(house.layout, {"TRITON_PTXAS_PATH": "/a b/ptxas"}, why="why")
+    output = check.change(house.layout, {"TRITON_PTXAS_PATH": "/a b/ptxas"}, why="why")
     assert [line for line in output if line[0] in "+-" and ".env" not in line] == [
         "-TRITON_PTXAS_PATH=/old",
         "+# why",

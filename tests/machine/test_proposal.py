@@ -9,7 +9,7 @@ import pytest
 from tests.machine.conftest import House
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError, ToolchainError
-from workspace.machine import dotenv
+from workspace.machine import check
 
 NVCC = 'case "$*" in *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88";; esac'
 GPU = 'case "$*" in *name,compute_cap*) echo "NVIDIA GB10, 12.1, 580.95";; *) exit 1;; esac'
@@ -18,7 +18,7 @@ GPU = 'case "$*" in *name,compute_cap*) echo "NVIDIA GB10, 12.1, 580.95";; *) ex
 def init(house: House, *, replace: bool = False, **shell: str) -> tuple[str, str]:
     """Return what is printed on stdout and on stderr."""
     out, err = io.StringIO(), io.StringIO()
-    dotenv.complete(house.machine(**shell), console=Console(out=out, err=err), replace=replace)
+    check.complete(house.machine(**shell), console=Console(out=out, err=err), replace=replace)
     return out.getvalue(), err.getvalue()
 
 
@@ -88,7 +88,7 @@ def test_dotenv_that_has_no_room_is_a_sentence_with_a_look_at_its_folders(house:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
     try:
         with pytest.raises(ToolchainError, match=r"\.env cannot be written: ") as failure:
-            dotenv.complete(machine, console=Console(out=io.StringIO(), err=io.StringIO()))
+            check.complete(machine, console=Console(out=io.StringIO(), err=io.StringIO()))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     shown = subprocess.run(failure.value.hint or "", shell=True, check=True, capture_output=True)

@@ -203,9 +203,9 @@ def env_check(_: Context, json: bool = False) -> None:
 @task(name="init", help={"replace": "also change lines that differ; old ones become comments"})
 def env_init(_: Context, replace: bool = False) -> None:
     """Write or complete .env for this machine."""
-    from workspace.machine import dotenv
+    from workspace.machine import check
 
-    dotenv.complete(main.machine(), console=main.console(), replace=replace)
+    check.complete(main.machine(), console=main.console(), replace=replace)
 
 
 @task(name="export")

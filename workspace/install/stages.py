@@ -25,7 +25,7 @@ from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, precompiled, stamp, status, verify
-from workspace.machine import check, dotenv, interpreter, torch, venv
+from workspace.machine import check, interpreter, torch, venv
 from workspace.machine.machine import Machine
 from workspace.repo import checkout, export, patches
 from workspace.repo.git import Git, worktree
@@ -129,8 +129,7 @@ def act(run: Run, steps: Steps, *, reason: str = "") -> None:
 
 def write_dotenv(run: Run, view: Step) -> None:
     view.reason = (
-        "written for this machine:"
-        f" {dotenv.write(run.observed.machine, device=run.observed.device)}"
+        f"written for this machine: {check.write(run.observed.machine, device=run.observed.device)}"
     )
 
 

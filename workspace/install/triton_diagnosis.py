@@ -16,8 +16,8 @@ from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import is_met, origin, pairing
-from workspace.machine import arch, dotenv, interpreter, jit_caches, torch
-from workspace.machine.dotenv import Verdict
+from workspace.machine import arch, doctor, interpreter, jit_caches, torch
+from workspace.machine.doctor import Verdict
 from workspace.machine.machine import Case, Machine
 from workspace.repo.git import Git
 
@@ -75,14 +75,14 @@ def diagnose(machine: Machine) -> Diagnosis:
     case = Case(machine)
     installed, build = machine.triton(), machine.torch()
     is_gpu_torch = build is not None and build.cuda is not None
-    paired, capability = machine.paired_triton(), dotenv.capability_of(case)
+    paired, capability = machine.paired_triton(), doctor.capability_of(case)
     assemblers = (
-        dotenv.ptxas_of_triton(installed.bin, installed.version, capability)
+        doctor.ptxas_of_triton(installed.bin, installed.version, capability)
         if installed and installed.bin
         else ()
     )
     verdicts = tuple(
-        dotenv.judge_ptxas(assembler, settings, capability, case.ask) for assembler in assemblers
+        doctor.judge_ptxas(assembler, settings, capability, case.ask) for assembler in assemblers
     )
     kernel = try_kernel(layout, settings, capability) if installed else None
     tree, shadow = _tree(layout), shadowing(layout, kernel)

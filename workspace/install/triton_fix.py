@@ -22,7 +22,7 @@ from workspace.core.settings import Settings
 from workspace.install import stages, stamp, status, triton_fixes
 from workspace.install.triton_diagnosis import Diagnosis, Kernel, diagnose, try_kernel
 from workspace.install.triton_fixes import Context, Fix
-from workspace.machine import dotenv, hardware, interpreter, torch
+from workspace.machine import doctor, hardware, interpreter, torch
 from workspace.machine.machine import Case, Machine
 from workspace.repo import pins
 
@@ -294,7 +294,7 @@ def _prove(context: Context, wheel: Path) -> str:
         interpreter.install(
             layout, settings, arguments, run_log=context.run_log, failure=BuildError
         )
-        capability = dotenv.capability_of(Case(context.machine))
+        capability = doctor.capability_of(Case(context.machine))
         kernel = try_kernel(layout, settings, capability, packages=Path(folder))
     _require_right(kernel)
     return kernel.summary

@@ -17,9 +17,9 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp
 from workspace.install.triton_diagnosis import Diagnosis
-from workspace.machine import dotenv, interpreter, jit_caches
+from workspace.machine import check, doctor, interpreter, jit_caches
 from workspace.machine.arch import key
-from workspace.machine.dotenv import Verdict
+from workspace.machine.doctor import Verdict
 from workspace.machine.machine import Case, Machine
 
 WHY = "changed by inv fix-triton on {day}"
@@ -86,12 +86,12 @@ def assembler_changes(context: Context, found: Diagnosis) -> dict[str, str | Non
 
 def _better(context: Context, found: Diagnosis, verdict: Verdict) -> str | None:
     case = Case(context.machine)
-    own = dotenv.try_ptxas(verdict.assembler.bundled, found.capability, case.ask)
+    own = doctor.try_ptxas(verdict.assembler.bundled, found.capability, case.ask)
     if own and not own.complaint:
         return None
     least = key(own.release) if own else ()
     tried = (
-        dotenv.try_ptxas(program, found.capability, case.ask)
+        doctor.try_ptxas(program, found.capability, case.ask)
         for program in _programs(context, case)
         if program != verdict.own
     )
@@ -135,7 +135,7 @@ def _change_assembler(context: Context, found: Diagnosis) -> str:
             f"{in_shell[0]} is set in the shell, where only you can change it",
             hint=hints.text("install.unset_then_fix", variables=in_shell),
         )
-    for line in dotenv.change(
+    for line in check.change(
         context.layout,
         changes,
         why=WHY.format(day=datetime.datetime.now(tz=datetime.UTC).date().isoformat()),

@@ -1,144 +1,38 @@
 """Each setting, its value, its source, and whether it can work: `inv env`, and the check before
-bootstrap, smoke, serve and bench.
+bootstrap, smoke, serve and bench; and the lines of .env: the first ones, and changes to them.
 
 vLLM only warns of an unknown name. Here a value or a name that vLLM would stop at is an error
 before anything is loaded; a setting without effect, or one that hides another, is a warning.
+
+`write` creates .env only where none exists. In a user's file every changed line remains as a
+comment: no line is lost.
 """
 
+import difflib
 import functools
-import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from workspace.core import hints
+from workspace.core import settings as settings_module
 from workspace.core.console import Console, Row, State, failed
-from workspace.core.errors import SettingsError
+from workspace.core.errors import SettingsError, ToolchainError
+from workspace.core.files import read_regular, write_atomic
 from workspace.core.known_settings import KNOWN, SETTINGS, is_secret
-from workspace.core.settings import (
-    Settings,
-    is_for,
-    is_set_by_the_workspace,
-    similar,
-)
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings, is_for, is_set_by_the_workspace, similar
 from workspace.machine import run_environment
-from workspace.machine.arch import key
+from workspace.machine.arch import suggest_list
 from workspace.machine.machine import Case, Machine
-from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
+from workspace.machine.run_environment import Finding, conflict_findings
 
 # Variables of the shell that concern vLLM although no setting has their name.
 _OF_INTEREST = re.compile(
     r"VLLM_\w+|HF_\w+|HUGGING_FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+|TRITON_\w+|FLASHINFER_\w+"
     r"|TORCHINDUCTOR_\w+|PYTORCH_\w+|VERBOSE|(UV|PIP)_(CONSTRAINT|OVERRIDE|REQUIRE_HASHES)"
 )
-# Variables that name a file or folder to read, without those that vLLM creates itself.
-_NAMES_A_FILE = re.compile(r"VLLM_(?!\w*(CACHE|DUMP|RPC|RUST|XLA))\w+_(PATH|FILE|FOLDER)")
-# The Triton that introduced the second assembler, and the first GPU that uses it
-# (triton/backends/nvidia/compiler.py).
-_SECOND_ASSEMBLER, _FIRST_GPU_OF_IT = (3, 6), (10, 0)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A message on one variable. Without a hint of its own the hint is to remove the variable."""
-
-    name: str
-    message: str
-    is_error: bool = False
-    hint: str | None = None
-
-
-def conflict_findings(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    """Find settings that contradict each other or the machine.
-
-    `given` has the values that the user or a recipe sets, by name, without defaults.
-    """
-    given = {name: text for name, text in given.items() if text}
-    for look in (_toolkit, _assemblers, _files, _vocabularies, _memory):
-        yield from look(case, given)
-
-
-def _toolkit(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    home = case.settings.path("CUDA_HOME") if "CUDA_HOME" in given else None
-    if home and not home.is_dir():
-        yield Finding("CUDA_HOME", "no such folder", is_error=case.device == "cuda")
-    elif home and not (home / "bin" / "nvcc").is_file():
-        yield Finding("CUDA_HOME", "it has no bin/nvcc, which FlashInfer and a native build run")
-
-
-def _assemblers(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
-        own = case.settings.path(name) if name in given else None
-        if own and not own.exists():
-            message = "no such program; Triton skips it without a message and uses its own"
-            yield Finding(name, message)
-        elif own and (own.is_dir() or not os.access(own, os.X_OK)):
-            message = "it cannot be executed: Triton stops there"
-            yield Finding(name, message, is_error=case.device == "cuda")
-    if "TRITON_PTXAS_PATH" in given and "TRITON_PTXAS_BLACKWELL_PATH" not in given:
-        version = case.machine.packages().get("triton", "")
-        capabilities = case.machine.capabilities
-        newest = max(map(key, capabilities), default=())
-        if key(version) >= _SECOND_ASSEMBLER and newest >= _FIRST_GPU_OF_IT:
-            yield Finding(
-                "TRITON_PTXAS_PATH",
-                f"Triton {version} assembles for this GPU with TRITON_PTXAS_BLACKWELL_PATH, or its"
-                " own assembler, and does not use this one",
-            )
-
-
-def _files(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    for name, text in given.items():
-        if _NAMES_A_FILE.fullmatch(name) and "/" in text and not Path(text).expanduser().exists():
-            yield Finding(name, "no such file or folder")
-    home = case.settings.path("HF_HOME") if "HF_HOME" in given else None
-    if home and home.exists() and not home.is_dir():
-        yield Finding("HF_HOME", "it is not a folder", is_error=True)
-
-
-def _vocabularies(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    """Find a folder of vocabularies that lacks a file.
-
-    gpt-oss dies of it after its load, also with the harmony that has them built in
-    (openai/harmony#95).
-    """
-    if ENCODINGS not in given:
-        return
-    missing = missing_vocabularies(Path(given[ENCODINGS]))
-    built_in = case.machine.packages().get("oss-harmony")
-    why = (
-        f"oss-harmony {built_in} in .vllm has them built in"
-        if built_in
-        else "./scripts/inv serve.fetch fetches them for the models that need them"
-    )
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        yield Finding(
-            ENCODINGS,
-            f"{' and '.join(missing)} {verb} missing, so gpt-oss would fail; the workspace"
-            f" does not pass it on. {why}",
-        )
-    elif built_in:
-        yield Finding(ENCODINGS, f"not needed: {why}")
-
-
-def _memory(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
-    name = "VLLM_CPU_KVCACHE_SPACE"
-    if name not in given:
-        return
-    if case.device == "cuda":
-        yield Finding(
-            name,
-            "a vLLM with a GPU does not read it; --gpu-memory-utilization or"
-            " --kv-cache-memory-bytes sets the size of the cache",
-        )
-    elif given[name].isdigit() and int(given[name]) > case.host().memory_gib:
-        yield Finding(
-            name,
-            f"this machine, or its control group, has {case.host().memory_gib:.1f} GiB",
-            is_error=True,
-        )
 
 
 @dataclass(frozen=True)
@@ -391,3 +285,155 @@ def _stop(rows: Sequence[SettingRow]) -> None:
             hint=first.hint or hints.text("inv.env"),
             details=more,
         )
+
+
+KV_CACHE_SHARE = 1 / 6
+_PLAIN = re.compile(r"[\w/.,:;+@%=-]*")
+
+
+def write(machine: Machine, *, device: str) -> str:
+    """Write `.env`, readable by its owner only, and return its lines as `NAME=value` pairs."""
+    archs = machine.settings.text("TORCH_CUDA_ARCH_LIST")
+    lines = suggest(machine, device=device, archs=archs)
+    head = (
+        "# Settings of this clone; .env.example explains every one. A variable in the shell goes"
+        " before a line here.\n"
+    )
+    write_atomic(
+        machine.layout.dotenv,
+        (head + "".join(f"{name}={text}\n" for name, text in lines.items())).encode(),
+        mode=0o600,
+    )
+    return (
+        ", ".join(f"{name}={text}" for name, text in lines.items()) or "this machine needs no line"
+    )
+
+
+def suggest(machine: Machine, *, device: str, archs: str = "") -> dict[str, str]:
+    """Decide the lines from the machine.
+
+    `archs` is the architecture list of this run; it counts where no GPU reports its capability.
+    """
+    if device == "cpu":
+        share_gib = machine.host().memory_gib * KV_CACHE_SHARE
+        return {"VLLM_CPU_KVCACHE_SPACE": str(max(1, int(share_gib)))}
+    lines: dict[str, str] = {}
+    if device == "cuda":
+        if toolkit := machine.toolkit():
+            lines["CUDA_HOME"] = str(toolkit.home)
+        capabilities = sorted(set(machine.capabilities))
+        if wanted := suggest_list(capabilities) or archs:
+            lines["TORCH_CUDA_ARCH_LIST"] = wanted
+    return lines
+
+
+def changed(text: str, changes: Mapping[str, str | None], *, why: str) -> str:
+    """Return the text of a .env with other values; None removes a name.
+
+    A line that no longer counts becomes a comment, with `why` above it.
+    """
+    lines = [f"{line}\n" for line in text.splitlines()]
+    for name, value in changes.items():
+        own = re.compile(rf"\s*(export\s+)?{re.escape(name)}\s*=")
+        after: list[str] = []
+        at = 0
+        for line in lines:
+            is_own = own.match(line) is not None
+            after += [f"# {why}\n"] if is_own and not at else []
+            after.append(f"# {line}" if is_own else line)
+            at = len(after) if is_own else at
+        if value is not None:
+            after += [] if at else [f"# {why}\n"]
+            after.insert(
+                at or len(after),
+                f"{name}={value if _PLAIN.fullmatch(value) else shlex.quote(value)}\n",
+            )
+        lines = after
+    return "".join(lines)
+
+
+def change(layout: Layout, changes: Mapping[str, str | None], *, why: str) -> tuple[str, ...]:
+    """Write the text that `changed` returns, and return the difference as lines of diff(1).
+
+    Raises OSError where .env cannot be written.
+    """
+    try:
+        before, mode = read_regular(layout.dotenv).decode(), layout.dotenv.stat().st_mode & 0o777
+    except FileNotFoundError:
+        before, mode = "", 0o600
+    after = changed(before, changes, why=why)
+    # The user's file may be a link: its target is written.
+    write_atomic(layout.dotenv.resolve(), after.encode(), mode=mode)
+    return tuple(
+        difflib.unified_diff(
+            before.splitlines(), after.splitlines(), ".env", ".env", n=0, lineterm=""
+        )
+    )
+
+
+WHY = "by inv env.init, for this machine"
+
+
+def complete(machine: Machine, *, console: Console, replace: bool = False) -> None:
+    """Write or complete .env and print the difference.
+
+    `replace` also changes lines with other values; each old line remains as a comment beside the
+    new line. Raises ToolchainError where .env cannot be written.
+    """
+    case, layout, settings = Case(machine), machine.layout, machine.settings
+    if not layout.dotenv.exists():
+        lines = write(machine, device=case.device)
+        console.row(State.DONE, ".env", f"written for this machine: {lines}")
+    written, wanted = settings_module.written(layout), propose(case)
+    rows: list[Row] = []
+    changes: dict[str, str | None] = {
+        name: text for name, text in wanted.items() if name not in written
+    }
+    for name, text in wanted.items():
+        present = written.get(name)
+        if present == text:
+            rows.append(Row(State.OK, name, text))
+        elif present is not None and replace:
+            changes[name] = text
+        elif present is not None:
+            seen = f"{present}; this machine suggests {text}"
+            hint = hints.text("machine.replace_dotenv")
+            rows.append(Row(State.KEPT, name, seen, hint=hint))
+    console.rows(rows)
+    if not changes:
+        console.row(State.SKIPPED, ".env", "nothing to write")
+        return
+    try:
+        difference = change(layout, changes, why=WHY)
+    except OSError as exc:
+        raise ToolchainError(
+            f".env cannot be written: {exc.strerror}",
+            hint=hints.text("core.list_folders", folders=[layout.dotenv, layout.root]),
+        ) from exc
+    for line in difference:
+        console.data(settings.masked(line))
+
+
+def propose(case: Case) -> dict[str, str]:
+    """Decide the lines for this machine: those of bootstrap, and a ptxas.
+
+    A ptxas is proposed where Triton's own fails for the GPU and the toolkit's works.
+    """
+    lines = suggest(case.machine, device=case.device)
+    return lines | (_assembler(case) if case.device == "cuda" else {})
+
+
+def _assembler(case: Case) -> dict[str, str]:
+    # The checks of the doctor take 50 ms to import, and only this proposal needs one.
+    from workspace.machine import doctor
+
+    there = case.triton()
+    if there is None or there.bin is None or case.toolkit() is None:
+        return {}
+    capability = doctor.capability_of(case)
+    assemblers = doctor.ptxas_of_triton(there.bin, there.version, capability)
+    used = next(assembler for assembler in assemblers if assembler.is_used)
+    if doctor.judge_ptxas(used, case.settings, capability, case.ask).is_good:
+        return {}
+    program = doctor.toolkits_ptxas(case, capability)
+    return {used.variable: str(program)} if program else {}

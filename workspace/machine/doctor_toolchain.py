@@ -14,7 +14,7 @@ from workspace.core import hints, process
 from workspace.core.console import Row, State
 from workspace.core.errors import WorkspaceError
 from workspace.core.process import Absent, Broken, NoAnswer, Slow, There
-from workspace.machine import arch, dotenv, interpreter, requirements
+from workspace.machine import arch, interpreter, requirements
 from workspace.machine.arch import OLDEST_CAPABILITY, key
 from workspace.machine.machine import Case, unanswered, verdict
 from workspace.machine.torch import CUDA_MAJOR
@@ -402,8 +402,7 @@ def archs(case: Case) -> Iterator[Row]:
     if fault is None:
         yield Row(State.OK, "arch list", seen, "kernels are compiled for these architectures only")
         return
-    suggested = dotenv.suggest(case.machine, device="cuda")
-    wanted = suggested.get("TORCH_CUDA_ARCH_LIST", "12.1a")
+    wanted = arch.suggest_list(sorted(set(case.machine.capabilities))) or "12.1a"
     hint = (
         hints.text("machine.export_archs", archs=wanted)
         if case.settings.source("TORCH_CUDA_ARCH_LIST") == "shell"

@@ -1,5 +1,6 @@
 """The environment of a running vLLM, which smoke, bench, serve, `inv run` and `inv shell` share,
-the names that the pinned vLLM reads, and the check of LD_LIBRARY_PATH.
+the names that the pinned vLLM reads, settings that contradict each other or the machine, and the
+check of LD_LIBRARY_PATH.
 
 The user's values (shell, then .env) go before a recipe's, and those before defaults.
 """
@@ -23,7 +24,10 @@ from workspace.core.files import read_regular
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
 from workspace.core.process import Broken, There
-from workspace.core.settings import Settings, shortened
+from workspace.core.settings import (
+    Settings,
+    shortened,
+)
 from workspace.machine import interpreter, jit_caches, torch
 from workspace.machine.arch import key
 from workspace.machine.machine import Case, Machine, unanswered
@@ -365,3 +369,112 @@ def published_vocabularies(layout: Layout) -> dict[str, tuple[str, str]]:
             hint=hints.text("inv.bootstrap"),
         )
     return found
+
+
+# Variables that name a file or folder to read, without those that vLLM creates itself.
+_NAMES_A_FILE = re.compile(r"VLLM_(?!\w*(CACHE|DUMP|RPC|RUST|XLA))\w+_(PATH|FILE|FOLDER)")
+# The Triton that introduced the second assembler, and the first GPU that uses it
+# (triton/backends/nvidia/compiler.py).
+_SECOND_ASSEMBLER, _FIRST_GPU_OF_IT = (3, 6), (10, 0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A message on one variable. Without a hint of its own the hint is to remove the variable."""
+
+    name: str
+    message: str
+    is_error: bool = False
+    hint: str | None = None
+
+
+def conflict_findings(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    """Find settings that contradict each other or the machine.
+
+    `given` has the values that the user or a recipe sets, by name, without defaults.
+    """
+    given = {name: text for name, text in given.items() if text}
+    for look in (_toolkit, _assemblers, _files, _vocabularies, _memory):
+        yield from look(case, given)
+
+
+def _toolkit(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    home = case.settings.path("CUDA_HOME") if "CUDA_HOME" in given else None
+    if home and not home.is_dir():
+        yield Finding("CUDA_HOME", "no such folder", is_error=case.device == "cuda")
+    elif home and not (home / "bin" / "nvcc").is_file():
+        yield Finding("CUDA_HOME", "it has no bin/nvcc, which FlashInfer and a native build run")
+
+
+def _assemblers(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        own = case.settings.path(name) if name in given else None
+        if own and not own.exists():
+            message = "no such program; Triton skips it without a message and uses its own"
+            yield Finding(name, message)
+        elif own and (own.is_dir() or not os.access(own, os.X_OK)):
+            message = "it cannot be executed: Triton stops there"
+            yield Finding(name, message, is_error=case.device == "cuda")
+    if "TRITON_PTXAS_PATH" in given and "TRITON_PTXAS_BLACKWELL_PATH" not in given:
+        version = case.machine.packages().get("triton", "")
+        capabilities = case.machine.capabilities
+        newest = max(map(key, capabilities), default=())
+        if key(version) >= _SECOND_ASSEMBLER and newest >= _FIRST_GPU_OF_IT:
+            yield Finding(
+                "TRITON_PTXAS_PATH",
+                f"Triton {version} assembles for this GPU with TRITON_PTXAS_BLACKWELL_PATH, or its"
+                " own assembler, and does not use this one",
+            )
+
+
+def _files(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    for name, text in given.items():
+        if _NAMES_A_FILE.fullmatch(name) and "/" in text and not Path(text).expanduser().exists():
+            yield Finding(name, "no such file or folder")
+    home = case.settings.path("HF_HOME") if "HF_HOME" in given else None
+    if home and home.exists() and not home.is_dir():
+        yield Finding("HF_HOME", "it is not a folder", is_error=True)
+
+
+def _vocabularies(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    """Find a folder of vocabularies that lacks a file.
+
+    gpt-oss dies of it after its load, also with the harmony that has them built in
+    (openai/harmony#95).
+    """
+    if ENCODINGS not in given:
+        return
+    missing = missing_vocabularies(Path(given[ENCODINGS]))
+    built_in = case.machine.packages().get("oss-harmony")
+    why = (
+        f"oss-harmony {built_in} in .vllm has them built in"
+        if built_in
+        else "./scripts/inv serve.fetch fetches them for the models that need them"
+    )
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        yield Finding(
+            ENCODINGS,
+            f"{' and '.join(missing)} {verb} missing, so gpt-oss would fail; the workspace"
+            f" does not pass it on. {why}",
+        )
+    elif built_in:
+        yield Finding(ENCODINGS, f"not needed: {why}")
+
+
+def _memory(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    name = "VLLM_CPU_KVCACHE_SPACE"
+    if name not in given:
+        return
+    if case.device == "cuda":
+        yield Finding(
+            name,
+            "a vLLM with a GPU does not read it; --gpu-memory-utilization or"
+            " --kv-cache-memory-bytes sets the size of the cache",
+        )
+    elif given[name].isdigit() and int(given[name]) > case.host().memory_gib:
+        yield Finding(
+            name,
+            f"this machine, or its control group, has {case.host().memory_gib:.1f} GiB",
+            is_error=True,
+        )
