@@ -229,12 +229,11 @@ def run(
         child.wait()
     if child.returncode != 0:
         how, next_command = (judge or _first_error)([*lines], child.returncode)
-        if judge and not hint:
-            hint = hints.text("core.read_log", path=run_log.path)
+        look = hints.text("core.read_log", path=run_log.path) if judge else None
         tail = map(run_log.redact, (f"+ {echo}", *[*lines][-SHOWN_TAIL_LINES:]))
         raise failure(
             run_log.redact(f"{_name(command)} {how}"),
-            hint=next_command or hint,
+            hint=next_command or hint or look,
             details=(*tail, f"log: {run_log.path}"),
         )
 
