@@ -303,6 +303,11 @@ VARIABLES: tuple[Variable, ...] = (
 # fmt: on
 
 
+def time_limit_factor(environment: Mapping[str, str]) -> int:
+    """Return the setting TIME_LIMIT_FACTOR, which is among the variables of every child."""
+    return int(environment.get("TIME_LIMIT_FACTOR") or 1)
+
+
 def with_given(
     environment: Mapping[str, str], phase: Phase, given: Mapping[str, str | None]
 ) -> dict[str, str]:

@@ -22,15 +22,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Generic, NoReturn, TypeVar
 
-from workspace.core import guard, hints
+from workspace.core import child_variables, guard, hints
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 
 INTERRUPT_GRACE_S = 10.0
 TERMINATE_GRACE_S = 5.0
 SHOWN_TAIL_LINES = 15
-# The lines at the end of a program's output in which the cause of its failure is searched.
-JUDGED_LINES = 50_000
+JUDGED_LINES = 50_000  # at the end of an output, in which the cause of a failure is searched
 # What `ask` waits after a first signal: a program may trap it.
 KILL_S = 0.5
 # Exit statuses of timeout(1): it ended the program, or had to kill it.
@@ -99,11 +98,6 @@ class Completed:
     stderr: str
 
 
-def time_limit_factor(env: Mapping[str, str]) -> int:
-    """Return the setting TIME_LIMIT_FACTOR, which is among the variables of every child."""
-    return int(env.get("TIME_LIMIT_FACTOR") or 1)
-
-
 def capture(
     argv: Sequence[Argument],
     *,
@@ -118,7 +112,7 @@ def capture(
     the program is missing or runs longer than `timeout_s` seconds, times the factor in `env`.
     """
     if timeout_s is not None:
-        timeout_s *= time_limit_factor(env)
+        timeout_s *= child_variables.time_limit_factor(env)
     with _started(argv, env=env, cwd=cwd, stderr=subprocess.PIPE) as child:
         if on_start:
             on_start(child.pid)
@@ -144,7 +138,7 @@ def ask(
     timeout(1) kills the program soon after `limit_s` seconds, times the factor in `env`, whatever
     signals it traps.
     """
-    limit_s *= (factor := time_limit_factor(env))
+    limit_s *= (factor := child_variables.time_limit_factor(env))
     path, program = env.get("PATH", os.defpath), os.fspath(argv[0])
     if shutil.which(program, path=path) is None:
         is_there = "/" in program and os.path.lexists(program)
@@ -214,7 +208,8 @@ def run(
     command. Without a judge the sentence has the first error line.
     """
     command = [os.fspath(argument) for argument in argv]
-    echo = shlex.join(command) if cwd is None else _in_folder(command, cwd)
+    echo = shlex.join(command)
+    echo = echo if cwd is None else f"cd {shlex.quote(str(cwd))} && {echo}"
     run_log.command(echo)
     lines: deque[str] = deque(maxlen=JUDGED_LINES)
     with _started(
@@ -234,18 +229,13 @@ def run(
         child.wait()
     if child.returncode != 0:
         how, next_command = (judge or _first_error)([*lines], child.returncode)
-        if judge and not hint:
-            hint = hints.text("core.read_log", path=run_log.path)
+        look = hints.text("core.read_log", path=run_log.path) if judge else None
         tail = map(run_log.redact, (f"+ {echo}", *[*lines][-SHOWN_TAIL_LINES:]))
         raise failure(
             run_log.redact(f"{_name(command)} {how}"),
-            hint=next_command or hint,
+            hint=next_command or hint or look,
             details=(*tail, f"log: {run_log.path}"),
         )
-
-
-def _in_folder(command: Sequence[str], cwd: Path) -> str:
-    return f"cd {shlex.quote(str(cwd))} && {shlex.join(command)}"
 
 
 def _first_error(lines: Sequence[str], status: int) -> tuple[str, None]:
