@@ -5,6 +5,8 @@ tried, and a run that is killed at any try.
 import io
 import json
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,16 @@ def ends(made: dict[str, str], last: str, first: str = "c0", **more: object) -> 
     return BisectOptions("smoke", made[first], made[last], **more)  # type: ignore[arg-type]
 
 
+def typed(place: Place, error: WorkspaceError) -> list[str]:
+    """Run the command of a hint that lists commits in the clone; return their subjects."""
+    assert error.hint
+    argv = shlex.split(error.hint.partition("    ")[0])
+    done = subprocess.run(
+        argv, cwd=place.layout.root, capture_output=True, text=True, check=True, timeout=60
+    )
+    return [line.partition(" ")[2] for line in done.stdout.splitlines()]
+
+
 def test_broken_commit_among_64_is_named_with_its_stats_in_eight_tries(place: Place) -> None:
     made = place.history(*line(65, broken=41))
     assert place.outcome(ends(made, "c64")) == made["c41"]
@@ -148,8 +160,9 @@ def test_bad_merge_base_is_reported_as_fixed_before_the_good_end(place: Place) -
     with pytest.raises(
         SettingsError,
         match=r"c1, the merge base of .* release and the bad end, is bad: it is broken",
-    ):
+    ) as caught:
         place.outcome(BisectOptions("smoke", release, made["last"]))
+    assert typed(place, caught.value) == ["release"]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +206,7 @@ def test_commits_that_cannot_be_tried_are_skipped_and_the_remaining_suspects_nam
     ) as caught:
         bisect.conclude(found, console=Console(out=io.StringIO(), err=place.err))
     assert [text.split()[1] for text in caught.value.details] == ["c4:", "c5:", "c6"]
+    assert typed(place, caught.value) == ["c6", "c5", "c4"]
 
 
 def test_end_that_cannot_be_tried_is_not_kept_in_the_log(place: Place) -> None:

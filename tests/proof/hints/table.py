@@ -121,6 +121,37 @@ ELSEWHERE = {
     "server.adapter": (
         "tests/server/test_request.py::test_adapter_is_served_by_the_command_of_the_hint"
     ),
+    "bench.log_fix": (
+        "tests/bench/test_bisect.py::test_bad_merge_base_is_reported_as_fixed_before_the_good_end"
+    ),
+    "bench.log_range": (
+        "tests/bench/test_bisect.py::"
+        "test_commits_that_cannot_be_tried_are_skipped_and_the_remaining_suspects_named"
+    ),
+    "compile.delete_external": ("tests/compile/test_externals.py::test_moved_checkout_is_refused"),
+    "compile.unset_override": (
+        "tests/compile/test_externals.py::test_override_to_a_missing_folder_is_reported"
+    ),
+    "compile.network_or_mirror": (
+        "tests/compile/test_externals.py::"
+        "test_hint_of_a_project_that_cannot_be_fetched_names_a_variable_for_a_copy"
+    ),
+    "compile.unset_external": (
+        "tests/compile/test_cmake.py::"
+        "test_incomplete_folder_of_an_external_project_is_named_with_its_variable_and_what_it_lacks"
+    ),
+    "install.delete_sandbox": (
+        "tests/install/test_sandbox.py::"
+        "test_sandbox_that_was_moved_is_made_anew_after_the_command_of_the_hint"
+    ),
+    "bump.other_states": (
+        "tests/bump/test_rollback.py::"
+        "test_state_whose_commit_is_gone_is_refused_with_a_look_at_the_others"
+    ),
+    "server.who_listens": (
+        "tests/server/test_several.py::"
+        "test_program_that_took_the_port_of_a_stopped_server_is_shown_by_the_hint"
+    ),
 }
 
 # Why nothing runs the command. tests/test_hints.py parses all of them.
@@ -129,21 +160,17 @@ _REASONS = {
         machine.apt_headers machine.drop_as_root machine.earlyoom machine.install_python
         machine.uv_python machine.uv_python_anew""",
     "no situation yet of an A/B, a long bisect, upstream's tests, or a server on a GPU": """
-        bench.ab_again bench.delete_tree bench.drop_series_line
-        bench.inspect_both bench.log_fix bench.log_range bench.same_code
+        bench.ab_again bench.delete_tree bench.drop_series_line bench.inspect_both bench.same_code
         bench.same_torch bump.test_present checks.only_named checks.origin checks.pytest_arguments
         checks.rebuild checks.server_log checks.timeout_or_fewer nox.upstream
-        server.drop_caches_then server.ps_stuck server.who_listens""",
+        server.drop_caches_then server.ps_stuck""",
     "no situation yet of externals, sandboxes, device code, or a build without memory or disk": """
-        compile.defect compile.delete_external compile.disk_then_resume compile.network_or_mirror
-        compile.one_job compile.override_external compile.rebuild_target compile.then_resume
-        compile.unset_external compile.unset_override install.again_or_native install.build_triton
-        install.delete_sandbox install.judge_archs install.kernels_auto install.members_lack
-        install.rebuild_native install.status_defect install.twice_in_dotenv
-        support.scheduler_defect""",
+        compile.defect compile.disk_then_resume compile.one_job compile.override_external
+        compile.rebuild_target compile.then_resume install.again_or_native install.build_triton
+        install.judge_archs install.kernels_auto install.members_lack install.rebuild_native
+        install.status_defect install.twice_in_dotenv support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
-        bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.other_states
-        bump.rollback_or""",
+        bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.rollback_or""",
     "it needs a server of git that does not serve what it offers": """
         repo.source_release""",
     "it needs a program that goes, or a file that changes, in the middle of a verb": """
