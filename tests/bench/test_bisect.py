@@ -18,7 +18,7 @@ from workspace.bench.bisect import Attempt, Found
 from workspace.bench.bisect_log import BisectLog, BisectOptions
 from workspace.bench.bisect_predicate import Outcome, Predicate
 from workspace.core.console import Console
-from workspace.core.errors import CheckoutError, SettingsError, WorkspaceError
+from workspace.core.errors import CheckoutError, PatchDrift, SettingsError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.repo.git import Git, history
 
@@ -376,6 +376,38 @@ def test_breaking_patch_among_eight_is_named_and_not_the_last_patch(place: Place
     place.patches = place.patches[:-1]
     with pytest.raises(SettingsError, match="or with another pin or other patches"):
         place.search(options, attempt)
+
+
+def test_patch_that_changes_nothing_on_the_pin_is_refused_until_its_line_is_gone(
+    place: Place,
+) -> None:
+    made = place.history(Made("c0", {"text": LINES}))
+    first = patch_of(place, made["c0"], "p1", "", "x\n", file="one")
+    twice = first.with_name("p2.patch")
+    twice.write_text(first.read_text())
+    series = first.with_name("series")
+    series.write_text("p1.patch\np2.patch\n")
+
+    def options() -> BisectOptions:
+        place.patches = tuple(first.with_name(name) for name in series.read_text().split())
+        return BisectOptions("smoke", is_patches=True)
+
+    with pytest.raises(PatchDrift, match="changes nothing on the pin") as caught:
+        place.search(options())
+    assert caught.value.hint
+    command = caught.value.hint.partition("    ")[0]
+    environment = {"EDITOR": "sed -i /p2.patch/d", "PATH": "/usr/bin:/bin"}
+    subprocess.run(
+        ["/bin/bash", "-c", command], cwd=place.layout.root, env=environment, check=True, timeout=60
+    )
+
+    def attempt(commit: str, log: BisectLog) -> Outcome:
+        names = git(place.layout.vllm, "ls-tree", "--name-only", commit).split()
+        return Outcome("bad" if "one" in names else "good", "looked")
+
+    found = place.search(options(), attempt)
+    assert found.culprit
+    assert found.searched.title(found.culprit) == "p1.patch"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ The clone itself does not change.
 """
 
 import io
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,9 +209,19 @@ def test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_precompiled
     )
     if missing == "compiler":
         with_sandbox.env["CXX"] = with_sandbox.env["CC"] = "/nowhere/c++"
-    with pytest.raises(BuildError):
-        built(with_sandbox, sandbox, **({"KERNELS": "precompiled"} if missing == "KERNELS" else {}))
+    choice = {"KERNELS": "precompiled"} if missing == "KERNELS" else {}
+    with pytest.raises(BuildError) as caught:
+        built(with_sandbox, sandbox, **choice)
     assert sandboxes.find(with_sandbox.layout, "a") == sandbox
+    if choice:
+        # The hint shows the setting, and names the value with which the same sandbox is built.
+        assert caught.value.hint
+        command, _, remark = caught.value.hint.partition("    ")
+        shown = with_sandbox.run(*command.split()[1:], env=choice)
+        assert shown.code == 0, shown.output
+        assert re.search(r"KERNELS +precompiled +shell", shown.out + shown.err), shown.output
+        assert remark.startswith("KERNELS=auto ")
+        assert built(with_sandbox, sandbox, KERNELS="auto") == "hybrid"
 
 
 def test_commit_that_does_not_descend_from_the_pin_is_built(with_sandbox: World) -> None:

@@ -152,6 +152,18 @@ ELSEWHERE = {
         "tests/server/test_several.py::"
         "test_program_that_took_the_port_of_a_stopped_server_is_shown_by_the_hint"
     ),
+    "bench.drop_series_line": (
+        "tests/bench/test_bisect.py::"
+        "test_patch_that_changes_nothing_on_the_pin_is_refused_until_its_line_is_gone"
+    ),
+    "install.kernels_auto": (
+        "tests/install/test_sandbox.py::"
+        "test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_precompiled"
+    ),
+    "repo.pins_changed": (
+        "tests/support/test_perf.py::"
+        "test_pins_without_an_archive_are_refused_with_a_look_at_what_changed"
+    ),
 }
 
 # Why nothing runs the command. tests/test_hints.py parses all of them.
@@ -160,15 +172,15 @@ _REASONS = {
         machine.apt_headers machine.drop_as_root machine.earlyoom machine.install_python
         machine.uv_python machine.uv_python_anew""",
     "no situation yet of an A/B, a long bisect, upstream's tests, or a server on a GPU": """
-        bench.ab_again bench.delete_tree bench.drop_series_line bench.inspect_both bench.same_code
-        bench.same_torch bump.test_present checks.only_named checks.origin checks.pytest_arguments
-        checks.rebuild checks.server_log checks.timeout_or_fewer nox.upstream
-        server.drop_caches_then server.ps_stuck""",
+        bench.ab_again bench.delete_tree bench.inspect_both bench.same_code bench.same_torch
+        bump.test_present checks.only_named checks.origin checks.pytest_arguments checks.rebuild
+        checks.server_log checks.timeout_or_fewer nox.upstream server.drop_caches_then
+        server.ps_stuck""",
     "no situation yet of externals, sandboxes, device code, or a build without memory or disk": """
         compile.defect compile.disk_then_resume compile.one_job compile.override_external
         compile.rebuild_target compile.then_resume install.again_or_native install.build_triton
-        install.judge_archs install.kernels_auto install.members_lack install.rebuild_native
-        install.status_defect install.twice_in_dotenv support.scheduler_defect""",
+        install.judge_archs install.members_lack install.rebuild_native install.status_defect
+        install.twice_in_dotenv support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
         bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.rollback_or""",
     "it needs a server of git that does not serve what it offers": """
@@ -176,7 +188,7 @@ _REASONS = {
     "it needs a program that goes, or a file that changes, in the middle of a verb": """
         core.bootstrap_names repo.git_config""",
     "no situation was written yet": """
-        inv.env repo.by_hand_reword repo.pins_changed""",
+        inv.env repo.by_hand_reword""",
 }
 NOT_RUN = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
