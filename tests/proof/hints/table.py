@@ -164,6 +164,17 @@ ELSEWHERE = {
         "tests/support/test_perf.py::"
         "test_pins_without_an_archive_are_refused_with_a_look_at_what_changed"
     ),
+    "bench.delete_tree": (
+        "tests/proof/bench/test_ab.py::test_arm_that_the_hint_deletes_is_built_anew"
+    ),
+    "bump.commit_vllm": (
+        "tests/proof/bump/test_bump.py::"
+        "test_bump_rollback_bump_and_a_pin_by_upstreams_commit_once_it_can_be_reached"
+    ),
+    "bump.continue_then_rollback": (
+        "tests/proof/bump/test_bump.py::"
+        "test_promotion_that_cannot_be_given_up_is_finished_and_rolled_back_by_the_hint"
+    ),
 }
 
 # Why nothing runs the command. tests/test_hints.py parses all of them.
@@ -172,17 +183,16 @@ _REASONS = {
         machine.apt_headers machine.drop_as_root machine.earlyoom machine.install_python
         machine.uv_python machine.uv_python_anew""",
     "no situation yet of an A/B, a long bisect, upstream's tests, or a server on a GPU": """
-        bench.ab_again bench.delete_tree bench.inspect_both bench.same_code bench.same_torch
-        bump.test_present checks.only_named checks.origin checks.pytest_arguments checks.rebuild
-        checks.server_log checks.timeout_or_fewer nox.upstream server.drop_caches_then
-        server.ps_stuck""",
+        bench.ab_again bench.inspect_both bench.same_code bench.same_torch bump.test_present
+        checks.only_named checks.origin checks.pytest_arguments checks.rebuild checks.server_log
+        checks.timeout_or_fewer nox.upstream server.drop_caches_then server.ps_stuck""",
     "no situation yet of externals, sandboxes, device code, or a build without memory or disk": """
         compile.defect compile.disk_then_resume compile.one_job compile.override_external
         compile.rebuild_target compile.then_resume install.again_or_native install.build_triton
         install.judge_archs install.members_lack install.rebuild_native install.status_defect
         install.twice_in_dotenv support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
-        bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.rollback_or""",
+        bump.checkout_former bump.rollback_or""",
     "it needs a server of git that does not serve what it offers": """
         repo.source_release""",
     "it needs a program that goes, or a file that changes, in the middle of a verb": """
