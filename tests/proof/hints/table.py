@@ -175,22 +175,25 @@ ELSEWHERE = {
         "tests/proof/bump/test_bump.py::"
         "test_promotion_that_cannot_be_given_up_is_finished_and_rolled_back_by_the_hint"
     ),
+    "machine.drop_as_root": (
+        "tests/machine/test_page_cache.py::"
+        "test_refusal_of_sudo_is_in_its_own_words_with_the_command_to_type"
+    ),
 }
 
 # Why nothing runs the command. tests/test_hints.py parses all of them.
 _REASONS = {
     "it needs another Python than that of the tests, or a machine that systemd started": """
-        machine.apt_headers machine.drop_as_root machine.earlyoom machine.install_python
-        machine.uv_python machine.uv_python_anew""",
+        machine.apt_headers machine.earlyoom machine.install_python machine.uv_python
+        machine.uv_python_anew""",
     "no situation yet of an A/B, a long bisect, upstream's tests, or a server on a GPU": """
         bench.ab_again bench.inspect_both bench.same_code bench.same_torch bump.test_present
         checks.only_named checks.origin checks.pytest_arguments checks.rebuild checks.server_log
         checks.timeout_or_fewer nox.upstream server.drop_caches_then server.ps_stuck""",
     "no situation yet of externals, sandboxes, device code, or a build without memory or disk": """
-        compile.defect compile.disk_then_resume compile.one_job compile.override_external
-        compile.rebuild_target compile.then_resume install.again_or_native install.build_triton
-        install.judge_archs install.members_lack install.rebuild_native install.status_defect
-        install.twice_in_dotenv support.scheduler_defect""",
+        compile.defect compile.override_external compile.rebuild_target install.again_or_native
+        install.build_triton install.judge_archs install.members_lack install.rebuild_native
+        install.status_defect install.twice_in_dotenv support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
         bump.checkout_former bump.rollback_or""",
     "it needs a server of git that does not serve what it offers": """
