@@ -5,6 +5,8 @@ tried, and a run that is killed at any try.
 import io
 import json
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from workspace.bench.bisect import Attempt, Found
 from workspace.bench.bisect_log import BisectLog, BisectOptions
 from workspace.bench.bisect_predicate import Outcome, Predicate
 from workspace.core.console import Console
-from workspace.core.errors import CheckoutError, SettingsError, WorkspaceError
+from workspace.core.errors import CheckoutError, PatchDrift, SettingsError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.repo.git import Git, history
 
@@ -95,6 +97,16 @@ def ends(made: dict[str, str], last: str, first: str = "c0", **more: object) -> 
     return BisectOptions("smoke", made[first], made[last], **more)  # type: ignore[arg-type]
 
 
+def typed(place: Place, error: WorkspaceError) -> list[str]:
+    """Run the command of a hint that lists commits in the clone; return their subjects."""
+    assert error.hint
+    argv = shlex.split(error.hint.partition("    ")[0])
+    done = subprocess.run(
+        argv, cwd=place.layout.root, capture_output=True, text=True, check=True, timeout=60
+    )
+    return [line.partition(" ")[2] for line in done.stdout.splitlines()]
+
+
 def test_broken_commit_among_64_is_named_with_its_stats_in_eight_tries(place: Place) -> None:
     made = place.history(*line(65, broken=41))
     assert place.outcome(ends(made, "c64")) == made["c41"]
@@ -148,8 +160,9 @@ def test_bad_merge_base_is_reported_as_fixed_before_the_good_end(place: Place) -
     with pytest.raises(
         SettingsError,
         match=r"c1, the merge base of .* release and the bad end, is bad: it is broken",
-    ):
+    ) as caught:
         place.outcome(BisectOptions("smoke", release, made["last"]))
+    assert typed(place, caught.value) == ["release"]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +206,7 @@ def test_commits_that_cannot_be_tried_are_skipped_and_the_remaining_suspects_nam
     ) as caught:
         bisect.conclude(found, console=Console(out=io.StringIO(), err=place.err))
     assert [text.split()[1] for text in caught.value.details] == ["c4:", "c5:", "c6"]
+    assert typed(place, caught.value) == ["c6", "c5", "c4"]
 
 
 def test_end_that_cannot_be_tried_is_not_kept_in_the_log(place: Place) -> None:
@@ -362,6 +376,38 @@ def test_breaking_patch_among_eight_is_named_and_not_the_last_patch(place: Place
     place.patches = place.patches[:-1]
     with pytest.raises(SettingsError, match="or with another pin or other patches"):
         place.search(options, attempt)
+
+
+def test_patch_that_changes_nothing_on_the_pin_is_refused_until_its_line_is_gone(
+    place: Place,
+) -> None:
+    made = place.history(Made("c0", {"text": LINES}))
+    first = patch_of(place, made["c0"], "p1", "", "x\n", file="one")
+    twice = first.with_name("p2.patch")
+    twice.write_text(first.read_text())
+    series = first.with_name("series")
+    series.write_text("p1.patch\np2.patch\n")
+
+    def options() -> BisectOptions:
+        place.patches = tuple(first.with_name(name) for name in series.read_text().split())
+        return BisectOptions("smoke", is_patches=True)
+
+    with pytest.raises(PatchDrift, match="changes nothing on the pin") as caught:
+        place.search(options())
+    assert caught.value.hint
+    command = caught.value.hint.partition("    ")[0]
+    environment = {"EDITOR": "sed -i /p2.patch/d", "PATH": "/usr/bin:/bin"}
+    subprocess.run(
+        ["/bin/bash", "-c", command], cwd=place.layout.root, env=environment, check=True, timeout=60
+    )
+
+    def attempt(commit: str, log: BisectLog) -> Outcome:
+        names = git(place.layout.vllm, "ls-tree", "--name-only", commit).split()
+        return Outcome("bad" if "one" in names else "good", "looked")
+
+    found = place.search(options(), attempt)
+    assert found.culprit
+    assert found.searched.title(found.culprit) == "p1.patch"
 
 
 @pytest.mark.parametrize(

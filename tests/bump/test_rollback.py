@@ -146,6 +146,20 @@ def test_work_comes_back_in_a_folder_without_a_repository(clone: World) -> None:
     assert "refs/pins/left-1" in type_line(clone, given_up["hint"])
 
 
+def test_state_whose_commit_is_gone_is_refused_with_a_look_at_the_others(clone: World) -> None:
+    wanted = pretend_good(clone, "v0.31.0")
+    record = known_good.folder(clone.layout, wanted) / "good.json"
+    record.write_text(record.read_text().replace(clone.git("rev-parse", "HEAD~1"), "f" * 40))
+    refused = clone.run("pin.rollback", "--good", wanted)
+    assert f"vendor/vllm no longer has commit ffffffffffff of {wanted}" in refused.error(3)
+    hint = refused.err.splitlines()[-1].removeprefix("hint: ")
+    ended = clone.run(*hint.partition("    ")[0].split()[1:])
+    assert ended.code == 0, ended.output
+    others = {state.name for state in known_good.states(clone.layout)} - {wanted}
+    assert others
+    assert all(name in ended.out for name in others)
+
+
 @pytest.mark.parametrize(("former", "choice"), [("native", "native"), ("donor a.whl ", "auto")])
 def test_state_of_the_first_edition_repeats_its_kernels(
     tmp_path: Path, former: str, choice: str

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compile.trees import GENERATOR, TAG, TOP, Site, put, written
+from tests.compile.trees import GENERATOR, TAG, TOP, Site, after_typing, put, written
 from workspace.compile import cmake, externals, project
 from workspace.compile.cmake_inputs import folder
 from workspace.core.errors import BuildError
@@ -296,6 +296,10 @@ def test_incomplete_folder_of_an_external_project_is_named_with_its_variable_and
     assert lacked in caught.value.message
     assert caught.value.hint is not None
     assert caught.value.hint.startswith(f"unset FLASHY_SRC_DIR    fetches flashy {TAG[:12]}")
+    # Without the variable nothing of the folder is used.
+    assert after_typing(caught.value.hint, FLASHY_SRC_DIR=str(mine)) == {}
+    own.configure()
+    assert due(own) is None
     assert "doctor" not in caught.value.hint
 
 

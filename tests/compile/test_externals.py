@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compile.trees import Site, put
+from tests.compile.trees import Site, after_typing, put
 from tests.repo.conftest import commit, sh_git
 from workspace.compile import externals
 from workspace.compile.externals import External
@@ -444,8 +444,12 @@ def test_moved_checkout_is_refused(site: Site, mirror: Path) -> None:
         ]
     )
     (folder / ".git" / "HEAD").write_text("0" * 40 + "\n")
-    with pytest.raises(SourceError, match="is at 000000000000, not at"):
+    with pytest.raises(SourceError, match="is at 000000000000, not at") as caught:
         site.provide((external,), (), EXTERNALS_MIRROR=str(mirror))
+    assert "FLASHY_SRC_DIR" not in after_typing(caught.value.hint)
+    assert not folder.exists()
+    site.provide((external,), (), EXTERNALS_MIRROR=str(mirror))
+    assert (folder / "flashy.py").read_text() == "1\n"
 
 
 # Overrides
@@ -473,5 +477,24 @@ def test_users_own_sources_win_over_a_fetch(site: Site, mirror: Path, how: str) 
 
 
 def test_override_to_a_missing_folder_is_reported(site: Site, mirror: Path) -> None:
-    with pytest.raises(SettingsError, match="FLASHY_SRC_DIR=/not/there: the folder does not exist"):
+    with pytest.raises(
+        SettingsError, match="FLASHY_SRC_DIR=/not/there: the folder does not exist"
+    ) as caught:
         site.provide((flashy(mirror),), (), FLASHY_SRC_DIR="/not/there")
+    left = after_typing(caught.value.hint, FLASHY_SRC_DIR="/not/there")
+    assert left == {}
+    assert site.provide((flashy(mirror),), (), EXTERNALS_MIRROR=str(mirror), **left)
+
+
+def test_hint_of_a_project_that_cannot_be_fetched_names_a_variable_for_a_copy(
+    site: Site, mirror: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError, match="could not be fetched") as caught:
+        site.provide((flashy(mirror),), (), EXTERNALS_MIRROR="/nowhere")
+    assert caught.value.hint
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    export = caught.value.hint.rpartition(", or ")[2].replace("/your/copy", str(copy))
+    variables = after_typing(export)
+    assert variables == {"FLASHY_SRC_DIR": str(copy)}
+    assert site.provide((flashy(mirror),), (), EXTERNALS_MIRROR="/nowhere", **variables)

@@ -229,3 +229,19 @@ class Site:
         return subprocess.run(
             ["ninja", "-C", str(build), *args], env=self.shell, capture_output=True, text=True
         )
+
+
+def after_typing(hint: str | None, **variables: str) -> dict[str, str]:
+    """Type the command of a hint into a shell; return the variables that the shell then has."""
+    assert hint
+    command = hint.partition("    ")[0]
+    done = subprocess.run(
+        ["/bin/bash", "-c", f"{command} && /usr/bin/env"],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    found = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    return {name: text for name, text in found.items() if name.endswith("_DIR")}

@@ -4,6 +4,8 @@ The clone itself does not change.
 """
 
 import io
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from tests.small.materials import git
 from tests.small.world import World
 from workspace.core import settings as settings_module
 from workspace.core.console import Console, RunLog
-from workspace.core.errors import BuildError
+from workspace.core.errors import BuildError, CheckoutError
 from workspace.core.settings import Settings, Value
 from workspace.install import sandbox as sandboxes
 from workspace.install import stamp
@@ -207,9 +209,19 @@ def test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_precompiled
     )
     if missing == "compiler":
         with_sandbox.env["CXX"] = with_sandbox.env["CC"] = "/nowhere/c++"
-    with pytest.raises(BuildError):
-        built(with_sandbox, sandbox, **({"KERNELS": "precompiled"} if missing == "KERNELS" else {}))
+    choice = {"KERNELS": "precompiled"} if missing == "KERNELS" else {}
+    with pytest.raises(BuildError) as caught:
+        built(with_sandbox, sandbox, **choice)
     assert sandboxes.find(with_sandbox.layout, "a") == sandbox
+    if choice:
+        # The hint shows the setting, and names the value with which the same sandbox is built.
+        assert caught.value.hint
+        command, _, remark = caught.value.hint.partition("    ")
+        shown = with_sandbox.run(*command.split()[1:], env=choice)
+        assert shown.code == 0, shown.output
+        assert re.search(r"KERNELS +precompiled +shell", shown.out + shown.err), shown.output
+        assert remark.startswith("KERNELS=auto ")
+        assert built(with_sandbox, sandbox, KERNELS="auto") == "hybrid"
 
 
 def test_commit_that_does_not_descend_from_the_pin_is_built(with_sandbox: World) -> None:
@@ -256,6 +268,24 @@ def test_patches_and_pins_of_a_sandbox_are_its_own_and_follow_the_request(
     bare = make_sandbox(with_sandbox)
     assert [path.name for path in bare.layout.patches("vllm").iterdir()] == ["series"]
     assert git(bare.layout.vllm, "rev-parse", "HEAD") == base(with_sandbox)
+
+
+def test_sandbox_that_was_moved_is_made_anew_after_the_command_of_the_hint(
+    with_sandbox: World,
+) -> None:
+    sandbox = make_sandbox(with_sandbox)
+    other = commit(with_sandbox, ANSWER, "42", "43")
+    git(sandbox.layout.vllm, "checkout", "--quiet", "--detach", other)
+    with pytest.raises(CheckoutError, match="is not on") as caught:
+        build(with_sandbox, sandbox)
+    assert caught.value.hint
+    command = caught.value.hint.partition("    ")[0]
+    assert command == f"rm -rf {sandbox.shown}"
+    subprocess.run(["/bin/sh", "-c", command], cwd=with_sandbox.root, check=True, timeout=60)
+    again = make_sandbox(with_sandbox)
+    assert git(again.layout.vllm, "rev-parse", "HEAD") == base(with_sandbox)
+    assert git(again.layout.vllm, "status", "--porcelain") == ""
+    assert built(with_sandbox, again)
 
 
 @pytest.mark.parametrize("left", ["record", "tree", "move", "products", "half a folder"])

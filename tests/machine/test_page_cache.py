@@ -1,6 +1,7 @@
 """`inv drop-caches`: nothing is dropped without the agreement of root."""
 
 import io
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def test_refusal_of_sudo_is_in_its_own_words_with_the_command_to_type(
     with pytest.raises(ToolchainError, match=f"not dropped: .*{why}") as caught:
         hardware.drop_caches(house.settings(PATH=str(house.bin)), console=Console(), is_root=False)
     assert caught.value.hint == "sudo sysctl -w vm.drop_caches=3"
+    # On a terminal sudo asks, and runs the program of the command.
+    recorded(house, "sudo", 'exec "$@"')
+    log = recorded(house, "sysctl")
+    environment = {"PATH": str(house.bin)}
+    done = subprocess.run(
+        ["/bin/bash", "-c", caught.value.hint], env=environment, check=False, timeout=60
+    )
+    assert done.returncode == 0
+    assert log.read_text() == "-w vm.drop_caches=3\n"
 
 
 def test_root_agrees_first_and_takes_no_program_of_the_users_path(

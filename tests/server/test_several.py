@@ -1,5 +1,9 @@
 """Several servers of one clone, each with its name, port, log and share of the memory."""
 
+import os
+import shlex
+import socket
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from workspace.core.errors import ServeError, SettingsError
 from workspace.core.paths import Layout
 from workspace.server import lifecycle, observation, verbs
 from workspace.server.flags import ServeOptions
-from workspace.server.observation import place_of
+from workspace.server.observation import Address, place_of
 
 
 def started(layout: Layout, name: str, **facts: str) -> observation.Server:
@@ -85,3 +89,20 @@ def test_name_that_cannot_be_a_folder_is_refused(tmp_path: Path, name: str) -> N
 def test_value_that_cannot_be_used_is_refused(options: ServeOptions) -> None:
     with pytest.raises(SettingsError):
         options.check()
+
+
+def test_program_that_took_the_port_of_a_stopped_server_is_shown_by_the_hint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(observation, "RETURN_TIMEOUT_S", 0.0)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ServeError, match=f"but port {port} is taken") as caught:
+            observation.wait_for_port(Address("127.0.0.1", port))
+        assert caught.value.hint
+        argv = shlex.split(caught.value.hint)
+        done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
+    assert f"127.0.0.1:{port}" in done.stdout
+    assert f"pid={os.getpid()}" in done.stdout

@@ -14,6 +14,9 @@ import pytest
 
 from tests.small.world import Ended, World
 from workspace.core.console import NAME_WIDTH
+from workspace.core.errors import SourceError
+from workspace.repo import pins
+from workspace.support import perf_pairs
 from workspace.support.perf import ROWS
 
 
@@ -96,3 +99,16 @@ def test_a_wrong_row_or_count_is_misuse(world: World) -> None:
 def test_names_of_rows_are_single_and_fit_their_column(row) -> None:
     assert [other.name for other in ROWS].count(row.name) == 1
     assert len(row.name) < NAME_WIDTH
+
+
+def test_pins_without_an_archive_are_refused_with_a_look_at_what_changed(world: World) -> None:
+    text = world.layout.pins.read_text()
+    head, _, rest = text.partition("[vllm.archive]\n")
+    world.layout.pins.write_text(head + rest[rest.index("[") :])
+    with pytest.raises(SourceError, match="has no release archive of vllm") as caught:
+        perf_pairs._archive(pins.load(world.layout.pins).vllm)
+    assert caught.value.hint
+    done = subprocess.run(
+        caught.value.hint.split(), cwd=world.root, capture_output=True, text=True, check=True
+    )
+    assert "\n-[vllm.archive]\n" in done.stdout

@@ -142,6 +142,19 @@ def test_arm_that_does_not_run_its_own_libraries_is_refused(
     assert records(compared) == {}
 
 
+def test_arm_that_the_hint_deletes_is_built_anew(compared: World) -> None:
+    ended = ab(compared, FAKE_TREE=str(compared.root / "vendor" / "vllm"))
+    hint = ended.err.splitlines()[-1].removeprefix("hint: ").partition("    ")[0]
+    (folder,) = re.findall(r"^rm -rf (\S+)$", hint)
+    arm = compared.root / folder
+    assert (arm / ".vllm" / "bin" / "calls").exists()
+    subprocess.run(["/bin/sh", "-c", hint], cwd=compared.root, check=True)
+    assert not arm.exists()
+    # The stand-in has left with the arm; its tree and its libraries are there again.
+    assert "bin/vllm is missing" in ab(compared).error(6)
+    assert (arm / "vendor" / "vllm" / "vllm" / "_C.abi3.so").exists()
+
+
 def test_two_arms_of_one_tree_pass_and_are_reported_as_such(compared: World) -> None:
     ended = ab(compared, "--base", "HEAD")
     assert ended.code == 0, ended.output

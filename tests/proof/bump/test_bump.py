@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bump.conftest import ROWS, judge_at_once, smoke, user_files
+from tests.proof.hints.following import User
 from tests.small.index import Fault
 from tests.small.materials import Materials, git
 from tests.small.releases import CLEAN, CONFLICT, RED, UPSTREAMED, Releases
@@ -78,11 +79,25 @@ def test_bump_rollback_bump_and_a_pin_by_upstreams_commit_once_it_can_be_reached
         == releases.commit(CLEAN)
         == pins.load(layout.pins).vllm.commit
     )
+    type_hint(clone, ended.err.splitlines()[-1])
+    changed = git(clone.root, "status", "--porcelain", "--untracked-files=no")
+    assert changed == ""
+    assert git(clone.root, "show", "--format=%s", "--name-only", "HEAD").splitlines()[0] == "Moved"
     assert (
         clone.git("rev-parse", "HEAD"),
         clone.status()["patches"],
         clone.status()["install"],
     ) == (head, "ok", "ok")
+
+
+def type_hint(world: World, line: str) -> None:
+    """Type the command of a hint; the editor of git writes one line."""
+    user = User(world)
+    editor = world.folder / "subject-editor"
+    editor.write_text('#!/bin/sh\necho Moved > "$1"\n')
+    editor.chmod(0o755)
+    ended = user.type(line.removeprefix("hint: ").partition("    ")[0], GIT_EDITOR=str(editor))
+    assert ended.code == 0, ended.output
 
 
 def shown(world: World) -> list[dict]:
@@ -299,6 +314,20 @@ def test_bump_that_was_killed_before_its_promotion_changed_nothing_and_resumes(
     ):
         assert user_files(clone) == before
     finish_bump(clone)
+
+
+def test_promotion_that_cannot_be_given_up_is_finished_and_rolled_back_by_the_hint(
+    clone: World,
+) -> None:
+    before = clone.git("rev-parse", "HEAD")
+    promoting = clone.layout.bump_sandbox / "promoting.json"
+    kill_after(clone, promoting, 0, "pin.bump", f"v{CLEAN}")
+    assert promoting.exists()
+    refused = clone.run("patch.continue", "--abort")
+    assert "can only be finished" in refused.error(3)
+    type_hint(clone, refused.err.splitlines()[-1])
+    assert clone.git("rev-parse", "HEAD") == before
+    assert clone.status()["patches"] == "ok"
 
 
 @pytest.mark.parametrize("delay_ms", [*range(0, 480, 80), *range(600, 3600, 500)])

@@ -1,6 +1,7 @@
 """Situations of a rebuild, of wheels and of Triton."""
 
 import os
+import re
 from pathlib import Path
 
 from tests.bench.materials import record
@@ -80,6 +81,30 @@ def remote_that_no_mirror_stands_for(user: User) -> None:
 def tree_without_its_command_line(user: User) -> None:
     # The small vLLM has none.
     user.look("core.git_status", "serve", "tiny", "--dry-run", shows="nothing to commit")
+
+
+@runs("compile.one_job", "compile.then_resume", "compile.disk_then_resume")
+def builds_that_lack_something(user: User) -> None:
+    """The compiler prints what a compiler prints that lacks memory, a toolkit, or room."""
+    source = user.vllm / "csrc" / "cpu" / "answer.c"
+    text = source.read_text()
+    for number, (name, printed, shows) in enumerate(
+        (
+            ("compile.one_job", "cc1plus: out of memory allocating 9 bytes", "1 compiler at once"),
+            ("compile.then_resume", "Unsupported gpu architecture 'compute_121a'", "ok +compiler"),
+            ("compile.disk_then_resume", "error writing: No space left on device", "Avail"),
+        ),
+        43,
+    ):
+        source.write_text(f'{text}\n#error "{printed}"\n')
+        command = user.meets(name, "rebuild")
+        source.write_text(text.replace("42", str(number)))
+        done = user.type(command)
+        assert done.code == 0, done.output
+        assert re.search(shows, done.output), done.output
+        again = user.inv("rebuild")
+        assert (again.code, user.world.status()["kernels"]) == (0, "ok"), again.output
+        user.followed.add(name)
 
 
 @runs("compile.resume", "compile.doctor_compilers", "compile.check_place")

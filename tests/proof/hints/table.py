@@ -143,35 +143,87 @@ ELSEWHERE = {
     "server.adapter": (
         "tests/server/test_request.py::test_adapter_is_served_by_the_command_of_the_hint"
     ),
+    "bench.log_fix": (
+        "tests/bench/test_bisect.py::test_bad_merge_base_is_reported_as_fixed_before_the_good_end"
+    ),
+    "bench.log_range": (
+        "tests/bench/test_bisect.py::"
+        "test_commits_that_cannot_be_tried_are_skipped_and_the_remaining_suspects_named"
+    ),
+    "compile.delete_external": ("tests/compile/test_externals.py::test_moved_checkout_is_refused"),
+    "compile.unset_override": (
+        "tests/compile/test_externals.py::test_override_to_a_missing_folder_is_reported"
+    ),
+    "compile.network_or_mirror": (
+        "tests/compile/test_externals.py::"
+        "test_hint_of_a_project_that_cannot_be_fetched_names_a_variable_for_a_copy"
+    ),
+    "compile.unset_external": (
+        "tests/compile/test_cmake.py::"
+        "test_incomplete_folder_of_an_external_project_is_named_with_its_variable_and_what_it_lacks"
+    ),
+    "install.delete_sandbox": (
+        "tests/install/test_sandbox.py::"
+        "test_sandbox_that_was_moved_is_made_anew_after_the_command_of_the_hint"
+    ),
+    "bump.other_states": (
+        "tests/bump/test_rollback.py::"
+        "test_state_whose_commit_is_gone_is_refused_with_a_look_at_the_others"
+    ),
+    "server.who_listens": (
+        "tests/server/test_several.py::"
+        "test_program_that_took_the_port_of_a_stopped_server_is_shown_by_the_hint"
+    ),
+    "bench.drop_series_line": (
+        "tests/bench/test_bisect.py::"
+        "test_patch_that_changes_nothing_on_the_pin_is_refused_until_its_line_is_gone"
+    ),
+    "install.kernels_auto": (
+        "tests/install/test_sandbox.py::"
+        "test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_precompiled"
+    ),
+    "repo.pins_changed": (
+        "tests/support/test_perf.py::"
+        "test_pins_without_an_archive_are_refused_with_a_look_at_what_changed"
+    ),
+    "bench.delete_tree": (
+        "tests/proof/bench/test_ab.py::test_arm_that_the_hint_deletes_is_built_anew"
+    ),
+    "bump.commit_vllm": (
+        "tests/proof/bump/test_bump.py::"
+        "test_bump_rollback_bump_and_a_pin_by_upstreams_commit_once_it_can_be_reached"
+    ),
+    "bump.continue_then_rollback": (
+        "tests/proof/bump/test_bump.py::"
+        "test_promotion_that_cannot_be_given_up_is_finished_and_rolled_back_by_the_hint"
+    ),
+    "machine.drop_as_root": (
+        "tests/machine/test_page_cache.py::"
+        "test_refusal_of_sudo_is_in_its_own_words_with_the_command_to_type"
+    ),
 }
 
 # Why nothing runs the command. tests/test_hints.py parses all of them.
 _REASONS = {
     "it needs another Python than that of the tests, or a machine that systemd started": """
-        machine.apt_headers machine.drop_as_root machine.earlyoom machine.install_python
-        machine.uv_python machine.uv_python_anew""",
+        machine.apt_headers machine.earlyoom machine.install_python machine.uv_python
+        machine.uv_python_anew""",
     "no situation yet of an A/B, a long bisect, upstream's tests, or a server on a GPU": """
-        bench.ab_again bench.delete_tree bench.drop_series_line
-        bench.inspect_both bench.log_fix bench.log_range bench.same_code
-        bench.same_torch bump.test_present checks.only_named checks.origin checks.pytest_arguments
-        checks.rebuild checks.server_log checks.timeout_or_fewer nox.upstream
-        server.drop_caches_then server.ps_stuck server.who_listens""",
+        bench.ab_again bench.inspect_both bench.same_code bench.same_torch bump.test_present
+        checks.only_named checks.origin checks.pytest_arguments checks.rebuild checks.server_log
+        checks.timeout_or_fewer nox.upstream server.drop_caches_then server.ps_stuck""",
     "no situation yet of externals, sandboxes, device code, or a build without memory or disk": """
-        compile.defect compile.delete_external compile.disk_then_resume compile.network_or_mirror
-        compile.one_job compile.override_external compile.rebuild_target compile.then_resume
-        compile.unset_external compile.unset_override install.again_or_native install.build_triton
-        install.delete_sandbox install.judge_archs install.kernels_auto install.members_lack
-        install.rebuild_native install.status_defect install.twice_in_dotenv
-        support.scheduler_defect""",
+        compile.defect compile.override_external compile.rebuild_target install.again_or_native
+        install.build_triton install.judge_archs install.members_lack install.rebuild_native
+        install.status_defect install.twice_in_dotenv support.scheduler_defect""",
     "it needs a bump of minutes, or one that was killed": """
-        bump.checkout_former bump.commit_vllm bump.continue_then_rollback bump.other_states
-        bump.rollback_or""",
+        bump.checkout_former bump.rollback_or""",
     "it needs a server of git that does not serve what it offers": """
         repo.source_release""",
     "it needs a program that goes, or a file that changes, in the middle of a verb": """
         core.bootstrap_names repo.git_config""",
     "no situation was written yet": """
-        inv.env repo.by_hand_reword repo.pins_changed""",
+        inv.env repo.by_hand_reword""",
 }
 NOT_RUN = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
