@@ -266,7 +266,7 @@ def test_tar_in_pieces_unpacks_to_the_same_bundle(
     joined = tmp_path / "joined.tar"
     joined.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
     (tmp_path / "joined").mkdir()
-    subprocess.run(["tar", "-xf", joined, "-C", tmp_path / "joined"], check=True)
+    subprocess.run(["tar", "-xf", joined, "--no-same-owner", "-C", tmp_path / "joined"], check=True)
     wheels = {path.name: sha256(path) for path in (bundle / "files").glob("*.whl")}
     found = {path.name: sha256(path) for path in (tmp_path / "joined/files").glob("*.whl")}
     assert found == wheels

@@ -217,7 +217,7 @@ def _archive_checkout(archive: Path, folder: Path) -> tuple[str, str]:
     """
     folder.mkdir()
     # Python 3.11.2, which Debian 12 has, lacks tarfile's filters.
-    subprocess.run(["tar", "-xzf", archive, "-C", folder], check=True)
+    subprocess.run(["tar", "-xzf", archive, "--no-same-owner", "-C", folder], check=True)
     tree = folder / f"vllm-{VERSION}"
     for name in PACKAGED:
         path = tree / name

@@ -32,9 +32,9 @@ NEEDED_GIB = 20.0
 # Every instruction of Arm that QEMU knows; pointers are signed by a simple function instead of the
 # architecture's (pauth-impdef): a loop of Debian 12's Python took 0.97 s with QEMU 7.2, not 1.38 s.
 CPU = "max,pauth-impdef=on"
-# The workspace's time limits are for hardware; emulated and at a load of 15, tests took 20 to 60
-# times as long.
-SLOWER = 60
+# The workspace's time limits are for hardware; with this factor none ended a program at a load of
+# 10 to 30.
+SLOWER = 30
 # QEMU's own lines, and ends for want of time or memory: not the product's.
 _EMULATOR = (
     re.compile(r"^qemu(-aarch64[\w-]*)?: .+", re.MULTILINE),

@@ -140,5 +140,5 @@ def unpack_requirements(release: Release, folder: Path) -> Path:
     archive = index.fetch("vllm", sdist.filename, sdist.sha256, settings=own_settings())
     tree = folder / sdist.filename.removesuffix(".tar.gz")
     names = [f"{tree.name}/{name}" for name in ("pyproject.toml", "requirements")]
-    subprocess.run(["tar", "-xzf", archive, "-C", folder, *names], check=True)
+    subprocess.run(["tar", "-xzf", archive, "--no-same-owner", "-C", folder, *names], check=True)
     return tree

@@ -29,7 +29,11 @@ def provide(url, folder):
         zipfile.ZipFile(content).extractall(folder)
     else:
         # Python 3.11.2, which Debian 12 has, lacks tarfile's filters.
-        subprocess.run(["tar", "-xzf", "-", "-C", folder], input=content.getvalue(), check=True)
+        subprocess.run(
+            ["tar", "-xzf", "-", "--no-same-owner", "-C", folder],
+            input=content.getvalue(),
+            check=True,
+        )
     note.write_text(url)
 
 
