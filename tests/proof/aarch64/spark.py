@@ -4,7 +4,6 @@ resolves for another platform and downloads metadata only.
 
 import os
 import subprocess
-import tarfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,13 +138,7 @@ def unpack_requirements(release: Release, folder: Path) -> Path:
     assert release.sdist is not None, release.lacking
     sdist = release.sdist
     archive = index.fetch("vllm", sdist.filename, sdist.sha256, settings=own_settings())
-    with tarfile.open(archive) as packed:
-        wanted = [
-            member
-            for member in packed
-            if member.name.split("/")[1:] == ["pyproject.toml"]
-            or member.name.split("/")[1:2] == ["requirements"]
-        ]
-        packed.extractall(folder, wanted, filter="data")
-    (tree,) = folder.iterdir()
+    tree = folder / sdist.filename.removesuffix(".tar.gz")
+    names = [f"{tree.name}/{name}" for name in ("pyproject.toml", "requirements")]
+    subprocess.run(["tar", "-xzf", archive, "--no-same-owner", "-C", folder, *names], check=True)
     return tree
