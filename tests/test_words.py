@@ -95,6 +95,7 @@ TEXTS = {
     r"door": "command line, entrance",
     r"goes on|go on|gone on|went on": "resume, continue",
 }
+ANY_TEXT = re.compile("|".join(TEXTS))
 # Where statistics call it so.
 ARMS = (
     "workspace/bench/",
@@ -151,6 +152,8 @@ def complaints_of_module(source: str, path: str) -> list[str]:
 
 
 def complaints_of_text(text: str, path: str) -> list[str]:
+    if not ANY_TEXT.search(text):
+        return []
     is_about_arms = path.startswith(ARMS)
     return [
         f"“{match[0]}”: write {instead}"
