@@ -177,7 +177,7 @@ def test_bad_input_is_refused_with_a_hint(built: World) -> None:
 
 
 def test_rebuild_names_the_git_operation_that_is_not_finished(built: World) -> None:
-    """Which operations there are is known to one function: tests/repo/test_patches.py has all."""
+    """Which operations there are is known to one function: tests/repo/test_resume.py has all."""
     (Path(built.git("rev-parse", "--absolute-git-dir")) / "rebase-merge").mkdir()
     ended = built.run("rebuild")
     assert "vendor/vllm is in the middle of git rebase" in ended.error(3)
