@@ -22,6 +22,11 @@ from tests.small.world import World, make_world
 
 # Rooms whose modules use a world that takes long to make.
 SHARE_A_WORLD = ("tests/bump", "tests/fuzz")
+# Modules that read the whole library, which tests/parsed.py parses once a worker.
+READ_THE_LIBRARY = (
+    *("tests/test_architecture.py", "tests/test_children.py", "tests/test_hints.py"),
+    *("tests/test_words.py", "tests/install/test_kernel_source.py"),
+)
 # A file system in memory: a run makes 150,000 files and folders, and git syncs many of them.
 IN_MEMORY = Path("/dev/shm")
 # A whole run leaves 0.9 GiB there.
@@ -65,7 +70,7 @@ def _has_room(folder: Path) -> bool:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
-    """Give each worker whole modules, and rooms whose modules share a world."""
+    """Give each worker whole modules, and modules together that share what takes long to make."""
     scheduler = LoadScopeScheduling(config, log)
     scheduler._split_scope = _unit
     return scheduler
@@ -73,6 +78,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
 
 def _unit(nodeid: str) -> str:
     module = nodeid.partition("::")[0]
+    if module in READ_THE_LIBRARY:
+        return "the library"
     return module if module.rpartition("/")[0] not in SHARE_A_WORLD else module.rpartition("/")[0]
 
 

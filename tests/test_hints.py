@@ -6,6 +6,7 @@ Each rule is a function, and is also shown a hint, or a source, that breaks it.
 import argparse
 import ast
 import contextlib
+import functools
 import io
 import platform
 import re
@@ -191,8 +192,9 @@ def texts_in_code(source: str) -> list[str]:
 
 def calls(tree: ast.AST) -> Iterator[ast.Call]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "hints.text":
-            yield node
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="hints"), attr="text")):
+                yield node
 
 
 def wrong_calls(source: str) -> list[str]:
@@ -249,7 +251,7 @@ def wrong_command(tokens: list[str]) -> str | None:
         case []:
             return "an empty command"
         case ["./scripts/inv", *rest]:
-            return wrong_verb(rest)
+            return wrong_verb(tuple(rest))
         case ["./scripts/nox", "-s", name, *rest]:
             return wrong_session(name, rest)
         case [first, *_] if first in PROGRAMS or Path(first).name in PROGRAMS - {"vllm"}:
@@ -270,7 +272,8 @@ def all_verbs() -> Iterator[Program]:
             verb.help = texts
 
 
-def wrong_verb(tokens: list[str]) -> str | None:
+@functools.cache
+def wrong_verb(tokens: tuple[str, ...]) -> str | None:
     try:
         with (
             contextlib.redirect_stdout(io.StringIO()),

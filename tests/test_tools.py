@@ -332,28 +332,22 @@ def test_tools_come_from_the_bundle_alone(bare: Clone, tmp_path: Path, form: str
     assert "PIP_INDEX_URL" not in environment
 
 
-@pytest.mark.parametrize("name", ["../uv.whl", "/etc/passwd", "gone.whl"])
-def test_bundle_whose_tools_are_not_as_listed_is_refused(
-    bare: Clone, tmp_path: Path, name: str
-) -> None:
-    bundle = bundled(tmp_path / "bundle", name)
-    (tmp_path / "bundle" / "uv.whl").write_bytes(b"a wheel")
-    result = bare.inv("bootstrap", "--from", str(bundle))
-    assert result.returncode == 11
-    assert f"error: the bundle is not as its manifest: {name}" in result.stderr
-    assert not bare.tools.exists()
+def test_bundle_whose_tools_are_not_as_listed_is_refused(bare: Clone, tmp_path: Path) -> None:
+    for number, name in enumerate(("../uv.whl", "/etc/passwd", "gone.whl")):
+        bundle = bundled(tmp_path / f"bundle{number}", name)
+        (bundle / "uv.whl").write_bytes(b"a wheel")
+        result = bare.inv("bootstrap", "--from", str(bundle))
+        assert result.returncode == 11
+        assert f"error: the bundle is not as its manifest: {name}" in result.stderr
+        assert not bare.tools.exists()
 
 
-EVIL = '{"items": [], "target": {"python": "/../../evil"}}'
-
-
-@pytest.mark.parametrize(
-    "text", [EVIL, "{", "[]", '{"items": [1]}', '{"items": [{"uses": ["tools"]}]}']
-)
-def test_folder_that_is_no_bundle_is_refused(bare: Clone, tmp_path: Path, text: str) -> None:
-    (tmp_path / "manifest.json").write_text(text)
-    result = bare.inv("bootstrap", "--from", str(tmp_path))
-    assert result.returncode == 2
-    assert "is not the folder of a finished bundle" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not bare.tools.exists()
+def test_folder_that_is_no_bundle_is_refused(bare: Clone, tmp_path: Path) -> None:
+    evil = '{"items": [], "target": {"python": "/../../evil"}}'
+    for text in (evil, "{", "[]", '{"items": [1]}', '{"items": [{"uses": ["tools"]}]}'):
+        (tmp_path / "manifest.json").write_text(text)
+        result = bare.inv("bootstrap", "--from", str(tmp_path))
+        assert result.returncode == 2, text
+        assert "is not the folder of a finished bundle" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not bare.tools.exists()

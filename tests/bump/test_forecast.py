@@ -141,6 +141,7 @@ def test_every_fate_is_foreseen_and_nothing_is_touched(clone: Workspace, kind: s
     assert clone.out.getvalue().splitlines()[-1].startswith("hint: ./scripts/inv pin.bump v1.1.0")
 
 
+@pytest.mark.parametrize("kind", ["release"])
 @pytest.mark.parametrize(("version", "is_blocked"), [("12.2.0", True), ("13.1.0", False)])
 def test_verdict_is_first_and_judges_the_compiler_of_this_machine(
     clone: Workspace, tmp_path: Path, version: str, is_blocked: bool

@@ -4,9 +4,10 @@ import json
 import string
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.fuzz.strategies import fuzz
 from workspace.core.redaction import MASK, Private, Redactor
 
 SECRET = "s3cr/t+Val=ue-9"
@@ -154,20 +155,20 @@ anything = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@fuzz(fast=100, deep=10_000)
 @given(anything)
 def test_masking_never_raises(text: str) -> None:
     assert SECRET not in REDACTOR.text(text)
 
 
-@settings(max_examples=300, deadline=None)
+@fuzz(fast=100, deep=10_000)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_masked_or_refused(content: bytes) -> None:
     masked = REDACTOR.content(content + SECRET.encode())
     assert masked is None or SECRET.encode() not in masked
 
 
-@settings(max_examples=300, deadline=None)
+@fuzz(fast=100, deep=10_000)
 @given(secrets, args, args, st.integers(0, 20))
 def test_secret_at_any_place_is_gone_also_as_json_writes_it(
     secret: str, before: str, after: str, number: int
@@ -180,7 +181,7 @@ def test_secret_at_any_place_is_gone_also_as_json_writes_it(
     assert all(form not in masked for form in forms if form)
 
 
-@settings(max_examples=200, deadline=None)
+@fuzz(fast=100, deep=10_000)
 @given(args, args)
 def test_user_is_masked_as_a_whole_name_only(before: str, after: str) -> None:
     text = f"{before} quentinx/{after} squentinxes"
@@ -189,7 +190,7 @@ def test_user_is_masked_as_a_whole_name_only(before: str, after: str) -> None:
     assert " quentinx/" not in masked
 
 
-@settings(max_examples=200, deadline=None)
+@fuzz(fast=100, deep=10_000)
 @given(st.text(), st.text(), st.text(), st.text(), st.text())
 def test_any_private_names_can_be_masked(
     secret: str, user: str, host: str, place: str, text: str

@@ -8,8 +8,6 @@ import json
 import platform
 import shutil
 import subprocess
-import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest

@@ -176,35 +176,6 @@ def test_same_tree_on_another_history_is_foreign(release: Workspace) -> None:
     assert release.stack().state is State.FOREIGN
 
 
-@pytest.mark.parametrize("verb", ["am", "rebase", "merge", "cherry-pick", "revert"])
-def test_operation_under_way_is_named_and_untouched(
-    release: Workspace, upstream: Upstream, verb: str
-) -> None:
-    vllm = release.vllm
-    first, base = next(iter(upstream.patches)), release.observe().base or ""
-    mine = commit(vllm, "mine", {"vllm/lines.py": LINES.replace("line 20\n", "mine\n")})
-    side = sh_git(vllm, "rev-parse", base)
-    sh_git(vllm, "checkout", "--quiet", "-b", "side", side)
-    other = commit(vllm, "other", {"vllm/lines.py": LINES.replace("line 20\n", "other\n")})
-    last = commit(vllm, "last", {"vllm/lines.py": LINES.replace("line 20\n", "last\n")})
-    argv_of = {
-        "am": ("am", "--3way", str(release.layout.patches("vllm") / first)),
-        "rebase": ("rebase", mine),
-        "merge": ("merge", mine),
-        "cherry-pick": ("cherry-pick", mine),
-        "revert": ("revert", other),
-    }
-    sh_git(vllm, *argv_of[verb], check=False)
-    stack = release.stack()
-    assert (stack.state, stack.operation) == (State.IN_PROGRESS, f"git {verb}")
-    with pytest.raises(CheckoutError, match=f"in the middle of a git {verb}") as failure:
-        release.apply()
-    assert failure.value.hint
-    assert failure.value.hint.startswith("./scripts/inv patch.continue    ")
-    sh_git(vllm, verb, "--abort")
-    assert sh_git(vllm, "rev-parse", "HEAD") == last
-
-
 def test_branch_of_the_user_at_the_base_moves_with_the_stack(release: Workspace) -> None:
     sh_git(release.vllm, "switch", "--quiet", "--create", "mine")
     assert release.apply().state is State.APPLIED

@@ -219,18 +219,18 @@ def test_commits_of_three_authors_are_taken_one_by_one(
     assert either_applied.apply().head == head
 
 
-def test_squash_is_one_patch_with_all_authors_once(either_applied: Workspace, forge: Path) -> None:
-    done = take(either_applied, forge, 1, squash=True, subject="[Core] Größer")
+def test_squash_is_one_patch_with_all_authors_once(applied: Workspace, forge: Path) -> None:
+    done = take(applied, forge, 1, squash=True, subject="[Core] Größer")
     assert len(done.written) == 1
-    assert log(either_applied, "%an <%ae>") == [ANN]
-    assert "\n".join(log(either_applied, "%B")) == (
+    assert log(applied, "%an <%ae>") == [ANN]
+    assert "\n".join(log(applied, "%B")) == (
         "[Core] Größer\n\n* [Misc] Say\n\nWhy.\n\n* address comments\n\n* address comments\n\n"
         f"And more.\n\nSigned-off-by: {ANN}\nCo-authored-by: {BOB}\nCo-authored-by: {EVE}\n"
         "Upstream-Status: Pending"
     )
-    assert (either_applied.vllm / FILE).read_text() == "three\n"
+    assert (applied.vllm / FILE).read_text() == "three\n"
     with pytest.raises(PatchDrift, match="upstreamed: '.Misc. Say' changes nothing"):
-        take(either_applied, forge, 1, squash=True)
+        take(applied, forge, 1, squash=True)
 
 
 def test_squash_of_a_file_takes_the_change_of_its_commits(applied: Workspace, forge: Path) -> None:
@@ -257,26 +257,22 @@ def test_merge_of_main_that_only_merges_leaves_the_commits(applied: Workspace, f
 
 
 def test_binary_rename_line_ends_and_a_long_subject_arrive_whole(
-    either_applied: Workspace, forge: Path
+    applied: Workspace, forge: Path
 ) -> None:
-    names = take(either_applied, forge, 4).written
+    names = take(applied, forge, 4).written
     assert all(len(name) <= 200 for name in names)
-    assert log(either_applied, "%s", 2)[0] == LONG.strip()
-    assert (either_applied.vllm / "vllm/data.bin").read_bytes() == BINARY
-    assert (either_applied.vllm / "csrc/dos2.h").read_bytes() == b"a\r\nb\r\n"
-    assert (either_applied.vllm / "NEWS").read_text() == "two\n"
-    assert not (either_applied.vllm / "README").exists()
+    assert log(applied, "%s", 2)[0] == LONG.strip()
+    assert (applied.vllm / "vllm/data.bin").read_bytes() == BINARY
+    assert (applied.vllm / "csrc/dos2.h").read_bytes() == b"a\r\nb\r\n"
+    assert (applied.vllm / "NEWS").read_text() == "two\n"
+    assert not (applied.vllm / "README").exists()
 
 
-def test_test_that_the_release_lacks_is_left_out_and_named(
-    either_applied: Workspace, forge: Path
-) -> None:
-    assert len(take(either_applied, forge, 5).written) == 2
-    assert (
-        "tests/later.py is left out: vendor/vllm has no such file" in either_applied.err.getvalue()
-    )
-    assert (either_applied.vllm / "tests/new.py").read_text() == "newer\n"
-    assert (either_applied.vllm / FILE).read_text() == "tested\n"
+def test_test_that_the_release_lacks_is_left_out_and_named(applied: Workspace, forge: Path) -> None:
+    assert len(take(applied, forge, 5).written) == 2
+    assert "tests/later.py is left out: vendor/vllm has no such file" in applied.err.getvalue()
+    assert (applied.vllm / "tests/new.py").read_text() == "newer\n"
+    assert (applied.vllm / FILE).read_text() == "tested\n"
 
 
 @pytest.mark.parametrize("squash", [False, True])
@@ -305,38 +301,38 @@ def test_encoded_mail_is_read_as_any_other(
 
 @pytest.mark.parametrize("squash", [False, True])
 def test_conflict_has_the_squash_in_its_hint_and_both_ways_lead_on(
-    either_applied: Workspace, forge: Path, snapshot: Snapshot, squash: bool
+    applied: Workspace, forge: Path, snapshot: Snapshot, squash: bool
 ) -> None:
-    take(either_applied, forge, 1, squash=True)
+    take(applied, forge, 1, squash=True)
     with pytest.raises(PatchConflict, match=r"patch 1 of 2, 'Twenty'") as failure:
-        take(either_applied, forge, 6)
+        take(applied, forge, 6)
     hint = failure.value.hint or ""
     assert hint.startswith("./scripts/inv patch.import 6 --squash --merge   ")
     assert "or ./scripts/inv patch.import 6 --merge, then ./scripts/inv patch.continue" in hint
-    before = state(either_applied, snapshot)
+    before = state(applied, snapshot)
     with pytest.raises(PatchConflict, match="nothing was changed"):
-        take(either_applied, forge, 6, squash=True)
-    assert state(either_applied, snapshot) == before
+        take(applied, forge, 6, squash=True)
+    assert state(applied, snapshot) == before
     with pytest.raises(PatchConflict):
-        take(either_applied, forge, 6, squash=squash, stops=True)
+        take(applied, forge, 6, squash=squash, stops=True)
     stopped = 0
-    while either_applied.stack().state is State.IN_PROGRESS:
+    while applied.stack().state is State.IN_PROGRESS:
         stopped += 1
-        write(either_applied.vllm, {"vllm/lines.py": "both\n", FILE: f"both, {stopped}\n"})
-        sh_git(either_applied.vllm, "add", "--update")
+        write(applied.vllm, {"vllm/lines.py": "both\n", FILE: f"both, {stopped}\n"})
+        sh_git(applied.vllm, "add", "--update")
         with contextlib.suppress(PatchConflict):
-            either_applied.resume("continue")
+            applied.resume("continue")
     done = export.run(
-        either_applied.layout,
+        applied.layout,
         "vllm",
-        either_applied.pin,
-        either_applied.observe(),
-        run_log=either_applied.run_log,
+        applied.pin,
+        applied.observe(),
+        run_log=applied.run_log,
     )
     assert (done.written[0], len(done.written)) == ("Twenty.patch", 1 if squash else 2)
     names = [ANN, BOB] if not squash else [f"Co-authored-by: {BOB}"]
     form = "%b" if squash else "%an <%ae>"
-    assert set(names) <= set(log(either_applied, form, len(done.written)))
+    assert set(names) <= set(log(applied, form, len(done.written)))
 
 
 def test_squash_is_offered_where_only_the_net_change_applies(

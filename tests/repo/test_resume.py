@@ -295,6 +295,11 @@ def test_operation_of_the_user_is_ended_by_the_same_verb(
     other = commit(vllm, "other", {"vllm/lines.py": LINES.replace("line 20\n", "other\n")})
     last = commit(vllm, "last", {"vllm/lines.py": LINES.replace("line 20\n", "last\n")})
     sh_git(vllm, verb, *((other,) if verb == "revert" else (mine,)), check=False)
+    stack = release.stack()
+    assert (stack.state, stack.operation) == (State.IN_PROGRESS, f"git {verb}")
+    with pytest.raises(CheckoutError, match=f"in the middle of a git {verb}") as failure:
+        release.apply()
+    assert (failure.value.hint or "").startswith("./scripts/inv patch.continue    ")
     with pytest.raises(PatchConflict, match=f"git {verb} is stopped in vendor/vllm"):
         release.resume("continue")
     if how == "continue" or verb == "rebase":

@@ -8,24 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.repo.conftest import Workspace, commit, sh_git, write
+from tests.repo.exporting import STATUS
+from tests.repo.exporting import run as run_export
 from workspace.core.console import Console
 from workspace.install.status import patches_row
 from workspace.repo import export, patches
 from workspace.repo.git import Git
 from workspace.repo.patches import State
-
-STATUS = "\n\nUpstream-Status: Pending"
-
-
-def run_export(workspace: Workspace, *, check: bool = False) -> export.Export:
-    return export.run(
-        workspace.layout,
-        "vllm",
-        workspace.pin,
-        workspace.observe(),
-        run_log=workspace.run_log,
-        check=check,
-    )
 
 
 def shown(done: export.Export) -> str:
