@@ -365,8 +365,8 @@ def show_recipes(machine: Machine, *, console: Console, as_json: bool = False) -
         frees = fit.observe(machine, device=device, environment=environment, args=recipe.args)
         folder = models.found_weights(machine, recipe)
         if folder and not recipe.memory.weights_gib:
-            memory = replace(recipe.memory, weights_gib=fit.weights_gib(folder))
-            recipe = replace(recipe, memory=memory)
+            known = replace(recipe.memory, weights_gib=fit.weights_gib(folder))
+            recipe = replace(recipe, memory=known)
         judged = fit.judge(recipe, frees, device=device, environment=environment)
         rows.append(_row(recipe, judged, folder, device=device))
         records.append(_record(recipe, judged, folder))
