@@ -84,6 +84,7 @@ PROGRAMS = {
         "git",
         "grep",
         "ip",
+        "journalctl",
         "kill",
         "less",
         "ls",
