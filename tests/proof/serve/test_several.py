@@ -107,11 +107,11 @@ def test_server_killed_five_times_comes_back_three_times(layout: Layout, inv) ->
 
 
 def test_restart_waits_until_another_process_gives_its_memory_back(layout: Layout, inv) -> None:
-    """The planned share is nearly all that is available, so that 3 GiB of another are too much."""
-    planned = math.floor(psutil.virtual_memory().available / hardware.GIB - 2)
+    """The planned share leaves 5 GiB of what is available, and another process takes 6 of them."""
+    planned = math.floor(psutil.virtual_memory().available / hardware.GIB - 5)
     start(inv, NAMES[0], "--restart", "1", memory=planned)
     there = observation.find(observation.place_of(layout, NAMES[0]))
-    hog = "import sys; held = bytearray(b'x') * (3 << 30); print(flush=True); sys.stdin.read()"
+    hog = "import sys; held = bytearray(b'x') * (6 << 30); print(flush=True); sys.stdin.read()"
     argv = [sys.executable, "-c", hog]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(argv, **pipes) as other:
