@@ -174,6 +174,7 @@ def test_fork_whose_compiled_sources_differ_needs_a_compiler_before_anything_is_
         shown = clone.out.getvalue()
         sentence = "g++ 12.2.0; mine differs from its base in compiled sources, and needs 13 or"
         assert (sentence in shown) == (blocked and is_blocked), shown
+        assert ("since v1.0.0: 1 file differs (CMakeLists.txt)" in shown) == blocked
 
 
 def test_conflicts_name_the_upstream_commits_that_touched_the_file(

@@ -87,7 +87,7 @@ def test_fork_is_pinned_and_followed_only_on_request(
     assert clone.git("merge-base", "HEAD", first) == first
 
 
-def test_base_that_was_said_is_in_the_command_for_a_branch_that_moved(
+def test_base_that_was_named_is_in_the_command_for_a_branch_that_moved(
     clone: World, fork: Path, releases: Releases
 ) -> None:
     """The branch does not descend from that release, so no search would find it again."""

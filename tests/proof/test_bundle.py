@@ -95,6 +95,9 @@ def test_bundle_ends_on_the_same_build_and_the_smoke_is_green(work: Path) -> Non
     print(without_network(f"{INV} bootstrap --from ../b", cwd=clone, home=home))
     assert facts(clone) == facts(ROOT)
     print(without_network(f"{NOX} -s smoke", cwd=clone, home=home))
+    # Nothing refers to the bundle afterwards.
+    shutil.rmtree(work / "b")
+    assert "nothing to do" in without_network(f"{INV} rebuild", cwd=clone, home=home)
     again = without_network(f"{INV} bootstrap", cwd=clone, home=home)
     assert "nothing to do" in again
 

@@ -1,6 +1,5 @@
 """A pin may be any commit: of a fork by its URL, or of upstream, with the release it stands on."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from tests.repo import two_releases as ladders
 from tests.repo.shell import commit, sh_git, write
-from tests.repo.test_upstream import find
+from tests.repo.test_upstream import clone, find
 from tests.repo.two_releases import Index, TwoReleases
 from tests.repo.workspaces import Workspace
 from workspace.core.errors import SettingsError, SourceError
@@ -16,11 +15,7 @@ from workspace.repo import checkout, pins
 from workspace.repo.checkout import Kind
 from workspace.repo.pins import Base, Wanted
 
-
-@pytest.fixture
-def clone(tmp_path: Path, two_releases: TwoReleases, index: Index) -> Iterator[Workspace]:
-    with ladders.cloned(tmp_path, two_releases, index) as opened:
-        yield opened
+__all__ = ["clone"]
 
 
 @pytest.fixture

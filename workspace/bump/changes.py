@@ -16,7 +16,7 @@ from typing import Literal
 from workspace.checks import registry
 from workspace.compile import externals
 from workspace.core import hints, records
-from workspace.core.errors import SettingsError, counted
+from workspace.core.errors import SettingsError, counted, listed
 from workspace.core.files import read_regular
 from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
@@ -317,7 +317,7 @@ def _since_base(git: Git, candidate: Candidate) -> Iterator[Change]:
         "sources",
         f"{SINCE_BASE}{base.tag}",
         None,
-        count if compiled else "none differ",
+        f"{count} ({listed(compiled)})" if compiled else "none differ",
         compiled,
         "inv rebuild compiles them (hybrid kernels)" if compiled else "its kernels fit",
     )

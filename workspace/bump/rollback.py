@@ -312,7 +312,7 @@ def _remotes(layout: Layout, settings: Settings, pin: Pin, console: Console) -> 
 def _again(layout: Layout, pin: Pin) -> list[str]:
     """Return the arguments of `inv pin.bump` to the pin's branch.
 
-    A base that is no ancestor of the pin came from --base, and would not be found again.
+    A base that is no ancestor of the pin was named by --base, and no search would find it again.
     """
     if pin.base is None or Git(layout.vllm).is_ancestor(pin.base.commit, pin.commit):
         return [pin.request]

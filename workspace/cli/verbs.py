@@ -12,6 +12,12 @@ from workspace.core import paths
 
 REF = "a tag, branch or commit of vLLM, or URL@REF of a fork"
 BASE = "the release whose precompiled wheel a commit takes"
+SERVER = {
+    "name": "its name beside other servers of this clone",
+    "port": "the port it listens at",
+    "memory": "GiB for weights, cache and the rest together",
+    "restart": "start it again this often if it dies",
+}
 
 
 @task(
@@ -311,11 +317,8 @@ def pin_rollback(_: Context, good: str = "", force: bool = False, wait: bool = F
         "dry-run": "print environment and command line; start nothing",
         "detach": "return when ready; the server outlives the terminal",
         "force": "start although memory is short, or others reach it without a key",
-        "name": "its name beside other servers of this clone",
-        "port": "the port it listens at",
-        "memory": "GiB for weights, cache and the rest together",
-        "restart": "start it again this often if it dies",
         "nodes": "names of nodes.toml, with commas, that serve it together",
+        **SERVER,
     },
 )
 def serve(
@@ -354,10 +357,8 @@ def serve(
     positional=["recipe"],
     help={
         "recipe": "as for inv serve",
-        "name": "its name beside other servers of this clone",
-        "port": "the port it listens at",
-        "memory": "GiB for weights, cache and the rest together",
-        "restart": "start it again this often if it dies (default: 3)",
+        **SERVER,
+        "restart": f"{SERVER['restart']} (default: 3)",
     },
 )
 def serve_unit(

@@ -1,19 +1,27 @@
-"""Several real servers at once, and one that is killed more often than it may come back.
+"""Several real servers at once, one that is killed more often than it may come back, one that the
+kernel kills, and one that waits for the memory of another process.
 
-MODEL (tiny) is the model of all servers; each takes about 3 GiB.
+MODEL (tiny) is the model of all servers; each takes about 3 GiB. The kernel's kill needs root and a
+control group for memory.
 """
 
+import contextlib
+import http.client
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from workspace.core.paths import Layout
+from workspace.machine import hardware
 from workspace.server import lifecycle, observation, process_tree
 
 MODEL = os.environ.get("MODEL", "tiny")
@@ -39,9 +47,11 @@ def until(is_true: Callable[[], object]) -> None:
         time.sleep(0.2)
 
 
-def start(inv: Callable[..., "subprocess.CompletedProcess[str]"], name: str, *more: str) -> int:
+def start(
+    inv: Callable[..., "subprocess.CompletedProcess[str]"], name: str, *more: str, memory: int = 3
+) -> int:
     port = lifecycle.free_port()
-    line = ("serve", MODEL, "--name", name, "--port", str(port), "--memory", "3")
+    line = ("serve", MODEL, "--name", name, "--port", str(port), "--memory", str(memory))
     done = inv(*line, "--detach", *more)
     assert done.returncode == 0, done.stderr
     return port
@@ -91,5 +101,58 @@ def test_server_killed_five_times_comes_back_three_times(layout: Layout, inv) ->
     row = json.loads(inv("serve.status", "--json").stdout)["servers"]
     row = next(row for row in row if row["server"] == NAMES[0])
     assert (row["state"], len(row["deaths"])) == ("ended", 4)
-    assert all("memory ran out" in death["cause"] for death in row["deaths"])
+    # Somebody's SIGKILL: the kernel counts no kill.
+    assert {death["cause"] for death in row["deaths"]} == {"was killed (SIGKILL)"}
     assert "it was started again 3 times, the limit" in inv("serve.status").stdout
+
+
+def test_restart_waits_until_another_process_gives_its_memory_back(layout: Layout, inv) -> None:
+    """The planned share leaves 5 GiB of what is available, and another process takes 6 of them."""
+    planned = math.floor(psutil.virtual_memory().available / hardware.GIB - 5)
+    start(inv, NAMES[0], "--restart", "1", memory=planned)
+    there = observation.find(observation.place_of(layout, NAMES[0]))
+    hog = "import sys; held = bytearray(b'x') * (6 << 30); print(flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", hog]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(argv, **pipes) as other:
+        assert other.stdout.readline()
+        os.kill(front(there), signal.SIGKILL)
+        until(lambda: "of memory are available, and it takes" in observation.deaths(there).waits)
+        row = json.loads(inv("serve.status", "--json").stdout)["servers"][0]
+        assert row["state"] == "waiting"
+        print(row["waits"])
+        # It does not start while the memory is held, however often it looks.
+        time.sleep(20)
+        assert there.members() == {there.processes.supervisor_pid}
+        other.stdin.close()
+    until(lambda: observation.is_healthy(there.address))
+    row = json.loads(inv("serve.status", "--json").stdout)["servers"][0]
+    assert (row["state"], len(row["deaths"]), row["waits"]) == ("ready", 1, "")
+
+
+def test_kill_by_the_kernel_is_reported_as_a_lack_of_memory(layout: Layout, inv) -> None:
+    """A control group with little memory, into which the front of a server that runs is moved."""
+    start(inv, NAMES[0], "--restart", "1")
+    there = observation.find(observation.place_of(layout, NAMES[0]))
+    pid = front(there)
+    groups = Path("/sys/fs/cgroup")
+    old = (groups / "memory").is_dir()
+    group = groups / ("memory" if old else "") / "proof-several"
+    group.mkdir()
+    limit = "memory.limit_in_bytes" if old else "memory.max"
+    try:
+        (group / limit).write_text(str(1 << 20))
+        (group / "cgroup.procs").write_text(str(pid))
+        body = json.dumps({"model": "x", "prompt": "x" * (1 << 20)}).encode()
+        while process_tree.started_at(pid) is not None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                connection = http.client.HTTPConnection(there.address.host, there.address.port)
+                connection.request("POST", "/v1/completions", body)
+                connection.getresponse().read()
+    finally:
+        until(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+    until(lambda: observation.deaths(there).deaths)
+    death = json.loads(inv("serve.status", "--json").stdout)["servers"][0]["deaths"][0]
+    assert death["cause"] == "was killed (SIGKILL): memory ran out"
+    assert death["hint"] == "./scripts/inv drop-caches"
