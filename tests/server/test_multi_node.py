@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.server.test_request import Request
+from tests.server.test_server import launch
 from tests.small import ssh
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.settings import load
-from workspace.server import multi_node
+from workspace.server import lifecycle, multi_node, observation, verbs
 from workspace.server.flags import ServeOptions
 from workspace.server.multi_node import Rank, Report
 from workspace.server.nodes import Node
@@ -239,3 +240,21 @@ def test_rank_is_read_as_it_was_written() -> None:
     assert Rank.parse(RANK.argument) == RANK
     with pytest.raises(SettingsError, match="is no rank"):
         Rank.parse("1,2")
+
+
+def test_status_of_another_node_shows_the_rank_that_it_runs(request_: Request) -> None:
+    layout, out = request_.clone.layout, io.StringIO()
+    facts = {"rank": "rank 1 of 2, head 10.0.0.1"}
+    order = replace(launch("slow"), facts=facts)
+    server = lifecycle.start(observation.place_of(layout, ""), order)
+    try:
+        settings = load(layout, environ=request_.clone.shell)
+        for stage in ("starting", "ready"):
+            out.seek(0)
+            out.truncate()
+            verbs.status(layout, settings, console=Console(out=out, err=out), as_json=True)
+            (row,) = json.loads(out.getvalue())["servers"]
+            assert row["state"] == stage
+            server = lifecycle.mark_ready(server)
+    finally:
+        lifecycle.stop(server, at_once=True)
