@@ -158,8 +158,11 @@ def status(_: Context, json: bool = False) -> None:
 def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     """Check machine, toolchain, GPU, network; print hints."""
     from workspace.install import status
+    from workspace.server import node_sync
 
-    status.show_doctor(main.machine(), console=main.console(), as_json=json, offline=offline)
+    machine = main.machine()
+    more = node_sync.doctor_rows(machine)
+    status.show_doctor(machine, console=main.console(), as_json=json, offline=offline, more=more)
 
 
 @task(
