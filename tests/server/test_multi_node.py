@@ -159,12 +159,15 @@ def test_meeting_point_that_is_not_of_this_machine_is_named(request_: Request) -
     assert b"127.0.0.1" in subprocess.run(command, capture_output=True, check=True).stdout
 
 
+def write_inv(clone: Path, script: str) -> None:
+    clone.mkdir(parents=True, exist_ok=True)
+    argv = f"['sh', '-c', {script!r}, 'inv', *sys.argv[1:]]"
+    (clone / "tasks.py").write_text(f"import subprocess, sys\nsys.exit(subprocess.call({argv}))")
+
+
 def ask(tmp_path: Path, script: str) -> Report:
     """Have the node b run `script` in the place of the verb that checks its rank."""
-    clone = tmp_path / "homes" / "b" / "clone" / "scripts"
-    clone.mkdir(parents=True)
-    (clone / "inv").write_text(f"#!/bin/sh\n{script}\n")
-    (clone / "inv").chmod(0o755)
+    write_inv(tmp_path / "homes" / "b" / "clone", script)
     shell = ssh.stand_in(tmp_path / "bin", tmp_path / "homes")
     request_ = Request(tmp_path / "request")
     settings = load(request_.clone.layout, environ=request_.clone.shell | {"PATH": shell["PATH"]})
@@ -194,12 +197,12 @@ def test_node_that_is_not_fit_for_its_rank_is_named(
     assert caught.value.message.startswith("node b ")
     assert caught.value.hint
     # The hint runs the status of that clone.
-    status = tmp_path / "homes" / "b" / "clone" / "scripts" / "inv"
-    status.write_text("#!/bin/sh\necho status of $PWD\n")
+    clone = tmp_path / "homes" / "b" / "clone"
+    write_inv(clone, "echo status of $PWD")
     command = shlex.split(caught.value.hint.split("    ")[0])
     shell = ssh.stand_in(tmp_path / "bin", tmp_path / "homes")
     done = subprocess.run(command, env=shell, capture_output=True, text=True, check=True)
-    assert done.stdout == f"status of {status.parents[1]}\n"
+    assert done.stdout == f"status of {clone}\n"
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def compare(
         if different := _differences(head, answer):
             raise ServeError(
                 f"node {node.name} differs from {members[0].name}: {'; '.join(different)}",
-                hint=_status_of(node),
+                hint=hints.text("server.node_sync", name=node.name),
             )
     pairs = zip(members, answers, strict=True)
     if lacking := [node.name for node, answer in pairs if not answer.has_weights]:
