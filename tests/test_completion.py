@@ -77,7 +77,7 @@ def warm(clone: Clone) -> Iterator[Warm]:
         ("serve --detach t", "tiny"),
         (
             "serve tiny ",
-            "--detach --dry-run --force --help --memory --name --port --restart",
+            "--detach --dry-run --force --help --memory --name --nodes --port --restart",
         ),
         ("serve.stop ", ""),
         ("serve.stop --a", "--all"),

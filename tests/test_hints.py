@@ -94,7 +94,7 @@ PROGRAMS = {
         "mv",
     ),
     *("nvidia-smi", "ps", "python3", "reboot", "rm", "sed", "sha256sum", "ss", "systemctl"),
-    *("ssh", "ssh-copy-id", "ssh-keygen"),
+    *("loginctl", "ssh", "ssh-copy-id", "ssh-keygen", "ufw", "firewall-cmd"),
     *("sysctl", "tar", "tee", "unset", "uv", "apt", "apt-get", "${EDITOR:-nano}"),
 }
 VERB_OF_INSTALL = "rebuild"
@@ -107,6 +107,7 @@ PACKAGES = {
     "g++-VALUE": "/usr/bin/g++-VALUE",
     "git": "/usr/bin/git",
     "openssh-client": "/usr/bin/ssh",
+    "libibverbs1": f"/usr/lib/{platform.machine()}-linux-gnu/libibverbs.so.1",
     "libnuma1": f"/usr/lib/{platform.machine()}-linux-gnu/libnuma.so.1",
     "patch": "/usr/bin/patch",
     "pythonVALUE": "/usr/bin/pythonVALUE",

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.server.test_request import Request
+from tests.server.test_server import launch
 from tests.small import ssh
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.settings import load
-from workspace.server import multi_node
+from workspace.server import lifecycle, multi_node, observation, verbs
 from workspace.server.flags import ServeOptions
 from workspace.server.multi_node import Rank, Report
 from workspace.server.nodes import Node
@@ -158,12 +159,15 @@ def test_meeting_point_that_is_not_of_this_machine_is_named(request_: Request) -
     assert b"127.0.0.1" in subprocess.run(command, capture_output=True, check=True).stdout
 
 
+def write_inv(clone: Path, script: str) -> None:
+    clone.mkdir(parents=True, exist_ok=True)
+    argv = f"['sh', '-c', {script!r}, 'inv', *sys.argv[1:]]"
+    (clone / "tasks.py").write_text(f"import subprocess, sys\nsys.exit(subprocess.call({argv}))")
+
+
 def ask(tmp_path: Path, script: str) -> Report:
     """Have the node b run `script` in the place of the verb that checks its rank."""
-    clone = tmp_path / "homes" / "b" / "clone" / "scripts"
-    clone.mkdir(parents=True)
-    (clone / "inv").write_text(f"#!/bin/sh\n{script}\n")
-    (clone / "inv").chmod(0o755)
+    write_inv(tmp_path / "homes" / "b" / "clone", script)
     shell = ssh.stand_in(tmp_path / "bin", tmp_path / "homes")
     request_ = Request(tmp_path / "request")
     settings = load(request_.clone.layout, environ=request_.clone.shell | {"PATH": shell["PATH"]})
@@ -193,12 +197,12 @@ def test_node_that_is_not_fit_for_its_rank_is_named(
     assert caught.value.message.startswith("node b ")
     assert caught.value.hint
     # The hint runs the status of that clone.
-    status = tmp_path / "homes" / "b" / "clone" / "scripts" / "inv"
-    status.write_text("#!/bin/sh\necho status of $PWD\n")
+    clone = tmp_path / "homes" / "b" / "clone"
+    write_inv(clone, "echo status of $PWD")
     command = shlex.split(caught.value.hint.split("    ")[0])
     shell = ssh.stand_in(tmp_path / "bin", tmp_path / "homes")
     done = subprocess.run(command, env=shell, capture_output=True, text=True, check=True)
-    assert done.stdout == f"status of {status.parents[1]}\n"
+    assert done.stdout == f"status of {clone}\n"
 
 
 @pytest.mark.parametrize(
@@ -239,3 +243,21 @@ def test_rank_is_read_as_it_was_written() -> None:
     assert Rank.parse(RANK.argument) == RANK
     with pytest.raises(SettingsError, match="is no rank"):
         Rank.parse("1,2")
+
+
+def test_status_of_another_node_shows_the_rank_that_it_runs(request_: Request) -> None:
+    layout, out = request_.clone.layout, io.StringIO()
+    facts = {"rank": "rank 1 of 2, head 10.0.0.1"}
+    order = replace(launch("slow"), facts=facts)
+    server = lifecycle.start(observation.place_of(layout, ""), order)
+    try:
+        settings = load(layout, environ=request_.clone.shell)
+        for stage in ("starting", "ready"):
+            out.seek(0)
+            out.truncate()
+            verbs.status(layout, settings, console=Console(out=out, err=out), as_json=True)
+            (row,) = json.loads(out.getvalue())["servers"]
+            assert row["state"] == stage
+            server = lifecycle.mark_ready(server)
+    finally:
+        lifecycle.stop(server, at_once=True)

@@ -142,6 +142,18 @@ def test_a_node_that_ssh_does_not_reach_is_named_with_its_reason(
         (tmp_path / "homes" / host).rmdir()
 
 
+def test_a_copy_that_finds_no_room_names_the_node_and_shows_its_disk(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    (tmp_path / "programs" / "scp").write_text(
+        "#!/bin/sh\necho 'scp: write remote \"x\": No space left on device' >&2; exit 1\n"
+    )
+    with pytest.raises(NodeError, match='b: scp: write remote "x": No space left') as caught:
+        Remote(node("b"), environment).copy(tmp_path / "x", "x")
+    assert caught.value.hint == "ssh -t b 'df -h ~/'\"'\"'clone of b'\"'\"''"
+    assert run_hint(caught.value.hint, tmp_path, environment) == 0
+
+
 def test_a_machine_without_ssh_has_the_package_as_hint(tmp_path: Path) -> None:
     (tmp_path / "sudo").write_text('#!/bin/sh\n[ "$*" = "apt install openssh-client" ]\n')
     (tmp_path / "sudo").chmod(0o755)

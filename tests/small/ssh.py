@@ -1,10 +1,12 @@
 """Executables that stand in for ssh, scp and ssh-keygen: a host is a folder, which is its home.
 
 A host that is not a folder fails as OpenSSH 9.6 does, by its name: `denied`, `changed`, `unknown`,
-`refused`, and `slow`, which sleeps.
+`refused`, and `slow`, which sleeps. scripts/inv of a clone there is this interpreter, without the
+clone's own tool environment. The file `environment` there is the login's own.
 """
 
 import os
+import sys
 from pathlib import Path
 
 _COMMON = r"""#!/bin/sh
@@ -27,9 +29,12 @@ failed() {
 echo "$0 $*" >> "$homes/log"
 while :; do case $1 in -*) shift ;; *) break ;; esac; done
 """
-_SSH = """host=${1#*@}
+_SSH = r"""host=${1#*@}
 [ -d "$homes/$host" ] || failed "$host"
-cd "$homes/$host" && HOME=$PWD exec sh -c "$2"
+typed=$(printf '%s\n' "$2" | sed 's#\./scripts/inv#@PYTHON@ -Es -B tasks.py#')
+cd "$homes/$host" && HOME=$PWD
+[ ! -e environment ] || . ./environment
+exec sh -c "$typed"
 """
 _SCP = """host=${2%%:*}; host=${host#*@}; path=${2#*:}
 [ -d "$homes/$host" ] || failed "$host"
@@ -42,6 +47,7 @@ def stand_in(programs: Path, homes: Path) -> dict[str, str]:
     programs.mkdir(parents=True, exist_ok=True)
     for name, text in (("ssh", _SSH), ("scp", _SCP)):
         path = programs / name
-        path.write_text(_COMMON.replace("@HOMES@", str(homes)) + text)
+        text = (_COMMON + text).replace("@HOMES@", str(homes)).replace("@PYTHON@", sys.executable)
+        path.write_text(text)
         path.chmod(0o755)
     return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}

@@ -45,6 +45,7 @@ COLLECTIONS = {
         verbs_patch.patch_import,
         verbs_patch.patch_continue,
     ),
+    "node": (verbs_patch.node_list, verbs_patch.node_facts, verbs_patch.node_sync),
     "pin": (verbs.pin_show, verbs.pin_forecast, verbs.pin_bump, verbs.pin_rollback),
     "env": (verbs.env_check, verbs.env_init, verbs.env_export),
     "serve": (
@@ -87,6 +88,7 @@ GROUPS = {
     "Pin": ("pin.show", "pin.forecast", "pin.bump", "pin.rollback"),
     "Build": ("fix-triton", "wheel", "bundle", "env.init", "env.export", "run"),
     "Serve": ("serve.list", "serve.fetch", "serve.status", "serve.logs", "drop-caches"),
+    "Nodes": ("node.list", "node.sync", "node.facts"),
     "Measure": ("bench.label", "bench.compare", "bench.report"),
     "Look": ("env.check", "serve.unit", "serve.rank", "report", "completion"),
 }
@@ -117,6 +119,9 @@ EXAMPLES = {
     "patch.export": "patch.export --check",
     "patch.import": "patch.import 12345",
     "patch.continue": "patch.continue --abort",
+    "node.list": "node",
+    "node.facts": "node.facts --interface enp1s0f0np0",
+    "node.sync": "node.sync spark-b",
     "pin.show": "pin --offline",
     "pin.forecast": "pin.forecast v0.33.0",
     "pin.bump": "pin.bump v0.33.0",

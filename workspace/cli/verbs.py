@@ -164,8 +164,11 @@ def status(_: Context, json: bool = False) -> None:
 def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     """Check machine, toolchain, GPU, network; print hints."""
     from workspace.install import status
+    from workspace.server import node_sync
 
-    status.show_doctor(main.machine(), console=main.console(), as_json=json, offline=offline)
+    machine = main.machine()
+    more = node_sync.doctor_rows(machine)
+    status.show_doctor(machine, console=main.console(), as_json=json, offline=offline, more=more)
 
 
 @task(
@@ -334,10 +337,9 @@ def serve(
     force: bool = False,
 ) -> None:
     """Serve a recipe or a model; vLLM's flags go after --."""
-    from workspace.server import multi_node
-    from workspace.server.flags import ServeOptions
+    from workspace.server import flags, multi_node
 
-    options = ServeOptions(
+    options = flags.ServeOptions(
         recipe,
         tuple(after_dashes()),
         dry_run=dry_run,
@@ -370,10 +372,9 @@ def serve_unit(
     restart: str = "3",
 ) -> None:
     """Print a systemd user unit of a server that comes back."""
-    from workspace.server import verbs as verb
-    from workspace.server.flags import ServeOptions
+    from workspace.server import flags, verbs
 
-    options = ServeOptions(
+    options = flags.ServeOptions(
         recipe,
         tuple(after_dashes()),
         server=name,
@@ -381,7 +382,7 @@ def serve_unit(
         memory=memory,
         restart=restart,
     )
-    verb.print_unit(*main.opened(), options, console=main.console())
+    verbs.print_unit(*main.opened(), options, console=main.console())
 
 
 @task(name="status", help={"json": JSON})

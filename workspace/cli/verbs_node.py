@@ -1,4 +1,4 @@
-"""Verbs of `inv`: several nodes; see verbs.py."""
+"""Verbs of `inv`: one server over several nodes; see verbs.py."""
 
 from invoke.context import Context
 

@@ -3,6 +3,7 @@
 The row of Triton is here too; inv fix-triton uses its sentences.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -209,15 +210,17 @@ def driver_sentence(built: stamp.Stamp | None) -> str | None:
     return sentence
 
 
-def show_doctor(machine: Machine, *, console: Console, as_json: bool, offline: bool) -> None:
-    """Print the doctor's rows, and those on a driver that came back and on its first use."""
+def show_doctor(
+    machine: Machine, *, console: Console, as_json: bool, offline: bool, more: Sequence[Row]
+) -> None:
+    """Print the doctor's rows, `more`, and those on a returned driver and on its first use."""
     doctor.show(
         machine,
         console=console,
         as_json=as_json,
         offline=offline,
         is_native=precompiled.is_native(machine.settings),
-        more=(*device_rows(machine, queries_driver=True), *first_use(machine.layout)),
+        more=(*more, *device_rows(machine, queries_driver=True), *first_use(machine.layout)),
     )
 
 

@@ -45,7 +45,7 @@ MASTER_PORT, PORTS = 29501, 50
 REACH_S, CHECK_S = 5.0, 120.0
 # What has to be the same on all nodes: a rank of another version joins and computes other things.
 _PACKAGES = ("vllm", "torch", "triton", "flashinfer-python", "transformers", "numpy")
-# Without a prefix, without a library of .vllm before ssh's own.
+# The environment of a server has libraries that ssh must not load instead of its own.
 _PLAIN = ("env", "-u", "LD_PRELOAD", "-u", "LD_LIBRARY_PATH")
 
 
@@ -129,15 +129,9 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     members = choose(nodes.read_nodes(layout.root), options)
     divided = division(layout, settings, options, len(members))
     with _listening(members[0], options) as (meeting, port):
+        head, count = members[0], len(members)
         ranks = [
-            Rank(
-                number,
-                len(members),
-                members[0].address,
-                port,
-                each.address,
-                each.interface,
-            )
+            Rank(number, count, head.address, port, each.address, each.interface)
             for number, each in enumerate(members)
         ]
         own = replace(
@@ -146,6 +140,8 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
             environment=ranks[0].environment(),
         )
         session, judged = start.prepare(layout, settings, own, console=console)
+        # Absolute, if it is a path.
+        options = replace(options, name=session.options.name)
         others = [
             (member, _order(options, rank))
             for member, rank in zip(members[1:], ranks[1:], strict=True)
@@ -252,7 +248,7 @@ def compare(
         if different := _differences(head, answer):
             raise ServeError(
                 f"node {node.name} differs from {members[0].name}: {'; '.join(different)}",
-                hint=_status_of(node),
+                hint=hints.text("server.node_sync", name=node.name),
             )
     pairs = zip(members, answers, strict=True)
     if lacking := [node.name for node, answer in pairs if not answer.has_weights]:

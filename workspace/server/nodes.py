@@ -202,8 +202,15 @@ class Remote:
         folder = self.node.folder.removeprefix("~/")
         place = f"{self.node.ssh}:{folder}/{target}"
         done = self._captured(["scp", "-q", *_OPTIONS, str(source), place], limit_s)
-        if done.returncode:
+        if done.returncode == SSH_FAILED:
             raise unreachable(self.node, done.stderr)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["scp failed"]
+            command = f"df -h {self.quoted()}"
+            raise NodeError(
+                f"{self.node.name}: {lines[-1]}",
+                hint=hints.text("server.on_node", address=self.node.ssh, command=command),
+            )
 
     def quoted(self) -> str:
         """Return the folder of the node's clone as a POSIX shell takes it."""

@@ -23,6 +23,8 @@ _LINT = "tests/checks/test_lint.py::test_"
 _NODES = "tests/server/test_nodes.py::test_"
 _RANKS = "tests/server/test_multi_node.py::test_"
 _REFUSED = f"{_RANKS}nodes_that_cannot_serve_together_are_a_sentence_whose_hint_works"
+_SYNC = "tests/server/test_node_sync.py::test_"
+_LINK = "tests/machine/test_link.py::test_"
 _BUNDLE = "tests/install/test_bundle.py::test_"
 # The test that runs the command of the hint.
 ELSEWHERE = {
@@ -124,6 +126,25 @@ ELSEWHERE = {
     "machine.apt_libnuma": (
         "tests/machine/test_doctor_shell.py::test_missing_libnuma_is_named_and_its_package_cures_it"
     ),
+    "machine.add_address": f"{_LINK}address_of_nodes_toml_that_the_interface_lacks_fails",
+    "machine.apt_verbs": f"{_LINK}what_keeps_nccl_from_rdma_is_named",
+    "machine.firewalld_allow": f"{_LINK}firewall_that_is_on_has_the_command_that_opens_the_link",
+    "machine.linger": f"{_LINK}sessions_that_lose_their_semaphores_are_named",
+    "machine.list_kernels": f"{_LINK}releases_that_are_known_to_break_have_a_source_each",
+    "machine.list_links": f"{_LINK}link_that_is_down_or_slow_is_named",
+    "machine.memlock": f"{_LINK}limit_of_locked_memory_matters_with_rdma_only",
+    "machine.rdma_links": f"{_LINK}what_keeps_nccl_from_rdma_is_named",
+    "machine.ufw_allow": f"{_LINK}firewall_that_is_on_has_the_command_that_opens_the_link",
+    "machine.verbs_rights": f"{_LINK}what_keeps_nccl_from_rdma_is_named",
+    "server.clock": f"{_SYNC}differences_that_no_sync_ends_have_a_command_each",
+    "server.commit_all": f"{_SYNC}sync_refuses_what_no_commit_or_patch_has",
+    "server.inventory": f"{_SYNC}differences_that_no_sync_ends_have_a_command_each",
+    "server.node_sync": f"{_SYNC}sync_makes_a_second_clone_that_is_equal",
+    "server.on_node": f"{_SYNC}sync_makes_a_second_clone_that_is_equal",
+    "server.pull_node": f"{_SYNC}sync_makes_a_second_clone_that_is_equal",
+    "server.set_mtu": f"{_SYNC}differences_that_no_sync_ends_have_a_command_each",
+    "server.sync_bundle": f"{_SYNC}sync_sends_a_bundle_to_a_node_that_fetches_nothing",
+    "server.update_node": f"{_SYNC}differences_that_no_sync_ends_have_a_command_each",
     "server.copy_key": f"{_NODES}a_node_that_ssh_does_not_reach_is_named_with_its_reason",
     "server.first_nodes": f"{_NODES}first_nodes_come_from_the_example",
     "server.form_of_nodes": f"{_NODES}unusable_nodes_are_a_sentence_and_exit_2",

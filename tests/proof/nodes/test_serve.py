@@ -119,7 +119,13 @@ class Cycle:
                     found.append((known[pid].started, pid))
         return [pid for _, pid in sorted(found)]
 
+    def loading(self, machine: Machine) -> list[int]:
+        """Wait until a node has begun to load, without which there is nothing to end there."""
+        until(lambda: self.vllm(machine), START_S, f"{machine.name} loads")
+        return self.vllm(machine)
+
     def stop(self) -> None:
+        self.loading(self.pair.a)
         self.pair.a.run("serve.stop", timeout_s=BOUND_S)
 
     def interrupt(self) -> None:
@@ -129,23 +135,26 @@ class Cycle:
         self.front.kill()
 
     def kill_sessions(self) -> None:
+        self.loading(self.pair.b)
         killed(self.pair.b.sessions())
 
     def pull_cable(self) -> None:
         self.pair.cable(is_up=False)
 
     def lose_packets(self) -> None:
+        self.loading(self.pair.a)
         self.pair.disturb("loss", "20%", "delay", "200ms", "50ms")
         time.sleep(5)
         self.stop()
 
     def kill_rank(self) -> None:
-        killed(self.vllm(self.pair.b) or self.pair.b.pids())
+        killed(self.loading(self.pair.b))
 
     def kill_head(self) -> None:
-        killed(self.vllm(self.pair.a) or {self.front.pid})
+        killed(self.loading(self.pair.a))
 
     def stop_on_the_other_node(self) -> None:
+        self.loading(self.pair.b)
         self.pair.b.run("serve.stop", timeout_s=BOUND_S)
 
 
@@ -179,10 +188,12 @@ def test_nothing_is_left_on_either_node(pair: Pair, number: int, tmp_path: Path)
     if is_late:
         until(lambda: is_answering(pair) or cycle.front.poll() is not None, START_S, "ready")
     time.sleep(chance.uniform(0, 5 if is_late else 40))
-    files, began = shared(pair), time.monotonic()
+    files = shared(pair)
     assert cycle.front.poll() is None, cycle.log.read_text()
     try:
         act(cycle)
+        # From the moment at which there was something to end.
+        began = time.monotonic()
         until(lambda: not pair.a.pids(), BOUND_S, f"a has ended after {act.__name__}")
         a_s = time.monotonic() - began
         until(lambda: not pair.b.pids(), BOUND_S, f"b has ended after {act.__name__}")
