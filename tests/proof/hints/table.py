@@ -20,6 +20,7 @@ _BENCH = (
     "test_bench_ends_with_median_and_spread_and_each_next_command_leads_on"
 )
 _LINT = "tests/checks/test_lint.py::test_"
+_SPARK = "tests/support/test_spark.py::test_"
 _BUNDLE = "tests/install/test_bundle.py::test_"
 # The test that runs the command of the hint.
 ELSEWHERE = {
@@ -118,6 +119,12 @@ ELSEWHERE = {
     "machine.apt_libnuma": (
         "tests/machine/test_doctor_shell.py::test_missing_libnuma_is_named_and_its_package_cures_it"
     ),
+    "support.spark_again": f"{_SPARK}record_of_another_machine_or_pin_is_refused_and_kept",
+    "support.spark_bootstrap": f"{_SPARK}misuse_is_refused_with_the_parts",
+    "support.spark_plan": f"{_SPARK}parts_without_memory_are_refused_before_anything_runs",
+    "support.spark_quick": f"{_SPARK}rollback_without_a_state_names_the_part_that_makes_one",
+    "support.spark_resume": f"{_SPARK}interrupt_leaves_no_process_and_names_what_is_kept",
+    "support.spark_yes": f"{_SPARK}nothing_is_started_without_a_yes_and_the_hint_leads_on",
     "server.adapter": (
         "tests/server/test_request.py::test_adapter_is_served_by_the_command_of_the_hint"
     ),
