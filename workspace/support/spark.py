@@ -148,13 +148,13 @@ def run(layout: Layout, settings: Settings, options: SparkOptions, *, console: C
         _require_room(acceptance, due)
         _require_yes(acceptance, due, console)
     folder = acceptance.trial.folder
-    folder.mkdir(parents=True, exist_ok=True)
     with (
         lock.hold(layout.state / "spark" / "lock", verb=VERB),
         _kept_reported(layout, folder, console),
     ):
-        if acceptance.options.again or acceptance.record.parts == {}:
-            records.write(folder / RECORD, acceptance.record)
+        if options.again and (former := records.read(folder / RECORD, Record)):
+            folder.rename(folder.with_name(f"{folder.name}.{former.began.replace(':', '')[:17]}"))
+        records.write(folder / RECORD, acceptance.record)
         acceptance.trial.renew_clone()
         for part in due:
             acceptance = _ran(acceptance, part, console)
@@ -191,16 +191,12 @@ def _begin(machine: Machine, options: SparkOptions) -> Acceptance:
 
 
 def _resumed(folder: Path, fresh: Record, options: SparkOptions) -> Record:
-    """Return the record to resume: none with --again, which keeps the old one under its time.
+    """Return the record to resume; with --again a new one.
 
     Raises SettingsError for a record of another machine, pin or device.
     """
     former = records.read(folder / RECORD, Record)
-    if former is None:
-        return fresh
-    if options.again:
-        if not options.plan_only:
-            folder.rename(folder.with_name(f"{folder.name}.{former.began.replace(':', '')[:17]}"))
+    if former is None or options.again:
         return fresh
     differing = {
         "machine": (former.machine.name, fresh.machine.name),

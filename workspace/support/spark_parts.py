@@ -253,8 +253,7 @@ def _doctor(trial: Trial) -> Figures:
 
 def _bootstrap(trial: Trial) -> Figures:
     """Build from nothing, in a clone of this moment; then a cold and a warm first token."""
-    if trial.is_built:
-        trial.make_clone()
+    trial.make_clone()
     before, disk = _received_gib(), hardware.free_gib(trial.clone.root)
     built = trial.inv("bootstrap", "--no-first-token")
     received = _received_gib() - before

@@ -21,6 +21,7 @@ _BENCH = (
 )
 _LINT = "tests/checks/test_lint.py::test_"
 _SPARK = "tests/support/test_spark.py::test_"
+_AGAIN = f"{_SPARK}failed_part_is_on_the_page_with_its_figures_and_runs_again"
 _BUNDLE = "tests/install/test_bundle.py::test_"
 # The test that runs the command of the hint.
 ELSEWHERE = {
@@ -120,9 +121,9 @@ ELSEWHERE = {
         "tests/machine/test_doctor_shell.py::test_missing_libnuma_is_named_and_its_package_cures_it"
     ),
     "support.spark_again": f"{_SPARK}record_of_another_machine_or_pin_is_refused_and_kept",
-    "support.spark_bootstrap": f"{_SPARK}misuse_is_refused_with_the_parts",
+    "support.spark_bootstrap": _AGAIN,
     "support.spark_plan": f"{_SPARK}parts_without_memory_are_refused_before_anything_runs",
-    "support.spark_quick": f"{_SPARK}rollback_without_a_state_names_the_part_that_makes_one",
+    "support.spark_quick": _AGAIN,
     "support.spark_resume": f"{_SPARK}interrupt_leaves_no_process_and_names_what_is_kept",
     "support.spark_yes": f"{_SPARK}nothing_is_started_without_a_yes_and_the_hint_leads_on",
     "server.adapter": (
