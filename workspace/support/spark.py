@@ -160,7 +160,8 @@ def run(layout: Layout, settings: Settings, options: SparkOptions, *, console: C
             acceptance = _ran(acceptance, part, console)
             if part.name == "bootstrap" and not acceptance.trial.is_built:
                 break
-    _finish(acceptance, console)
+        # Under the lock, because it may remove the clone.
+        _finish(acceptance, console)
 
 
 def _begin(machine: Machine, options: SparkOptions) -> Acceptance:
@@ -276,7 +277,9 @@ def _kept_reported(layout: Layout, folder: Path, console: Console) -> Iterator[N
     """Name what an interrupted run has kept, and how to resume or remove it."""
     try:
         yield
-    except KeyboardInterrupt:
+    except WorkspaceError:
+        raise
+    except BaseException:
         console.info(f"kept: {layout.relative(folder)}, and .workspace/spark, which may be deleted")
         console.hint(hints.text("support.spark_resume"))
         raise
@@ -377,7 +380,11 @@ def _page(acceptance: Acceptance) -> str:
     parts = [
         _head(acceptance),
         _results(record),
-        *(_figures(name, one.figures) for name, one in record.parts.items() if one.figures),
+        *(
+            _figures(name, record.parts[name].figures)
+            for name in spark_parts.NAMES
+            if name in record.parts and record.parts[name].figures
+        ),
         _published(acceptance),
         _costs(acceptance),
     ]
