@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from tests.bump.conftest import judge_at_once
 from tests.small.materials import Materials, git
 from tests.small.world import Ended, World, make_world
 from tests.support.test_perf import tools
+from workspace.bench import results
 from workspace.compile import costs
 from workspace.core import settings
 from workspace.core.errors import ToolchainError
@@ -281,6 +283,31 @@ def test_disk_that_is_too_small_is_refused_with_figures(
         spark._require_room(acceptance(clone), PARTS)
     assert raised.value.hint
     assert raised.value.hint.startswith("df -h ")
+
+
+def test_first_line_of_a_gb10_names_it_and_that_of_another_gpu_what_it_is(clone: World) -> None:
+    own = acceptance(clone)
+    titles = []
+    for name in ("NVIDIA GB10", "NVIDIA H200"):
+        gpus = (results.Gpu(name, "12.1", "580.95"),)
+        machine = replace(own.record.machine, gpus=gpus, architecture="aarch64")
+        page = spark._page(replace(own, record=replace(own.record, machine=machine)))
+        titles.append(page.splitlines()[0])
+    assert titles == [
+        "# Acceptance on NVIDIA GB10 (12.1), driver 580.95",
+        "# Acceptance on a machine that is not a GB10: aarch64, NVIDIA H200 (12.1), driver 580.95",
+    ]
+
+
+def test_without_a_network_the_build_fails_with_its_cause_and_nothing_else_runs(
+    clone: World,
+) -> None:
+    away = "http://127.0.0.1:9/simple"
+    clone.env |= {"UV_DEFAULT_INDEX": away, "PIP_INDEX_URL": away, "TORCH_INDEX_URL": away}
+    ended = session(clone, "--yes", "--only", "bootstrap", "--only", "quick")
+    assert "1 part failed: bootstrap: inv bootstrap --no-first-token exited" in ended.error(7)
+    assert set(record(clone)["parts"]) == {"bootstrap"}
+    assert "| quick: the smoke, twice | not run |" in (folder(clone) / "page.md").read_text()
 
 
 # A program of its own, because a part's bound counts, and ends, all children of its process.

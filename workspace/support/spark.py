@@ -6,6 +6,7 @@ and servers are not touched.
 """
 
 import contextlib
+import math
 import os
 import platform
 import shutil
@@ -121,10 +122,11 @@ class Acceptance:
         chosen = set(self.options.only or spark_parts.NAMES) - set(self.options.without)
         return tuple(part for part in spark_parts.PARTS if part.name in chosen)
 
-    def shortage(self, part: Part) -> str:
+    def shortage(self, part: Part, available_gib: float = math.inf) -> str:
         """Return why the memory does not allow a part, empty if it does."""
-        needed, bound = part.need(self.trial.device).memory_gib, self.trial.bound_gib
-        return f"needs {needed:g} GiB of memory, {bound:.1f} may be taken" if needed > bound else ""
+        needed, most = part.need(self.trial.device).memory_gib, self.trial.bound_gib
+        most = min(most, available_gib)
+        return f"needs {needed:g} GiB of memory, {most:.1f} may be taken" if needed > most else ""
 
 
 def run(layout: Layout, settings: Settings, options: SparkOptions, *, console: Console) -> None:
@@ -230,7 +232,8 @@ def _rows(acceptance: Acceptance, due: Sequence[Part]) -> Iterator[Row]:
         elif part in due:
             yield Row(State.MISSING, part.name, text)
         elif done:
-            yield Row(State.OK, part.name, f"{part.title}: {done.result} at {done.time}")
+            state = State.OK if done.result == "passed" else State.WARN
+            yield Row(state, part.name, f"{part.title}: {done.result} at {done.time}")
         else:
             yield Row(State.SKIPPED, part.name, f"{part.title}: left out")
 
@@ -318,7 +321,7 @@ def _judged(
 ) -> tuple[Result, str, str | None, Figures]:
     """Run a part and return its result, why it did not pass, what to type, and its figures."""
     trial = acceptance.trial
-    if shortage := acceptance.shortage(part):
+    if shortage := acceptance.shortage(part, jobs.memory_status(0.0).available_gib):
         return "lacking", shortage, None, {}
     try:
         if not trial.clone.root.exists():
@@ -327,7 +330,9 @@ def _judged(
         return "passed", "", None, part.work(trial)
     except WorkspaceError as exc:
         if watch.breach:
-            return "failed", f"ended: {watch.breach}", hints.text("support.spark_plan"), {}
+            # A machine that others fill lacks the memory; the part is at fault for its own only.
+            result: Result = "failed" if watch.is_over else "lacking"
+            return result, f"ended: {watch.breach}", hints.text("support.spark_plan"), {}
         figures = exc.figures if isinstance(exc, Unfit) else {}
         is_lacking = isinstance(exc, ToolchainError)
         return "lacking" if is_lacking else "failed", exc.message, exc.hint, figures
@@ -395,9 +400,9 @@ def _head(acceptance: Acceptance) -> str:
     record, machine = acceptance.record, acceptance.machine
     own = record.machine
     gpus = ", ".join(f"{gpu.name} ({gpu.capability}), driver {gpu.driver}" for gpu in own.gpus)
-    is_gb10 = any(_GB10 in gpu.name for gpu in own.gpus)
     what = gpus or "no GPU"
-    title = _GB10 if is_gb10 else f"a machine that is not a GB10: {own.architecture}, {what}"
+    is_gb10 = any(_GB10 in gpu.name for gpu in own.gpus)
+    title = what if is_gb10 else f"a machine that is not a GB10: {own.architecture}, {what}"
     residents = ", ".join(one.name for one in machine.driver.residents()) if machine.gpus else ""
     commits = [one.commit[:12] for one in record.parts.values()]
     where = (
