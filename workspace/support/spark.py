@@ -292,7 +292,7 @@ def _ran(acceptance: Acceptance, part: Part, console: Console) -> Acceptance:
     """Run a part, and write what it found into the record."""
     trial, began = acceptance.trial, records.utc_now()
     started = time.monotonic()
-    with console.step(part.name) as view, Watch(trial) as watch:
+    with console.step(part.name) as view, _settled(trial), Watch(trial) as watch:
         view.reason = part.title
         result, text, hint, figures = _judged(acceptance, part, watch)
         if result != "passed":
@@ -314,6 +314,16 @@ def _ran(acceptance: Acceptance, part: Part, console: Console) -> Acceptance:
     record = replace(acceptance.record, parts={**acceptance.record.parts, part.name: outcome})
     records.write(trial.folder / RECORD, record)
     return replace(acceptance, record=record)
+
+
+@contextlib.contextmanager
+def _settled(trial: Trial) -> Iterator[None]:
+    """Stop servers and take edits back at the end of a part, when no watch ends programs."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(WorkspaceError):
+            trial.settle()
 
 
 def _judged(
@@ -338,9 +348,6 @@ def _judged(
         return "lacking" if is_lacking else "failed", exc.message, exc.hint, figures
     except records.DecodeError as exc:
         return "failed", f"a program printed something else: {exc}", None, {}
-    finally:
-        with contextlib.suppress(WorkspaceError):
-            trial.settle()
 
 
 def _finish(acceptance: Acceptance, console: Console) -> None:
