@@ -104,6 +104,7 @@ class Acceptance:
     trial: Trial
     record: Record
     options: SparkOptions
+    commit: str
 
     @property
     def due(self) -> tuple[Part, ...]:
@@ -190,7 +191,9 @@ def _begin(machine: Machine, options: SparkOptions) -> Acceptance:
         is_unified=machine.device == "cuda" and not any(machine.driver.memories()),
         model=options.model or ("tiny" if machine.device == "cpu" else "smollm2"),
     )
-    return Acceptance(machine, trial, _resumed(folder, fresh, options), options)
+    # The clone gets the workspace of this moment.
+    commit = Git(layout.root).head() or "none"
+    return Acceptance(machine, trial, _resumed(folder, fresh, options), options, commit)
 
 
 def _resumed(folder: Path, fresh: Record, options: SparkOptions) -> Record:
@@ -309,7 +312,7 @@ def _ran(acceptance: Acceptance, part: Part, console: Console) -> Acceptance:
         round(watch.least_gib, 2),
         watch.pressure_percent,
         round(watch.load, 1),
-        Git(trial.context.layout.root).head() or "none",
+        acceptance.commit,
     )
     record = replace(acceptance.record, parts={**acceptance.record.parts, part.name: outcome})
     records.write(trial.folder / RECORD, record)
