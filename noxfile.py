@@ -230,6 +230,12 @@ def perf(session):
 
 
 @nox.session
+def spark(session):
+    """Run the acceptance on this machine, a DGX Spark: one page, one archive."""
+    run_own(session, "spark", *session.posargs)
+
+
+@nox.session
 def proof(session):
     """Run the long proofs: all, or the one named after --.
 

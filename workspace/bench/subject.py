@@ -320,7 +320,7 @@ def describe(
         time=records.utc_now(),
         workspace=Git(clone.root).head() if (clone.root / ".git").exists() else None,
         source=_source(layout, observed),
-        machine=_recorded_machine(machine),
+        machine=recorded_machine(machine),
         software=Software(
             vllm=installed.get("vllm", "none"),
             torch=build.version if build else "none",
@@ -362,7 +362,8 @@ def _source(layout: Layout, observed: plan.Observation) -> Source:
     )
 
 
-def _recorded_machine(machine: Machine) -> results.Machine:
+def recorded_machine(machine: Machine) -> results.Machine:
+    """Return the machine as a record keeps it; its name is the same in every run."""
     host = machine.host()
     gpus = tuple(results.Gpu(gpu.name, gpu.capability, gpu.driver) for gpu in machine.gpus)
     kind = re.sub(

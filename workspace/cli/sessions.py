@@ -306,6 +306,52 @@ def perf_session(argv: Sequence[str]) -> int:
     )
 
 
+def spark_session(argv: Sequence[str]) -> int:
+    """Run the acceptance of the workspace on this machine."""
+    from workspace.support import spark
+
+    arguments = _spark_parser().parse_args(argv)
+    options = spark.SparkOptions(
+        tuple(arguments.only),
+        tuple(arguments.without),
+        arguments.memory,
+        arguments.model,
+        yes=arguments.yes,
+        plan_only=arguments.plan,
+        again=arguments.again,
+    )
+    return _run(
+        lambda layout, settings: spark.run(layout, settings, options, console=main.console())
+    )
+
+
+def _spark_parser() -> argparse.ArgumentParser:
+    from workspace.support.spark_parts import NAMES
+
+    parser = _parser(
+        "spark",
+        "Run the acceptance on this machine: all parts, in a clone of its own. It asks once and"
+        " resumes what was interrupted. Page and archive go to results/spark/; the archive's path"
+        " is printed on stdout.",
+        epilog=f"The parts: {', '.join(NAMES)}.",
+    )
+    add = parser.add_argument
+    add("--plan", action="store_true", help="print what each part takes; run nothing")
+    add("--yes", action="store_true", help="do not ask")
+    for flag, help_text in (
+        ("--only", "run this part, and the build that it needs; may be repeated"),
+        ("--without", "leave this part out; may be repeated"),
+    ):
+        add(flag, action="append", default=[], metavar="PART", choices=NAMES, help=help_text)
+    memory_help = "the memory that all processes of a part may hold (default: what is free)"
+    add("--memory", metavar="GIB", help=memory_help)
+    model_help = "the served model: a recipe, a folder, or a name whose files are on disk"
+    add("--model", metavar="NAME", help=f"{model_help} (default: smollm2, without a GPU tiny)")
+    again_help = "begin a new record; the old one is kept beside it"
+    add("--again", action="store_true", help=again_help)
+    return parser
+
+
 def _run(work: Callable[[Layout, Settings], object]) -> int:
     """Run the work of a session with the clone and its settings; return the exit code."""
     return main.run(lambda: work(*main.opened()))
@@ -372,6 +418,7 @@ SESSIONS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "ab": ab_session,
     "bisect": bisect_session,
     "perf": perf_session,
+    "spark": spark_session,
 }
 
 

@@ -30,7 +30,7 @@ Phase = Literal[
 PHASES: Mapping[Phase, tuple[Base, str]] = {
     "plain": ("plain", "uv, nvidia-smi and other programs that build and run nothing"),
     "git": ("plain", "git that contacts a remote"),
-    "inv": ("plain", "a verb that `nox -s perf` measures"),
+    "inv": ("plain", "a verb that `nox -s perf` or `nox -s spark` measures"),
     "build": ("build", "programs asked as a compiler would find them, such as `nvcc --version`"),
     "install": ("build", "uv with setup.py of vLLM"),
     "configure": ("build", "CMake"),

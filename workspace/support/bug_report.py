@@ -99,7 +99,7 @@ def write(layout: Layout, settings: Settings, *, console: Console) -> Path:
         write_atomic(path, b"", mode=0o600)
     try:
         redactor = Redactor(hardware.private(layout, settings))
-        parts = _collect(Machine(layout, settings), redactor, console)
+        parts = _collect(Machine(layout, settings), redactor, console, PARTS)
         with _writing(folder):
             write_atomic(path, _archive(parts, name), mode=0o600)
     except BaseException:
@@ -126,6 +126,22 @@ def write(layout: Layout, settings: Settings, *, console: Console) -> Path:
     return path
 
 
+def pack(
+    machine: Machine,
+    more: Mapping[str, Collector],
+    redactor: Redactor,
+    path: Path,
+    console: Console,
+) -> None:
+    """Write the parts of a report, and `more` before them, into one masked archive at `path`.
+
+    Raises ToolchainError where its folder cannot be written.
+    """
+    parts = _collect(machine, redactor, console, {**more, **PARTS})
+    with _writing(path.parent):
+        write_atomic(path, _archive(parts, path.name.removesuffix(".tar.gz")), mode=0o600)
+
+
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     try:
@@ -137,10 +153,15 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from exc
 
 
-def _collect(machine: Machine, redactor: Redactor, console: Console) -> tuple[Part, ...]:
+def _collect(
+    machine: Machine, redactor: Redactor, console: Console, collectors: Mapping[str, Collector]
+) -> tuple[Part, ...]:
     """Collect all parts in parallel: most of the time goes into waiting for programs."""
-    with console.step("collecting") as view, ThreadPoolExecutor(max_workers=len(PARTS)) as pool:
-        futures = {name: pool.submit(collector, machine) for name, collector in PARTS.items()}
+    with (
+        console.step("collecting") as view,
+        ThreadPoolExecutor(max_workers=len(collectors)) as pool,
+    ):
+        futures = {name: pool.submit(collector, machine) for name, collector in collectors.items()}
         try:
             parts = tuple(_part(name, future, redactor) for name, future in futures.items())
         except BaseException:

@@ -202,15 +202,13 @@ def _bootstrap(context: Context, observed: Observation) -> Side:
         *("--source", "release", "--kernels", "precompiled", "--no-first-token"),
     )
     environment = context.environment | settings
-    return command(argv, clone, environment, before=lambda: _make_clone(context, clone))
+    return command(argv, clone, environment, before=lambda: make_clone(context, clone))
 
 
-def _make_clone(context: Context, clone: Path) -> None:
+def make_clone(context: Context, clone: Path) -> None:
     """Make a fresh clone with the tool environment of this clone."""
     shutil.rmtree(clone, ignore_errors=True)
-    shutil.copytree(
-        context.layout.root, clone, ignore=shutil.ignore_patterns(*_NOT_CLONED), symlinks=True
-    )
+    copy_workspace(context, clone)
     layout = Layout(clone)
     layout.vllm.mkdir(parents=True)
     shutil.copy2(context.layout.pins, layout.pins)
@@ -219,6 +217,13 @@ def _make_clone(context: Context, clone: Path) -> None:
     repository.commit_everything("The workspace", date="2000-01-01T00:00:00+0000")
     layout.state.mkdir()
     context.copy(context.layout.tools, layout.tools)
+
+
+def copy_workspace(context: Context, clone: Path) -> None:
+    """Copy the workspace itself into a clone, over what is there; its tree and build stay."""
+    ignored = shutil.ignore_patterns(*_NOT_CLONED)
+    root = context.layout.root
+    shutil.copytree(root, clone, ignore=ignored, symlinks=True, dirs_exist_ok=True)
 
 
 def _by_hand(context: Context, observed: Observation, packed: Path) -> Side:

@@ -25,6 +25,8 @@ _RANKS = "tests/server/test_multi_node.py::test_"
 _REFUSED = f"{_RANKS}nodes_that_cannot_serve_together_are_a_sentence_whose_hint_works"
 _SYNC = "tests/server/test_node_sync.py::test_"
 _LINK = "tests/machine/test_link.py::test_"
+_SPARK = "tests/support/test_spark.py::test_"
+_AGAIN = f"{_SPARK}failed_part_is_on_the_page_with_its_figures_and_runs_again"
 _BUNDLE = "tests/install/test_bundle.py::test_"
 # The test that runs the command of the hint.
 ELSEWHERE = {
@@ -161,6 +163,12 @@ ELSEWHERE = {
     "server.without_nodes": _REFUSED,
     "server.nodes": f"{_NODES}an_unknown_name_lists_the_known_ones",
     "server.ssh": f"{_NODES}a_node_that_ssh_does_not_reach_is_named_with_its_reason",
+    "support.spark_again": f"{_SPARK}record_of_another_machine_or_pin_is_refused_and_kept",
+    "support.spark_bootstrap": _AGAIN,
+    "support.spark_plan": f"{_SPARK}parts_without_memory_are_refused_before_anything_runs",
+    "support.spark_quick": _AGAIN,
+    "support.spark_resume": f"{_SPARK}interrupt_leaves_no_process_and_names_what_is_kept",
+    "support.spark_yes": f"{_SPARK}nothing_is_started_without_a_yes_and_the_hint_leads_on",
     "server.adapter": (
         "tests/server/test_request.py::test_adapter_is_served_by_the_command_of_the_hint"
     ),
