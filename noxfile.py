@@ -68,6 +68,8 @@ PROOFS = {
     # It runs its worlds beside each other by itself.
     "kill": ["tests/proof/kill", "-n", "0"],
     "kernels": ["tests/proof/kernels", "-n", "0", "-s"],
+    # Root: network namespaces and an sshd of its own.
+    "nodes": ["tests/proof/nodes", "-n", "0", "-s"],
     "pins": ["tests/proof/test_pins.py", "tests/proof/bump"],
     "repo": ["tests/proof/repo"],
     # One server at a time in this clone.
@@ -233,8 +235,8 @@ def perf(session):
 def proof(session):
     """Run the long proofs: all, or the one named after --.
 
-    Names: aarch64, bench, bootstrap, fuzz, hints, kernels, kill, pins, repo, serve, smoke, triton,
-    upstream.
+    Names: aarch64, bench, bootstrap, fuzz, hints, kernels, kill, nodes, pins, repo, serve, smoke,
+    triton, upstream.
     Arguments after the name of the proof go to pytest.
     """
     chosen = session.posargs[:1] or sorted(PROOFS)
