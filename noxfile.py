@@ -239,8 +239,8 @@ def spark(session):
 def proof(session):
     """Run the long proofs: all, or the one named after --.
 
-    Names: aarch64, bench, bootstrap, fuzz, hints, kernels, kill, pins, repo, serve, smoke, triton,
-    upstream.
+    Names: aarch64, bench, bootstrap, fuzz, hints, kernels, kill, nodes, pins, repo, serve, smoke,
+    triton, upstream.
     Arguments after the name of the proof go to pytest.
     """
     chosen = session.posargs[:1] or sorted(PROOFS)

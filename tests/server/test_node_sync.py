@@ -172,7 +172,11 @@ def test_sync_sends_a_bundle_to_a_node_that_fetches_nothing(built: World, pair: 
     lock_tools(built)
     git(built.root, "commit", "--quiet", "-am", "Lock the tools")
     exports = (f"export {name}={text}\n" for name, text in NOWHERE.items())
-    (pair / "environment").write_text("".join(exports))
+    # A login that greets, and a first sync that was ended in its middle.
+    (pair / "environment").write_text("".join(exports) + "echo Welcome\n")
+    git(pair, "init", "--quiet", "clone")
+    (pair / "clone" / ".workspace" / "sync").mkdir(parents=True)
+    (pair / "clone" / ".workspace" / "sync" / "workspace.bundle").write_text("half")
     ended = built.run("node.sync", "b")
     assert ended.error(13).startswith("error: b: ")
     hint = hint_of(ended.err).split("    ")[0]

@@ -35,6 +35,7 @@ FIRST_S = 600.0
 # The clocks of two machines that follow a time server differ by milliseconds.
 CLOCK_S = 1.0
 SYNC = ".workspace/sync"
+_NO_COMMIT = "0" * 40
 # Values that are right on one machine only, besides paths and mirrors in its file system.
 _OF_ONE_MACHINE = re.compile(
     r"(MAX_JOBS|NVCC_THREADS|VLLM_CPU_KVCACHE_SPACE|VLLM_HOST_IP|CUDA_VISIBLE_DEVICES"
@@ -133,7 +134,12 @@ def _edited(outer: Git) -> tuple[str, ...]:
 def _paths(status: str) -> tuple[str, ...]:
     """Return the paths of `git status --porcelain -z` without the gitlinks of the checkouts."""
     found = (entry[3:] for entry in status.split("\0") if entry)
-    return tuple(path for path in found if path.rstrip("/") not in ("vendor/vllm", SYNC))
+    # In a clone whose first sync was interrupted, nothing says yet that git ignores .workspace.
+    return tuple(
+        path
+        for path in found
+        if path.rstrip("/") != "vendor/vllm" and not path.startswith(".workspace/")
+    )
 
 
 def shared(written: Mapping[str, str]) -> dict[str, str]:
@@ -346,10 +352,11 @@ def _look(remote: Remote, outer: Git) -> str:
     node, folder = remote.node, remote.quoted()
     git = f"git -C {folder}"
     script = (
-        f"if ! [ -e {folder} ]; then exit 3; fi; {git} rev-parse -q --verify HEAD || exit 4;"
-        f" {git} status --porcelain -z --no-renames --untracked-files=all; echo; if [ -e"
-        f" {folder}/vendor/vllm/.git ]; then {git}/vendor/vllm status --porcelain -z"
-        " --no-renames --untracked-files=no; fi"
+        f"[ -e {folder} ] || exit 3; [ -e {folder}/.git ] || exit 4;"
+        f" {git} rev-parse -q --verify HEAD || echo {_NO_COMMIT};"
+        f" {git} status --porcelain -z --no-renames --untracked-files=all; echo;"
+        f" [ ! -e {folder}/vendor/vllm/.git ] || {git}/vendor/vllm status --porcelain -z"
+        " --no-renames --untracked-files=no"
     )
     done = remote.shell(script)
     if done.returncode == 3:
@@ -359,10 +366,13 @@ def _look(remote: Remote, outer: Git) -> str:
             f"{node.name}: {node.folder} exists and is no clone",
             hint=hints.text("server.on_node", address=node.ssh, command=f"ls -la {folder}"),
         )
-    head, rest = done.stdout.split("\n", 1)
-    own, _, vllm = rest.partition("\n")
+    # A start-up file of the node's shell may print a greeting before.
+    found = re.search(r"^([0-9a-f]{40})\n([^\n]*)\n(.*)", done.stdout, re.DOTALL | re.MULTILINE)
+    head, own, vllm = found.groups() if found else (_NO_COMMIT, "", "")
     if edited := [*_paths(own), *(f"vendor/vllm/{path}" for path in _paths(vllm))]:
         raise NodeError(f"{node.name} has edits: {listed(edited)}", hint=_look_there(node))
+    if head == _NO_COMMIT:
+        return ""
     if not outer.present([head]) or not outer.is_ancestor(head, outer.head() or ""):
         raise NodeError(
             f"{node.name} has commits that this clone lacks: its HEAD is {head[:12]}",
@@ -379,7 +389,7 @@ def _send_commits(running: _Sync, head: str) -> str:
         running.there(f"mkdir -p {SYNC}")
         return f"{target[:12]} is there"
     made = running.remote.shell(
-        f"mkdir -p {folder}/{SYNC} && cd {folder} && {{ [ -e .git ] || git init -q -b main; }}"
+        f"{{ [ -e {folder}/.git ] || git init -q -b main {folder}; }} && mkdir -p {folder}/{SYNC}"
     )
     if made.returncode:
         raise NodeError(f"{node.name}: {made.stderr.strip()}", hint=_look_there(node))

@@ -1,0 +1,1 @@
+"""Two nodes on one machine: two network namespaces, a real sshd, two clones."""
