@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.bench import report, results, subject
-from workspace.compile import costs, jobs
-from workspace.compile.progress import duration
+from workspace.compile import costs, jobs, ninja
 from workspace.core import hints, lock, records
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import (
@@ -225,7 +224,7 @@ def _rows(acceptance: Acceptance, due: Sequence[Part]) -> Iterator[Row]:
         need = part.need(acceptance.trial.device)
         done = acceptance.record.parts.get(part.name)
         text = (
-            f"{part.title}: about {duration(need.seconds)}, {need.disk_gib:g} GiB of disk,"
+            f"{part.title}: about {jobs.duration(need.seconds)}, {need.disk_gib:g} GiB of disk,"
             f" {need.memory_gib:g} GiB of memory"
         )
         if part in due and (shortage := acceptance.shortage(part)):
@@ -266,7 +265,7 @@ def _require_yes(acceptance: Acceptance, due: Sequence[Part], console: Console) 
     """Ask once. Raises SettingsError without a yes; nothing was started then."""
     needs = [part.need(acceptance.trial.device) for part in due if not acceptance.shortage(part)]
     sentence = (
-        f"{counted(len(needs), 'part')}: about {duration(sum(need.seconds for need in needs))},"
+        f"{counted(len(needs), 'part')}: about {jobs.duration(sum(need.seconds for need in needs))},"
         f" {sum(need.disk_gib for need in needs):.1f} GiB of disk until the end, at most"
         f" {acceptance.trial.bound_gib:.1f} GiB of memory"
     )
@@ -334,7 +333,7 @@ def _judged(
 ) -> tuple[Result, str, str | None, Figures]:
     """Run a part and return its result, why it did not pass, what to type, and its figures."""
     trial = acceptance.trial
-    if shortage := acceptance.shortage(part, jobs.memory_status(0.0).available_gib):
+    if shortage := acceptance.shortage(part, ninja.memory_status(0.0).available_gib):
         return "lacking", shortage, None, {}
     try:
         if not trial.clone.root.exists():

@@ -18,7 +18,7 @@ from typing import Literal
 
 from workspace.bench import results
 from workspace.bump import known_good
-from workspace.compile import costs, jobs, ninja
+from workspace.compile import costs, job_server, jobs, ninja
 from workspace.core import hints, process, records
 from workspace.core.errors import BuildError, ServeError, ToolchainError, WorkspaceError, counted
 from workspace.core.files import write_atomic
@@ -176,7 +176,7 @@ class Watch:
                 return
 
     def _sample(self) -> None:
-        status, bound = jobs.memory_status(0.0), self.trial.bound_gib
+        status, bound = ninja.memory_status(0.0), self.trial.bound_gib
         available = status.available_gib
         held = self._held_gib()
         if self.trial.is_unified:
@@ -194,8 +194,8 @@ class Watch:
             self._end_all()
 
     def _held_gib(self) -> float:
-        known = jobs.living()
-        pids = jobs.below(frozenset({os.getpid()}), known)[os.getpid()] | self._served()
+        known = job_server.living()
+        pids = job_server.below(frozenset({os.getpid()}), known)[os.getpid()] | self._served()
         return sum(known[pid].held_gib for pid in pids if pid in known)
 
     def _served(self) -> set[int]:
@@ -205,7 +205,7 @@ class Watch:
 
     def _end_all(self) -> None:
         """End every program of the part; servers end with their supervisor."""
-        pids = jobs.below(frozenset({os.getpid()}), jobs.living())[os.getpid()]
+        pids = job_server.below(frozenset({os.getpid()}), job_server.living())[os.getpid()]
         for pid in pids | self._served():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
