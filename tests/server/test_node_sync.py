@@ -145,6 +145,9 @@ def test_sync_refuses_what_no_commit_or_patch_has(built: World, pair: Path) -> N
     (built.layout.vllm / "vllm" / "__init__.py").write_text("mine\n")
     ended = built.run("node.sync", "b")
     assert "no patch has vendor/vllm/vllm/__init__.py" in ended.error(3)
+    git(built.layout.vllm, "checkout", "--", "vllm/__init__.py")
+    built.layout.stamp("vllm").unlink()
+    assert "this clone is not built: kernels" in built.run("node.sync", "b").error(8)
     assert not (pair / "clone").exists()
 
 
@@ -184,6 +187,19 @@ def test_sync_sends_a_bundle_to_a_node_that_fetches_nothing(built: World, pair: 
     assert ended.code == 0, ended.output
     assert rows(built)["b libraries"][0] == "ok"
     assert not (pair / "clone" / ".workspace" / "sync").exists()
+
+
+def test_kernels_that_were_compiled_here_are_those_of_the_other_node(
+    built: World, pair: Path
+) -> None:
+    built.bootstrap("--kernels", "native", "--jobs", "2")
+    ended = built.run("node.sync", "b")
+    assert ended.code == 0, ended.output
+    shown = rows(built)
+    assert {shown[f"b {fact}"][0] for fact in ("libraries", "kernels", "layers")} == {"ok"}
+    assert ".whl" in shown["b kernels"][1]
+    library = Path("vendor", "vllm", "vllm", "_C.abi3.so")
+    assert (pair / "clone" / library).read_bytes() == (built.root / library).read_bytes()
 
 
 LINK = Link("lo", "up", None, 9000, ("10.0.0.1",), False, (), (), "", -1, "", True)

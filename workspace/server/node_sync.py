@@ -19,7 +19,7 @@ from pathlib import Path
 from workspace.core import files, hints, known_settings, records
 from workspace.core import settings as core_settings
 from workspace.core.console import Console, Row, RunLog, State
-from workspace.core.errors import CheckoutError, NodeError, WorkspaceError, listed
+from workspace.core.errors import CheckoutError, NodeError, SmokeError, WorkspaceError, listed
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import bundle, plan, precompiled, stages, wheel
@@ -32,8 +32,9 @@ from workspace.server.nodes import Node, Remote, read_nodes
 
 # A first command in a fresh clone makes the environment of the tools.
 FIRST_S = 600.0
-# The clocks of two machines that follow a time server differ by milliseconds.
-CLOCK_S = 1.0
+# Clocks that follow a time server differ by milliseconds; the end of the other node's program and
+# of ssh, which counts here, takes up to a second on a busy machine.
+CLOCK_S = 2.0
 SYNC = ".workspace/sync"
 _NO_COMMIT = "0" * 40
 # Values that are right on one machine only, besides paths and mirrors in its file system.
@@ -208,7 +209,9 @@ def compare(here: Facts, there: Facts, node: Node, clock_s: float) -> Iterator[R
         ours, theirs = str(getattr(here, fact)), str(getattr(there, fact))
         short = 12 if fact in ("workspace", "tree", "libraries") else None
         text = (theirs or "none")[:short]
-        if ours == theirs and (fact != "layers" or theirs == "ok"):
+        # The same libraries, compiled here, come there from the wheel of `inv wheel`.
+        are_alike = fact == "kernels" and here.libraries == there.libraries != ""
+        if are_alike or (ours == theirs and (fact != "layers" or theirs == "ok")):
             yield Row(State.OK, f"{node.name} {fact}", text)
             continue
         if ours != theirs:
@@ -295,7 +298,8 @@ def sync(
 
     With `has_bundle`, all that its bootstrap would fetch comes from this machine. Raises NodeError
     where the other node cannot be reached, has edits that a sync would overwrite, or differs
-    afterwards; CheckoutError where this clone has work without a commit or a patch.
+    afterwards; CheckoutError where this clone has work without a commit or a patch; SmokeError
+    where it is not built.
     """
     layout, settings = machine.layout, machine.settings
     nodes = read_nodes(layout.root)
@@ -340,6 +344,10 @@ def _require_saved(layout: Layout, here: Facts) -> Git:
     if here.edited:
         raise CheckoutError(
             f"not committed here: {listed(here.edited)}", hint=hints.text("server.commit_all")
+        )
+    if here.layers != "ok":
+        raise SmokeError(
+            f"this clone is not built: {here.layers}", hint=hints.text("inv.bootstrap")
         )
     return outer
 
@@ -441,7 +449,8 @@ def _send_kernels(running: _Sync, machine: Machine) -> list[str]:
     """Send the wheel of kernels that were compiled here; return the flags of bootstrap for it."""
     observed = plan.observe_on(machine)
     built = observed.kernels.recorded
-    if not built or not built.kernels or not built.kernels.is_compiled:
+    source = built.kernels if built else None
+    if source is None or not (source.is_compiled or source.is_wheel_file):
         return []
     with tempfile.TemporaryDirectory(prefix="inv-node-") as scratch:
         packed = wheel.pack(running.layout, observed, Path(scratch))
