@@ -143,10 +143,14 @@ def test_kill_by_the_kernel_is_reported_as_a_lack_of_memory(layout: Layout, inv)
     try:
         (group / limit).write_text(str(1 << 20))
         (group / "cgroup.procs").write_text(str(pid))
-        body = json.dumps({"model": "x", "prompt": "x" * (1 << 20)}).encode()
+        body = json.dumps({"model": "x", "prompt": "x" * (64 << 20)}).encode()
         while process_tree.started_at(pid) is not None:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection(there.address.host, there.address.port)
+            with (
+                contextlib.closing(
+                    http.client.HTTPConnection(there.address.host, there.address.port)
+                ) as connection,
+                contextlib.suppress(OSError, http.client.HTTPException),
+            ):
                 connection.request("POST", "/v1/completions", body)
                 connection.getresponse().read()
     finally:
