@@ -440,7 +440,8 @@ def _started(session: start.Session, launch: lifecycle.Launch) -> Iterator[obser
     try:
         yield server
     finally:
-        lifecycle.stop(server)
+        # The state file names the shared memory of processes that have ended by themselves.
+        lifecycle.stop(observation.find(session.place) or server)
 
 
 def _follow(
