@@ -163,7 +163,7 @@ def test_sync_names_a_folder_that_is_no_clone(built: World, pair: Path) -> None:
 def test_an_older_workspace_there_is_a_row_with_the_sync_as_hint(built: World, pair: Path) -> None:
     git(pair, "clone", "--quiet", str(built.root), "clone")
     program = pair / "clone" / "workspace" / "cli" / "program.py"
-    program.write_text(program.read_text().replace("verbs_patch.node_facts, ", ""))
+    program.write_text(program.read_text().replace("verbs_serve.node_facts, ", ""))
     assert rows(built)["b"] == (
         "FAIL",
         "b has an older workspace",

@@ -15,7 +15,7 @@ from invoke.parser import Parser
 from invoke.parser.argument import Argument
 from invoke.program import Program
 
-from workspace.cli import completion, main, verbs, verbs_node, verbs_patch
+from workspace.cli import completion, main, verbs, verbs_patch, verbs_serve
 from workspace.cli.completion import LIST_FORMATS
 from workspace.core import hints, known_settings
 from workspace.core.errors import SettingsError
@@ -45,18 +45,18 @@ COLLECTIONS = {
         verbs_patch.patch_import,
         verbs_patch.patch_continue,
     ),
-    "node": (verbs_patch.node_list, verbs_patch.node_facts, verbs_patch.node_sync),
+    "node": (verbs_serve.node_list, verbs_serve.node_facts, verbs_serve.node_sync),
     "pin": (verbs.pin_show, verbs.pin_forecast, verbs.pin_bump, verbs.pin_rollback),
     "env": (verbs.env_check, verbs.env_init, verbs.env_export),
     "serve": (
-        verbs.serve,
-        verbs.serve_status,
-        verbs.serve_logs,
-        verbs.serve_stop,
-        verbs.serve_unit,
-        verbs.serve_list,
-        verbs.serve_fetch,
-        verbs_node.serve_rank,
+        verbs_serve.serve,
+        verbs_serve.serve_status,
+        verbs_serve.serve_logs,
+        verbs_serve.serve_stop,
+        verbs_serve.serve_unit,
+        verbs_serve.serve_list,
+        verbs_serve.serve_fetch,
+        verbs_serve.serve_rank,
     ),
     "bench": (
         verbs.bench_list,

@@ -1,6 +1,5 @@
-"""Verbs of `inv`: local patches, and other nodes; see verbs.py."""
+"""Verbs of `inv` for local patches; see verbs.py."""
 
-from dataclasses import asdict
 from typing import Literal
 
 from invoke.context import Context
@@ -127,35 +126,3 @@ def patch_continue(
         bump.go_on(here, settings, how, console=main.console(), wait=wait)
     else:
         patching.resume(here, settings, project, how, console=main.console(), wait=wait)
-
-
-@task(name="list", default=True, help={"json": JSON})
-def node_list(_: Context, json: bool = False) -> None:
-    """Compare each node of nodes.toml with this one."""
-    from workspace.server import node_sync
-
-    node_sync.show(main.machine(), console=main.console(), as_json=json)
-
-
-@task(name="facts", help={"interface": "interface of the fast link"})
-def node_facts(_: Context, interface: str = "") -> None:
-    """Print the facts of this node as JSON, for node.list."""
-    from workspace.server import node_sync
-
-    facts = node_sync.observe(main.machine(), interface)
-    main.console().document({"schema": facts.SCHEMA, **asdict(facts)})
-
-
-@task(
-    name="sync",
-    help={
-        "name": "a node of nodes.toml",
-        "bundle": "send all that its bootstrap would fetch, from this machine",
-        "wait": WAIT,
-    },
-)
-def node_sync(_: Context, name: str, bundle: bool = False, wait: bool = False) -> None:
-    """Bring another node to the state of this clone."""
-    from workspace.server import node_sync as verb
-
-    verb.sync(main.machine(), name, console=main.console(), has_bundle=bundle, wait=wait)

@@ -264,8 +264,9 @@ def _require_room(acceptance: Acceptance, due: Sequence[Part]) -> None:
 def _require_yes(acceptance: Acceptance, due: Sequence[Part], console: Console) -> None:
     """Ask once. Raises SettingsError without a yes; nothing was started then."""
     needs = [part.need(acceptance.trial.device) for part in due if not acceptance.shortage(part)]
+    time = jobs.duration(sum(need.seconds for need in needs))
     sentence = (
-        f"{counted(len(needs), 'part')}: about {jobs.duration(sum(need.seconds for need in needs))},"
+        f"{counted(len(needs), 'part')}: about {time},"
         f" {sum(need.disk_gib for need in needs):.1f} GiB of disk until the end, at most"
         f" {acceptance.trial.bound_gib:.1f} GiB of memory"
     )
