@@ -231,7 +231,7 @@ def perf(session):
 
 @nox.session
 def spark(session):
-    """Run the acceptance on this machine, a DGX Spark: one page, one archive."""
+    """Run the acceptance of a DGX Spark: one page, one archive."""
     run_own(session, "spark", *session.posargs)
 
 
