@@ -249,12 +249,11 @@ def _link_rows(facts: Facts, node: Node) -> Iterator[Row]:
 
 
 def doctor_rows(machine: Machine) -> tuple[Row, ...]:
-    """Return the doctor's rows on the link of nodes.toml, none in a clone without that file."""
+    """Return the doctor's rows on the link of nodes.toml."""
     try:
         node = read_nodes(machine.layout.root).here
     except WorkspaceError as exc:
-        is_alone = not (machine.layout.root / "nodes.toml").exists()
-        return () if is_alone else (Row(State.FAIL, "nodes", exc.message, hint=exc.hint),)
+        return (Row(State.FAIL, "nodes", exc.message, hint=exc.hint),)
     observed = link.observe(node.interface, machine.settings.child_environment("plain"))
     driver = next((gpu.driver for gpu in machine.gpus), None)
     return (*link.rows(observed, node.address), *link.fault_rows(driver, platform.release()))
