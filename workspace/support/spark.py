@@ -7,12 +7,12 @@ and servers are not touched.
 
 import contextlib
 import math
-import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -392,18 +392,15 @@ def _files(folder: Path) -> dict[str, str]:
 def _page(acceptance: Acceptance) -> str:
     """Return the page: what passed, what did not, what this machine has no part for, figures."""
     record = acceptance.record
+    names = ("part", "result", "seconds", "held, GiB", "left, GiB", "pressure, %", "load")
     parts = [
         _head(acceptance),
-        _results(record),
-        *(
-            _figures(name, record.parts[name].figures)
-            for name in spark_parts.NAMES
-            if name in record.parts and record.parts[name].figures
-        ),
-        _published(acceptance),
-        _costs(acceptance),
+        _table("Parts", names, map(partial(_part_cells, record), spark_parts.PARTS)),
     ]
-    return "\n".join(part for part in parts if part)
+    for name in spark_parts.NAMES:
+        figures = record.parts[name].figures if name in record.parts else {}
+        parts += [_table(name, ("what", "figure"), figures.items())] if figures else []
+    return "\n".join([*parts, _published(acceptance), _costs(acceptance)])
 
 
 def _head(acceptance: Acceptance) -> str:
@@ -413,74 +410,47 @@ def _head(acceptance: Acceptance) -> str:
     what = gpus or "no GPU"
     is_gb10 = any(_GB10 in gpu.name for gpu in own.gpus)
     title = what if is_gb10 else f"a machine that is not a GB10: {own.architecture}, {what}"
-    residents = ", ".join(one.name for one in machine.driver.residents()) if machine.gpus else ""
-    commits = [one.commit[:12] for one in record.parts.values()]
-    where = (
+    commits = dict.fromkeys(one.commit[:12] for one in record.parts.values())
+    text = (
         f"{record.began[:10]}. {own.processor}, {counted(own.cores, 'core')},"
         f" {own.memory_gib:.0f} GiB; {what}; kernel {platform.release()}. vLLM {record.pin} for"
-        f" {record.device}; workspace at {', '.join(dict.fromkeys(commits))}."
-    )
-    bounds = (
-        f"The parts may hold {record.bound_gib:.1f} GiB together, and end where the machine has"
-        f" less than {LEAST_AVAILABLE_GIB:g} GiB left. Load: {_load(record)}."
+        f" {record.device}; workspace at {', '.join(commits)}.\nThe parts may hold"
+        f" {record.bound_gib:.1f} GiB together, and end where the machine has less than"
+        f" {LEAST_AVAILABLE_GIB:g} GiB left."
     )
     if machine.gpus:
-        bounds += f" Other programs on the GPU now: {residents or 'none'}."
-    repeat = "Repeat: `./scripts/nox -s spark -- --again`."
-    return "\n".join([f"# Acceptance on {title}", "", where, bounds, "", repeat, ""])
+        residents = ", ".join(one.name for one in machine.driver.residents())
+        text += f" Other programs on the GPU now: {residents or 'none'}."
+    return f"# Acceptance on {title}\n\n{text}\n\nRepeat: `./scripts/{VERB} -- --again`.\n"
 
 
-def _load(record: Record) -> str:
-    loads = [one.load for one in record.parts.values()]
-    if not loads:
-        return f"{os.getloadavg()[0]:.1f} now"
-    return f"at most {min(loads):.1f} to {max(loads):.1f} by part"
+def _part_cells(record: Record, part: Part) -> Sequence[str]:
+    """Return the row of a part, which may not have run."""
+    title, one = f"{part.name}: {part.title}", record.parts.get(part.name)
+    if one is None:
+        return (title, "not run", *[""] * 5)
+    found = {"passed": "passed", "failed": "**failed**", "lacking": "not on this machine"}
+    result = f"{found[one.result]}: {one.text}" if one.text else found[one.result]
+    memory = (f"{one.peak_gib:.1f}", f"{one.least_gib:.1f}", f"{one.pressure_percent:g}")
+    return (title, result, f"{one.seconds:.0f}", *memory, f"{one.load:.1f}")
 
 
-def _results(record: Record) -> str:
-    """Return the table of parts, in their order, those that did not run included."""
-    lines = [
-        "## Parts",
-        "",
-        "| part | result | seconds | held, GiB | left, GiB | pressure, % | load |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for part in spark_parts.PARTS:
-        one = record.parts.get(part.name)
-        if one is None:
-            lines.append(f"| {part.name}: {part.title} | not run | | | | | |")
-            continue
-        found = {"passed": "passed", "failed": "**failed**", "lacking": "not on this machine"}
-        why = f": {one.text}" if one.text else ""
-        lines.append(
-            f"| {part.name}: {part.title} | {found[one.result]}{_cell(why)} | {one.seconds:.0f} |"
-            f" {one.peak_gib:.1f} | {one.least_gib:.1f} | {one.pressure_percent:g} | {one.load:.1f}"
-            " |"
-        )
-    return "\n".join([*lines, ""])
-
-
-def _figures(name: str, figures: Mapping[str, str]) -> str:
-    rows = [f"| {_cell(what)} | {_cell(value)} |" for what, value in figures.items()]
-    return "\n".join([f"## {name}", "", "| what | figure |", "|---|---|", *rows, ""])
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+def _table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a section that is a table of Markdown."""
+    cells = ([" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows)
+    lines = (f"| {' | '.join(row)} |" for row in ([*names], ["---"] * len(names), *cells))
+    return "\n".join([f"## {title}", "", *lines, ""])
 
 
 def _published(acceptance: Acceptance) -> str:
     """Return what others have published for a Spark, beside what was measured here."""
-    measured = {
-        one.figures.get("model", "") for one in acceptance.record.parts.values() if one.figures
-    }
-    rows = [
-        f"| {figure.model} | {_cell(figure.description)} | {_cell(figure.value)} |"
-        f" {_cell(figure.source)} | {'above' if figure.model in measured else 'not measured'} |"
+    measured = {one.figures.get("model") for one in acceptance.record.parts.values()}
+    rows = (
+        (*astuple(figure), "above" if figure.model in measured else "not measured")
         for figure in report.published_figures(acceptance.machine.layout)
-    ]
-    head = ["## Beside published figures", "", "| model | what | published | source | here |"]
-    return "\n".join([*head, "|---|---|---|---|---|", *rows, ""]) if rows else ""
+    )
+    names = ("model", "what", "published", "source", "here")
+    return _table("Beside published figures", names, rows)
 
 
 def _costs(acceptance: Acceptance) -> str:

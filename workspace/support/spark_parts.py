@@ -11,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -44,8 +44,6 @@ _EDITED = {
 }
 _BUILT = {"cuda": "_C_stable_libtorch", "cpu": "_C"}
 _MESSAGE = "Change nothing, for an acceptance\n\nUpstream-Status: Inappropriate [acceptance]\n"
-_AUTHOR = ("-c", "user.name=acceptance", "-c", "user.email=acceptance@example.invalid")
-_NO_HABITS = ("-c", "commit.gpgSign=false", "-c", "core.hooksPath=/dev/null")
 
 
 @dataclass(frozen=True)
@@ -112,10 +110,6 @@ class Trial:
         nox = self.clone.root / "scripts" / "nox"
         return self._run((nox, "-s", session, "--", *args), statuses)
 
-    def git(self, *args: str) -> Done:
-        """Run a command of git in vendor/vllm of the clone."""
-        return self._run(("git", "-C", self.clone.vllm, *_AUTHOR, *_NO_HABITS, *args), (0,))
-
     def _run(self, argv: Sequence[process.Argument], statuses: Sequence[int]) -> Done:
         root = self.clone.root
         environment = self.context.environment | {"PWD": str(root)}
@@ -141,7 +135,7 @@ class Trial:
         if observation.servers(self.clone):
             self.inv("serve.stop", "--all")
         if self.is_built:
-            self.git("checkout", "--quiet", "--", ".")
+            Git(self.clone.vllm).write("checkout", "--quiet", "--", ".")
 
 
 @dataclass
@@ -170,15 +164,14 @@ class Watch:
         self._thread.join()
 
     def _sample_until_end(self) -> None:
-        while True:
+        self._sample()
+        while not self._ended.wait(SAMPLE_S):
             self._sample()
-            if self._ended.wait(SAMPLE_S):
-                return
 
     def _sample(self) -> None:
-        status, bound = ninja.memory_status(0.0), self.trial.bound_gib
-        available = status.available_gib
-        held = self._held_gib()
+        status, bound, known = ninja.memory_status(0.0), self.trial.bound_gib, job_server.living()
+        pids, available = self._pids(known), status.available_gib
+        held = sum(known[pid].held_gib for pid in pids if pid in known)
         if self.trial.is_unified:
             # The GPU's allocations belong to no process that the kernel counts.
             held = max(held, self._first_gib - available)
@@ -190,25 +183,19 @@ class Watch:
             self.breach = f"it held {held:.1f} GiB, more than its {bound:.1f}"
         elif available < LEAST_AVAILABLE_GIB:
             self.breach = f"the machine had {available:.1f} GiB left while it held {held:.1f}"
-        if self.breach:
-            self._end_all()
-
-    def _held_gib(self) -> float:
-        known = job_server.living()
-        pids = job_server.below(frozenset({os.getpid()}), known)[os.getpid()] | self._served()
-        return sum(known[pid].held_gib for pid in pids if pid in known)
-
-    def _served(self) -> set[int]:
-        with contextlib.suppress(ServeError):
-            return {pid for one in observation.servers(self.trial.clone) for pid in one.members()}
-        return set()
-
-    def _end_all(self) -> None:
-        """End every program of the part; servers end with their supervisor."""
-        pids = job_server.below(frozenset({os.getpid()}), job_server.living())[os.getpid()]
-        for pid in pids | self._served():
+        # Servers end with their supervisor.
+        for pid in pids if self.breach else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+
+    def _pids(self, known: Mapping[int, job_server.Process]) -> set[int]:
+        """Return the processes of the part: those below this one, and the servers of the clone."""
+        own = os.getpid()
+        pids = job_server.below(frozenset({own}), known)[own]
+        with contextlib.suppress(ServeError):
+            for server in observation.servers(self.trial.clone):
+                pids |= server.members()
+        return pids
 
 
 @dataclass(frozen=True)
@@ -422,14 +409,13 @@ def _cycles(trial: Trial) -> Figures:
     for _ in range(CYCLES):
         starts.append(_serve(trial).seconds)
         stops.append(trial.inv("serve.stop").seconds)
-    state = records.decode(trial.inv("serve.status", "--json").out, _Server).state
     figures = {
         "model": trial.model,
         f"{CYCLES} starts until it generates": _spread(starts),
         f"{CYCLES} stops until all is free": _spread(stops),
     }
-    if state != "none":
-        raise Unfit(f"after the last stop a server is {state}", figures)
+    if observation.servers(trial.clone):
+        raise Unfit("after the last stop there is a server", figures)
     return figures
 
 
@@ -463,7 +449,7 @@ def _rollback(trial: Trial) -> Figures:
         raise BuildError("there is no known-good state", hint=hints.text("support.spark_quick"))
     if tree.head() == good[0].head:
         _edit(trial.clone.vllm / "vllm" / "envs.py", "# A line of an acceptance.")
-        trial.git("commit", "--quiet", "--all", "--message", _MESSAGE)
+        tree.write("commit", "--quiet", "--all", "--message", _MESSAGE)
     trial.inv("patch.export")
     done = trial.inv("pin.rollback", "--force")
     figures = {"rollback with its smoke": f"{done.seconds:.1f} s"}
