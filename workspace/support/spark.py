@@ -130,10 +130,10 @@ class Acceptance:
 
 
 def run(layout: Layout, settings: Settings, options: SparkOptions, *, console: Console) -> None:
-    """Run the parts that are due, and write page and archive.
+    """Run the parts that are due after a yes, and write page and archive.
 
-    Raises SettingsError for a record of another machine, ToolchainError where disk or memory are
-    too small, BuildError at the end if a part failed.
+    Raises SettingsError without a yes and for a record of another machine, ToolchainError where
+    disk or memory are too small, BuildError at the end if a part failed.
     """
     machine = Machine(layout, settings)
     acceptance = _begin(machine, options)
@@ -144,11 +144,17 @@ def run(layout: Layout, settings: Settings, options: SparkOptions, *, console: C
             hint=hints.text("support.spark_bootstrap"),
         )
     (console.stdout if options.plan_only else console).rows(_rows(acceptance, due))
+    if text := _total(acceptance, due):
+        console.sentence(text)
     if options.plan_only:
         return
     if due:
         _require_room(acceptance, due)
-        _require_yes(acceptance, due, console)
+        if not (options.yes or console.is_confirmed("start?")):
+            raise SettingsError(
+                "nothing was started: it wants a yes, on a terminal or as --yes",
+                hint=hints.text("support.spark_yes"),
+            )
     folder = acceptance.trial.folder
     with (
         lock.hold(layout.state / "spark" / "lock", verb=VERB),
@@ -261,21 +267,16 @@ def _require_room(acceptance: Acceptance, due: Sequence[Part]) -> None:
         )
 
 
-def _require_yes(acceptance: Acceptance, due: Sequence[Part], console: Console) -> None:
-    """Ask once. Raises SettingsError without a yes; nothing was started then."""
+def _total(acceptance: Acceptance, due: Sequence[Part]) -> str:
+    """Return what the parts that will run take together, empty if none will."""
     needs = [part.need(acceptance.trial.device) for part in due if not acceptance.shortage(part)]
-    time = jobs.duration(sum(need.seconds for need in needs))
-    sentence = (
-        f"{counted(len(needs), 'part')}: about {time},"
-        f" {sum(need.disk_gib for need in needs):.1f} GiB of disk until the end, at most"
+    if not needs:
+        return ""
+    return (
+        f"{counted(len(needs), 'part')}: about {jobs.duration(sum(one.seconds for one in needs))},"
+        f" {sum(one.disk_gib for one in needs):.1f} GiB of disk until the end, at most"
         f" {acceptance.trial.bound_gib:.1f} GiB of memory"
     )
-    console.sentence(sentence)
-    if not (acceptance.options.yes or console.is_confirmed("start?")):
-        raise SettingsError(
-            "nothing was started: it wants a yes, on a terminal or as --yes",
-            hint=hints.text("support.spark_yes"),
-        )
 
 
 @contextlib.contextmanager

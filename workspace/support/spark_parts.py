@@ -207,7 +207,10 @@ class Part:
     cpu: Need
     cuda: Need
     work: Callable[[Trial], Figures]
-    needs_build: bool = True
+
+    @property
+    def needs_build(self) -> bool:
+        return self.name not in ("doctor", "bootstrap")
 
     def need(self, device: str) -> Need:
         return self.cuda if device == "cuda" else self.cpu
@@ -463,24 +466,15 @@ _QUICK, _FULL = _smoke("quick", (", first time", ", again")), _smoke("full", (""
 # cores at a load of 18, rounded up; all others are estimates, those of a GPU from docs/evidence/
 # gpu.md (an H200 with 16 cores) and costs.tsv: no GB10 was measured.
 PARTS: tuple[Part, ...] = (
-    Part(
-        "doctor", "what is missing", Need(20, 0.2, 1), Need(20, 0.2, 1), _doctor, needs_build=False
-    ),
-    Part(
-        "bootstrap",
-        "a fresh clone to its first token, in seconds and bytes",
-        Need(400, 5, 4),
-        Need(900, 15, 16),
-        _bootstrap,
-        needs_build=False,
-    ),
+    Part("doctor", "what the machine lacks", Need(20, 0.2, 1), Need(20, 0.2, 1), _doctor),
+    Part("bootstrap", "a fresh clone to a token", Need(400, 5, 4), Need(900, 15, 16), _bootstrap),
     Part("quick", "the smoke, twice", Need(300, 0.2, 6), Need(300, 1, 16), _QUICK),
     Part("full", "the full smoke", Need(300, 1, 8), Need(300, 2, 24), _FULL),
-    Part("triton", "its diagnosis by fix-triton", Need(20, 0, 1), Need(60, 0.1, 4), _triton),
-    Part("kernel", "two edits; a cost table", Need(900, 2, 6), Need(900, 3, 16), _kernel),
-    Part("build", "bound by memory", Need(900, 2, 10), Need(1800, 4, 20), _build),
-    Part("serve", "ten starts and stops", Need(1100, 0.2, 6), Need(600, 1, 16), _cycles),
+    Part("triton", "inv fix-triton --check", Need(20, 0, 1), Need(60, 0.1, 4), _triton),
+    Part("kernel", "two edits and their costs", Need(900, 2, 6), Need(900, 3, 16), _kernel),
+    Part("build", "with a bound, beside a server", Need(900, 2, 10), Need(1800, 4, 20), _build),
+    Part("serve", "a server, ten times", Need(1100, 0.2, 6), Need(600, 1, 16), _cycles),
     Part("bench", "the default model", Need(300, 0.1, 4), Need(300, 0.1, 16), _bench),
-    Part("rollback", "from an export", Need(240, 0.2, 6), Need(180, 1, 16), _rollback),
+    Part("rollback", "to the known-good state", Need(240, 0.2, 6), Need(180, 1, 16), _rollback),
 )
 NAMES = tuple(part.name for part in PARTS)
