@@ -26,7 +26,7 @@ from workspace.core.errors import ToolchainError
 from workspace.core.paths import Layout
 from workspace.machine.machine import Machine
 from workspace.support import spark, spark_parts
-from workspace.support.spark_parts import NAMES, PARTS
+from workspace.support.spark_parts import NAMES, PARTS, Figures, Need, Part, Trial, Watch
 
 SECONDS = 120.0
 
@@ -273,6 +273,20 @@ def test_parts_without_memory_are_refused_before_anything_runs(clone: World) -> 
 def acceptance(world: World) -> spark.Acceptance:
     loaded = settings.load(world.layout)
     return spark._begin(Machine(world.layout, loaded), spark.SparkOptions())
+
+
+def test_part_whose_command_exits_with_6_is_lacking_on_this_machine(clone: World) -> None:
+    def work(trial: Trial) -> Figures:
+        return {"of a clone without a build": trial.inv("serve", "tiny", "--dry-run").out}
+
+    own, need = acceptance(clone), Need(1, 0, 0)
+    own.trial.folder.mkdir(parents=True)
+    with Watch(own.trial) as watch:
+        found = spark._judged(own, Part("serve", "a server", need, need, work), watch)
+    sentence = (
+        "inv serve tiny --dry-run exited with 6: no command line can be read from vendor/vllm"
+    )
+    assert found == ("lacking", sentence, "./scripts/inv bootstrap", {})
 
 
 def test_disk_that_is_too_small_is_refused_with_figures(
