@@ -124,7 +124,7 @@ def test_sync_makes_a_second_clone_that_is_equal(built: World, pair: Path) -> No
     (pair / "clone" / ".env").write_text(written.replace("release", "git"))
     ended = built.run("node.sync", "b")
     assert "the .env of b has another SOURCE, and stays as it is" in ended.error(13)
-    (pair / "clone" / ".env").write_text(written)
+    (pair / "clone" / ".env").write_text("HF_HOME=/theirs")
 
     # A new commit here is a difference with the command that ends it.
     commit(built.root, "ours", "new\n")
@@ -134,6 +134,9 @@ def test_sync_makes_a_second_clone_that_is_equal(built: World, pair: Path) -> No
     ended = built.run("node.sync", "b")
     assert ended.code == 0, ended.output
     assert (pair / "clone" / "ours").read_text() == "new\n"
+    written = (pair / "clone" / ".env").read_text()
+    assert written.startswith("HF_HOME=/theirs\n")
+    assert "SOURCE=release\n" in written
 
 
 def test_sync_refuses_what_no_commit_or_patch_has(built: World, pair: Path) -> None:

@@ -415,7 +415,8 @@ def _send_settings(running: _Sync, there: Facts) -> str:
     missing = {name: text for name, text in ours.items() if name not in there.settings}
     if missing:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        lines = [f"# by inv node.sync, {today}"]
+        # The last line there may have no end.
+        lines = ["", f"# by inv node.sync, {today}"]
         lines += [f"{name}={shlex.quote(text)}" for name, text in missing.items()]
         running.there(f"umask 077 && printf '%s\\n' {shlex.join(lines)} >> .env")
     if is_new:
