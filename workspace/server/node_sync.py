@@ -466,5 +466,6 @@ def _bootstrap(running: _Sync, flags: Sequence[str]) -> None:
             on_line=lambda line: console.info(f"  {name} | {line}"),
         )
     except NodeError as exc:
+        # Without its details: they were printed.
         hint = hints.text("server.sync_bundle", name=name)
-        raise NodeError(f"{name}: {exc.message}", hint=hint, details=exc.details) from exc
+        raise NodeError(f"{name}: {exc.message}", hint=hint) from exc
