@@ -296,12 +296,17 @@ def _ran(acceptance: Acceptance, part: Part, console: Console) -> Acceptance:
     """Run a part, and write what it found into the record."""
     trial, began = acceptance.trial, records.utc_now()
     started = time.monotonic()
-    with console.step(part.name) as view, _settled(trial), Watch(trial) as watch:
-        view.reason = part.title
-        result, text, hint, figures = _judged(acceptance, part, watch)
-        if result != "passed":
-            view.state = State.FAIL if result == "failed" else State.SKIPPED
-            view.reason = f"{result}: {text}"
+    try:
+        with console.step(part.name) as view, Watch(trial) as watch:
+            view.reason = part.title
+            result, text, hint, figures = _judged(acceptance, part, watch)
+            if result != "passed":
+                view.state = State.FAIL if result == "failed" else State.SKIPPED
+                view.reason = f"{result}: {text}"
+    finally:
+        # No watch may end the programs of this.
+        with contextlib.suppress(WorkspaceError):
+            trial.settle()
     outcome = Outcome(
         result,
         began,
@@ -318,16 +323,6 @@ def _ran(acceptance: Acceptance, part: Part, console: Console) -> Acceptance:
     record = replace(acceptance.record, parts={**acceptance.record.parts, part.name: outcome})
     records.write(trial.folder / RECORD, record)
     return replace(acceptance, record=record)
-
-
-@contextlib.contextmanager
-def _settled(trial: Trial) -> Iterator[None]:
-    """Stop servers and take edits back at the end of a part, when no watch ends programs."""
-    try:
-        yield
-    finally:
-        with contextlib.suppress(WorkspaceError):
-            trial.settle()
 
 
 def _judged(
@@ -370,16 +365,16 @@ def _finish(acceptance: Acceptance, console: Console) -> None:
         archive,
         console=console,
     )
-    found = [(part.name, acceptance.record.parts.get(part.name)) for part in acceptance.wanted]
-    failed = [name for name, one in found if one and one.result == "failed"]
+    found = acceptance.record.parts
+    chosen = [part.name for part in acceptance.wanted]
+    failed = [name for name in chosen if name in found and found[name].result == "failed"]
     if not failed and not acceptance.options.only and trial.clone.root.exists():
         shutil.rmtree(trial.clone.root)
     console.info(f"read both before you share them: {layout.relative(page)}")
     console.data(str(archive))
     if failed:
-        first = acceptance.record.parts[failed[0]]
         raise BuildError(
-            f"{counted(len(failed), 'part')} failed: {', '.join(failed)}: {first.text}",
+            f"{counted(len(failed), 'part')} failed: {', '.join(failed)}: {found[failed[0]].text}",
             hint=hints.text("support.spark_resume"),
         )
 
