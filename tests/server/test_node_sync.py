@@ -87,6 +87,7 @@ def test_sync_makes_a_second_clone_that_is_equal(built: World, pair: Path) -> No
     ended = built.run(*rows(built)["b"][2].removeprefix("./scripts/inv ").split())
     assert ended.code == 0, ended.output
     assert "b | " in ended.err
+    assert ended.err.endswith("b has the state of this clone\n")
     shown = rows(built)
     for fact in ("workspace", "pin", "tree", "layers", "libraries", "kernels", "torch", "python"):
         assert shown[f"b {fact}"][0] == "ok", shown

@@ -317,6 +317,7 @@ def sync(
     if differing := [fact for fact in SYNCED if f"{name} {fact}" in warned]:
         hint = hints.text("server.inventory")
         raise NodeError(f"{name} differs in {listed(differing)}", hint=hint)
+    console.info(f"{name} has the state of this clone")
 
 
 def _require_saved(layout: Layout, here: Facts) -> Git:
