@@ -195,12 +195,14 @@ def remove_shared(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def record_shared(ended: str, names: Iterable[str]) -> None:
-    """Record, beside the file `ended`, the files in /dev/shm that the server has mapped.
+    """Add files in /dev/shm that the server has mapped to their record, beside the file `ended`.
 
-    If the supervisor is killed after the server, no process maps them any more, and only this
-    record names them. An error (a full disk) is dropped: the server still ends.
+    Once its processes are gone, only this record names them. The supervisor and whoever waits for
+    the server both look. An error (a full disk) is dropped: the server still ends.
     """
-    record(f"{ended}.shared", "\n".join(sorted(names)))
+    recorded = recorded_shared(ended)
+    if not recorded.issuperset(names):
+        record(f"{ended}.shared", "\n".join(sorted(recorded.union(names))))
 
 
 def recorded_shared(ended: str) -> set[str]:
@@ -387,9 +389,8 @@ def run(child: int, requests: Requests, grace_s: float, ended: str) -> dict[str,
         return below({os.getpid()}, living())
 
     def look() -> None:
-        if new := shared_by(find_descendants()) - shared:
-            shared.update(new)
-            record_shared(ended, shared)
+        shared.update(shared_by(find_descendants()))
+        record_shared(ended, shared)
 
     pause_s = FIRST_LOOK_S
     pidfd = os.pidfd_open(child)
@@ -405,7 +406,8 @@ def run(child: int, requests: Requests, grace_s: float, ended: str) -> dict[str,
     with contextlib.suppress(TimeoutError):
         end(find_descendants, grace_s=grace_s, kill_grace_s=KILL_GRACE_S)
     reap(statuses)
-    remove_shared(shared)
+    # Below the link between nodes, the server may have ended seconds before this process looked.
+    remove_shared(shared | recorded_shared(ended))
     forget_shared(ended)
     status = os.waitstatus_to_exitcode(statuses.get(child, signal.SIGKILL))
     return {"status": status, "kills": int(kills)}
