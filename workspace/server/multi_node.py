@@ -31,6 +31,7 @@ from workspace.server import (
     lifecycle,
     models,
     node_link,
+    node_sync,
     nodes,
     observation,
     start,
@@ -104,11 +105,14 @@ class Rank:
 
 @dataclass(frozen=True)
 class Report:
-    """Answer of a node to its check: what it would run and with what. `reach` is why it and the
-    head do not reach each other, empty if they do.
+    """Answer of a node to its check: what it would run and with what. `libraries` is the digest of
+    its compiled files, `edits` are the files of vendor/vllm that no commit has, and `reach` is why
+    it and the head do not reach each other, empty if they do.
     """
 
     tree: str
+    libraries: str
+    edits: str
     packages: Mapping[str, str]
     device: str
     fit: str
@@ -215,11 +219,13 @@ def division(
 def report(session: start.Session, judged: fit.Fit, rank: Rank) -> Report:
     """Return what this node would run, without a look at the others."""
     machine, settings = session.machine, session.machine.settings
-    packages = machine.packages()
+    packages, facts = machine.packages(), node_sync.observe(machine)
     recipe = session.recipe
     own = settings.child_environment("run")
     return Report(
         command.tree_oid(machine.layout),
+        facts.libraries,
+        ", ".join(facts.unsaved),
         {name: packages[name] for name in _PACKAGES if name in packages},
         session.device,
         judged.sentence,
@@ -264,11 +270,18 @@ def _status_of(node: Node) -> str:
 
 
 def _differences(head: Report, other: Report) -> list[str]:
-    """Return what differs, as `name: here, there`."""
-    pairs = {"device": (head.device, other.device), "vendor/vllm": (head.tree, other.tree)}
+    """Return what differs, as `name: here, there`. Edits always do: only their names are known."""
+    pairs = {
+        "device": (head.device, other.device),
+        "vendor/vllm": (head.tree[:12], other.tree[:12]),
+        "compiled files": (head.libraries[:12], other.libraries[:12]),
+    }
     for name in sorted({*head.packages, *other.packages}):
         pairs[name] = (head.packages.get(name, "none"), other.packages.get(name, "none"))
-    return [f"{name}: {a[:12]}, {b[:12]}" for name, (a, b) in pairs.items() if a != b]
+    found = [f"{name}: {a}, {b}" for name, (a, b) in pairs.items() if a != b]
+    if head.edits or other.edits:
+        found.append(f"edits: {head.edits or 'none'}, {other.edits or 'none'}")
+    return found
 
 
 def _order(options: ServeOptions, rank: Rank) -> list[str]:
