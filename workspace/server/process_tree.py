@@ -177,8 +177,8 @@ def _identified() -> dict[str, tuple[str, str]]:
     return found
 
 
-def remove_shared(names: Iterable[str]) -> tuple[str, ...]:
-    """Remove files of /dev/shm that no running process has mapped. Return the removed files."""
+def remove_shared(names: Iterable[str]) -> None:
+    """Remove files of /dev/shm that no running process has mapped."""
     wanted = {
         name
         for name in names
@@ -186,12 +186,9 @@ def remove_shared(names: Iterable[str]) -> tuple[str, ...]:
         and "/" not in name.removeprefix(f"{SHARED}/")
         and os.path.exists(name)
     }
-    removed = []
-    for name in sorted(wanted - shared_by(living()) if wanted else wanted):
+    for name in wanted - shared_by(living()) if wanted else wanted:
         with contextlib.suppress(OSError):
             os.unlink(name)
-            removed.append(name)
-    return tuple(removed)
 
 
 def record_shared(ended: str, names: Iterable[str]) -> None:
