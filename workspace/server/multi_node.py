@@ -179,13 +179,10 @@ def choose(known: Nodes, options: ServeOptions) -> list[Node]:
         else ""
     )
     if problem:
-        hint = hints.text("server.serve_over", model=options.name, nodes=_usual(known))
+        usual = ",".join(node.name for node in (here, *known.others)[:2])
+        hint = hints.text("server.serve_over", model=options.name, nodes=usual)
         raise SettingsError(f"--nodes {options.nodes}: {problem}", hint=hint)
     return [here, *(node for node in found if node != here)]
-
-
-def _usual(known: Nodes) -> str:
-    return ",".join(node.name for node in (known.here, *known.others)[:2])
 
 
 def division(
@@ -264,11 +261,6 @@ def compare(
         )
 
 
-def _status_of(node: Node) -> str:
-    script = f"cd {Remote(node, {}).quoted()} && ./scripts/inv"
-    return hints.text("server.node_status", address=node.ssh, script=script)
-
-
 def _differences(head: Report, other: Report) -> list[str]:
     """Return what differs, as `name: here, there`. Edits always do: only their names are known."""
     pairs = {
@@ -336,9 +328,10 @@ def ask(settings: Settings, node: Node, order: Sequence[str], meeting: socket.so
             return records.decode(done.stdout, Report)
     lines = settings.masked(done.stderr or done.stdout).splitlines()
     problem = next((line for line in lines if line.startswith("error: ")), "it gave no report")
+    script = f"cd {Remote(node, {}).quoted()} && ./scripts/inv"
     raise ServeError(
         f"node {node.name} cannot run its rank: {problem.removeprefix('error: ')}",
-        hint=_status_of(node),
+        hint=hints.text("server.node_status", address=node.ssh, script=script),
         details=tuple(lines[-15:]),
     )
 
@@ -439,22 +432,13 @@ def serve_rank(
     with contextlib.ExitStack() as held:
         # As for a server: the build must not change during the load.
         held.enter_context(lock.hold(layout.lock, verb="inv serve.rank", is_shared=True))
-        with _started(session, launch) as server:
+        server = lifecycle.start(session.place, launch)
+        try:
             lease.report_start()
             _follow(server, is_ready, held, settings, console)
-
-
-@contextlib.contextmanager
-def _started(session: start.Session, launch: lifecycle.Launch) -> Iterator[observation.Server]:
-    """Run a server during the block; nothing is printed at its end, which has no reader if the head
-    is gone.
-    """
-    server = lifecycle.start(session.place, launch)
-    try:
-        yield server
-    finally:
-        # The state file names the shared memory of processes that have ended by themselves.
-        lifecycle.stop(observation.find(session.place) or server)
+        finally:
+            # Without a word: if the head is gone, the output has no reader.
+            lifecycle.stop(server)
 
 
 def _follow(
@@ -467,10 +451,9 @@ def _follow(
     """Print the log for the head until the server ends; once the head is ready, mark the server as
     ready and let go of what is held. Raises ServeError if it was not stopped on request.
     """
-    is_marked = False
     for line in observation.follow(server.log):
-        if is_ready.is_set() and not is_marked:
-            server, is_marked = lifecycle.mark_ready(server), True
+        if is_ready.is_set() and not server.is_ready:
+            server = lifecycle.mark_ready(server)
             held.close()
         if line is not None:
             console.data(settings.masked(line))
