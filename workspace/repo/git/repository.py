@@ -73,9 +73,10 @@ class Git(Command):
 
         The repository may be a plain clone, a submodule or a linked worktree.
         """
-        return Path(
-            self.look("rev-parse", "--path-format=absolute", "--git-path", name).out.rstrip("\n")
-        )
+        if name not in self._paths:
+            asked = ("rev-parse", "--path-format=absolute", "--git-path", name)
+            self._paths[name] = Path(self.look(*asked).out.rstrip("\n"))
+        return self._paths[name]
 
     def resolve(self, revision: str) -> str | None:
         """Return the commit that a revision names, as 40 hex, or None; never fetch it."""
