@@ -28,10 +28,15 @@ _UNDER_WAY = {
 
 @dataclass(frozen=True)
 class Place:
-    """The repository that git finds for a path: git directory and top of the working tree."""
+    """The repository that git finds for a path: git directory and top of the working tree.
+
+    `present` are those of the `commits` given to `place` that it holds.
+    """
 
     git_dir: Path
     top: Path
+    head: str | None
+    present: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,17 @@ class Gitlink:
 
     commit: str
     hidden: bool
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The git operation that is under way, if any, the tree of a commit, and whether the commit is
+    its base or a descendant of it.
+    """
+
+    operation: str | None
+    tree: str
+    is_on_base: bool
 
 
 NO_BLOBS = ("partialclonefilter", "blob:none")
@@ -58,15 +74,21 @@ class Remote:
 class Git(Command):
     """A repository, given by the folder of its working tree."""
 
-    def place(self) -> Place | None:
-        """Find the repository, or None where the path is in none that has a working tree."""
-        answer = self.look("rev-parse", "--absolute-git-dir", "--show-toplevel", check=False)
+    def place(self, *commits: str) -> Place | None:
+        """Find the repository, or None where the path is in none that has a working tree.
+
+        `commits`, as 40 hex, are looked for in it; none is fetched.
+        """
+        folders = ("--absolute-git-dir", "--show-toplevel")
+        # A revision that names nothing is left out, and what follows it too.
+        query = (*(f"--disambiguate={commit}" for commit in commits), *folders, "--revs-only")
+        answer = self.look("rev-parse", *query, "HEAD^{commit}", check=False)
         lines = answer.out.splitlines()
-        return (
-            Place(Path(lines[0]), Path(lines[1]))
-            if answer.status == 0 and len(lines) == 2
-            else None
-        )
+        start = next((at for at, line in enumerate(lines) if line.startswith("/")), 0)
+        present, paths, head = lines[:start], lines[start : start + 2], lines[start + 2 :]
+        if answer.status != 0 or len(paths) != 2 or len(head) > 1:
+            return None
+        return Place(Path(paths[0]), Path(paths[1]), head[0] if head else None, frozenset(present))
 
     def path_of(self, name: str) -> Path:
         """Return where git keeps `name` (objects, index, modules/…).
@@ -74,8 +96,8 @@ class Git(Command):
         The repository may be a plain clone, a submodule or a linked worktree.
         """
         if name not in self._paths:
-            asked = ("rev-parse", "--path-format=absolute", "--git-path", name)
-            self._paths[name] = Path(self.look(*asked).out.rstrip("\n"))
+            query = ("rev-parse", "--path-format=absolute", "--git-path", name)
+            self._paths[name] = Path(self.look(*query).out.rstrip("\n"))
         return self._paths[name]
 
     def resolve(self, revision: str) -> str | None:
@@ -137,16 +159,16 @@ class Git(Command):
 
     def under_way(self) -> str | None:
         """Return the git operation that waits to be continued or aborted, or None."""
-        return _operation(Path(self.look("rev-parse", "--absolute-git-dir").out.rstrip("\n")))
+        return _operation(self.path_of("."))
 
-    def operation_and_tree(self, commit: str) -> tuple[str | None, str]:
-        """Return what `under_way` and `tree` return, from one start of git."""
-        folder, tree = (
-            self.look("rev-parse", "--absolute-git-dir", f"{commit}^{{tree}}")
-            .out.rstrip("\n")
-            .rsplit("\n", 1)
-        )
-        return _operation(Path(folder)), tree
+    def standing(self, commit: str, base: str) -> Standing:
+        """Return how a commit that the repository holds stands to another such commit."""
+        # The folder comes last: its name may have several lines.
+        query = ("rev-parse", f"{commit}^{{tree}}", f"{base}...{commit}", "--absolute-git-dir")
+        revisions, _, folder = self.look(*query).out.partition("/")
+        tree, *ends = revisions.split()
+        # The merge bases follow, each with a ^ (gitrevisions(7)).
+        return Standing(_operation(Path(f"/{folder[:-1]}")), tree, f"^{base}" in ends)
 
     def edits(self) -> tuple[str, ...]:
         """Return the tracked paths whose content is not HEAD's, staged or not."""
@@ -417,37 +439,6 @@ def changed_paths(before: command.Entries, now: command.Entries) -> tuple[str, .
 
 def _operation(git_dir: Path) -> str | None:
     return next((name for entry, name in _UNDER_WAY.items() if (git_dir / entry).exists()), None)
-
-
-@dataclass(frozen=True)
-class Move:
-    """The newest entry of HEAD's reflog: its message, and the commit before it.
-
-    `is_ours`: a verb of the workspace made the move.
-    """
-
-    message: str
-    before: str
-    is_ours: bool
-
-
-def last_move(git: Git) -> Move | None:
-    """Return the last move of HEAD, or None where the reflog has fewer than two entries."""
-    args = (
-        "log",
-        "--walk-reflogs",
-        "-2",
-        "--no-show-signature",
-        "--no-color",
-        "--format=%H%x00%ge%x00%gs",
-        "HEAD",
-        "--",
-    )
-    entries = [line.split("\0") for line in git.look(*args, check=False).out.splitlines()]
-    if len(entries) != 2 or any(len(entry) != 3 for entry in entries):
-        return None
-    (_, email, message), (before, _, _) = entries
-    return Move(message, before, email == command.IDENTITY[1])
 
 
 def untracked(git: Git) -> tuple[str, ...]:

@@ -326,8 +326,8 @@ class Trial:
         apply = (*self._flags, "apply", "--cached", "--whitespace=nowarn", *args)
         if "--3way" not in args:
             return self._git.write(*apply, env=self._env, check=False).status == 0
-        git_dir = self._git.look("rev-parse", "--absolute-git-dir").out.rstrip("\n")
         with tempfile.TemporaryDirectory(prefix="workspace-tree-") as tree:
+            git_dir = str(self._git.path_of("."))
             place = {**self._env, "GIT_DIR": git_dir, "GIT_WORK_TREE": tree}
             return self._git.write("-C", tree, *apply, env=place, check=False).status == 0
 
