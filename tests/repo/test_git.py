@@ -129,6 +129,29 @@ def test_place_has_the_commits_that_are_there_also_before_the_first_one(
     assert Git(tmp_path).place(base) is None
 
 
+def test_setting_is_written_once_however_its_name_is_spelled(tree: Git) -> None:
+    wanted = {"fetch.recurseSubmodules": "false", "submodule.vendor/A.b.url": "file:///x\ny"}
+    tree.set_settings(wanted)
+    file = tree.path / ".git" / "config"
+    os.utime(file, (1, 1))
+    before = file.stat()
+    tree.set_settings(wanted)
+    assert (file.stat().st_ino, file.stat().st_mtime) == (before.st_ino, 1)
+    tree.set_settings(wanted | {"fetch.recursesubmodules": "true"})
+    assert [tree.setting(key) for key in wanted] == ["true", "file:///x\ny"]
+
+
+def test_revisions_are_resolved_together_and_references_keep_what_they_name(tree: Git) -> None:
+    base = tree.head() or ""
+    commit(tree.path, "one", {"README": "1"})
+    assert tree.resolve_all("HEAD", "refs/none", "HEAD~1", "HEAD:README") == (
+        *(tree.head(), None, base, None),
+    )
+    tree.set_refs({"refs/patches/tip": base, "refs/patches/base": base})
+    tree.set_refs({"refs/patches/tip": tree.head() or "", "refs/patches/base": base})
+    assert tree.resolve_all("refs/patches/tip", "refs/patches/base") == (tree.head(), base)
+
+
 def test_standing_is_on_the_base_or_beside_it_during_an_operation(tree: Git) -> None:
     base = tree.head() or ""
     commit(tree.path, "one", {"README": "1"})

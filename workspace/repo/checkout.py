@@ -186,8 +186,8 @@ def protect(layout: Layout, *, run_log: RunLog | None = None) -> None:
     outer = superproject(layout)
     if outer is None:
         return
-    for key in ("fetch.recurseSubmodules", "submodule.recurse"):
-        outer.set_setting(key, "false", run_log=run_log)
+    keys = ("fetch.recurseSubmodules", "submodule.recurse")
+    outer.set_settings(dict.fromkeys(keys, "false"), run_log=run_log)
     path = layout.relative(layout.vllm)
     if not os.path.lexists(layout.vllm / ".git"):
         return
@@ -335,8 +335,8 @@ def _link_submodule(layout: Layout, pin: Pin, made: Git, modules: Path) -> None:
     outer = superproject(layout)
     name = layout.relative(path)
     if outer:
-        outer.set_setting(f"submodule.{name}.url", made.setting("remote.origin.url") or pin.url)
-        outer.set_setting(f"submodule.{name}.active", "true")
+        url = made.setting("remote.origin.url") or pin.url
+        outer.set_settings({f"submodule.{name}.url": url, f"submodule.{name}.active": "true"})
 
 
 def _modules(layout: Layout, pin: Pin) -> Path | None:

@@ -279,8 +279,7 @@ def resume(
     # After another resolution than the series has, the next export sets these references. Set now,
     # they would make that export take the patch file for newer than its commit.
     if stack.state is State.APPLIED and stack.base and stack.head and stack.head != stack.base:
-        git.set_ref(TIP_REF, stack.head)
-        git.set_ref(BASE_REF, stack.base)
+        git.set_refs({TIP_REF: stack.head, BASE_REF: stack.base})
     return stack
 
 

@@ -292,8 +292,7 @@ def _keep(git: Git, base: str, tip: str) -> None:
         and git.has_own_commits(base, former)
     ):
         git.set_ref(f"{KEPT_REFS}/{former[:12]}", former)
-    git.set_ref(TIP_REF, tip)
-    git.set_ref(BASE_REF, base)
+    git.set_refs({TIP_REF: tip, BASE_REF: base})
 
 
 def _keep_lost(git: Git) -> None:

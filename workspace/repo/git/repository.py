@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -113,6 +113,13 @@ class Git(Command):
             ).out.strip()
             or None
         )
+
+    def resolve_all(self, *revisions: str) -> tuple[str | None, ...]:
+        """Return what `resolve` returns for each revision, from one start of git."""
+        names = "".join(f"{revision}^{{commit}}\n" for revision in revisions).encode()
+        answers = self.pipe(names, "cat-file", "--batch-check=%(objectname)").decode().splitlines()
+        # A name without an object is repeated, with a word behind it.
+        return tuple(None if " " in answer else answer for answer in answers)
 
     def head(self) -> str | None:
         """Return the commit that is checked out, or None before the first commit."""
@@ -257,10 +264,26 @@ class Git(Command):
         if name == "HEAD" or self.resolve(name) != commit:
             self.write("update-ref", "--no-deref", "--create-reflog", name, commit)
 
+    def set_refs(self, wanted: Mapping[str, str]) -> None:
+        """Make references name commits, in this order."""
+        for name, known in zip(wanted, self.resolve_all(*wanted), strict=True):
+            if known != wanted[name]:
+                self.write("update-ref", "--no-deref", "--create-reflog", name, wanted[name])
+
     def set_setting(self, key: str, value: str, *, run_log: RunLog | None = None) -> None:
         """Set a value of the repository's own configuration, unless it has that value already."""
         if self.setting(key) != value:
             self.write("config", "--local", key, value, run_log=run_log)
+
+    def set_settings(self, wanted: Mapping[str, str], *, run_log: RunLog | None = None) -> None:
+        """Set those of the repository's own settings that have another value."""
+        listed = split(self.look("config", "--local", "--list", "-z", check=False).out)
+        known = dict(entry.partition("\n")[::2] for entry in listed)
+        for key, value in wanted.items():
+            # git lists section and name in small letters, and what is between them as it is.
+            section, *between, name = key.split(".")
+            if known.get(".".join((section.lower(), *between, name.lower()))) != value:
+                self.write("config", "--local", key, value, run_log=run_log)
 
     def hide(self, path: str, *, run_log: RunLog | None = None) -> None:
         """Set the skip-worktree bit of an index entry."""
@@ -284,8 +307,10 @@ class Git(Command):
         """Return the content of a blob."""
         return self.look("cat-file", "blob", oid).out.encode(errors="surrogateescape")
 
-    def move_to(self, commit: str, *, run_log: RunLog) -> None:
-        """Move the checkout to a commit: write files that differ, keep all others and local edits.
+    def move_to(self, commit: str, *, before: str, run_log: RunLog) -> None:
+        """Move the checkout from the commit `before`, which is HEAD, to another commit.
+
+        Files that differ are written, all others and local edits stay.
 
         Raises CheckoutError, with nothing moved, where a file that git does not track, ignored or
         not, has the path of a file of the commit.
@@ -293,7 +318,6 @@ class Git(Command):
         # All files of a copied clone count as edited until a refresh. With -q git would not report
         # an abandoned lock.
         self.write("update-index", "--refresh", check=False)
-        before = self.look("rev-parse", "--verify", "HEAD").out.strip()
         self._refuse_files_in_the_way(before, commit)
         # HEAD moves last: otherwise files that a power cut left empty would count as the user's
         # edits.
@@ -332,16 +356,16 @@ class Git(Command):
         """
         url = remote.url
         if (origin := self.setting("remote.origin.url")) is None:
-            self.set_setting("remote.origin.url", url)
-            self.set_setting("remote.origin.fetch", "+refs/heads/*:refs/remotes/origin/*")
+            branches = "+refs/heads/*:refs/remotes/origin/*"
+            self.set_settings({"remote.origin.url": url, "remote.origin.fetch": branches})
         # Only a remote with a name can serve later what a filter leaves out.
         if origin in (None, url):
             name = "origin"
         elif self.is_partial:
             # Without a filter git would refuse new trees of which it lacks files (fsckObjects).
             name, whole = f"fork-{hashlib.sha256(url.encode()).hexdigest()[:8]}", False
-            for key, value in (("url", url), ("promisor", "true"), NO_BLOBS):
-                self.set_setting(f"remote.{name}.{key}", value)
+            settings = (("url", url), ("promisor", "true"), NO_BLOBS)
+            self.set_settings({f"remote.{name}.{key}": value for key, value in settings})
         else:
             name, whole = url, True
         partial = () if whole else ("--filter=blob:none",)

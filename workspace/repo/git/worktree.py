@@ -390,10 +390,10 @@ class _Move(records.Record):
 
 def move(layout: Layout, project: str, git: Git, target: str, *, run_log: RunLog) -> None:
     """Move the checkout to a commit, as Git.move_to does, with a record until it ends."""
-    note = layout.moving(project)
-    records.write(note, {"from": git.head(), "to": target})
+    note, source = layout.moving(project), git.head() or ""
+    records.write(note, {"from": source, "to": target})
     try:
-        git.move_to(target, run_log=run_log)
+        git.move_to(target, before=source, run_log=run_log)
     except CheckoutError:
         # Refused before any file was touched: the next run must not finish it.
         note.unlink(missing_ok=True)
