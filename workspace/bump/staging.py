@@ -283,8 +283,7 @@ def finish_move(
         facts = redo_log.facts
         _keep_environment(layout, facts, environment, discarded)
         move_tree(layout, facts["tip"], wanted.head, run_log)
-        git.set_ref(TIP_REF, wanted.head)
-        git.set_ref(BASE_REF, wanted.base)
+        git.set_refs({TIP_REF: wanted.head, BASE_REF: wanted.base})
         if os.path.lexists(environment):
             os.rename(environment, layout.environment)
         _exchange_products(layout, facts, known_good.kernels(layout, wanted.name))

@@ -307,10 +307,15 @@ class Command:
             {"GIT_DIR": str(git_dir.absolute()), "GIT_WORK_TREE": str(self.path)} if git_dir else {}
         )
         self._trusted = False
+        # Where git keeps what, by name; this never changes.
+        self._paths: dict[str, Path] = {}
 
     def look(self, *args: str, check: bool = True) -> Answer:
         """Run a git command that only reads: no lock, no network."""
-        return self._git((*LOOKING_FLAGS, *args), LOOKING, check=check)
+        answer = self._git((*LOOKING_FLAGS, *args), LOOKING, check=check)
+        # rev-parse fails where the user's safe.directory does not allow the folder.
+        self._trusted |= args[0] == "rev-parse" and answer.status == 0
+        return answer
 
     def write(
         self,
@@ -322,7 +327,6 @@ class Command:
         """Run a git command that writes, immune to the user's configuration, offline."""
         if not self._trusted:
             self.look("rev-parse", "--git-dir")
-            self._trusted = True
         echo = shlex.join(["git", "-C", str(self.path), *args])
         with run_log.running(echo) if run_log else contextlib.nullcontext():
             return self._git(args, git_environment() | dict(env or {}), check=check)
