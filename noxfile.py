@@ -75,6 +75,7 @@ PROOFS = {
     # One server at a time in this clone.
     "serve": ["tests/proof/serve", "-n", "0", "-s"],
     "smoke": ["tests/proof/smoke", "-n", "0"],
+    "spark": ["tests/proof/test_spark.py"],
     "triton": ["tests/proof/triton"],
     "upstream": ["tests/proof/upstream", "-n", "0"],
 }

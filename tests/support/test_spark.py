@@ -187,21 +187,6 @@ def require_cost_table(clone: World) -> None:
     assert "was measured on another machine: riscv64-3-cores" in sentence
 
 
-def test_killed_run_resumes_between_and_within_parts(clone: World) -> None:
-    assert session(clone, "--yes", "--only", "doctor").code == 0
-    first = record(clone)["parts"]["doctor"]
-    child = started(clone, "--yes", "--only", "doctor", "--only", "bootstrap", "--only", "quick")
-    own = Layout(clone.layout.state / "spark" / "clone")
-    wait_for((own.environment / "pyvenv.cfg").exists)
-    clone.kill(child)
-    assert set(record(clone)["parts"]) == {"doctor"}
-    ended = session(clone, "--yes", "--only", "doctor", "--only", "bootstrap", "--only", "quick")
-    assert ended.code == 0, ended.output
-    found = record(clone)["parts"]
-    assert found["doctor"] == first
-    assert found["bootstrap"]["result"] == found["quick"]["result"] == "passed"
-
-
 def test_interrupt_leaves_no_process_and_names_what_is_kept(clone: World) -> None:
     child = started(clone, "--yes", "--only", "bootstrap")
     own = Layout(clone.layout.state / "spark" / "clone")
@@ -215,28 +200,6 @@ def test_interrupt_leaves_no_process_and_names_what_is_kept(clone: World) -> Non
     assert record(clone)["parts"] == {}
     ended = followed(clone, Ended(130, "", err), "--yes", "--only", "doctor")
     assert ended.code == 0, ended.output
-
-
-def test_failed_part_is_on_the_page_with_its_figures_and_runs_again(clone: World) -> None:
-    ended = session(clone, "--without", "bootstrap", "--only", "quick", "--yes")
-    assert "which the part bootstrap builds" in ended.error(2)
-    assert followed(clone, ended, "--yes").code == 0
-    ended = session(clone, "--yes", "--only", "rollback")
-    assert "1 part failed: rollback: there is no known-good state" in ended.error(7)
-    hint = record(clone)["parts"]["rollback"]["hint"]
-    parity = clone.layout.probes / "parity.py"
-    good = parity.read_text()
-    parity.write_text(good.replace("equal = 0 if", "equal = 1 if True else 0 if"))
-    ended = session(clone, "--yes", "--only", "quick")
-    assert "1 part failed: quick" in ended.error(7)
-    page = (folder(clone) / "page.md").read_text()
-    assert "| quick: the smoke, twice | **failed**: " in page
-    assert "| smoke quick, first time | " in page
-    assert record(clone)["parts"]["quick"]["result"] == "failed"
-    parity.write_text(good)
-    ended = followed(clone, Ended(7, "", f"hint: {hint}"), "--yes")
-    assert ended.code == 0, ended.output
-    assert record(clone)["parts"]["quick"]["result"] == "passed"
 
 
 @pytest.mark.parametrize("field", ["machine", "pin"])
