@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 
 from workspace.core import hints
 from workspace.core.console import RunLog
-from workspace.core.errors import CheckoutError
+from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.core.settings import Settings
 from workspace.repo.git import command
 from workspace.repo.git.command import Command, OnLine, split
@@ -59,14 +60,21 @@ class Git(Command):
     """A repository, given by the folder of its working tree."""
 
     def place(self) -> Place | None:
-        """Find the repository, or None where the path is in none that has a working tree."""
+        """Find the repository, or None where the path is in none that has a working tree.
+
+        Raises ToolchainError for a wrapper of git whose output is not git's alone.
+        """
         answer = self.look("rev-parse", "--absolute-git-dir", "--show-toplevel", check=False)
         lines = answer.out.splitlines()
-        return (
-            Place(Path(lines[0]), Path(lines[1]))
-            if answer.status == 0 and len(lines) == 2
-            else None
-        )
+        if answer.status != 0:
+            return None
+        if len(lines) != 2 or not lines[0].startswith("/"):
+            git = shutil.which("git")
+            raise ToolchainError(
+                f"{git} prints something else before its answer: {(lines or [''])[0]!r}",
+                hint=hints.text("core.list_file", path=git),
+            )
+        return Place(*map(Path, lines))
 
     def path_of(self, name: str) -> Path:
         """Return where git keeps `name` (objects, index, modules/…).
@@ -130,9 +138,9 @@ class Git(Command):
         )
 
     def slugs(self, base: str, tip: str) -> tuple[str, ...]:
-        """Return the stem of the patch file of each commit in base..tip, oldest first."""
+        """Return the slug of the subject of each commit in base..tip, oldest first."""
         log = ("log", "--reverse", "--no-show-signature", "--format=%f", f"{base}..{tip}", "--")
-        return command.file_stems(self.look(*log).out.splitlines())
+        return tuple(self.look(*log).out.splitlines())
 
     def under_way(self) -> str | None:
         """Return the git operation that waits to be continued or aborted, or None."""
