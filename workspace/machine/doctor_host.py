@@ -32,6 +32,7 @@ INITS = ("systemd", "init")
 LARGEST_PROGRAMS = "ps -eo pid,rss,args --sort=-rss | head"
 # A small page that every package index has.
 SMALL_PROJECT = "packaging"
+_LARGEST_PAGE_BYTES = 4 << 20
 
 
 def architecture(case: Case) -> Iterator[Row]:
@@ -364,9 +365,11 @@ def _ask_index(case: Case, endpoint: str) -> Answer[None]:
     url, timeout_s = f"{endpoint.rstrip('/')}/{SMALL_PROJECT}/", case.settings.connect_timeout_s
     try:
         with files.opened(url, timeout_s=timeout_s) as reply:
-            if reply.ok:
-                return There(None)
-            return Broken(f"answers {reply.status_code} {reply.reason}")
+            if not reply.ok:
+                return Broken(f"answers {reply.status_code} {reply.reason}")
+            page = b"".join(files.received(reply, _LARGEST_PAGE_BYTES, longest_s=timeout_s))
+            # A portal that wants a login answers with a page of its own.
+            return There(None) if b".whl" in page else Broken("answers a page that lists no wheel")
     except requests.Timeout:
         return Slow(timeout_s)
     except requests.RequestException as exc:
