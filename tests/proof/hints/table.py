@@ -246,8 +246,6 @@ _REASONS = {
         install.build_triton install.judge_archs install.members_lack install.rebuild_native""",
     "it needs a bump of minutes, or one that was killed": """
         bump.checkout_former bump.rollback_or""",
-    "it needs a server of git that does not serve what it offers": """
-        repo.source_release""",
     "it needs a program that goes, or a file that changes, in the middle of a verb": """
         core.bootstrap_names repo.git_config""",
     "no situation was written yet": """
