@@ -99,6 +99,7 @@ def test_private_things_are_masked_and_their_context_stays(text: str, masked: st
         ),
         '"HF_TOKEN": "unset (default)", "VLLM_API_KEY": null',
         "SyntaxError: unexpected token: foo",
+        "first token: seconds, per output token: median",
         "127.0.0.1:8000 [::1]:80 0.0.0.0 std::vector<at::Tensor> a::b 12:30:45 0000:01:00.0",
         (
             "maintainers@invalid a@b.invalid https://github.com/vllm-project/vllm.git hf_overrides"

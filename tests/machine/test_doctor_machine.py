@@ -5,11 +5,13 @@ import os
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from workspace.core.console import Row
+from workspace.core.paths import Layout
 from workspace.machine import doctor, doctor_host, doctor_toolchain, hardware
 from workspace.machine.machine import Case, Place, grown
 
@@ -107,6 +109,25 @@ def test_file_in_the_place_of_a_folder_is_moved_by_the_hint(house, tmp_path):
     type_in_shell(house, row.hint)
     assert list(doctor_host.folders(needed)) == []
     assert (tmp_path / "a file.old").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [
+        *((name, ["FAIL", "FAIL"]) for name in ("a:b", "a#b", "a${HOME}b")),
+        *((name, ["warn", "FAIL"]) for name in ("a;b", 'a"b', "a[b", "a\\b", "a|b")),
+        ("a'b $HOME `id` %20 ,(){}*?&<>!~@=+^ö", []),
+    ],
+)
+def test_path_of_the_clone_that_a_program_misreads_is_named_before_anything_is_made(
+    house, tmp_path, name, states
+):
+    there = replace(house, layout=Layout(tmp_path / name / "clone"))
+    there.layout.root.mkdir(parents=True)
+    cases = [Case(there.machine(), device="cpu", is_native=native) for native in (False, True)]
+    found = [row for each in cases for row in doctor_host.folders(each)]
+    assert [row.state for row in found] == states
+    assert all(name in row.text and "plain name" in row.hint for row in found)
 
 
 def test_place_below_a_folder_of_others_is_made_and_that_folder_stays_theirs(

@@ -129,6 +129,35 @@ def test_index_that_hangs_or_refuses_is_reported_without_its_password(house, sil
     assert "hunter2" not in repr(found)
 
 
+@pytest.mark.parametrize(
+    ("page", "state"),
+    [
+        ("<form action='/login?next=/simple/packaging/'><input name=password></form>", "FAIL"),
+        ("", "FAIL"),
+        ("<a href='../packaging-25.0-py3-none-any.whl'>packaging</a>", "ok"),
+        ('{"files": [{"filename": "packaging-25.0-py3-none-any.whl"}]}', "ok"),
+    ],
+)
+def test_login_page_is_no_index(house, page, state):
+    class Reply(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Reply) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        endpoint = f"http://127.0.0.1:{server.server_port}/simple"
+        row = rows(doctor_host.index, house, UV_DEFAULT_INDEX=endpoint)["index"]
+        server.shutdown()
+        thread.join()
+    assert (row.state, "lists no wheel" in row.text) == (state, state == "FAIL")
+
+
 def test_index_in_a_folder_exists_or_fails(house, tmp_path):
     assert rows(doctor_host.index, house, UV_DEFAULT_INDEX=tmp_path.as_uri())["index"].state == "ok"
     assert (

@@ -17,12 +17,12 @@ import pytest
 from tests.repo.shell import add_member, commit, export, sh_git, write
 from tests.repo.two_releases import Index, TwoReleases, build, serve
 from tests.repo.workspaces import HOSTILE, Workspace, write_config
+from workspace.core import lock
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import PatchConflict
 from workspace.core.files import sha256
 from workspace.core.paths import Layout
 from workspace.repo import pins
-from workspace.repo.git import command
 from workspace.repo.pins import Archive, Pin
 
 URL = "https://upstream.invalid/vllm.git"
@@ -165,8 +165,8 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hostile_home: Path)
 @pytest.fixture(autouse=True)
 def _brief_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for the locks of another git as briefly as a test can: here none works beside it."""
-    monkeypatch.setattr(command, "QUIET_S", 0.1)
-    monkeypatch.setattr(command, "WAIT_S", 0.4)
+    monkeypatch.setattr(lock, "QUIET_S", 0.1)
+    monkeypatch.setattr(lock, "WAIT_S", 0.4)
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,20 @@
 """Reading a working tree through git: digests, changes, and no side effects."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.repo.conftest import Snapshot, Workspace, commit, sh_git, write
 from workspace.core.errors import BuildError, CheckoutError, SourceError, ToolchainError
-from workspace.repo.git import Git, worktree
+from workspace.core.process import NoAnswer
+from workspace.repo.git import Git, command, worktree
 from workspace.repo.git.command import first_line, refusal_of_disk
-from workspace.repo.git.repository import Standing
+from workspace.repo.git.history import Standing, standing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -156,12 +159,12 @@ def test_standing_is_on_the_base_or_beside_it_during_an_operation(tree: Git) -> 
     base = tree.head() or ""
     commit(tree.path, "one", {"README": "1"})
     tip = tree.head() or ""
-    assert tree.standing(base, base) == Standing(None, tree.tree(base), is_on_base=True)
-    assert tree.standing(tip, base) == Standing(None, tree.tree(tip), is_on_base=True)
+    assert standing(tree, base, base) == Standing(None, tree.tree(base), is_on_base=True)
+    assert standing(tree, tip, base) == Standing(None, tree.tree(tip), is_on_base=True)
     (tree.path / ".git" / "MERGE_HEAD").touch()
-    assert tree.standing(base, tip) == Standing("merge", tree.tree(base), is_on_base=False)
+    assert standing(tree, base, tip) == Standing("merge", tree.tree(base), is_on_base=False)
     other = sh_git(tree.path, "commit-tree", "-m", "unrelated", f"{base}^{{tree}}").strip()
-    assert not tree.standing(other, base).is_on_base
+    assert not standing(tree, other, base).is_on_base
 
 
 def test_failure_has_the_type_of_the_caller_and_gits_own_message(tmp_path: Path) -> None:
@@ -362,3 +365,56 @@ def test_git_that_was_killed_has_refused_nothing(tree: Git) -> None:
     for check in (True, False):
         with pytest.raises(ToolchainError, match="git die in .* was killed by SIGKILL"):
             tree.write("-c", "alias.die=!kill -9 $PPID", "die", check=check)
+
+
+def wrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a wrapper of git first on PATH."""
+    write(tmp_path, {"wrapped/git": f"#!/bin/sh\n{script}\n"})
+    wrapper = tmp_path / "wrapped" / "git"
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("script", ["exec sleep 60", "sleep 60", "trap '' TERM INT; sleep 60"])
+@pytest.mark.parametrize("limit", ["LOOK_S", "WRITE_S"])
+def test_git_that_hangs_is_slow_and_leaves_no_process(
+    tree: Git, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, limit: str
+) -> None:
+    tree.write("status")
+    wrap(tmp_path, monkeypatch, script)
+    monkeypatch.setattr(command, limit, 0.3)
+    call = tree.look if limit == "LOOK_S" else tree.write
+    with pytest.raises(NoAnswer, match=r"/wrapped/git status gave no answer in 0\.3 s") as failure:
+        call("status")
+    assert failure.value.hint is None
+    assert psutil.Process().children(recursive=True) == []
+
+
+def test_git_whose_version_hangs_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The import of GitPython runs it, so the test needs a Python of its own."""
+    wrap(tmp_path, monkeypatch, "sleep 60")
+    program = """
+from workspace.core.process import NoAnswer
+from workspace.repo.git import command
+command.VERSION_S = 0.3
+try:
+    command.executable()
+except NoAnswer as exc:
+    print(exc)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
+    answer = f"{tmp_path}/wrapped/git version gave no answer in 0.3 s\n"
+    assert (done.stdout, done.stderr) == (answer, "")
+
+
+def test_wrapper_that_prints_before_git_is_named(
+    tree: Git, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = shutil.which("git")
+    wrap(tmp_path, monkeypatch, f'echo "loading module git"; exec {git} "$@"')
+    with pytest.raises(ToolchainError, match="git prints something else") as failure:
+        tree.place()
+    assert "loading module git" in str(failure.value)
+    subprocess.run(str(failure.value.hint), shell=True, check=True, capture_output=True)

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,12 @@ import pytest
 from tests.install.test_bundle import NOWHERE, lock_tools
 from tests.small.materials import git
 from tests.small.ssh import stand_in
-from tests.small.world import World
+from tests.small.world import HOSTILE_GIT, World
+from workspace.core.errors import NodeError
 from workspace.machine.link import Link
-from workspace.server.node_sync import Facts, compare, shared
-from workspace.server.nodes import Node
+from workspace.repo.git import Git
+from workspace.server.node_sync import Facts, _look, ask, compare, shared
+from workspace.server.nodes import Node, Remote
 
 NODES = """[a]
 address = "127.0.0.1"
@@ -44,6 +46,8 @@ HF_HOME=/nowhere/models
 def pair(built: World, tmp_path: Path) -> Path:
     """Two nodes: the built world, and the home folder `b`, which is returned."""
     (tmp_path / "homes" / "b").mkdir(parents=True)
+    hostile = "[merge]\n\tverifySignatures = true\n\tff = false\n"
+    (tmp_path / "homes" / "b" / ".gitconfig").write_text(HOSTILE_GIT + hostile)
     environment = stand_in(tmp_path / "programs", tmp_path / "homes")
     programs = environment["PATH"].split(":")[0]
     built.env["PATH"] = f"{programs}:{built.env['PATH']}"
@@ -242,6 +246,43 @@ def test_differences_that_no_sync_ends_have_a_command_each(tmp_path: Path) -> No
         subprocess.run(["sh", "-c", hint], env=environment, check=True, cwd=tmp_path)
     equal = compare(FACTS, FACTS, node, 0.1)
     assert {row.name for row in equal if row.state != "ok"} == {"b rdma"}
+
+
+ANSWER = json.dumps({"schema": 1, **asdict(FACTS)}, indent=2)
+
+
+def remote_that_runs(script: str, folder: Path) -> Remote:
+    """Return a node whose ssh is this script."""
+    (folder / "ssh").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "ssh").chmod(0o755)
+    return Remote(Node("b", "::1", "lo", "b", "/clone"), {"PATH": f"{folder}:/usr/bin:/bin"})
+
+
+def test_facts_are_found_between_a_greeting_and_a_farewell(tmp_path: Path) -> None:
+    text = f"Welcome to {{spark}}\n{ANSWER}\nGood {{bye}}"
+    assert ask(remote_that_runs(f"printf '%s\\n' '{text}'", tmp_path)) == FACTS
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        ("kill -KILL $$", "b: was killed by SIGKILL"),
+        ("exit 7", "b: exited with 7"),
+        ("echo 'error: it is broken' >&2; exit 7", "b: it is broken"),
+        ("echo 'a page'", "b reports no facts: it is not valid JSON"),
+    ],
+)
+def test_node_without_facts_is_reported_by_what_it_printed_or_how_it_ended(
+    tmp_path: Path, script: str, sentence: str
+) -> None:
+    with pytest.raises(NodeError, match=sentence):
+        ask(remote_that_runs(script, tmp_path))
+
+
+def test_look_at_a_node_that_fails_takes_its_clone_for_no_other_folder(tmp_path: Path) -> None:
+    remote, outer = remote_that_runs("echo 'no memory' >&2; exit 9", tmp_path), Git(tmp_path)
+    with pytest.raises(NodeError, match="^b: no memory$"):
+        _look(remote, outer)
 
 
 def test_layer_that_is_stale_on_both_nodes_is_no_equality() -> None:

@@ -1,5 +1,6 @@
 """nodes.toml, and commands on another node; an executable stands in for ssh."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -97,6 +98,12 @@ def test_unusable_nodes_are_a_sentence_and_exit_2(
     with pytest.raises(SettingsError, match=sentence) as caught:
         read_nodes(tmp_path)
     assert run_hint(caught.value.hint, tmp_path, {"PATH": "/usr/bin:/bin"}) == 0
+
+
+def test_pipe_in_the_place_of_the_nodes_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "nodes.toml")
+    with pytest.raises(SettingsError, match=r"nodes\.toml: not a regular file"):
+        read_nodes(tmp_path)
 
 
 def test_a_command_runs_in_the_clone_of_the_node(

@@ -30,7 +30,6 @@ from workspace.compile.scheduler import (
     Running,
     State,
 )
-from workspace.core import hints
 from workspace.core.errors import BuildError
 from workspace.core.files import write_atomic
 from workspace.machine import hardware
@@ -135,10 +134,7 @@ class JobServer:
         os.close(self._waker)
         self._thread.join()
         if self._failure is not None:
-            hint = hints.text("compile.defect")
-            raise BuildError(
-                f"the job server failed: {self._failure!r}", hint=hint
-            ) from self._failure
+            raise BuildError(f"the job server failed: {self._failure!r}") from self._failure
 
     def _serve(self) -> None:
         try:

@@ -333,10 +333,7 @@ def _stage(
 ) -> set[str]:
     """Install the component of a target into `prefix`, and return the names of its files."""
     if missing := [name for name in target.artifacts if not (build / name).exists()]:
-        raise BuildError(
-            f"{target.name} has not been built: {missing[0]} is not in {build}",
-            hint=hints.text("compile.rebuild_target", target=target.name),
-        )
+        raise BuildError(f"{target.name} has not been built: {missing[0]} is not in {build}")
     prefix.mkdir()
     process.run(
         ["cmake", "--install", build, "--prefix", prefix, "--component", target.name],

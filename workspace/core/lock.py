@@ -1,4 +1,4 @@
-"""One lock for everything that writes.
+"""One lock for everything that writes, and the abandoned lock files of a killed git.
 
 The kernel releases a flock when its holder dies, so a dead holder never blocks a verb. It is
 fcntl's and not filelock's: a guard inherits the descriptor and holds the lock until the programs of
@@ -8,8 +8,9 @@ a killed verb have ended. filelock unlocks when it releases, which frees the loc
 import contextlib
 import fcntl
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
@@ -115,3 +116,86 @@ def _holder(name: str) -> str:
         f"{holder.verb} (process {holder.pid}) has been changing this workspace since"
         f" {holder.since}{doing}"
     )
+
+
+# How long a lock of git is watched, and unused when it counts as abandoned.
+WAIT_S = 3.0
+QUIET_S = 1.0
+_NAMED = re.compile(
+    r"Unable to create '([^']+\.lock)': File exists|could not lock config file (.+?): File exists"
+)
+# Lock files at the top of the git directory. Locks of references are found by git's message.
+_AT_TOP = (
+    "index.lock",
+    "HEAD.lock",
+    "ORIG_HEAD.lock",
+    "REBASE_HEAD.lock",
+    "CHERRY_PICK_HEAD.lock",
+    "config.lock",
+    "shallow.lock",
+    "packed-refs.lock",
+)
+
+
+def remove_named(message: str, folder: Path) -> bool:
+    """Remove the abandoned lock that a message of git in `folder` names.
+
+    Return False where the message names no lock, or a process holds it.
+    """
+    found = _NAMED.search(message)
+    if found is None:
+        return False
+    path = folder / (found[1] or f"{found[2]}.lock")
+    return _remove_abandoned([path], folder)
+
+
+def remove_at_top(git_dir: Path, folder: Path) -> None:
+    """Remove abandoned locks of the git directory `git_dir`, whose files are in `folder`."""
+    _remove_abandoned([git_dir / name for name in _AT_TOP], folder)
+
+
+def remove_packs(packs: Path, folder: Path) -> None:
+    """Remove unfinished packs of killed fetches from the folder `packs`.
+
+    Git does it too, after two weeks and when a gc is due (git-gc(1)).
+    """
+    _remove_abandoned(list(packs.glob("tmp_*")), folder)
+
+
+def _remove_abandoned(paths: Sequence[Path], folder: Path) -> bool:
+    """Watch the locks in parallel and remove the abandoned; return False if any lock stays."""
+    began = time.monotonic()
+    quiet_since = dict.fromkeys(paths, began)
+    while left := [path for path in paths if path.exists()]:
+        now = time.monotonic()
+        if now - began >= WAIT_S:
+            return False
+        for path in left:
+            if _is_held(path, folder):
+                quiet_since[path] = now
+            elif now - quiet_since[path] >= QUIET_S:
+                path.unlink(missing_ok=True)
+        time.sleep(QUIET_S / 10)
+    return True
+
+
+def _is_held(path: Path, folder: Path) -> bool:
+    """Return whether a visible process has the lock open, or is a git in this repository.
+
+    A process of another user is not visible.
+    """
+    import psutil
+
+    place, git_dir = os.path.realpath(folder), os.path.realpath(path.parent)
+    lock = os.path.join(git_dir, path.name)
+    for running in psutil.process_iter():
+        if running.pid == os.getpid():
+            continue
+        with contextlib.suppress(psutil.Error, OSError):
+            if running.name().startswith("git"):
+                cwd = running.cwd()
+                if any(cwd == top or cwd.startswith(f"{top}/") for top in (place, git_dir)):
+                    return True
+            if any(file.path == lock for file in running.open_files()):
+                return True
+    return False

@@ -84,6 +84,8 @@ _NETRC = re.compile(
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"(bearer[ \t]+)[\w.~+/=-]{6,}", re.IGNORECASE)
+# "first token: seconds": the name of a figure, and a word that no token is.
+_PROSE = re.compile(r"[a-z] tokens?: [a-z]{2,12}[,;.)]?")
 _NUMBER = re.compile(r"[\[(]?-?[\d.,]{0,9}[\])]?")
 # Tokens that bear their maker's mark: Hugging Face, GitHub, GitLab, OpenAI and its like, Slack,
 # NVIDIA, AWS, Google, npm, JSON web tokens.
@@ -295,7 +297,8 @@ def _pair(match: re.Match[str]) -> str:
     is_quoted = bool(match["escaped"]) or value[0] in "\"'"
     bare = value.strip("\\\"'") if is_quoted else value.rstrip(",;)}]")
     is_count = head.lower().startswith("token") and bool(_NUMBER.fullmatch(bare))
-    if not bare or PUBLIC_VALUE.fullmatch(bare) or is_count or bare == MASK:
+    is_prose = bool(_PROSE.fullmatch(match.string[max(0, match.start() - 2) : match.end()]))
+    if not bare or PUBLIC_VALUE.fullmatch(bare) or is_count or is_prose or bare == MASK:
         return match[0]
     quotation = (match["escaped"] or value[0]) if is_quoted else ""
     return f"{head}{quotation}{MASK}{quotation}"

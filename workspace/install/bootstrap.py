@@ -169,10 +169,7 @@ def _act(run: stages.Run) -> plan.Observation:
             return observed
         stage = due[first]
         if (stage.steps[0], stage.reason) in acted:
-            raise BuildError(
-                f"{stage.steps[0][0]} is still due after it was done: {stage.reason}",
-                hint=hints.text("install.status_defect"),
-            )
+            raise BuildError(f"{stage.steps[0][0]} is still due after it was done: {stage.reason}")
         acted.append((stage.steps[0], stage.reason))
         stages.act(run, stage.steps, reason=stage.reason)
 

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import files, hints, records
+from workspace.core import files, hints, lock, records
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError, CheckoutError, ToolchainError
 from workspace.core.files import copy_files, files_below, read_regular, write_atomic
@@ -21,7 +21,7 @@ from workspace.core.settings import Settings, Value
 from workspace.install import bootstrap, plan, precompiled, stages, stamp
 from workspace.machine import jit_caches
 from workspace.repo import pins, series
-from workspace.repo.git import Git, command, worktree
+from workspace.repo.git import Git, worktree
 from workspace.repo.pins import COMMIT, Pin
 
 # Set when all files of the tree are written and synced: before, the tree holds no user's work.
@@ -71,7 +71,7 @@ def open_tree(
     if not _is_linked(tree):
         raise CheckoutError(f"{shown} is not a working tree of vendor/vllm", hint=hint)
     if tree.resolve(MADE_REF) is None:
-        command.remove_at_top(tree.path_of("index").parent, path)
+        lock.remove_at_top(tree.path_of("index").parent, path)
         tree.check_out(commit, settings=settings, run_log=run_log, on_line=lambda line: None)
         os.sync()
         tree.set_ref(MADE_REF, commit)

@@ -148,8 +148,7 @@ def _change_assembler(context: Context, found: Diagnosis) -> str:
     ]
     if wrong:
         raise ToolchainError(
-            f".env was changed, but {wrong[0]} is still {context.settings.text(wrong[0])}",
-            hint=hints.text("install.twice_in_dotenv"),
+            f".env was changed, but {wrong[0]} is still {context.settings.text(wrong[0])}"
         )
     return ", ".join(
         f"{name} {'is ' + value if value else 'is not set any more'}"

@@ -282,7 +282,7 @@ def _stop(rows: Sequence[SettingRow]) -> None:
         more = tuple(f"{_called(row)}: {row.text}" for row in faults[1:])
         raise SettingsError(
             f"{_called(first)}: {first.text}",
-            hint=first.hint or hints.text("inv.env"),
+            hint=first.hint,
             details=more,
         )
 

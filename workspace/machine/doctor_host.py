@@ -32,6 +32,7 @@ INITS = ("systemd", "init")
 LARGEST_PROGRAMS = "ps -eo pid,rss,args --sort=-rss | head"
 # A small page that every package index has.
 SMALL_PROJECT = "packaging"
+_LARGEST_PAGE_BYTES = 4 << 20
 
 
 def architecture(case: Case) -> Iterator[Row]:
@@ -120,6 +121,15 @@ def oom_daemon(case: Case) -> Iterator[Row]:
         yield Row(State.WARN, "oom daemon", "neither earlyoom nor systemd-oomd runs", why, hint)
 
 
+# Tried with the small vLLM: each of them ended a bootstrap, or a build from source.
+_MISREAD = {
+    ":": "PATH",
+    "#": "uv",
+    "${": "uv",
+    **dict.fromkeys((";", '"', "[", "\\", "|"), "CMake"),
+}
+
+
 def disk(case: Case) -> Iterator[Row]:
     """Check the free space, one row for each file system: its folders share what is free."""
     systems: dict[int, list[Place]] = {}
@@ -137,7 +147,14 @@ def disk(case: Case) -> Iterator[Row]:
 
 
 def folders(case: Case) -> Iterator[Row]:
-    """Check that every folder that will grow is writable; no row where all are."""
+    """Check that every folder that will grow is writable, and that programs read the path of the
+    clone as it is; no row where all is well.
+    """
+    for part, programs in _MISREAD.items():
+        if part in str(case.layout.root):
+            state = State.FAIL if case.is_native or "CMake" not in programs else State.WARN
+            why = f"{programs} takes {part} in a path for something else"
+            yield Row(state, "folder", str(case.layout.root), why, hints.text("cli.plain_name"))
     for place in case.places:
         if place.label == "TMPDIR" and not place.path.is_dir():
             # nvcc ends there; gcc and Python take another folder without a word.
@@ -364,9 +381,11 @@ def _ask_index(case: Case, endpoint: str) -> Answer[None]:
     url, timeout_s = f"{endpoint.rstrip('/')}/{SMALL_PROJECT}/", case.settings.connect_timeout_s
     try:
         with files.opened(url, timeout_s=timeout_s) as reply:
-            if reply.ok:
-                return There(None)
-            return Broken(f"answers {reply.status_code} {reply.reason}")
+            if not reply.ok:
+                return Broken(f"answers {reply.status_code} {reply.reason}")
+            page = b"".join(files.received(reply, _LARGEST_PAGE_BYTES, longest_s=timeout_s))
+            # A portal that wants a login answers with a page of its own.
+            return There(None) if b".whl" in page else Broken("answers a page that lists no wheel")
     except requests.Timeout:
         return Slow(timeout_s)
     except requests.RequestException as exc:

@@ -27,9 +27,8 @@ from workspace.repo import checkout as checkouts
 from workspace.repo import export, mail, patches, series
 from workspace.repo.git import AM_BY_HAND, Git, am, worktree
 from workspace.repo.git.am import Commit
-from workspace.repo.git.command import file_stems
 from workspace.repo.patches import ImportOptions, Origin, Session
-from workspace.repo.series import TIP_REF, Stack, State
+from workspace.repo.series import TIP_REF, Stack, State, file_stems
 
 # Messages of git about content that differs, not about a patch that it cannot read.
 _UNFITTING = re.compile(
@@ -149,7 +148,7 @@ def _is_applied(work: _Import, stack: Stack) -> bool:
         return False
     wanted = file_stems(mail.read_mail(part).slug for part in work.parts)
     below = work.git.resolve(f"{stack.head}~{len(wanted)}")
-    if not below or work.git.slugs(below, stack.head) != wanted:
+    if not below or file_stems(work.git.slugs(below, stack.head)) != wanted:
         return False
     with contextlib.suppress(PatchConflict, PatchDrift, SettingsError):
         return _tip_on(work, below) == stack.head

@@ -17,8 +17,7 @@ from workspace.core.errors import PatchDrift, SettingsError
 from workspace.core.files import read_regular
 from workspace.repo.git import Git, am
 from workspace.repo.git.am import SEPARATOR, Commit
-from workspace.repo.git.command import file_stems
-from workspace.repo.series import BASE_REF
+from workspace.repo.series import BASE_REF, file_stems
 
 TRAILER = "Upstream-Status"
 VOCABULARY = (

@@ -215,7 +215,7 @@ def _commits(
     if len(written) != len(found):
         written = [None] * len(found)
     named: dict[str, tuple[str, bytes | None]] = {}
-    stems = command.file_stems(commit.slug for commit in found)
+    stems = series.file_stems(commit.slug for commit in found)
     for stem, commit, content in zip(stems, found, written, strict=True):
         named[f"{stem}.patch"] = (commit.oid, content)
     return named

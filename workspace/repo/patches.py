@@ -120,7 +120,7 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
         state = State.MISSING if checkout.kind is Kind.MISSING else State.FOREIGN
         return Stack(state, checkout.base, checkout.head, None, None, wanted.names, ())
     git = Git(checkouts.folder_of(layout, pin))
-    standing = git.standing(checkout.head, checkout.base)
+    standing = history.standing(git, checkout.head, checkout.base)
     operation, tree = standing.operation, standing.tree
     expected = _expected_tree(layout, project, git, checkout.base, wanted.names)
     dirty = git.edits()
@@ -251,7 +251,7 @@ def _apply_in_checkout(
 
 def _check(project: str, git: Git, stack: Stack, base: str, tip: str) -> None:
     """Prove by count and tree that the commits are those of the series. Raises PatchDrift."""
-    made = git.slugs(base, tip)
+    made = series.file_stems(git.slugs(base, tip))
     if len(made) != len(stack.names):
         lost = [name for name in stack.names if name.removesuffix(".patch") not in made]
         raise PatchDrift(

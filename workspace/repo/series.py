@@ -1,8 +1,9 @@
 """The series file `patches/<project>/series`, and the state of the stack that it describes."""
 
 import enum
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,22 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 _SHOWN = 200
 # The line with which format-patch begins each message (git-format-patch(1), DISCUSSION).
 _MESSAGE = re.compile(rb"^From [0-9a-f]{40} Mon Sep 17 00:00:00 2001$", re.MULTILINE)
+
+# A series lists file names of up to 200 letters; `.patch` and a number of four digits are added.
+_LONGEST_STEM = 200 - len("-1000.patch")
+
+
+def file_stems(slugs: Iterable[str]) -> tuple[str, ...]:
+    """Return a name for the patch of each subject, given as `git log --format=%f` spells it.
+
+    Equal subjects are numbered, long ones cut, and one without an ASCII letter is called `patch`.
+    """
+    stems: list[str] = []
+    for slug in slugs:
+        stem = slug.lstrip("-.")[:_LONGEST_STEM].rstrip("-.") or "patch"
+        names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+        stems.append(next(name for name in names if name not in stems))
+    return tuple(stems)
 
 
 @dataclass(frozen=True)

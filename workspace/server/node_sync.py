@@ -27,7 +27,7 @@ from workspace.machine.link import Link
 from workspace.machine.machine import Machine
 from workspace.repo import checkout, patches
 from workspace.repo.git import Git
-from workspace.server.nodes import Node, Remote, read_nodes
+from workspace.server.nodes import Node, Remote, failed, look_there, message, read_nodes
 
 # A first command in a fresh clone makes the environment of the tools.
 FIRST_S = 600.0
@@ -173,7 +173,7 @@ def ask(remote: Remote, *, limit_s: float = 60.0) -> Facts:
     argv = ["./scripts/inv", "node.facts", "--interface", node.interface]
     done = remote.run(argv, limit_s=limit_s)
     sync = hints.text("server.node_sync", name=node.name)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    lines = message(done)
     if done.returncode == 127 or "can't cd" in done.stderr:
         raise NodeError(f"{node.name} has no clone in {node.folder}", hint=sync)
     if "node.facts" in done.stderr and done.returncode == 2:
@@ -181,11 +181,12 @@ def ask(remote: Remote, *, limit_s: float = 60.0) -> Facts:
     if done.returncode == 124:
         raise NodeError(f"{node.name} gave no answer in {limit_s:g} s")
     if done.returncode:
-        errors = [line for line in lines if line.startswith("error:")] or lines or ["no message"]
+        errors = [line for line in lines if line.startswith("error:")] or lines
         raise NodeError(f"{node.name}: {errors[0].removeprefix('error: ')}", hint=sync)
+    # Files of the node's shell may print a greeting before, and more after.
+    document = re.search(r"^\{$.*^\}$", done.stdout, re.DOTALL | re.MULTILINE)
     try:
-        # A start-up file of the node's shell may print a greeting before.
-        return records.decode(done.stdout[max(0, done.stdout.find("{")) :], Facts)
+        return records.decode(document[0] if document else done.stdout, Facts)
     except records.DecodeError as exc:
         raise NodeError(f"{node.name} reports no facts: {exc}", hint=sync) from exc
 
@@ -209,7 +210,7 @@ def compare(here: Facts, there: Facts, node: Node, clock_s: float) -> Iterator[R
     if there.edited or there.unsaved or there.has_commits:
         names = listed([*there.edited, *(f"vendor/vllm/{each}" for each in there.unsaved)])
         text = f"edited there: {names}" if names else "vendor/vllm has commits without a patch"
-        yield Row(State.WARN, f"{node.name} edits", text, hint=_look_there(node))
+        yield Row(State.WARN, f"{node.name} edits", text, hint=look_there(node))
     free = f"{there.free_memory_gib:g} GiB of memory, {there.free_disk_gib:g} GiB of disk"
     yield Row(State.OK, f"{node.name} free", free)
     yield from _link_rows(there, node)
@@ -245,11 +246,6 @@ def doctor_rows(machine: Machine) -> tuple[Row, ...]:
     return (*link.rows(observed, node.address), *link.fault_rows(driver, platform.release()))
 
 
-def _look_there(node: Node) -> str:
-    command = f"cd {Remote(node, {}).quoted()} && git status && git -C vendor/vllm status"
-    return hints.text("server.on_node", address=node.ssh, command=command)
-
-
 @dataclass(frozen=True)
 class _Sync:
     """A running sync: this clone, its facts, the other node, and the log."""
@@ -270,8 +266,7 @@ class _Sync:
         self.run_log.command(f"{self.name}: {script}")
         done = self.remote.shell(typed, limit_s=limit_s)
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-            raise NodeError(f"{self.name}: {lines[-1]}", hint=_look_there(self.remote.node))
+            raise failed(self.remote.node, done)
         return done.stdout
 
 
@@ -356,16 +351,18 @@ def _look(remote: Remote, outer: Git) -> str:
     done = remote.shell(script)
     if done.returncode == 3:
         return ""
-    if done.returncode:
+    if done.returncode == 4:
         raise NodeError(
             f"{node.name}: {node.folder} exists and is no clone",
             hint=hints.text("server.on_node", address=node.ssh, command=f"ls -la {folder}"),
         )
+    if done.returncode:
+        raise failed(node, done)
     # A start-up file of the node's shell may print a greeting before.
     found = re.search(r"^([0-9a-f]{40})\n([^\n]*)\n(.*)", done.stdout, re.DOTALL | re.MULTILINE)
     head, own, vllm = found.groups() if found else (_NO_COMMIT, "", "")
     if edited := [*_paths(own), *(f"vendor/vllm/{path}" for path in _paths(vllm))]:
-        raise NodeError(f"{node.name} has edits: {listed(edited)}", hint=_look_there(node))
+        raise NodeError(f"{node.name} has edits: {listed(edited)}", hint=look_there(node))
     if head == _NO_COMMIT:
         return ""
     if not outer.present([head]) or not outer.is_ancestor(head, outer.head() or ""):
@@ -387,7 +384,7 @@ def _send_commits(running: _Sync, head: str) -> str:
         f"{{ [ -e {folder}/.git ] || git init -q -b main {folder}; }} && mkdir -p {folder}/{SYNC}"
     )
     if made.returncode:
-        raise NodeError(f"{node.name}: {made.stderr.strip()}", hint=_look_there(node))
+        raise failed(node, made)
     with tempfile.TemporaryDirectory(prefix="inv-node-") as scratch:
         path = Path(scratch) / "workspace.bundle"
         lacking = ["HEAD", *([f"^{head}"] if head else [])]
@@ -396,8 +393,8 @@ def _send_commits(running: _Sync, head: str) -> str:
         )
         running.remote.copy(path, f"{SYNC}/{path.name}")
     running.there(
-        f"git fetch -q {SYNC}/workspace.bundle HEAD && git -c submodule.recurse=false merge -q"
-        " --ff-only FETCH_HEAD"
+        f"git fetch -q {SYNC}/workspace.bundle HEAD && git -c submodule.recurse=false"
+        " -c merge.verifySignatures=false merge -q --ff-only FETCH_HEAD"
     )
     return f"{(head or 'a new clone')[:12]} to {target[:12]}"
 
@@ -412,7 +409,7 @@ def _send_settings(running: _Sync, there: Facts) -> str:
             f"the .env of {node.name} has another {listed(differ)}, and stays as it is",
             hint=hints.text("server.on_node", address=node.ssh, command=command),
         )
-    is_new = "old" not in running.there("test ! -e .env || echo old")
+    is_new = "old" not in running.there("test ! -e .env || echo old").splitlines()
     missing = {name: text for name, text in ours.items() if name not in there.settings}
     if missing:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()

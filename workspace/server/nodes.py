@@ -16,6 +16,7 @@ from pathlib import Path
 from workspace.core import hints, process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import NodeError, SettingsError, ToolchainError
+from workspace.core.files import read_regular
 from workspace.core.process import Completed
 
 NODES = "nodes.toml"
@@ -97,7 +98,7 @@ def read_nodes(root: Path) -> Nodes:
     cannot be used.
     """
     try:
-        document = records.parse_toml((root / NODES).read_bytes())
+        document = records.parse_toml(read_regular(root / NODES))
     except FileNotFoundError:
         raise SettingsError(
             f"there is no {NODES}: this clone knows no other node",
@@ -255,3 +256,20 @@ def unreachable(node: Node, output: str) -> NodeError:
 
 def _by_hand(node: Node) -> str:
     return hints.text("server.ssh", address=node.ssh)
+
+
+def look_there(node: Node) -> str:
+    """Return the command that shows the states of both repositories on the node."""
+    command = f"cd {Remote(node, {}).quoted()} && git status -uall && git -C vendor/vllm status"
+    return hints.text("server.on_node", address=node.ssh, command=command)
+
+
+def message(done: Completed) -> list[str]:
+    """Return the lines of a command on a node that failed, or how it ended."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines or [process.describe_status(done.returncode)]
+
+
+def failed(node: Node, done: Completed) -> NodeError:
+    """Return the error for a command that failed in the clone of the node."""
+    return NodeError(f"{node.name}: {message(done)[-1]}", hint=look_there(node))

@@ -16,7 +16,7 @@ from typing import Literal
 from workspace.compile import scheduler
 from workspace.compile.costs import Cost, Entry, read_table
 from workspace.compile.scheduler import Bounds, Replayed
-from workspace.core import hints, records
+from workspace.core import records
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, WorkspaceError, counted
 from workspace.core.files import folder_beside, write_atomic
@@ -99,7 +99,6 @@ def checked(replayed: Replayed, bounds: Bounds) -> float:
         raise BuildError(
             f"{replayed.most_jobs} compilers and {replayed.most_gib:.1f} GiB at once; the"
             f" bounds are {bounds.jobs} and {bounds.budget_gib:g} GiB",
-            hint=hints.text("support.scheduler_defect"),
         )
     return replayed.seconds
 

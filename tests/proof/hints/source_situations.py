@@ -156,6 +156,24 @@ def commit_that_is_cut(user: User) -> None:
     user.follow("repo.whole_commit", *verb, put={"COMMIT": whole}, then=False)
 
 
+@runs("repo.source_release")
+def mirror_without_the_pinned_release(user: User) -> None:
+    mirror = user.root / ".workspace" / "mirror.git"
+    git(user.root, "clone", "--quiet", "--bare", str(user.world.materials.upstream), str(mirror))
+    other = git(mirror, "commit-tree", "-m", "Other", "HEAD^{tree}")
+    git(mirror, "update-ref", "HEAD", other)
+    for name in git(mirror, "for-each-ref", "--format=%(refname)").split():
+        if git(mirror, "rev-parse", name) != other:
+            git(mirror, "update-ref", "-d", name)
+    git(mirror, "reflog", "expire", "--expire=now", "--all")
+    git(mirror, "gc", "--quiet", "--prune=now")
+    user.world.env["VLLM_MIRROR"] = mirror.as_uri()
+    anew(user)
+    shutil.rmtree(user.root / ".git" / "modules", ignore_errors=True)
+    user.follow("repo.source_release", "bootstrap", "--source", "git", then=False)
+    assert user.world.status()["source"] == "ok"
+
+
 @runs("repo.heads")
 def upstream_without_a_branch_main(user: User) -> None:
     git_name(user)

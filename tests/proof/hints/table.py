@@ -242,17 +242,14 @@ _REASONS = {
         checks.only_named checks.origin checks.pytest_arguments checks.rebuild checks.server_log
         checks.timeout_or_fewer nox.upstream server.drop_caches_then server.ps_stuck""",
     "no situation yet of externals, sandboxes, device code, or a build without memory or disk": """
-        compile.defect compile.override_external compile.rebuild_target install.again_or_native
-        install.build_triton install.judge_archs install.members_lack install.rebuild_native
-        install.status_defect install.twice_in_dotenv support.scheduler_defect""",
+        compile.override_external install.again_or_native
+        install.build_triton install.judge_archs install.members_lack install.rebuild_native""",
     "it needs a bump of minutes, or one that was killed": """
         bump.checkout_former bump.rollback_or""",
-    "it needs a server of git that does not serve what it offers": """
-        repo.source_release""",
     "it needs a program that goes, or a file that changes, in the middle of a verb": """
         core.bootstrap_names repo.git_config""",
     "no situation was written yet": """
-        inv.env repo.by_hand_reword""",
+        repo.by_hand_reword""",
 }
 NOT_RUN = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 

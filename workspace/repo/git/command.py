@@ -1,4 +1,4 @@
-"""Git command lines: GitPython, the environment of each kind of call, and abandoned lock files.
+"""Git command lines: GitPython, the environment and the time limit of each kind of call.
 
 Read calls use the user's configuration, take no lock and never go online. Write calls ignore that
 configuration. Calls to a remote use the user's configuration (insteadOf, proxies, credentials) and
@@ -6,20 +6,20 @@ never prompt.
 """
 
 import contextlib
+import functools
 import hashlib
-import itertools
 import os
 import re
 import shlex
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-from workspace.core import hints, process
+from workspace.core import hints, lock, process
 from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, SourceError, ToolchainError, WorkspaceError
 from workspace.core.settings import Settings
@@ -58,23 +58,6 @@ def digest(entries: Entries) -> str:
     """Return the SHA-256 over sorted `mode oid path`."""
     text = "".join(f"{entries[path]} {path}\n" for path in sorted(entries))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-
-
-# A series lists file names of up to 200 letters; `.patch` and a number of four digits are added.
-_LONGEST_STEM = 200 - len("-1000.patch")
-
-
-def file_stems(slugs: Iterable[str]) -> tuple[str, ...]:
-    """Return a name for the patch of each subject, given as `git log --format=%f` spells it.
-
-    Equal subjects are numbered, long ones cut, and one without an ASCII letter is called `patch`.
-    """
-    stems: list[str] = []
-    for slug in slugs:
-        stem = slug.lstrip("-.")[:_LONGEST_STEM].rstrip("-.") or "patch"
-        names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
-        stems.append(next(name for name in names if name not in stems))
-    return tuple(stems)
 
 
 # What git prints when the program that it started (ssh, a helper) has printed the reason before.
@@ -192,89 +175,11 @@ def git_environment(*, offline: bool = True) -> dict[str, str]:
     return variables
 
 
-WAIT_S = 3.0
-QUIET_S = 1.0
-POLL_S = 0.1
-_NAMED = re.compile(
-    r"Unable to create '([^']+\.lock)': File exists|could not lock config file (.+?): File exists"
-)
-# Lock files at the top of the git directory. Locks of references are found by git's message.
-_AT_TOP = (
-    "index.lock",
-    "HEAD.lock",
-    "ORIG_HEAD.lock",
-    "REBASE_HEAD.lock",
-    "CHERRY_PICK_HEAD.lock",
-    "config.lock",
-    "shallow.lock",
-    "packed-refs.lock",
-)
-
-
-def remove_named_lock(message: str, folder: Path) -> bool:
-    """Remove the abandoned lock that a message of git in `folder` names.
-
-    Return False where the message names no lock, or a process holds it.
-    """
-    found = _NAMED.search(message)
-    if found is None:
-        return False
-    path = folder / (found[1] or f"{found[2]}.lock")
-    return _remove([path], folder)
-
-
-def remove_at_top(git_dir: Path, folder: Path) -> None:
-    """Remove abandoned locks of the git directory `git_dir`, whose files are in `folder`."""
-    _remove([git_dir / name for name in _AT_TOP], folder)
-
-
-def remove_packs(packs: Path, folder: Path) -> None:
-    """Remove unfinished packs of killed fetches from the folder `packs`.
-
-    Git does it too, after two weeks and when a gc is due (git-gc(1)).
-    """
-    _remove(list(packs.glob("tmp_*")), folder)
-
-
-def _remove(paths: Sequence[Path], folder: Path) -> bool:
-    """Watch the locks in parallel and remove the abandoned; return False if any lock stays."""
-    began = time.monotonic()
-    quiet_since = dict.fromkeys(paths, began)
-    while left := [path for path in paths if path.exists()]:
-        now = time.monotonic()
-        if now - began >= WAIT_S:
-            return False
-        for path in left:
-            if _is_held(path, folder):
-                quiet_since[path] = now
-            elif now - quiet_since[path] >= QUIET_S:
-                path.unlink(missing_ok=True)
-        time.sleep(POLL_S)
-    return True
-
-
-def _is_held(path: Path, folder: Path) -> bool:
-    """Return whether a visible process has the lock open, or is a git in this repository.
-
-    A process of another user is not visible.
-    """
-    import psutil
-
-    place, git_dir = os.path.realpath(folder), os.path.realpath(path.parent)
-    lock = os.path.join(git_dir, path.name)
-    for running in psutil.process_iter():
-        if running.pid == os.getpid():
-            continue
-        with contextlib.suppress(psutil.Error, OSError):
-            if running.name().startswith("git"):
-                cwd = running.cwd()
-                if any(cwd == top or cwd.startswith(f"{top}/") for top in (place, git_dir)):
-                    return True
-            if any(file.path == lock for file in running.open_files()):
-                return True
-    return False
-
-
+# After these a git hangs: a version takes milliseconds, the status of vLLM from a cold disk
+# seconds, the checkout of another release minutes.
+VERSION_S = 30.0
+LOOK_S = 120.0
+WRITE_S = 1800.0
 OnLine = Callable[[str], None]
 
 
@@ -312,7 +217,7 @@ class Command:
 
     def look(self, *args: str, check: bool = True) -> Answer:
         """Run a git command that only reads: no lock, no network."""
-        answer = self._git((*LOOKING_FLAGS, *args), LOOKING, check=check)
+        answer = self._git((*LOOKING_FLAGS, *args), LOOKING, check=check, limit_s=LOOK_S)
         # rev-parse fails where the user's safe.directory does not allow the folder.
         self._trusted |= args[0] == "rev-parse" and answer.status == 0
         return answer
@@ -329,13 +234,16 @@ class Command:
             self.look("rev-parse", "--git-dir")
         echo = shlex.join(["git", "-C", str(self.path), *args])
         with run_log.running(echo) if run_log else contextlib.nullcontext():
-            return self._git(args, git_environment() | dict(env or {}), check=check)
+            variables = git_environment() | dict(env or {})
+            return self._git(args, variables, check=check, limit_s=WRITE_S)
 
-    def _git(self, args: Sequence[str], env: Mapping[str, str], *, check: bool) -> Answer:
+    def _git(
+        self, args: Sequence[str], env: Mapping[str, str], *, check: bool, limit_s: float
+    ) -> Answer:
         # A lock that a killed git left is removed, and the command that met it is run again.
         for _ in range(3):
-            status, out, err = self._execute(args, env)
-            if status == 0 or not remove_named_lock(err, self.path):
+            status, out, err = self._execute(args, env, limit_s)
+            if status == 0 or not lock.remove_named(err, self.path):
                 break
         answer = Answer(status, out.decode(errors="surrogateescape"), err)
         if status != 0:
@@ -350,29 +258,35 @@ class Command:
         with tempfile.TemporaryFile() as file:
             file.write(text)
             file.seek(0)
-            status, out, err = self._execute((*LOOKING_FLAGS, *args), LOOKING, file)
+            status, out, err = self._execute((*LOOKING_FLAGS, *args), LOOKING, LOOK_S, file)
         if status != 0:
             self._raise_git_failure(Answer(status, "", err), args[0])
         return out
 
     def _execute(
-        self, args: Sequence[str], env: Mapping[str, str], file: BinaryIO | None = None
+        self,
+        args: Sequence[str],
+        env: Mapping[str, str],
+        limit_s: float,
+        file: BinaryIO | None = None,
     ) -> tuple[int, bytes, str]:
         """Run git without a guard: it ends by itself, and what it writes appears whole."""
         program = _gitpython()
         from git.exc import GitCommandNotFound
 
+        # GitPython would run in the caller's folder where the path is missing: -C fails.
+        argv = ["-C", str(self.path), *args]
         try:
-            # GitPython would run in the caller's folder where the path is missing: -C fails.
-            status, out, err = program().execute(
-                [executable(), "-C", str(self.path), *args],
-                istream=file,
-                env={**self._extra, **env},
-                with_extended_output=True,
-                with_exceptions=False,
-                stdout_as_string=False,
-                strip_newline_in_stdout=False,
-            )
+            with _bounded(_verb(args), limit_s):
+                status, out, err = program().execute(
+                    [executable(), *argv],
+                    istream=file,
+                    env={**self._extra, **env},
+                    with_extended_output=True,
+                    with_exceptions=False,
+                    stdout_as_string=False,
+                    strip_newline_in_stdout=False,
+                )
         except GitCommandNotFound as exc:
             raise _unusable(exc) from exc
         return status, out, err
@@ -459,8 +373,8 @@ class Command:
         )
         if folders.status == 0:
             git_dir, packs = map(Path, folders.out.splitlines())
-            remove_at_top(git_dir, self.path)
-            remove_packs(packs, self.path)
+            lock.remove_at_top(git_dir, self.path)
+            lock.remove_packs(packs, self.path)
 
 
 def _verb(args: Sequence[str]) -> str:
@@ -473,16 +387,53 @@ def executable() -> str:
     return _gitpython().GIT_PYTHON_GIT_EXECUTABLE or "git"
 
 
+@functools.cache
 def _gitpython() -> "type[gitpython.Git]":
     """Return GitPython's command interface, imported late because the import takes 0.1 s.
 
-    Raises ToolchainError where git is missing.
+    Raises ToolchainError where git is missing, fails, or does not answer.
     """
     try:
-        import git as gitpython
+        # The import runs `git version`.
+        with _bounded("version", VERSION_S):
+            import git as gitpython
     except ImportError as exc:
         raise _unusable(exc) from exc
     return gitpython.Git
+
+
+@contextlib.contextmanager
+def _bounded(verb: str, limit_s: float) -> Iterator[None]:
+    """Kill git, and what it started, after `limit_s` seconds. Raises NoAnswer.
+
+    GitPython has a limit for some of its calls, and kills git without what a wrapper started,
+    which keeps the output open. Every other program that a verb starts has a guard, in a process
+    group of its own.
+    """
+    is_over = threading.Event()
+
+    def end() -> None:
+        import psutil
+
+        is_over.set()
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getpgid(child.pid) == os.getpgrp():
+                    for each in (*child.children(recursive=True), child):
+                        each.kill()
+
+    watchdog = threading.Timer(limit_s, end)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    except Exception:
+        if not is_over.is_set():
+            raise
+    finally:
+        watchdog.cancel()
+    if is_over.is_set():
+        raise process.NoAnswer(f"{shutil.which('git')} {verb} gave no answer in {limit_s:g} s")
 
 
 def _unusable(exc: Exception) -> ToolchainError:

@@ -12,7 +12,7 @@ from workspace.core.console import RunLog
 from workspace.core.settings import Settings
 from workspace.repo.git import command
 from workspace.repo.git.command import split
-from workspace.repo.git.repository import Git
+from workspace.repo.git.repository import Git, operation_in
 from workspace.repo.git.worktree import try_on
 
 _ABSENT = "0" * 40
@@ -211,6 +211,27 @@ def last_move(git: Git) -> Move | None:
         return None
     (_, email, message), (before, _, _) = entries
     return Move(message, before, email == command.IDENTITY[1])
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The git operation that is under way, if any, the tree of a commit, and whether the commit is
+    its base or a descendant of it.
+    """
+
+    operation: str | None
+    tree: str
+    is_on_base: bool
+
+
+def standing(git: Git, commit: str, base: str) -> Standing:
+    """Return how a commit that the repository holds stands to another such commit."""
+    # The folder comes last: its name may have several lines.
+    query = ("rev-parse", f"{commit}^{{tree}}", f"{base}...{commit}", "--absolute-git-dir")
+    revisions, _, folder = git.look(*query).out.partition("/")
+    tree, *ends = revisions.split()
+    # The merge bases follow, each with a ^ (gitrevisions(7)).
+    return Standing(operation_in(Path(f"/{folder[:-1]}")), tree, f"^{base}" in ends)
 
 
 def forks(git: Git, first: str, second: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 
 from workspace.core import hints
 from workspace.core.console import RunLog
-from workspace.core.errors import CheckoutError
+from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.core.settings import Settings
 from workspace.repo.git import command
 from workspace.repo.git.command import Command, OnLine, split
@@ -47,17 +48,6 @@ class Gitlink:
     hidden: bool
 
 
-@dataclass(frozen=True)
-class Standing:
-    """The git operation that is under way, if any, the tree of a commit, and whether the commit is
-    its base or a descendant of it.
-    """
-
-    operation: str | None
-    tree: str
-    is_on_base: bool
-
-
 NO_BLOBS = ("partialclonefilter", "blob:none")
 
 
@@ -77,17 +67,24 @@ class Git(Command):
     def place(self, *commits: str) -> Place | None:
         """Find the repository, or None where the path is in none that has a working tree.
 
-        `commits`, as 40 hex, are looked for in it; none is fetched.
+        `commits`, as 40 hex, are looked for in it; none is fetched. Raises ToolchainError for a
+        wrapper of git whose output is not git's alone.
         """
         folders = ("--absolute-git-dir", "--show-toplevel")
         # A revision that names nothing is left out, and what follows it too.
         query = (*(f"--disambiguate={commit}" for commit in commits), *folders, "--revs-only")
         answer = self.look("rev-parse", *query, "HEAD^{commit}", check=False)
-        lines = answer.out.splitlines()
-        start = next((at for at, line in enumerate(lines) if line.startswith("/")), 0)
-        present, paths, head = lines[:start], lines[start : start + 2], lines[start + 2 :]
-        if answer.status != 0 or len(paths) != 2 or len(head) > 1:
+        if answer.status != 0:
             return None
+        lines = answer.out.splitlines()
+        start = next((at for at, line in enumerate(lines) if line.startswith("/")), len(lines))
+        present, paths, head = lines[:start], lines[start : start + 2], lines[start + 2 :]
+        if not set(present) <= set(commits) or len(paths) != 2 or len(head) > 1:
+            git = shutil.which("git")
+            raise ToolchainError(
+                f"{git} prints something else before its answer: {(lines or [''])[0]!r}",
+                hint=hints.text("core.list_file", path=git),
+            )
         return Place(Path(paths[0]), Path(paths[1]), head[0] if head else None, frozenset(present))
 
     def path_of(self, name: str) -> Path:
@@ -160,22 +157,13 @@ class Git(Command):
         )
 
     def slugs(self, base: str, tip: str) -> tuple[str, ...]:
-        """Return the stem of the patch file of each commit in base..tip, oldest first."""
+        """Return the slug of the subject of each commit in base..tip, oldest first."""
         log = ("log", "--reverse", "--no-show-signature", "--format=%f", f"{base}..{tip}", "--")
-        return command.file_stems(self.look(*log).out.splitlines())
+        return tuple(self.look(*log).out.splitlines())
 
     def under_way(self) -> str | None:
         """Return the git operation that waits to be continued or aborted, or None."""
-        return _operation(self.path_of("."))
-
-    def standing(self, commit: str, base: str) -> Standing:
-        """Return how a commit that the repository holds stands to another such commit."""
-        # The folder comes last: its name may have several lines.
-        query = ("rev-parse", f"{commit}^{{tree}}", f"{base}...{commit}", "--absolute-git-dir")
-        revisions, _, folder = self.look(*query).out.partition("/")
-        tree, *ends = revisions.split()
-        # The merge bases follow, each with a ^ (gitrevisions(7)).
-        return Standing(_operation(Path(f"/{folder[:-1]}")), tree, f"^{base}" in ends)
+        return operation_in(self.path_of("."))
 
     def edits(self) -> tuple[str, ...]:
         """Return the tracked paths whose content is not HEAD's, staged or not."""
@@ -461,7 +449,7 @@ def changed_paths(before: command.Entries, now: command.Entries) -> tuple[str, .
     return tuple(sorted(path for path in {*before, *now} if before.get(path) != now.get(path)))
 
 
-def _operation(git_dir: Path) -> str | None:
+def operation_in(git_dir: Path) -> str | None:
     return next((name for entry, name in _UNDER_WAY.items() if (git_dir / entry).exists()), None)
 
 

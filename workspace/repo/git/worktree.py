@@ -15,12 +15,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import hints, records
+from workspace.core import hints, lock, records
 from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, SourceError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.records import Document
-from workspace.repo.git import command
 from workspace.repo.git.command import first_line, split
 from workspace.repo.git.repository import Git
 
@@ -36,7 +35,7 @@ def bring(git: Git, store: Path, commit: str, ref: str, *, run_log: RunLog) -> N
     if is_kept(git, commit):
         git.set_ref(ref, commit)
         return
-    command.remove_packs(git.path_of("objects/pack"), git.path)
+    lock.remove_packs(git.path_of("objects/pack"), git.path)
     git.fetch_from(store, f"+{commit}:{ref}", run_log=run_log)
 
 
@@ -442,7 +441,7 @@ def _finish_move(git: Git, source: str, target: str, run_log: RunLog) -> bool:
     ):
         return False
     run_log.write(f"finishing the interrupted move of {git.path} to {target}")
-    command.remove_at_top(git.path_of("index").parent, git.path)
+    lock.remove_at_top(git.path_of("index").parent, git.path)
     git.read_index(target)
     for removed in (path for path in changed if path not in after):
         (git.path / removed).unlink(missing_ok=True)
