@@ -437,7 +437,7 @@ def serve_rank(
             lease.report_start()
             _follow(server, is_ready, held, settings, console)
         finally:
-            # Without a word: if the head is gone, the output has no reader.
+            # Nothing is printed: if the head is gone, the output has no reader.
             lifecycle.stop(server)
 
 

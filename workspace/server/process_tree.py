@@ -194,8 +194,8 @@ def remove_shared(names: Iterable[str]) -> None:
 def record_shared(ended: str, names: Iterable[str]) -> None:
     """Add files in /dev/shm that the server has mapped to their record, beside the file `ended`.
 
-    Once its processes are gone, only this record names them. The supervisor and whoever waits for
-    the server both look. An error (a full disk) is dropped: the server still ends.
+    Once its processes are gone, only this record names them. The supervisor and the process
+    that waits for the server both look. An error (a full disk) is dropped: the server still ends.
     """
     recorded = recorded_shared(ended)
     if not recorded.issuperset(names):

@@ -24,6 +24,12 @@ PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # What a clone needs of the state of the built one, beside .vllm and vendor.
 STATE = ("constraints.txt", "overrides.txt", "requirements.txt", "models", "tools")
 
+# A slow link with a short queue, where the kernel was built without netem.
+DISTURBANCES = (
+    "netem loss 20% delay 200ms 50ms",
+    "tbf rate 64kbit burst 1600 limit 6400",
+)
+
 
 class Machine:
     """One of the two nodes: its namespace, its end of the cable, its sshd and its clone."""
@@ -111,13 +117,20 @@ class Pair:
         """Plug the cable in, or pull it."""
         self.ip("-n", self.b.space, "link", "set", self.b.link, "up" if is_up else "down")
 
-    def disturb(self, *netem: str) -> None:
-        """Delay or drop packets to the head; without arguments, end that."""
-        root = ["dev", self.b.link, "root"]
-        subprocess.run(["tc", "-n", self.b.space, "qdisc", "del", *root], capture_output=True)
-        if netem:
-            argv = ["tc", "-n", self.b.space, "qdisc", "add", *root, "netem", *netem]
-            subprocess.run(argv, check=True, capture_output=True)
+    def disturb(self) -> None:
+        """Delay and drop packets to the head; print by what."""
+        for qdisc in DISTURBANCES:
+            argv = ["tc", "-n", self.b.space, "qdisc", "add", "dev", self.b.link, "root"]
+            done = subprocess.run([*argv, *qdisc.split()], capture_output=True, text=True)
+            if done.returncode == 0:
+                print(f"\npackets are lost by {qdisc}")
+                return
+        pytest.fail(f"tc cannot drop packets here: {done.stderr}")
+
+    def calm(self) -> None:
+        """End what `disturb` began."""
+        argv = ["tc", "-n", self.b.space, "qdisc", "del", "dev", self.b.link, "root"]
+        subprocess.run(argv, capture_output=True)
 
     def set_up(self) -> None:
         for each in self.both:

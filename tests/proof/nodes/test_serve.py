@@ -143,7 +143,7 @@ class Cycle:
 
     def lose_packets(self) -> None:
         self.loading(self.pair.a)
-        self.pair.disturb("loss", "20%", "delay", "200ms", "50ms")
+        self.pair.disturb()
         time.sleep(5)
         self.stop()
 
@@ -202,7 +202,7 @@ def test_nothing_is_left_on_either_node(pair: Pair, number: int, tmp_path: Path)
         cycle.front.kill()
         cycle.front.wait()
         pair.cable(is_up=True)
-        pair.disturb()
+        pair.calm()
         # What sshd keeps of a cut connection is the user's.
         killed(pair.b.sessions())
         for each in pair.both:
