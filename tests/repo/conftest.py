@@ -17,6 +17,7 @@ import pytest
 from tests.repo.shell import add_member, commit, export, sh_git, write
 from tests.repo.two_releases import Index, TwoReleases, build, serve
 from tests.repo.workspaces import HOSTILE, Workspace, write_config
+from tests.small.materials import commit_superproject
 from workspace.core import lock
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import PatchConflict
@@ -172,21 +173,8 @@ def _brief_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def superproject(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
     root = tmp_path_factory.mktemp("superproject")
-    sh_git(root, "init", "--quiet", "--initial-branch=main")
-    write(
-        root,
-        {
-            ".gitmodules": f'[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = {URL}\n',
-            ".gitignore": "/.workspace/\n",
-            "vendor/pins.toml": "pins\n",
-        },
-    )
-    (root / "vendor" / "vllm").mkdir()
-    sh_git(root, "add", "--all")
-    sh_git(
-        root, "update-index", "--add", "--cacheinfo", f"160000,{upstream.pin.commit},vendor/vllm"
-    )
-    sh_git(root, "commit", "--quiet", "--message", "workspace")
+    write(root, {".gitignore": "/.workspace/\n", "vendor/pins.toml": "pins\n"})
+    commit_superproject(root, upstream.pin.commit, URL)
     return root
 
 

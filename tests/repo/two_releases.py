@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.repo.shell import add_member, commit, export, sh_git, write
 from tests.repo.workspaces import HOSTILE, Workspace, write_config
+from tests.small.materials import commit_superproject
 from workspace.core.console import Console, RunLog
 from workspace.core.files import sha256
 from workspace.core.paths import Layout
@@ -300,7 +301,6 @@ def cloned(folder: Path, two_releases: TwoReleases, index: Index) -> Iterator[Wo
     """Yield a clone in `folder`: a superproject, pins and series, without a checkout."""
     root = folder / "clone"
     root.mkdir(parents=True)
-    sh_git(root, "init", "--quiet", "--initial-branch=main")
     write(
         root,
         {
@@ -309,23 +309,7 @@ def cloned(folder: Path, two_releases: TwoReleases, index: Index) -> Iterator[Wo
             "patches/triton/series": f"# base: {'1' * 40}\n",
         },
     )
-    write(
-        root,
-        {
-            ".gitmodules": (
-                '[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = https://nowhere.invalid\n'
-            )
-        },
-    )
-    sh_git(root, "add", "--all")
-    sh_git(
-        root,
-        "update-index",
-        "--add",
-        "--cacheinfo",
-        f"160000,{two_releases.pin.commit},vendor/vllm",
-    )
-    sh_git(root, "commit", "--quiet", "--message", "workspace")
+    commit_superproject(root, two_releases.pin.commit, "https://nowhere.invalid")
     layout, out, err = Layout(root), io.StringIO(), io.StringIO()
     environ = {
         "WORKSPACE_CACHE_DIR": str(folder / "cache"),

@@ -122,6 +122,20 @@ def git(folder: Path, *args: str, env: dict[str, str] | None = None) -> str:
     return done.stdout.strip()
 
 
+def commit_superproject(root: Path, commit: str, url: str) -> None:
+    """Commit the files of a folder as a clone without --recurse-submodules leaves a workspace: a
+    gitlink to a commit in the index, an empty folder in its place.
+    """
+    (root / ".gitmodules").write_text(
+        f'[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = {url}\n'
+    )
+    (root / "vendor" / "vllm").mkdir(parents=True)
+    git(root, "init", "--quiet")
+    git(root, "add", "--all")
+    git(root, "update-index", "--add", "--cacheinfo", f"160000,{commit},vendor/vllm")
+    git(root, "commit", "--quiet", "-m", "The workspace")
+
+
 @functools.cache
 def find_uv() -> Path:
     """The uv that this interpreter's environment or PATH has; the small world runs nothing else in

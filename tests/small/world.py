@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.small.index import View
-from tests.small.materials import ROOT, TAG, VERSION, Materials, git
+from tests.small.materials import ROOT, TAG, VERSION, Materials, commit_superproject, git
 from tests.small.processes import CommandLine
 from tests.small.wheels import MACHINES, sha256
 from workspace.core.paths import Layout
@@ -368,7 +368,7 @@ def _template(materials: Materials) -> Path:
     (layout.probes / "real_model.py").write_text(FIRST_TOKEN)
     _write_pins(layout, materials)
     _write_series(layout, materials)
-    _commit(layout, materials)
+    commit_superproject(root, materials.commit, materials.upstream.as_uri())
     return root
 
 
@@ -421,26 +421,6 @@ def _write_series(layout: Layout, materials: Materials) -> None:
     (folder / "series").write_text(
         f"# patches on vLLM, in order\n# base: {materials.commit}\n{materials.patch.name}\n"
     )
-
-
-def _commit(layout: Layout, materials: Materials) -> None:
-    """The superproject as a clone without --recurse-submodules leaves it: a gitlink in the index,
-    an empty folder in its place.
-    """
-    (layout.root / ".gitmodules").write_text(
-        f'[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = {materials.upstream.as_uri()}\n'
-    )
-    layout.vllm.mkdir(parents=True)
-    git(layout.root, "init", "--quiet")
-    git(layout.root, "add", "--all")
-    git(
-        layout.root,
-        "update-index",
-        "--add",
-        "--cacheinfo",
-        f"160000,{materials.commit},vendor/vllm",
-    )
-    git(layout.root, "commit", "--quiet", "-m", "The workspace")
 
 
 def _is_folder(path: Path) -> bool:
