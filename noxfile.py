@@ -75,6 +75,7 @@ PROOFS = {
     # One server at a time in this clone.
     "serve": ["tests/proof/serve", "-n", "0", "-s"],
     "smoke": ["tests/proof/smoke", "-n", "0"],
+    "spark": ["tests/proof/test_spark.py"],
     "triton": ["tests/proof/triton"],
     "upstream": ["tests/proof/upstream", "-n", "0"],
 }
@@ -231,7 +232,7 @@ def perf(session):
 
 @nox.session
 def spark(session):
-    """Run the acceptance on this machine, a DGX Spark: one page, one archive."""
+    """Run the acceptance of a DGX Spark: one page, one archive."""
     run_own(session, "spark", *session.posargs)
 
 

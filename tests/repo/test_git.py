@@ -14,6 +14,7 @@ from workspace.core.errors import BuildError, CheckoutError, SourceError, Toolch
 from workspace.core.process import NoAnswer
 from workspace.repo.git import Git, command, worktree
 from workspace.repo.git.command import first_line, refusal_of_disk
+from workspace.repo.git.repository import Standing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,6 +115,56 @@ def test_looking_rewrites_no_index_and_makes_no_file(tree: Git, snapshot: Snapsh
     tree.changed_files("HEAD")
     tree.under_way()
     assert snapshot(tree.path) == before
+
+
+def test_place_has_the_commits_that_are_there_also_before_the_first_one(
+    tree: Git, tmp_path: Path
+) -> None:
+    base, missing = tree.head() or "", "1" * 40
+    commit(tree.path, "one", {"README": "1"})
+    place = tree.place(missing, base)
+    assert place
+    assert (place.head, place.present) == (tree.head(), {base})
+    sh_git(tmp_path, "init", "--quiet", "empty")
+    unborn = Git(tmp_path / "empty").place(missing)
+    assert unborn
+    assert (unborn.top, unborn.head, unborn.present) == (tmp_path / "empty", None, set())
+    assert Git(tmp_path).place(base) is None
+
+
+def test_setting_is_written_once_however_its_name_is_spelled(tree: Git) -> None:
+    wanted = {"fetch.recurseSubmodules": "false", "submodule.vendor/A.b.url": "file:///x\ny"}
+    tree.set_settings(wanted)
+    file = tree.path / ".git" / "config"
+    os.utime(file, (1, 1))
+    before = file.stat()
+    tree.set_settings(wanted)
+    assert (file.stat().st_ino, file.stat().st_mtime) == (before.st_ino, 1)
+    tree.set_settings(wanted | {"fetch.recursesubmodules": "true"})
+    assert [tree.setting(key) for key in wanted] == ["true", "file:///x\ny"]
+
+
+def test_revisions_are_resolved_together_and_references_keep_what_they_name(tree: Git) -> None:
+    base = tree.head() or ""
+    commit(tree.path, "one", {"README": "1"})
+    assert tree.resolve_all("HEAD", "refs/none", "HEAD~1", "HEAD:README") == (
+        *(tree.head(), None, base, None),
+    )
+    tree.set_refs({"refs/patches/tip": base, "refs/patches/base": base})
+    tree.set_refs({"refs/patches/tip": tree.head() or "", "refs/patches/base": base})
+    assert tree.resolve_all("refs/patches/tip", "refs/patches/base") == (tree.head(), base)
+
+
+def test_standing_is_on_the_base_or_beside_it_during_an_operation(tree: Git) -> None:
+    base = tree.head() or ""
+    commit(tree.path, "one", {"README": "1"})
+    tip = tree.head() or ""
+    assert tree.standing(base, base) == Standing(None, tree.tree(base), is_on_base=True)
+    assert tree.standing(tip, base) == Standing(None, tree.tree(tip), is_on_base=True)
+    (tree.path / ".git" / "MERGE_HEAD").touch()
+    assert tree.standing(base, tip) == Standing("merge", tree.tree(base), is_on_base=False)
+    other = sh_git(tree.path, "commit-tree", "-m", "unrelated", f"{base}^{{tree}}").strip()
+    assert not tree.standing(other, base).is_on_base
 
 
 def test_failure_has_the_type_of_the_caller_and_gits_own_message(tmp_path: Path) -> None:

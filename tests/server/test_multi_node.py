@@ -6,20 +6,24 @@ for ssh.
 import io
 import json
 import shlex
+import signal
 import socket
 import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from tests.server.test_request import Request
-from tests.server.test_server import launch
+from tests.server.test_request import MODEL, Request, fill
+from tests.server.test_server import launch, until
 from tests.small import ssh
+from tests.small.world import World
+from workspace.core import records
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.settings import load
-from workspace.server import lifecycle, multi_node, observation, verbs
+from workspace.server import lifecycle, multi_node, node_link, observation, verbs
 from workspace.server.flags import ServeOptions
 from workspace.server.multi_node import Rank, Report
 from workspace.server.nodes import Node
@@ -40,7 +44,9 @@ ssh = "c"
 folder = "/c"
 """
 RANK = Rank(1, 2, "127.0.0.1", 29501, "127.0.0.2", "lo")
-SAME = Report("tree", {"torch": "2.13.0"}, "cpu", "the model fits", True, {"VLLM_HOST_IP": "1"})
+SAME = Report(
+    "tree", "digest", "", {"torch": "2.13.0"}, "cpu", "the model fits", True, {"VLLM_HOST_IP": "1"}
+)
 # Flags of the pinned tree that a server over nodes needs.
 FLAGS = (
     "tensor-parallel-size pipeline-parallel-size data-parallel-size nnodes node-rank master-addr"
@@ -49,17 +55,23 @@ FLAGS = (
 )
 
 
-@pytest.fixture
-def request_(tmp_path: Path) -> Request:
-    made = Request(tmp_path)
-    source = made.clone.layout.vllm / "vllm" / "engine" / "arg_utils.py"
+def write_flags(source: Path, *names: str) -> None:
+    """Add flags to the file in which the tree defines them."""
     switches = ("headless", "enforce-eager")
     lines = [
         f'    parser.add_argument("--{name}"'
         + (', action="store_true")' if name in switches else ")")
-        for name in FLAGS.split()
+        for name in names
     ]
-    source.write_text("\n".join([source.read_text(), *lines, ""]))
+    former = source.read_text() if source.exists() else "def make(parser):"
+    source.parent.mkdir(exist_ok=True)
+    source.write_text("\n".join([former, *lines, ""]))
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> Request:
+    made = Request(tmp_path)
+    write_flags(made.clone.layout.vllm / "vllm" / "engine" / "arg_utils.py", *FLAGS.split())
     (made.clone.layout.root / "nodes.toml").write_text(NODES)
     return made
 
@@ -209,6 +221,8 @@ def test_node_that_is_not_fit_for_its_rank_is_named(
     ("changed", "sentence"),
     [
         ({"tree": "other"}, "node b differs from a: vendor/vllm: tree, other"),
+        ({"libraries": "other"}, "compiled files: digest, other"),
+        ({"edits": "vllm/x.py"}, "edits: none, vllm/x.py"),
         ({"packages": {"torch": "2.12.0"}}, "torch: 2.13.0, 2.12.0"),
         ({"device": "cuda"}, "device: cpu, cuda"),
         ({"reach": "it cannot reach 127.0.0.1"}, "node b: it cannot reach 127.0.0.1"),
@@ -261,3 +275,64 @@ def test_status_of_another_node_shows_the_rank_that_it_runs(request_: Request) -
             server = lifecycle.mark_ready(server)
     finally:
         lifecycle.stop(server, at_once=True)
+
+
+PROGRAM = """
+import mmap, os, sys, time
+path = f"/dev/shm/rank-{os.getpid()}"
+with open(path, "w+b") as file:
+    file.truncate(4096)
+    shared = mmap.mmap(file.fileno(), 4096)
+print(path, *sys.argv[1:], flush=True)
+time.sleep(60)
+"""
+
+
+def test_verb_of_a_rank_reports_what_it_would_run_and_runs_until_its_lease_ends(
+    built: World, tmp_path: Path
+) -> None:
+    package = built.layout.vllm / "vllm"
+    write_flags(package / "engine" / "arg_utils.py", "model", "port", "host", *FLAGS.split())
+    envs = package / "envs.py"
+    known = '"VLLM_HOST_IP": lambda: None,\n    "MAX_JOBS"'
+    envs.write_text(envs.read_text().replace('"MAX_JOBS"', known, 1))
+    model = fill(tmp_path / "model", MODEL)
+    with socket.create_server(("127.0.0.1", 0)) as meeting:
+        rank = replace(RANK, port=meeting.getsockname()[1])
+        argv = ["serve.rank", str(model), f"--rank={rank.argument}"]
+        with multi_node.answering(meeting):
+            ended = built.run(*argv, "--check")
+    assert ended.code == 0, ended.output
+    report = records.decode(ended.out, Report)
+    assert (report.reach, report.device, report.has_weights) == ("", "cpu", True)
+    assert report.edits == "vllm/envs.py"
+    assert report.libraries
+    assert report.variables["VLLM_HOST_IP"] == "127.0.0.2"
+
+    program = built.layout.environment / "bin" / "vllm"
+    program.write_text(f"#!{sys.executable}\n{PROGRAM}")
+    program.chmod(0o755)
+    with subprocess.Popen(
+        built.argv(*argv),
+        env=built.env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as child:
+        assert child.stdin
+        assert child.stdout
+        assert child.stderr
+        lines = iter(child.stdout.readline, b"")
+        assert node_link.MARK in lines
+        path, *typed = next(line for line in lines if line.strip()).decode().split()
+        assert "--headless" in typed
+        assert typed[typed.index("--node-rank") + 1] == "1"
+        child.stdin.write(node_link.MARK)
+        child.stdin.flush()
+        until(lambda: '"ready"' in built.run("serve.status", "--json").out)
+        # The head is gone.
+        child.stdin.close()
+        errors = child.stderr.read()
+        assert child.wait(30) == 128 + signal.SIGTERM, errors
+    assert not Path(path).exists()
+    assert json.loads(built.run("serve.status", "--json").out)["servers"] == []

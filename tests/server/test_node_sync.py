@@ -91,6 +91,7 @@ def test_sync_makes_a_second_clone_that_is_equal(built: World, pair: Path) -> No
     ended = built.run(*rows(built)["b"][2].removeprefix("./scripts/inv ").split())
     assert ended.code == 0, ended.output
     assert "b | " in ended.err
+    assert ended.err.endswith("b has the state of this clone\n")
     shown = rows(built)
     for fact in ("workspace", "pin", "tree", "layers", "libraries", "kernels", "torch", "python"):
         assert shown[f"b {fact}"][0] == "ok", shown
@@ -128,7 +129,7 @@ def test_sync_makes_a_second_clone_that_is_equal(built: World, pair: Path) -> No
     (pair / "clone" / ".env").write_text(written.replace("release", "git"))
     ended = built.run("node.sync", "b")
     assert "the .env of b has another SOURCE, and stays as it is" in ended.error(13)
-    (pair / "clone" / ".env").write_text(written)
+    (pair / "clone" / ".env").write_text("HF_HOME=/theirs")
 
     # A new commit here is a difference with the command that ends it.
     commit(built.root, "ours", "new\n")
@@ -138,6 +139,9 @@ def test_sync_makes_a_second_clone_that_is_equal(built: World, pair: Path) -> No
     ended = built.run("node.sync", "b")
     assert ended.code == 0, ended.output
     assert (pair / "clone" / "ours").read_text() == "new\n"
+    written = (pair / "clone" / ".env").read_text()
+    assert written.startswith("HF_HOME=/theirs\n")
+    assert "SOURCE=release\n" in written
 
 
 def test_sync_refuses_what_no_commit_or_patch_has(built: World, pair: Path) -> None:

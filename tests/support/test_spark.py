@@ -26,7 +26,7 @@ from workspace.core.errors import ToolchainError
 from workspace.core.paths import Layout
 from workspace.machine.machine import Machine
 from workspace.support import spark, spark_parts
-from workspace.support.spark_parts import NAMES, PARTS
+from workspace.support.spark_parts import NAMES, PARTS, Figures, Need, Part, Trial, Watch
 
 SECONDS = 120.0
 
@@ -187,21 +187,6 @@ def require_cost_table(clone: World) -> None:
     assert "was measured on another machine: riscv64-3-cores" in sentence
 
 
-def test_killed_run_resumes_between_and_within_parts(clone: World) -> None:
-    assert session(clone, "--yes", "--only", "doctor").code == 0
-    first = record(clone)["parts"]["doctor"]
-    child = started(clone, "--yes", "--only", "doctor", "--only", "bootstrap", "--only", "quick")
-    own = Layout(clone.layout.state / "spark" / "clone")
-    wait_for((own.environment / "pyvenv.cfg").exists)
-    clone.kill(child)
-    assert set(record(clone)["parts"]) == {"doctor"}
-    ended = session(clone, "--yes", "--only", "doctor", "--only", "bootstrap", "--only", "quick")
-    assert ended.code == 0, ended.output
-    found = record(clone)["parts"]
-    assert found["doctor"] == first
-    assert found["bootstrap"]["result"] == found["quick"]["result"] == "passed"
-
-
 def test_interrupt_leaves_no_process_and_names_what_is_kept(clone: World) -> None:
     child = started(clone, "--yes", "--only", "bootstrap")
     own = Layout(clone.layout.state / "spark" / "clone")
@@ -215,28 +200,6 @@ def test_interrupt_leaves_no_process_and_names_what_is_kept(clone: World) -> Non
     assert record(clone)["parts"] == {}
     ended = followed(clone, Ended(130, "", err), "--yes", "--only", "doctor")
     assert ended.code == 0, ended.output
-
-
-def test_failed_part_is_on_the_page_with_its_figures_and_runs_again(clone: World) -> None:
-    ended = session(clone, "--without", "bootstrap", "--only", "quick", "--yes")
-    assert "which the part bootstrap builds" in ended.error(2)
-    assert followed(clone, ended, "--yes").code == 0
-    ended = session(clone, "--yes", "--only", "rollback")
-    assert "1 part failed: rollback: there is no known-good state" in ended.error(7)
-    hint = record(clone)["parts"]["rollback"]["hint"]
-    parity = clone.layout.probes / "parity.py"
-    good = parity.read_text()
-    parity.write_text(good.replace("equal = 0 if", "equal = 1 if True else 0 if"))
-    ended = session(clone, "--yes", "--only", "quick")
-    assert "1 part failed: quick" in ended.error(7)
-    page = (folder(clone) / "page.md").read_text()
-    assert "| quick: the smoke, twice | **failed**: " in page
-    assert "| smoke quick, first time | " in page
-    assert record(clone)["parts"]["quick"]["result"] == "failed"
-    parity.write_text(good)
-    ended = followed(clone, Ended(7, "", f"hint: {hint}"), "--yes")
-    assert ended.code == 0, ended.output
-    assert record(clone)["parts"]["quick"]["result"] == "passed"
 
 
 @pytest.mark.parametrize("field", ["machine", "pin"])
@@ -273,6 +236,20 @@ def test_parts_without_memory_are_refused_before_anything_runs(clone: World) -> 
 def acceptance(world: World) -> spark.Acceptance:
     loaded = settings.load(world.layout)
     return spark._begin(Machine(world.layout, loaded), spark.SparkOptions())
+
+
+def test_part_whose_command_exits_with_6_is_lacking_on_this_machine(clone: World) -> None:
+    def work(trial: Trial) -> Figures:
+        return {"of a clone without a build": trial.inv("serve", "tiny", "--dry-run").out}
+
+    own, need = acceptance(clone), Need(1, 0, 0)
+    own.trial.folder.mkdir(parents=True)
+    with Watch(own.trial) as watch:
+        found = spark._judged(own, Part("serve", "a server", need, need, work), watch)
+    sentence = (
+        "inv serve tiny --dry-run exited with 6: no command line can be read from vendor/vllm"
+    )
+    assert found == ("lacking", sentence, "./scripts/inv bootstrap", {})
 
 
 def test_disk_that_is_too_small_is_refused_with_figures(

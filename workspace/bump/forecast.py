@@ -352,7 +352,7 @@ def _blockers(machine: Machine, made: Forecast) -> list[Row]:
         change.topic == "precompiled" and change.name.startswith("cpu") == (case.device == "cpu")
         for change in made.changes
     )
-    is_hybrid = machine.settings.text("KERNELS") == "auto" and any(
+    is_hybrid = precompiled.follows_sources(machine.settings) and any(
         change.name.startswith(changes.SINCE_BASE) and change.where for change in made.changes
     )
     is_native = precompiled.is_native(machine.settings)

@@ -283,8 +283,7 @@ def finish_move(
         facts = redo_log.facts
         _keep_environment(layout, facts, environment, discarded)
         move_tree(layout, facts["tip"], wanted.head, run_log)
-        git.set_ref(TIP_REF, wanted.head)
-        git.set_ref(BASE_REF, wanted.base)
+        git.set_refs({TIP_REF: wanted.head, BASE_REF: wanted.base})
         if os.path.lexists(environment):
             os.rename(environment, layout.environment)
         _exchange_products(layout, facts, known_good.kernels(layout, wanted.name))
@@ -408,7 +407,7 @@ def apply_series(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
     if tree.head() == base and names:
         with stages.step(run_log, "patches") as view:
             _run_am(bump_sandbox, tree, names, run_log)
-            made = series.file_stems(tree.slugs(base, "HEAD"))
+            made = series.stems_of(tree, base, "HEAD")
             gone = [name for name in names if name.removesuffix(".patch") not in made]
             view.reason = f"{len(made)} of {len(names)} on {bump_sandbox.pin.tag}" + (
                 f"; upstream has {', '.join(gone)}" if gone else ""

@@ -132,8 +132,7 @@ def _move_tree(layout: Layout, settings: Settings, pin: Pin, new: Pin, run_log: 
         history.complete_range(tree, pin.commit, new.commit, settings, run_log=run_log)
         view.reason = new.commit[:12]
     tip = _apply_series(layout, tree, new.commit)
-    tree.set_ref("refs/patches/tip", tip)
-    tree.set_ref("refs/patches/base", new.commit)
+    tree.set_refs({"refs/patches/tip": tip, "refs/patches/base": new.commit})
     if tree.head() != tip:
         tree.check_out(tip, settings=settings, run_log=run_log, on_line=lambda line: None)
 

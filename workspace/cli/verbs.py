@@ -159,10 +159,15 @@ def status(_: Context, json: bool = False) -> None:
 def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     """Check machine, toolchain, GPU, network; print hints."""
     from workspace.install import status
-    from workspace.server import node_sync
 
     machine = main.machine()
-    more = node_sync.doctor_rows(machine)
+    if (machine.layout.root / "nodes.toml").exists():
+        # A clone without other nodes does not pay for the import.
+        from workspace.server import node_sync
+
+        more = node_sync.doctor_rows(machine)
+    else:
+        more = ()
     status.show_doctor(machine, console=main.console(), as_json=json, offline=offline, more=more)
 
 

@@ -23,7 +23,7 @@ from workspace.core.console import Console, State, Step
 from workspace.core.errors import BuildError, SettingsError, ToolchainError, counted
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
-from workspace.install import bundle, plan, stages, stamp, status
+from workspace.install import bundle, plan, precompiled, stages, stamp, status
 from workspace.machine import check, doctor, interpreter, jit_caches, run_environment
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git, worktree
@@ -415,7 +415,7 @@ def _with_kept_kernels(
     The stamp names the wheel from which a library that was lost is installed again.
     """
     for item in manifest.items:
-        if settings.text("KERNELS") == str(folder / item.name):
+        if precompiled.is_named(settings, folder / item.name):
             kept = layout.bundles / item.name
             if not kept.is_file() or files.sha256(kept) != item.sha256:
                 with files.folder_beside(kept) as scratch:

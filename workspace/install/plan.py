@@ -4,6 +4,7 @@ Reads pins, checkout, environment and stamps and changes nothing. Bootstrap acts
 status shows it, and smoke refuses a stale build.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,19 +54,24 @@ class RebuildOptions:
 
 
 class Tree:
-    """The working content of vendor/vllm at one moment: each part is read once, when it is first
+    """The inputs of a build in vendor/vllm at one moment: they are read once, when one is first
     needed.
     """
 
     def __init__(self, git: Git) -> None:
         self.git = git
-        self._read: dict[tuple[str, ...], Entries] = {}
+        self._read: Entries | None = None
 
     def entries(self, paths: tuple[str, ...]) -> Entries:
-        """Return `mode oid` by path of the files below `paths`."""
-        if paths not in self._read:
-            self._read[paths] = self.git.entries(paths, None)
-        return self._read[paths]
+        """Return `mode oid` by path of the files below `paths`, which are among DIGESTS."""
+        if self._read is None:
+            self._read = self.git.entries(sorted({*itertools.chain(*DIGESTS.values())}), None)
+        below = tuple(f"{path}/" for path in paths)
+        return {
+            name: entry
+            for name, entry in self._read.items()
+            if name in paths or name.startswith(below)
+        }
 
     def digest(self, paths: tuple[str, ...]) -> str:
         """Return one digest of the files below `paths`, as Git.digest does."""

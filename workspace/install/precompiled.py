@@ -181,9 +181,19 @@ def is_native(settings: Settings) -> bool:
     return settings.text("KERNELS") == "native"
 
 
+def follows_sources(settings: Settings) -> bool:
+    """Return whether KERNELS lets changed sources decide what is compiled."""
+    return settings.text("KERNELS") == "auto"
+
+
+def is_named(settings: Settings, wheel: Path) -> bool:
+    """Return whether KERNELS is the path of this wheel."""
+    return settings.text("KERNELS") == str(wheel)
+
+
 def repeated(settings: Settings, source: KernelSource | None) -> Settings:
     """Return settings that compile every library if `source` did and KERNELS does not decide."""
-    if source is None or not source.is_native or settings.text("KERNELS") != "auto":
+    if source is None or not source.is_native or not follows_sources(settings):
         return settings
     return replace(settings, values={**settings.values, "KERNELS": Value("native", "flag")})
 

@@ -46,17 +46,6 @@ class Link:
     firewall: str
     keeps_ipc: bool
 
-    @property
-    def text(self) -> str:
-        """Speed, MTU and RDMA devices, as a person reads them."""
-        speed = f"{self.speed_mbps / 1000:g} Gb/s" if self.speed_mbps else "speed unknown"
-        return f"{self.interface} {self.state}, {speed}, MTU {self.mtu or 'unknown'}"
-
-    @property
-    def memlock(self) -> str:
-        is_unlimited = self.memlock_bytes == UNLIMITED
-        return "unlimited" if is_unlimited else f"{self.memlock_bytes / (1 << 20):g} MiB"
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -165,26 +154,7 @@ def _keeps_ipc(root: Path) -> bool:
 
 def rows(link: Link, address: str) -> Iterator[Row]:
     """Yield the doctor's rows of a node's end of the link, whose address is `address`."""
-    why, hint = "", None
-    state = State.OK
-    text = link.text
-    if link.state != "up":
-        state = State.FAIL
-        why = "there is no such interface" if link.state == "missing" else "the cable or the port"
-        hint = hints.text("machine.list_links")
-    elif address not in link.addresses:
-        state, text = State.FAIL, f"{text}; it does not have the address {address}"
-        why = f"it has {', '.join(link.addresses) or 'none'}"
-        hint = hints.text("machine.add_address", address=address, interface=link.interface)
-    elif link.is_default_route:
-        state, text = State.WARN, f"{text}; it carries the default route, too"
-        why = "one interface for both roles: the model's traffic and all other share it"
-        hint = hints.text("machine.list_links")
-    elif link.speed_mbps and link.speed_mbps < SLOW_MBPS:
-        state = State.WARN
-        why = "a Spark's ConnectX-7 port has 200 Gb/s: is this the interface of that cable?"
-        hint = hints.text("machine.list_links")
-    yield Row(state, "link", text, why, hint)
+    yield _interface(link, address)
     yield _rdma(link)
     yield _memlock(link)
     yield _firewall_row(link)
@@ -196,6 +166,26 @@ def rows(link: Link, address: str) -> Iterator[Row]:
             "workers that were started over ssh then hang (eugr/spark-vllm-docker#352)",
             hints.text("machine.linger"),
         )
+
+
+def _interface(link: Link, address: str) -> Row:
+    speed = f"{link.speed_mbps / 1000:g} Gb/s" if link.speed_mbps else "speed unknown"
+    text = f"{link.interface} {link.state}, {speed}, MTU {link.mtu or 'unknown'}"
+    hint = hints.text("machine.list_links")
+    if link.state != "up":
+        why = "there is no such interface" if link.state == "missing" else "the cable or the port"
+        return Row(State.FAIL, "link", text, why, hint)
+    if address not in link.addresses:
+        why = f"it has {', '.join(link.addresses) or 'none'}"
+        hint = hints.text("machine.add_address", address=address, interface=link.interface)
+        return Row(State.FAIL, "link", f"{text}; it does not have the address {address}", why, hint)
+    if link.is_default_route:
+        why = "one interface for both roles: the model's traffic and all other share it"
+        return Row(State.WARN, "link", f"{text}; it carries the default route, too", why, hint)
+    if link.speed_mbps and link.speed_mbps < SLOW_MBPS:
+        why = "a Spark's ConnectX-7 port has 200 Gb/s: is this the interface of that cable?"
+        return Row(State.WARN, "link", text, why, hint)
+    return Row(State.OK, "link", text)
 
 
 def _rdma(link: Link) -> Row:
@@ -212,20 +202,22 @@ def _rdma(link: Link) -> Row:
 
 
 def _memlock(link: Link) -> Row:
+    if link.memlock_bytes == UNLIMITED:
+        return Row(State.OK, "memlock", "unlimited")
+    text = f"{link.memlock_bytes / (1 << 20):g} MiB"
+    if not link.rdma:
+        return Row(State.OK, "memlock", text)
     why = "RDMA locks the memory that it sends from: NCCL fails with ENOMEM"
-    is_short = bool(link.rdma) and link.memlock_bytes != UNLIMITED
-    state, hint = (State.WARN, hints.text("machine.memlock")) if is_short else (State.OK, None)
-    return Row(state, "memlock", link.memlock, why, hint)
+    return Row(State.WARN, "memlock", text, why, hints.text("machine.memlock"))
 
 
 def _firewall_row(link: Link) -> Row:
     if not link.firewall:
         return Row(State.OK, "firewall", "neither ufw nor firewalld is on")
-    interface = link.interface
     hint = (
-        hints.text("machine.ufw_allow", interface=interface)
+        hints.text("machine.ufw_allow", interface=link.interface)
         if link.firewall == "ufw"
-        else hints.text("machine.firewalld_allow", interface=interface)
+        else hints.text("machine.firewalld_allow", interface=link.interface)
     )
     why = "the nodes of one model talk on ports that the system chooses"
     return Row(State.WARN, "firewall", f"{link.firewall} is on", why, hint)

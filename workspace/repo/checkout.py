@@ -127,18 +127,12 @@ def observe(layout: Layout, pin: Pin) -> Checkout:
     if not os.path.lexists(path / ".git"):
         return Checkout(Kind.FOREIGN, None, None, "not a git checkout")
     repository = Git(path)
-    place = repository.place()
+    known = {pin.commit: Kind.GIT} | ({pin.archive.commit: Kind.RELEASE} if pin.archive else {})
+    place = repository.place(*known)
     # Where .git is no repository, git finds that of the workspace, further up.
     if place is None or place.top.resolve() != path.resolve():
         return Checkout(Kind.FOREIGN, None, None, "a folder whose .git is not a repository")
-    return _observe_repository(repository, pin)
-
-
-def _observe_repository(repository: Git, pin: Pin) -> Checkout:
-    head = repository.head()
-    known = {pin.commit: Kind.GIT} | ({pin.archive.commit: Kind.RELEASE} if pin.archive else {})
-    present = repository.present(tuple(known))
-    bases = [commit for commit in known if commit in present]
+    head, bases = place.head, [commit for commit in known if commit in place.present]
     if len(bases) > 1 and head:
         # A release checkout into which the user fetched upstream holds both.
         bases.sort(key=lambda commit: not repository.is_ancestor(commit, head))
@@ -192,8 +186,8 @@ def protect(layout: Layout, *, run_log: RunLog | None = None) -> None:
     outer = superproject(layout)
     if outer is None:
         return
-    for key in ("fetch.recurseSubmodules", "submodule.recurse"):
-        outer.set_setting(key, "false", run_log=run_log)
+    keys = ("fetch.recurseSubmodules", "submodule.recurse")
+    outer.set_settings(dict.fromkeys(keys, "false"), run_log=run_log)
     path = layout.relative(layout.vllm)
     if not os.path.lexists(layout.vllm / ".git"):
         return
@@ -341,8 +335,8 @@ def _link_submodule(layout: Layout, pin: Pin, made: Git, modules: Path) -> None:
     outer = superproject(layout)
     name = layout.relative(path)
     if outer:
-        outer.set_setting(f"submodule.{name}.url", made.setting("remote.origin.url") or pin.url)
-        outer.set_setting(f"submodule.{name}.active", "true")
+        url = made.setting("remote.origin.url") or pin.url
+        outer.set_settings({f"submodule.{name}.url": url, f"submodule.{name}.active": "true"})
 
 
 def _modules(layout: Layout, pin: Pin) -> Path | None:

@@ -167,8 +167,7 @@ def finish(layout: Layout, prepared: Prepared) -> Export:
     _write(folder, plan)
     # Last: after a kill the stack is still that of the last export, and the new files do not count
     # as a newer series.
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(git.set_ref, (TIP_REF, BASE_REF), (prepared.head, prepared.base)))
+    git.set_refs({TIP_REF: prepared.head, BASE_REF: prepared.base})
     return _done(layout, prepared, kept_copies)
 
 
@@ -312,7 +311,7 @@ def _former(git: Git) -> Mapping[str, bytes]:
 
     There are none where git cannot make them.
     """
-    base, tip = git.resolve(BASE_REF), git.resolve(TIP_REF)
+    base, tip = git.resolve_all(BASE_REF, TIP_REF)
     if not base or not tip or base == tip:
         return {}
     with contextlib.suppress(PatchDrift, CheckoutError):

@@ -14,7 +14,7 @@ from workspace.core.paths import Layout
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, patches, pins, series
 from workspace.repo.checkout import Checkout
-from workspace.repo.git import Git, am, command, repository, worktree
+from workspace.repo.git import Git, am, command, history, worktree
 from workspace.repo.git.command import first_line
 from workspace.repo.pins import Pin
 from workspace.repo.series import BASE_REF, LEFT_REF, TIP_REF, Stack, State
@@ -123,7 +123,7 @@ def _pin_moved(git: Git, shown: str, old: str | None, tip: str | None, stack: St
 
 def _head_moved(git: Git, shown: str, head: str, base: str, tip: str, stack: Stack) -> Row | None:
     """Return the row of a HEAD that another program moved away from the stack, or None."""
-    move = repository.last_move(git)
+    move = history.last_move(git)
     # A rebase or a commit is the user's work on the stack, as is a reset within it. A move by
     # submodule.recurse has no message.
     others = ("checkout:",) if stack.state is State.UNEXPORTED else ("checkout:", "reset:")
@@ -279,8 +279,7 @@ def resume(
     # After another resolution than the series has, the next export sets these references. Set now,
     # they would make that export take the patch file for newer than its commit.
     if stack.state is State.APPLIED and stack.base and stack.head and stack.head != stack.base:
-        git.set_ref(TIP_REF, stack.head)
-        git.set_ref(BASE_REF, stack.base)
+        git.set_refs({TIP_REF: stack.head, BASE_REF: stack.base})
     return stack
 
 

@@ -16,7 +16,7 @@ from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
 from workspace.repo import series
 from workspace.repo.checkout import Checkout, Kind
-from workspace.repo.git import Git, am, repository, worktree
+from workspace.repo.git import Git, am, history, repository, worktree
 from workspace.repo.pins import Pin
 from workspace.repo.series import BASE_REF as BASE_REF
 from workspace.repo.series import KEPT_REFS
@@ -120,7 +120,8 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
         state = State.MISSING if checkout.kind is Kind.MISSING else State.FOREIGN
         return Stack(state, checkout.base, checkout.head, None, None, wanted.names, ())
     git = Git(checkouts.folder_of(layout, pin))
-    operation, tree = git.operation_and_tree(checkout.head)
+    standing = git.standing(checkout.head, checkout.base)
+    operation, tree = standing.operation, standing.tree
     expected = _expected_tree(layout, project, git, checkout.base, wanted.names)
     dirty = git.edits()
     is_at_base = checkout.head == checkout.base
@@ -136,7 +137,7 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
             if dirty
             else State.UNAPPLIED
         )
-    elif git.is_ancestor(checkout.base, checkout.head):
+    elif standing.is_on_base:
         state = State.APPLIED if tree == expected else State.UNEXPORTED
     else:
         state = State.FOREIGN
@@ -250,7 +251,7 @@ def _apply_in_checkout(
 
 def _check(project: str, git: Git, stack: Stack, base: str, tip: str) -> None:
     """Prove by count and tree that the commits are those of the series. Raises PatchDrift."""
-    made = series.file_stems(git.slugs(base, tip))
+    made = series.stems_of(git, base, tip)
     if len(made) != len(stack.names):
         lost = [name for name in stack.names if name.removesuffix(".patch") not in made]
         raise PatchDrift(
@@ -291,13 +292,12 @@ def _keep(git: Git, base: str, tip: str) -> None:
         and git.has_own_commits(base, former)
     ):
         git.set_ref(f"{KEPT_REFS}/{former[:12]}", former)
-    git.set_ref(TIP_REF, tip)
-    git.set_ref(BASE_REF, base)
+    git.set_refs({TIP_REF: tip, BASE_REF: base})
 
 
 def _keep_lost(git: Git) -> None:
     """Keep the commits under a reference if another program moved the checkout away from them."""
-    move = repository.last_move(git)
+    move = history.last_move(git)
     if (
         move
         and not move.is_ours

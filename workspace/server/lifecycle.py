@@ -135,7 +135,8 @@ def wait_until_ready(
                 on_line(line)
         files = process_tree.shared_files()
         if files != known or time.monotonic() - looked_at > LOOK_S:
-            server, looked_at, known = _with_shared(server), time.monotonic(), files
+            looked_at, known = time.monotonic(), files
+            _record_shared(server)
         if not is_alive(server):
             raise failure(server)
         if observation.is_healthy(server.address) and (
@@ -160,7 +161,8 @@ def wait_until_ready(
 
 def mark_ready(server: Server) -> Server:
     """Record that the server was ready, for others and for its supervisor."""
-    server = replace(_with_shared(server), is_ready=True)
+    _record_shared(server)
+    server = replace(server, is_ready=True)
     write(server)
     Path(process_tree.ready(str(ending(server.place, server.processes.tag)))).touch()
     return server
@@ -436,14 +438,9 @@ def _locked(place: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _with_shared(server: Server) -> Server:
-    """Record the shared memory in the state file: no process reports it once all are killed."""
-    shared = tuple(sorted({*server.shared, *process_tree.shared_by(server.members())}))
-    if shared == server.shared:
-        return server
-    server = replace(server, shared=shared)
-    write(server)
-    return server
+def _record_shared(server: Server) -> None:
+    ended = str(ending(server.place, server.processes.tag))
+    process_tree.record_shared(ended, process_tree.shared_by(server.members()))
 
 
 def end(server: Server, *, console: Console) -> None:

@@ -31,6 +31,7 @@ from workspace.server import (
     lifecycle,
     models,
     node_link,
+    node_sync,
     nodes,
     observation,
     start,
@@ -104,11 +105,14 @@ class Rank:
 
 @dataclass(frozen=True)
 class Report:
-    """Answer of a node to its check: what it would run and with what. `reach` is why it and the
-    head do not reach each other, empty if they do.
+    """Answer of a node to its check: what it would run and with what. `libraries` is the digest of
+    its compiled files, `edits` are the files of vendor/vllm that no commit has, and `reach` is why
+    it and the head do not reach each other, empty if they do.
     """
 
     tree: str
+    libraries: str
+    edits: str
     packages: Mapping[str, str]
     device: str
     fit: str
@@ -175,13 +179,10 @@ def choose(known: Nodes, options: ServeOptions) -> list[Node]:
         else ""
     )
     if problem:
-        hint = hints.text("server.serve_over", model=options.name, nodes=_usual(known))
+        usual = ",".join(node.name for node in (here, *known.others)[:2])
+        hint = hints.text("server.serve_over", model=options.name, nodes=usual)
         raise SettingsError(f"--nodes {options.nodes}: {problem}", hint=hint)
     return [here, *(node for node in found if node != here)]
-
-
-def _usual(known: Nodes) -> str:
-    return ",".join(node.name for node in (known.here, *known.others)[:2])
 
 
 def division(
@@ -215,11 +216,13 @@ def division(
 def report(session: start.Session, judged: fit.Fit, rank: Rank) -> Report:
     """Return what this node would run, without a look at the others."""
     machine, settings = session.machine, session.machine.settings
-    packages = machine.packages()
+    packages, facts = machine.packages(), node_sync.observe(machine)
     recipe = session.recipe
     own = settings.child_environment("run")
     return Report(
         command.tree_oid(machine.layout),
+        facts.libraries,
+        ", ".join(facts.unsaved),
         {name: packages[name] for name in _PACKAGES if name in packages},
         session.device,
         judged.sentence,
@@ -258,17 +261,19 @@ def compare(
         )
 
 
-def _status_of(node: Node) -> str:
-    script = f"cd {Remote(node, {}).quoted()} && ./scripts/inv"
-    return hints.text("server.node_status", address=node.ssh, script=script)
-
-
 def _differences(head: Report, other: Report) -> list[str]:
-    """Return what differs, as `name: here, there`."""
-    pairs = {"device": (head.device, other.device), "vendor/vllm": (head.tree, other.tree)}
+    """Return what differs, as `name: here, there`. Edits always do: only their names are known."""
+    pairs = {
+        "device": (head.device, other.device),
+        "vendor/vllm": (head.tree[:12], other.tree[:12]),
+        "compiled files": (head.libraries[:12], other.libraries[:12]),
+    }
     for name in sorted({*head.packages, *other.packages}):
         pairs[name] = (head.packages.get(name, "none"), other.packages.get(name, "none"))
-    return [f"{name}: {a[:12]}, {b[:12]}" for name, (a, b) in pairs.items() if a != b]
+    found = [f"{name}: {a}, {b}" for name, (a, b) in pairs.items() if a != b]
+    if head.edits or other.edits:
+        found.append(f"edits: {head.edits or 'none'}, {other.edits or 'none'}")
+    return found
 
 
 def _order(options: ServeOptions, rank: Rank) -> list[str]:
@@ -323,9 +328,10 @@ def ask(settings: Settings, node: Node, order: Sequence[str], meeting: socket.so
             return records.decode(done.stdout, Report)
     lines = settings.masked(done.stderr or done.stdout).splitlines()
     problem = next((line for line in lines if line.startswith("error: ")), "it gave no report")
+    script = f"cd {Remote(node, {}).quoted()} && ./scripts/inv"
     raise ServeError(
         f"node {node.name} cannot run its rank: {problem.removeprefix('error: ')}",
-        hint=_status_of(node),
+        hint=hints.text("server.node_status", address=node.ssh, script=script),
         details=tuple(lines[-15:]),
     )
 
@@ -426,22 +432,13 @@ def serve_rank(
     with contextlib.ExitStack() as held:
         # As for a server: the build must not change during the load.
         held.enter_context(lock.hold(layout.lock, verb="inv serve.rank", is_shared=True))
-        with _started(session, launch) as server:
+        server = lifecycle.start(session.place, launch)
+        try:
             lease.report_start()
             _follow(server, is_ready, held, settings, console)
-
-
-@contextlib.contextmanager
-def _started(session: start.Session, launch: lifecycle.Launch) -> Iterator[observation.Server]:
-    """Run a server during the block; nothing is printed at its end, which has no reader if the head
-    is gone.
-    """
-    server = lifecycle.start(session.place, launch)
-    try:
-        yield server
-    finally:
-        # The state file names the shared memory of processes that have ended by themselves.
-        lifecycle.stop(observation.find(session.place) or server)
+        finally:
+            # Without a word: if the head is gone, the output has no reader.
+            lifecycle.stop(server)
 
 
 def _follow(
@@ -454,10 +451,9 @@ def _follow(
     """Print the log for the head until the server ends; once the head is ready, mark the server as
     ready and let go of what is held. Raises ServeError if it was not stopped on request.
     """
-    is_marked = False
     for line in observation.follow(server.log):
-        if is_ready.is_set() and not is_marked:
-            server, is_marked = lifecycle.mark_ready(server), True
+        if is_ready.is_set() and not server.is_ready:
+            server = lifecycle.mark_ready(server)
             held.close()
         if line is not None:
             console.data(settings.masked(line))

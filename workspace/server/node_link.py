@@ -204,12 +204,13 @@ def write_all(text: bytes) -> None:
 
 class Lease:
     """The right of this process to run a rank, as long as the head sends beats on stdin.
+    `on_ready` is called for each beat once the server is ready.
 
     When the head closes stdin or is silent, the process gets SIGTERM, and ends its server.
     """
 
     def __init__(self, on_ready: Callable[[], object]) -> None:
-        self._on_ready: Callable[[], object] | None = on_ready
+        self._on_ready = on_ready
         self._output = select.poll()
         self._output.register(1, select.POLLOUT)
         threading.Thread(target=self._watch, daemon=True).start()
@@ -228,9 +229,8 @@ class Lease:
                 if not text:
                     break
                 read_at = time.monotonic()
-                if MARK.strip() in text and self._on_ready:
+                if MARK.strip() in text:
                     self._on_ready()
-                    self._on_ready = None
             # A beat must not wait in a full pipe.
             if self._events() & select.POLLOUT:
                 with contextlib.suppress(OSError):

@@ -21,7 +21,6 @@ from workspace.core import settings as core_settings
 from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import CheckoutError, NodeError, SmokeError, WorkspaceError, listed
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.install import bundle, plan, precompiled, stages, wheel
 from workspace.machine import hardware, link
 from workspace.machine.link import Link
@@ -37,6 +36,7 @@ FIRST_S = 600.0
 CLOCK_S = 2.0
 SYNC = ".workspace/sync"
 _NO_COMMIT = "0" * 40
+_STATUS = ("status", "--porcelain", "-z", "--no-renames")
 # Values that are right on one machine only, besides paths and mirrors in its file system.
 _OF_ONE_MACHINE = re.compile(
     r"(MAX_JOBS|NVCC_THREADS|VLLM_CPU_KVCACHE_SPACE|VLLM_HOST_IP|CUDA_VISIBLE_DEVICES"
@@ -75,21 +75,10 @@ class Facts(records.Record, schema=1):
     time: float
 
 
-# What two nodes of one model have in common, and whether a sync makes it equal.
-COMMON = (
-    ("workspace", True),
-    ("pin", True),
-    ("tree", True),
-    ("layers", True),
-    ("libraries", True),
-    ("kernels", True),
-    ("python", True),
-    ("torch", True),
-    ("device", True),
-    ("driver", False),
-    ("cuda", False),
-    ("kernel", False),
-)
+# What two nodes of one model have in common: what a sync makes equal, and what it does not.
+SYNCED = ("workspace", "pin", "tree", "layers", "libraries", "kernels", "python", "torch", "device")
+RELEASES = ("driver", "cuda", "kernel")
+_DIGESTS = ("workspace", "tree", "libraries")
 
 
 def observe(machine: Machine, interface: str = "") -> Facts:
@@ -105,7 +94,7 @@ def observe(machine: Machine, interface: str = "") -> Facts:
         workspace=(outer.head() or "") if outer else "",
         edited=_edited(outer) if outer else (),
         unsaved=stack.dirty if stack else (),
-        has_commits=bool(stack) and stack.state is patches.State.UNEXPORTED if stack else False,
+        has_commits=stack is not None and stack.state is patches.State.UNEXPORTED,
         layers=", ".join(stale) or "ok",
         pin=f"{observed.pin.tag} {observed.pin.commit[:12]}",
         tree=(stack.tree or "") if stack else "",
@@ -128,8 +117,7 @@ def observe(machine: Machine, interface: str = "") -> Facts:
 
 def _edited(outer: Git) -> tuple[str, ...]:
     """Return the files of the workspace that no commit has; vendor/vllm has a state of its own."""
-    done = outer.look("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all").out
-    return _paths(done)
+    return _paths(outer.look(*_STATUS, "--untracked-files=all").out)
 
 
 def _paths(status: str) -> tuple[str, ...]:
@@ -168,7 +156,8 @@ def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
         try:
             there = ask(Remote(node, environment))
         except WorkspaceError as exc:
-            shown.append(Row(State.FAIL, node.name, exc.message, hint=exc.hint))
+            text = exc.message.removeprefix(f"{node.name}: ")
+            shown.append(Row(State.FAIL, node.name, text, hint=exc.hint))
             found[node.name] = None
             continue
         text = f"{node.ssh} answered in {time.monotonic() - began:.1f} s"
@@ -206,9 +195,9 @@ def compare(here: Facts, there: Facts, node: Node, clock_s: float) -> Iterator[R
     """Yield one row for each fact of another node; a difference is a warning with its hint."""
     sync = hints.text("server.node_sync", name=node.name)
     update = hints.text("server.update_node", address=node.ssh)
-    for fact, is_synced in COMMON:
+    for fact in (*SYNCED, *RELEASES):
         ours, theirs = str(getattr(here, fact)), str(getattr(there, fact))
-        short = 12 if fact in ("workspace", "tree", "libraries") else None
+        short = 12 if fact in _DIGESTS else None
         text = (theirs or "none")[:short]
         # The same libraries, compiled here, come there from the wheel of `inv wheel`.
         are_alike = fact == "kernels" and here.libraries == there.libraries != ""
@@ -217,12 +206,13 @@ def compare(here: Facts, there: Facts, node: Node, clock_s: float) -> Iterator[R
             continue
         if ours != theirs:
             text = f"{text}, and {(ours or 'none')[:short]} here"
-        yield Row(State.WARN, f"{node.name} {fact}", text, hint=sync if is_synced else update)
+        yield Row(State.WARN, f"{node.name} {fact}", text, hint=sync if fact in SYNCED else update)
     if there.edited or there.unsaved or there.has_commits:
         names = listed([*there.edited, *(f"vendor/vllm/{each}" for each in there.unsaved)])
         text = f"edited there: {names}" if names else "vendor/vllm has commits without a patch"
         yield Row(State.WARN, f"{node.name} edits", text, hint=look_there(node))
-    yield Row(State.OK, f"{node.name} free", _free(there))
+    free = f"{there.free_memory_gib:g} GiB of memory, {there.free_disk_gib:g} GiB of disk"
+    yield Row(State.OK, f"{node.name} free", free)
     yield from _link_rows(there, node)
     if here.link and there.link and here.link.mtu != there.link.mtu:
         text = f"{there.link.mtu}, and {here.link.mtu} here: large packets are lost"
@@ -232,10 +222,6 @@ def compare(here: Facts, there: Facts, node: Node, clock_s: float) -> Iterator[R
     text = f"{abs(clock_s):.1f} s {'behind' if clock_s > 0 else 'ahead'}"
     look = None if is_right else hints.text("server.clock", address=node.ssh)
     yield Row(State.OK if is_right else State.WARN, f"{node.name} clock", text, hint=look)
-
-
-def _free(facts: Facts) -> str:
-    return f"{facts.free_memory_gib:g} GiB of memory, {facts.free_disk_gib:g} GiB of disk"
 
 
 def _link_rows(facts: Facts, node: Node) -> Iterator[Row]:
@@ -250,12 +236,11 @@ def _link_rows(facts: Facts, node: Node) -> Iterator[Row]:
 
 
 def doctor_rows(machine: Machine) -> tuple[Row, ...]:
-    """Return the doctor's rows on the link of nodes.toml, none in a clone without that file."""
+    """Return the doctor's rows on the link of nodes.toml."""
     try:
         node = read_nodes(machine.layout.root).here
     except WorkspaceError as exc:
-        is_alone = not (machine.layout.root / "nodes.toml").exists()
-        return () if is_alone else (Row(State.FAIL, "nodes", exc.message, hint=exc.hint),)
+        return (Row(State.FAIL, "nodes", exc.message, hint=exc.hint),)
     observed = link.observe(node.interface, machine.settings.child_environment("plain"))
     driver = next((gpu.driver for gpu in machine.gpus), None)
     return (*link.rows(observed, node.address), *link.fault_rows(driver, platform.release()))
@@ -265,8 +250,7 @@ def doctor_rows(machine: Machine) -> tuple[Row, ...]:
 class _Sync:
     """A running sync: this clone, its facts, the other node, and the log."""
 
-    layout: Layout
-    settings: Settings
+    machine: Machine
     here: Facts
     outer: Git
     remote: Remote
@@ -302,17 +286,21 @@ def sync(
     here = observe(machine, nodes.here.interface)
     outer = _require_saved(layout, here)
     head = _look(remote, outer)
-    folder = _bundle(machine, here, console, wait=wait) if has_bundle else None
+    folder = settings.cache / "node-bundle" if has_bundle else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        options = bundle.BundleOptions(str(folder), device=here.device)
+        bundle.make(layout, settings, options, console=console, wait=wait)
     verb = f"inv node.sync {name}"
     with stages.locked(layout, settings, verb, console=console, wait=wait) as run_log:
-        running = _Sync(layout, settings, here, outer, remote, run_log)
+        running = _Sync(machine, here, outer, remote, run_log)
         with stages.step(run_log, "workspace") as view:
             view.reason = _send_commits(running, head)
         with stages.step(run_log, "settings") as view:
             there = ask(remote, limit_s=FIRST_S)
             view.reason = _send_settings(running, there)
         with stages.step(run_log, "kernels") as view:
-            flags = _send_bundle(running, folder) if folder else _send_kernels(running, machine)
+            flags = _send_bundle(running, folder) if folder else _send_kernels(running)
             view.reason = shlex.join(flags) or "the node fetches them itself"
         with stages.step(run_log, "bootstrap"):
             _bootstrap(running, flags)
@@ -320,10 +308,11 @@ def sync(
         running.there(f"rm -rf {SYNC}")
     rows = tuple(compare(here, there, remote.node, time.time() - there.time))
     console.stdout.rows(rows)
-    names = {f"{name} {fact}" for fact, is_synced in COMMON if is_synced}
-    if different := [row for row in rows if row.state is State.WARN and row.name in names]:
-        facts = listed([row.name.removeprefix(f"{name} ") for row in different])
-        raise NodeError(f"{name} differs in {facts}", hint=hints.text("server.inventory"))
+    warned = {row.name for row in rows if row.state is State.WARN}
+    if differing := [fact for fact in SYNCED if f"{name} {fact}" in warned]:
+        hint = hints.text("server.inventory")
+        raise NodeError(f"{name} differs in {listed(differing)}", hint=hint)
+    console.info(f"{name} has the state of this clone")
 
 
 def _require_saved(layout: Layout, here: Facts) -> Git:
@@ -337,13 +326,11 @@ def _require_saved(layout: Layout, here: Facts) -> Git:
         what = listed([f"vendor/vllm/{each}" for each in here.unsaved]) or "commits in vendor/vllm"
         raise CheckoutError(f"no patch has {what}", hint=hints.text("inv.patch_export"))
     if here.edited:
-        raise CheckoutError(
-            f"not committed here: {listed(here.edited)}", hint=hints.text("server.commit_all")
-        )
+        hint = hints.text("server.commit_all")
+        raise CheckoutError(f"not committed here: {listed(here.edited)}", hint=hint)
     if here.layers != "ok":
-        raise SmokeError(
-            f"this clone is not built: {here.layers}", hint=hints.text("inv.bootstrap")
-        )
+        hint = hints.text("inv.bootstrap")
+        raise SmokeError(f"this clone is not built: {here.layers}", hint=hint)
     return outer
 
 
@@ -357,9 +344,9 @@ def _look(remote: Remote, outer: Git) -> str:
     script = (
         f"[ -e {folder} ] || exit 3; [ -e {folder}/.git ] || exit 4;"
         f" {git} rev-parse -q --verify HEAD || echo {_NO_COMMIT};"
-        f" {git} status --porcelain -z --no-renames --untracked-files=all; echo;"
-        f" [ ! -e {folder}/vendor/vllm/.git ] || {git}/vendor/vllm status --porcelain -z"
-        " --no-renames --untracked-files=no"
+        f" {git} {shlex.join(_STATUS)} --untracked-files=all; echo; [ ! -e"
+        f" {folder}/vendor/vllm/.git ] || {git}/vendor/vllm {shlex.join(_STATUS)}"
+        " --untracked-files=no"
     )
     done = remote.shell(script)
     if done.returncode == 3:
@@ -414,11 +401,10 @@ def _send_commits(running: _Sync, head: str) -> str:
 
 def _send_settings(running: _Sync, there: Facts) -> str:
     """Add the settings that the other node's .env lacks. Raises NodeError where a value differs."""
-    ours = shared(core_settings.written(running.layout))
-    node = running.remote.node
+    ours, node = shared(core_settings.written(running.machine.layout)), running.remote.node
     differ = [name for name, text in ours.items() if there.settings.get(name, text) != text]
     if differ:
-        command = f"nano {Remote(node, {}).quoted()}/.env"
+        command = f"nano {running.remote.quoted()}/.env"
         raise NodeError(
             f"the .env of {node.name} has another {listed(differ)}, and stays as it is",
             hint=hints.text("server.on_node", address=node.ssh, command=command),
@@ -427,43 +413,28 @@ def _send_settings(running: _Sync, there: Facts) -> str:
     missing = {name: text for name, text in ours.items() if name not in there.settings}
     if missing:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        lines = [f"# by inv node.sync, {today}", *(_line(*pair) for pair in missing.items())]
-        with tempfile.TemporaryDirectory(prefix="inv-node-") as scratch:
-            path = Path(scratch) / "env"
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            running.remote.copy(path, f"{SYNC}/env")
-        running.there(f"umask 077 && cat {SYNC}/env >> .env")
+        # The last line there may have no end.
+        lines = ["", f"# by inv node.sync, {today}"]
+        lines += [f"{name}={shlex.quote(text)}" for name, text in missing.items()]
+        running.there(f"umask 077 && printf '%s\\n' {shlex.join(lines)} >> .env")
     if is_new:
         running.there("./scripts/inv env.init", limit_s=FIRST_S)
     return ", ".join(missing) or "nothing is missing"
 
 
-def _line(name: str, text: str) -> str:
-    return f"{name}={shlex.quote(text)}"
-
-
-def _send_kernels(running: _Sync, machine: Machine) -> list[str]:
+def _send_kernels(running: _Sync) -> list[str]:
     """Send the wheel of kernels that were compiled here; return the flags of bootstrap for it."""
-    observed = plan.observe_on(machine)
+    observed = plan.observe_on(running.machine)
     built = observed.kernels.recorded
     source = built.kernels if built else None
     if source is None or not (source.is_compiled or source.is_wheel_file):
         return []
     with tempfile.TemporaryDirectory(prefix="inv-node-") as scratch:
-        packed = wheel.pack(running.layout, observed, Path(scratch))
+        packed = wheel.pack(running.machine.layout, observed, Path(scratch))
         # The node's stamp names the wheel: it stays where `inv wheel` would write it.
         running.there("mkdir -p dist")
         running.remote.copy(packed.path, f"dist/{packed.path.name}")
     return ["--kernels", f"dist/{packed.path.name}"]
-
-
-def _bundle(machine: Machine, here: Facts, console: Console, *, wait: bool) -> Path:
-    """Collect all that a bootstrap fetches, in the user's cache; return the folder."""
-    folder = machine.settings.cache / "node-bundle"
-    folder.mkdir(parents=True, exist_ok=True)
-    options = bundle.BundleOptions(str(folder), device=here.device)
-    bundle.make(machine.layout, machine.settings, options, console=console, wait=wait)
-    return folder
 
 
 def _send_bundle(running: _Sync, folder: Path) -> list[str]:
@@ -484,14 +455,15 @@ def _send_bundle(running: _Sync, folder: Path) -> list[str]:
 
 def _bootstrap(running: _Sync, flags: Sequence[str]) -> None:
     """Run the other node's own bootstrap, and print its lines as they come."""
-    node, console = running.remote.node, running.run_log.console
+    name, console = running.name, running.run_log.console
     argv = ["./scripts/inv", "bootstrap", "--device", running.here.device, *flags, "--wait"]
     try:
         running.remote.follow(
             argv,
             run_log=running.run_log,
-            on_line=lambda line: console.info(f"  {node.name} | {line}"),
+            on_line=lambda line: console.info(f"  {name} | {line}"),
         )
     except NodeError as exc:
-        hint = hints.text("server.sync_bundle", name=node.name)
-        raise NodeError(f"{node.name}: {exc.message}", hint=hint, details=exc.details) from exc
+        # Without its details: they were printed.
+        hint = hints.text("server.sync_bundle", name=name)
+        raise NodeError(f"{name}: {exc.message}", hint=hint) from exc

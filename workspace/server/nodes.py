@@ -165,14 +165,12 @@ class Remote:
         timeout(1) ends the program on the node after `limit_s` seconds. Raises NodeError where the
         node cannot be reached, or gives no answer in time.
         """
-        return self.shell(f"cd {self.quoted()} && {_bounded(argv, limit_s)}", limit_s=limit_s)
+        bounded = f"exec timeout -k {KILL_S:g} {limit_s:g} {shlex.join(argv)}"
+        return self.shell(f"cd {self.quoted()} && {bounded}", limit_s=limit_s)
 
     def shell(self, script: str, *, limit_s: float = ANSWER_S) -> Completed:
         """Run a POSIX script in the node's home folder, as `run` runs a program."""
-        # The login shell may be another one than a POSIX shell.
-        typed = f"exec sh -c {shlex.quote(script)}"
-        argv = ["ssh", "-T", *_OPTIONS, self.node.ssh, typed]
-        done = self._captured(argv, limit_s + KILL_S + CONNECT_S)
+        done = self._captured(self._ssh(script), limit_s + KILL_S + CONNECT_S)
         if done.returncode == SSH_FAILED:
             raise unreachable(self.node, done.stderr)
         return done
@@ -194,8 +192,7 @@ class Remote:
 
     def argv(self, argv: Sequence[str]) -> list[str]:
         """Return the ssh command line that runs a program in the node's clone without a limit."""
-        script = f"cd {self.quoted()} && exec {shlex.join(argv)}"
-        return ["ssh", "-T", *_OPTIONS, self.node.ssh, f"exec sh -c {shlex.quote(script)}"]
+        return self._ssh(f"cd {self.quoted()} && exec {shlex.join(argv)}")
 
     def copy(self, source: Path, target: str, *, limit_s: float = COPY_S) -> None:
         """Copy a file to a path below the node's clone. Raises NodeError."""
@@ -218,6 +215,10 @@ class Remote:
         is_home, folder = self.node.folder.startswith("~/"), self.node.folder.removeprefix("~/")
         return f"~/{shlex.quote(folder)}" if is_home else shlex.quote(folder)
 
+    def _ssh(self, script: str) -> list[str]:
+        # The login shell may be another one than a POSIX shell.
+        return ["ssh", "-T", *_OPTIONS, self.node.ssh, f"exec sh -c {shlex.quote(script)}"]
+
     def _captured(self, argv: Sequence[str], limit_s: float) -> Completed:
         try:
             return process.capture(argv, env=self.environment, timeout_s=limit_s)
@@ -227,10 +228,6 @@ class Remote:
             ) from exc
         except ToolchainError as exc:
             raise ToolchainError(exc.message, hint=hints.text("server.install_ssh")) from exc
-
-
-def _bounded(argv: Sequence[str], limit_s: float) -> str:
-    return f"exec timeout -k {KILL_S:g} {limit_s:g} {shlex.join(argv)}"
 
 
 def unreachable(node: Node, output: str) -> NodeError:

@@ -196,6 +196,7 @@ class Server(records.Record):
     since: str
     grace_s: float
     is_ready: bool = False
+    # Only in state files of an older workspace; see process_tree.record_shared.
     shared: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     # Only the process that started the server holds it; when it closes, the server ends. None in

@@ -177,8 +177,8 @@ def _identified() -> dict[str, tuple[str, str]]:
     return found
 
 
-def remove_shared(names: Iterable[str]) -> tuple[str, ...]:
-    """Remove files of /dev/shm that no running process has mapped. Return the removed files."""
+def remove_shared(names: Iterable[str]) -> None:
+    """Remove files of /dev/shm that no running process has mapped."""
     wanted = {
         name
         for name in names
@@ -186,21 +186,20 @@ def remove_shared(names: Iterable[str]) -> tuple[str, ...]:
         and "/" not in name.removeprefix(f"{SHARED}/")
         and os.path.exists(name)
     }
-    removed = []
-    for name in sorted(wanted - shared_by(living()) if wanted else wanted):
+    for name in wanted - shared_by(living()) if wanted else wanted:
         with contextlib.suppress(OSError):
             os.unlink(name)
-            removed.append(name)
-    return tuple(removed)
 
 
 def record_shared(ended: str, names: Iterable[str]) -> None:
-    """Record, beside the file `ended`, the files in /dev/shm that the server has mapped.
+    """Add files in /dev/shm that the server has mapped to their record, beside the file `ended`.
 
-    If the supervisor is killed after the server, no process maps them any more, and only this
-    record names them. An error (a full disk) is dropped: the server still ends.
+    Once its processes are gone, only this record names them. The supervisor and whoever waits for
+    the server both look. An error (a full disk) is dropped: the server still ends.
     """
-    record(f"{ended}.shared", "\n".join(sorted(names)))
+    recorded = recorded_shared(ended)
+    if not recorded.issuperset(names):
+        record(f"{ended}.shared", "\n".join(sorted(recorded.union(names))))
 
 
 def recorded_shared(ended: str) -> set[str]:
@@ -387,9 +386,8 @@ def run(child: int, requests: Requests, grace_s: float, ended: str) -> dict[str,
         return below({os.getpid()}, living())
 
     def look() -> None:
-        if new := shared_by(find_descendants()) - shared:
-            shared.update(new)
-            record_shared(ended, shared)
+        shared.update(shared_by(find_descendants()))
+        record_shared(ended, shared)
 
     pause_s = FIRST_LOOK_S
     pidfd = os.pidfd_open(child)
@@ -405,7 +403,8 @@ def run(child: int, requests: Requests, grace_s: float, ended: str) -> dict[str,
     with contextlib.suppress(TimeoutError):
         end(find_descendants, grace_s=grace_s, kill_grace_s=KILL_GRACE_S)
     reap(statuses)
-    remove_shared(shared)
+    # Below the link between nodes, the server may have ended seconds before this process looked.
+    remove_shared(shared | recorded_shared(ended))
     forget_shared(ended)
     status = os.waitstatus_to_exitcode(statuses.get(child, signal.SIGKILL))
     return {"status": status, "kills": int(kills)}

@@ -7,12 +7,12 @@ and servers are not touched.
 
 import contextlib
 import math
-import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -130,10 +130,10 @@ class Acceptance:
 
 
 def run(layout: Layout, settings: Settings, options: SparkOptions, *, console: Console) -> None:
-    """Run the parts that are due, and write page and archive.
+    """Run the parts that are due after a yes, and write page and archive.
 
-    Raises SettingsError for a record of another machine, ToolchainError where disk or memory are
-    too small, BuildError at the end if a part failed.
+    Raises SettingsError without a yes and for a record of another machine, ToolchainError where
+    disk or memory are too small, BuildError at the end if a part failed.
     """
     machine = Machine(layout, settings)
     acceptance = _begin(machine, options)
@@ -144,11 +144,17 @@ def run(layout: Layout, settings: Settings, options: SparkOptions, *, console: C
             hint=hints.text("support.spark_bootstrap"),
         )
     (console.stdout if options.plan_only else console).rows(_rows(acceptance, due))
+    if text := _total(acceptance, due):
+        console.sentence(text)
     if options.plan_only:
         return
     if due:
         _require_room(acceptance, due)
-        _require_yes(acceptance, due, console)
+        if not (options.yes or console.is_confirmed("start?")):
+            raise SettingsError(
+                "nothing was started: it wants a yes, on a terminal or as --yes",
+                hint=hints.text("support.spark_yes"),
+            )
     folder = acceptance.trial.folder
     with (
         lock.hold(layout.state / "spark" / "lock", verb=VERB),
@@ -261,21 +267,16 @@ def _require_room(acceptance: Acceptance, due: Sequence[Part]) -> None:
         )
 
 
-def _require_yes(acceptance: Acceptance, due: Sequence[Part], console: Console) -> None:
-    """Ask once. Raises SettingsError without a yes; nothing was started then."""
+def _total(acceptance: Acceptance, due: Sequence[Part]) -> str:
+    """Return what the parts that will run take together, empty if none will."""
     needs = [part.need(acceptance.trial.device) for part in due if not acceptance.shortage(part)]
-    time = jobs.duration(sum(need.seconds for need in needs))
-    sentence = (
-        f"{counted(len(needs), 'part')}: about {time},"
-        f" {sum(need.disk_gib for need in needs):.1f} GiB of disk until the end, at most"
+    if not needs:
+        return ""
+    return (
+        f"{counted(len(needs), 'part')}: about {jobs.duration(sum(one.seconds for one in needs))},"
+        f" {sum(one.disk_gib for one in needs):.1f} GiB of disk until the end, at most"
         f" {acceptance.trial.bound_gib:.1f} GiB of memory"
     )
-    console.sentence(sentence)
-    if not (acceptance.options.yes or console.is_confirmed("start?")):
-        raise SettingsError(
-            "nothing was started: it wants a yes, on a terminal or as --yes",
-            hint=hints.text("support.spark_yes"),
-        )
 
 
 @contextlib.contextmanager
@@ -295,12 +296,17 @@ def _ran(acceptance: Acceptance, part: Part, console: Console) -> Acceptance:
     """Run a part, and write what it found into the record."""
     trial, began = acceptance.trial, records.utc_now()
     started = time.monotonic()
-    with console.step(part.name) as view, _settled(trial), Watch(trial) as watch:
-        view.reason = part.title
-        result, text, hint, figures = _judged(acceptance, part, watch)
-        if result != "passed":
-            view.state = State.FAIL if result == "failed" else State.SKIPPED
-            view.reason = f"{result}: {text}"
+    try:
+        with console.step(part.name) as view, Watch(trial) as watch:
+            view.reason = part.title
+            result, text, hint, figures = _judged(acceptance, part, watch)
+            if result != "passed":
+                view.state = State.FAIL if result == "failed" else State.SKIPPED
+                view.reason = f"{result}: {text}"
+    finally:
+        # No watch may end the programs of this.
+        with contextlib.suppress(WorkspaceError):
+            trial.settle()
     outcome = Outcome(
         result,
         began,
@@ -317,16 +323,6 @@ def _ran(acceptance: Acceptance, part: Part, console: Console) -> Acceptance:
     record = replace(acceptance.record, parts={**acceptance.record.parts, part.name: outcome})
     records.write(trial.folder / RECORD, record)
     return replace(acceptance, record=record)
-
-
-@contextlib.contextmanager
-def _settled(trial: Trial) -> Iterator[None]:
-    """Stop servers and take edits back at the end of a part, when no watch ends programs."""
-    try:
-        yield
-    finally:
-        with contextlib.suppress(WorkspaceError):
-            trial.settle()
 
 
 def _judged(
@@ -369,16 +365,16 @@ def _finish(acceptance: Acceptance, console: Console) -> None:
         archive,
         console=console,
     )
-    found = [(part.name, acceptance.record.parts.get(part.name)) for part in acceptance.wanted]
-    failed = [name for name, one in found if one and one.result == "failed"]
+    found = acceptance.record.parts
+    chosen = [part.name for part in acceptance.wanted]
+    failed = [name for name in chosen if name in found and found[name].result == "failed"]
     if not failed and not acceptance.options.only and trial.clone.root.exists():
         shutil.rmtree(trial.clone.root)
     console.info(f"read both before you share them: {layout.relative(page)}")
     console.data(str(archive))
     if failed:
-        first = acceptance.record.parts[failed[0]]
         raise BuildError(
-            f"{counted(len(failed), 'part')} failed: {', '.join(failed)}: {first.text}",
+            f"{counted(len(failed), 'part')} failed: {', '.join(failed)}: {found[failed[0]].text}",
             hint=hints.text("support.spark_resume"),
         )
 
@@ -392,18 +388,15 @@ def _files(folder: Path) -> dict[str, str]:
 def _page(acceptance: Acceptance) -> str:
     """Return the page: what passed, what did not, what this machine has no part for, figures."""
     record = acceptance.record
+    names = ("part", "result", "seconds", "held, GiB", "left, GiB", "pressure, %", "load")
     parts = [
         _head(acceptance),
-        _results(record),
-        *(
-            _figures(name, record.parts[name].figures)
-            for name in spark_parts.NAMES
-            if name in record.parts and record.parts[name].figures
-        ),
-        _published(acceptance),
-        _costs(acceptance),
+        _table("Parts", names, map(partial(_part_cells, record), spark_parts.PARTS)),
     ]
-    return "\n".join(part for part in parts if part)
+    for name in spark_parts.NAMES:
+        figures = record.parts[name].figures if name in record.parts else {}
+        parts += [_table(name, ("what", "figure"), figures.items())] if figures else []
+    return "\n".join([*parts, _published(acceptance), _costs(acceptance)])
 
 
 def _head(acceptance: Acceptance) -> str:
@@ -413,74 +406,47 @@ def _head(acceptance: Acceptance) -> str:
     what = gpus or "no GPU"
     is_gb10 = any(_GB10 in gpu.name for gpu in own.gpus)
     title = what if is_gb10 else f"a machine that is not a GB10: {own.architecture}, {what}"
-    residents = ", ".join(one.name for one in machine.driver.residents()) if machine.gpus else ""
-    commits = [one.commit[:12] for one in record.parts.values()]
-    where = (
+    commits = dict.fromkeys(one.commit[:12] for one in record.parts.values())
+    text = (
         f"{record.began[:10]}. {own.processor}, {counted(own.cores, 'core')},"
         f" {own.memory_gib:.0f} GiB; {what}; kernel {platform.release()}. vLLM {record.pin} for"
-        f" {record.device}; workspace at {', '.join(dict.fromkeys(commits))}."
-    )
-    bounds = (
-        f"The parts may hold {record.bound_gib:.1f} GiB together, and end where the machine has"
-        f" less than {LEAST_AVAILABLE_GIB:g} GiB left. Load: {_load(record)}."
+        f" {record.device}; workspace at {', '.join(commits)}.\nThe parts may hold"
+        f" {record.bound_gib:.1f} GiB together, and end where the machine has less than"
+        f" {LEAST_AVAILABLE_GIB:g} GiB left."
     )
     if machine.gpus:
-        bounds += f" Other programs on the GPU now: {residents or 'none'}."
-    repeat = "Repeat: `./scripts/nox -s spark -- --again`."
-    return "\n".join([f"# Acceptance on {title}", "", where, bounds, "", repeat, ""])
+        residents = ", ".join(one.name for one in machine.driver.residents())
+        text += f" Other programs on the GPU now: {residents or 'none'}."
+    return f"# Acceptance on {title}\n\n{text}\n\nRepeat: `./scripts/{VERB} -- --again`.\n"
 
 
-def _load(record: Record) -> str:
-    loads = [one.load for one in record.parts.values()]
-    if not loads:
-        return f"{os.getloadavg()[0]:.1f} now"
-    return f"at most {min(loads):.1f} to {max(loads):.1f} by part"
+def _part_cells(record: Record, part: Part) -> Sequence[str]:
+    """Return the row of a part, which may not have run."""
+    title, one = f"{part.name}: {part.title}", record.parts.get(part.name)
+    if one is None:
+        return (title, "not run", *[""] * 5)
+    found = {"passed": "passed", "failed": "**failed**", "lacking": "not on this machine"}
+    result = f"{found[one.result]}: {one.text}" if one.text else found[one.result]
+    memory = (f"{one.peak_gib:.1f}", f"{one.least_gib:.1f}", f"{one.pressure_percent:g}")
+    return (title, result, f"{one.seconds:.0f}", *memory, f"{one.load:.1f}")
 
 
-def _results(record: Record) -> str:
-    """Return the table of parts, in their order, those that did not run included."""
-    lines = [
-        "## Parts",
-        "",
-        "| part | result | seconds | held, GiB | left, GiB | pressure, % | load |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for part in spark_parts.PARTS:
-        one = record.parts.get(part.name)
-        if one is None:
-            lines.append(f"| {part.name}: {part.title} | not run | | | | | |")
-            continue
-        found = {"passed": "passed", "failed": "**failed**", "lacking": "not on this machine"}
-        why = f": {one.text}" if one.text else ""
-        lines.append(
-            f"| {part.name}: {part.title} | {found[one.result]}{_cell(why)} | {one.seconds:.0f} |"
-            f" {one.peak_gib:.1f} | {one.least_gib:.1f} | {one.pressure_percent:g} | {one.load:.1f}"
-            " |"
-        )
-    return "\n".join([*lines, ""])
-
-
-def _figures(name: str, figures: Mapping[str, str]) -> str:
-    rows = [f"| {_cell(what)} | {_cell(value)} |" for what, value in figures.items()]
-    return "\n".join([f"## {name}", "", "| what | figure |", "|---|---|", *rows, ""])
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+def _table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a section that is a table of Markdown."""
+    cells = ([" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows)
+    lines = (f"| {' | '.join(row)} |" for row in ([*names], ["---"] * len(names), *cells))
+    return "\n".join([f"## {title}", "", *lines, ""])
 
 
 def _published(acceptance: Acceptance) -> str:
     """Return what others have published for a Spark, beside what was measured here."""
-    measured = {
-        one.figures.get("model", "") for one in acceptance.record.parts.values() if one.figures
-    }
-    rows = [
-        f"| {figure.model} | {_cell(figure.description)} | {_cell(figure.value)} |"
-        f" {_cell(figure.source)} | {'above' if figure.model in measured else 'not measured'} |"
+    measured = {one.figures.get("model") for one in acceptance.record.parts.values()}
+    rows = (
+        (*astuple(figure), "above" if figure.model in measured else "not measured")
         for figure in report.published_figures(acceptance.machine.layout)
-    ]
-    head = ["## Beside published figures", "", "| model | what | published | source | here |"]
-    return "\n".join([*head, "|---|---|---|---|---|", *rows, ""]) if rows else ""
+    )
+    names = ("model", "what", "published", "source", "here")
+    return _table("Beside published figures", names, rows)
 
 
 def _costs(acceptance: Acceptance) -> str:

@@ -11,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -44,8 +44,6 @@ _EDITED = {
 }
 _BUILT = {"cuda": "_C_stable_libtorch", "cpu": "_C"}
 _MESSAGE = "Change nothing, for an acceptance\n\nUpstream-Status: Inappropriate [acceptance]\n"
-_AUTHOR = ("-c", "user.name=acceptance", "-c", "user.email=acceptance@example.invalid")
-_NO_HABITS = ("-c", "commit.gpgSign=false", "-c", "core.hooksPath=/dev/null")
 
 
 @dataclass(frozen=True)
@@ -112,10 +110,6 @@ class Trial:
         nox = self.clone.root / "scripts" / "nox"
         return self._run((nox, "-s", session, "--", *args), statuses)
 
-    def git(self, *args: str) -> Done:
-        """Run a command of git in vendor/vllm of the clone."""
-        return self._run(("git", "-C", self.clone.vllm, *_AUTHOR, *_NO_HABITS, *args), (0,))
-
     def _run(self, argv: Sequence[process.Argument], statuses: Sequence[int]) -> Done:
         root = self.clone.root
         environment = self.context.environment | {"PWD": str(root)}
@@ -141,7 +135,7 @@ class Trial:
         if observation.servers(self.clone):
             self.inv("serve.stop", "--all")
         if self.is_built:
-            self.git("checkout", "--quiet", "--", ".")
+            Git(self.clone.vllm).write("checkout", "--quiet", "--", ".")
 
 
 @dataclass
@@ -170,15 +164,14 @@ class Watch:
         self._thread.join()
 
     def _sample_until_end(self) -> None:
-        while True:
+        self._sample()
+        while not self._ended.wait(SAMPLE_S):
             self._sample()
-            if self._ended.wait(SAMPLE_S):
-                return
 
     def _sample(self) -> None:
-        status, bound = ninja.memory_status(0.0), self.trial.bound_gib
-        available = status.available_gib
-        held = self._held_gib()
+        status, bound, known = ninja.memory_status(0.0), self.trial.bound_gib, job_server.living()
+        pids, available = self._pids(known), status.available_gib
+        held = sum(known[pid].held_gib for pid in pids if pid in known)
         if self.trial.is_unified:
             # The GPU's allocations belong to no process that the kernel counts.
             held = max(held, self._first_gib - available)
@@ -190,25 +183,19 @@ class Watch:
             self.breach = f"it held {held:.1f} GiB, more than its {bound:.1f}"
         elif available < LEAST_AVAILABLE_GIB:
             self.breach = f"the machine had {available:.1f} GiB left while it held {held:.1f}"
-        if self.breach:
-            self._end_all()
-
-    def _held_gib(self) -> float:
-        known = job_server.living()
-        pids = job_server.below(frozenset({os.getpid()}), known)[os.getpid()] | self._served()
-        return sum(known[pid].held_gib for pid in pids if pid in known)
-
-    def _served(self) -> set[int]:
-        with contextlib.suppress(ServeError):
-            return {pid for one in observation.servers(self.trial.clone) for pid in one.members()}
-        return set()
-
-    def _end_all(self) -> None:
-        """End every program of the part; servers end with their supervisor."""
-        pids = job_server.below(frozenset({os.getpid()}), job_server.living())[os.getpid()]
-        for pid in pids | self._served():
+        # Servers end with their supervisor.
+        for pid in pids if self.breach else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+
+    def _pids(self, known: Mapping[int, job_server.Process]) -> set[int]:
+        """Return the processes of the part: those below this one, and the servers of the clone."""
+        own = os.getpid()
+        pids = job_server.below(frozenset({own}), known)[own]
+        with contextlib.suppress(ServeError):
+            for server in observation.servers(self.trial.clone):
+                pids |= server.members()
+        return pids
 
 
 @dataclass(frozen=True)
@@ -220,7 +207,10 @@ class Part:
     cpu: Need
     cuda: Need
     work: Callable[[Trial], Figures]
-    needs_build: bool = True
+
+    @property
+    def needs_build(self) -> bool:
+        return self.name not in ("doctor", "bootstrap")
 
     def need(self, device: str) -> Need:
         return self.cuda if device == "cuda" else self.cpu
@@ -422,14 +412,13 @@ def _cycles(trial: Trial) -> Figures:
     for _ in range(CYCLES):
         starts.append(_serve(trial).seconds)
         stops.append(trial.inv("serve.stop").seconds)
-    state = records.decode(trial.inv("serve.status", "--json").out, _Server).state
     figures = {
         "model": trial.model,
         f"{CYCLES} starts until it generates": _spread(starts),
         f"{CYCLES} stops until all is free": _spread(stops),
     }
-    if state != "none":
-        raise Unfit(f"after the last stop a server is {state}", figures)
+    if observation.servers(trial.clone):
+        raise Unfit("after the last stop there is a server", figures)
     return figures
 
 
@@ -463,7 +452,7 @@ def _rollback(trial: Trial) -> Figures:
         raise BuildError("there is no known-good state", hint=hints.text("support.spark_quick"))
     if tree.head() == good[0].head:
         _edit(trial.clone.vllm / "vllm" / "envs.py", "# A line of an acceptance.")
-        trial.git("commit", "--quiet", "--all", "--message", _MESSAGE)
+        tree.write("commit", "--quiet", "--all", "--message", _MESSAGE)
     trial.inv("patch.export")
     done = trial.inv("pin.rollback", "--force")
     figures = {"rollback with its smoke": f"{done.seconds:.1f} s"}
@@ -477,24 +466,15 @@ _QUICK, _FULL = _smoke("quick", (", first time", ", again")), _smoke("full", (""
 # cores at a load of 18, rounded up; all others are estimates, those of a GPU from docs/evidence/
 # gpu.md (an H200 with 16 cores) and costs.tsv: no GB10 was measured.
 PARTS: tuple[Part, ...] = (
-    Part(
-        "doctor", "what is missing", Need(20, 0.2, 1), Need(20, 0.2, 1), _doctor, needs_build=False
-    ),
-    Part(
-        "bootstrap",
-        "a fresh clone to its first token, in seconds and bytes",
-        Need(400, 5, 4),
-        Need(900, 15, 16),
-        _bootstrap,
-        needs_build=False,
-    ),
+    Part("doctor", "what the machine lacks", Need(20, 0.2, 1), Need(20, 0.2, 1), _doctor),
+    Part("bootstrap", "a fresh clone to a token", Need(400, 5, 4), Need(900, 15, 16), _bootstrap),
     Part("quick", "the smoke, twice", Need(300, 0.2, 6), Need(300, 1, 16), _QUICK),
     Part("full", "the full smoke", Need(300, 1, 8), Need(300, 2, 24), _FULL),
-    Part("triton", "its diagnosis by fix-triton", Need(20, 0, 1), Need(60, 0.1, 4), _triton),
-    Part("kernel", "two edits; a cost table", Need(900, 2, 6), Need(900, 3, 16), _kernel),
-    Part("build", "bound by memory", Need(900, 2, 10), Need(1800, 4, 20), _build),
-    Part("serve", "ten starts and stops", Need(1100, 0.2, 6), Need(600, 1, 16), _cycles),
+    Part("triton", "inv fix-triton --check", Need(20, 0, 1), Need(60, 0.1, 4), _triton),
+    Part("kernel", "two edits and their costs", Need(900, 2, 6), Need(900, 3, 16), _kernel),
+    Part("build", "with a bound, beside a server", Need(900, 2, 10), Need(1800, 4, 20), _build),
+    Part("serve", "a server, ten times", Need(1100, 0.2, 6), Need(600, 1, 16), _cycles),
     Part("bench", "the default model", Need(300, 0.1, 4), Need(300, 0.1, 16), _bench),
-    Part("rollback", "from an export", Need(240, 0.2, 6), Need(180, 1, 16), _rollback),
+    Part("rollback", "to the known-good state", Need(240, 0.2, 6), Need(180, 1, 16), _rollback),
 )
 NAMES = tuple(part.name for part in PARTS)

@@ -36,8 +36,15 @@ class Machine:
         self.clone = folder / name
         self.environment = {"PATH": f"{folder / 'bin'}:{PATH}", "HOME": str(folder / "home")}
 
+    @property
+    def shared(self) -> Path:
+        """The memory that the node has at /dev/shm: two machines share none."""
+        return self.folder / f"{self.name}.shm"
+
     def argv(self, *argv: str) -> list[str]:
-        return ["ip", "netns", "exec", self.space, *argv]
+        # ip(8) makes a mount namespace of its own for each command.
+        script = f'mount --bind {self.shared} /dev/shm && exec "$@"'
+        return ["ip", "netns", "exec", self.space, "sh", "-c", script, "sh", *argv]
 
     def inv(self, *argv: str) -> list[str]:
         return self.argv(str(self.clone / "scripts" / "inv"), *argv)
@@ -115,6 +122,8 @@ class Pair:
     def set_up(self) -> None:
         for each in self.both:
             self.ip("netns", "add", each.space)
+            each.shared.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", each.name, str(each.shared)], check=True)
         peer = ("type", "veth", "peer", "name", self.b.link)
         self.ip("link", "add", self.a.link, *peer)
         for each in self.both:
@@ -169,6 +178,7 @@ class Pair:
                     os.kill(pid, signal.SIGKILL)
                 os.kill(int((self.folder / f"{each.name}.pid").read_text()), signal.SIGTERM)
             subprocess.run(["ip", "netns", "del", each.space], capture_output=True)
+            subprocess.run(["umount", "-l", str(each.shared)], capture_output=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

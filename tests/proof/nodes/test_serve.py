@@ -45,15 +45,15 @@ def pair() -> Iterator[Pair]:
         yield made
 
 
-def shared(pair: Pair) -> set[str]:
-    return process_tree.shared_by(pair.a.pids() | pair.b.pids())
+def shared(pair: Pair) -> list[str]:
+    """Return the files of shared memory on both nodes."""
+    return [f"{each.name}: {name}" for each in pair.both for name in os.listdir(each.shared)]
 
 
-def is_clean(pair: Pair, files: set[str]) -> None:
+def is_clean(pair: Pair) -> None:
     """Check that no process, port, state file or shared memory is left on either node."""
     assert not pair.a.pids() | pair.b.pids()
-    for name in files:
-        assert not os.path.exists(name), name
+    assert shared(pair) == []
     pair.a.ask(BIND % ("127.0.0.1", 8000))
     pair.a.ask(BIND % (pair.a.address, 29501))
     for each in pair.both:
@@ -72,10 +72,10 @@ def served(pair: Pair, *args: str) -> tuple[list[str], float]:
     assert done.returncode == 0, done.stderr
     seconds = time.monotonic() - began
     found = tokens(pair.a)
-    files = shared(pair)
+    assert shared(pair)
     assert pair.a.run("serve.stop").returncode == 0
     until(lambda: not pair.b.pids(), BOUND_S, "the rank of b has ended")
-    is_clean(pair, files)
+    is_clean(pair)
     return found, seconds
 
 
@@ -188,7 +188,6 @@ def test_nothing_is_left_on_either_node(pair: Pair, number: int, tmp_path: Path)
     if is_late:
         until(lambda: is_answering(pair) or cycle.front.poll() is not None, START_S, "ready")
     time.sleep(chance.uniform(0, 5 if is_late else 40))
-    files = shared(pair)
     assert cycle.front.poll() is None, cycle.log.read_text()
     try:
         act(cycle)
@@ -198,7 +197,7 @@ def test_nothing_is_left_on_either_node(pair: Pair, number: int, tmp_path: Path)
         a_s = time.monotonic() - began
         until(lambda: not pair.b.pids(), BOUND_S, f"b has ended after {act.__name__}")
         b_s = time.monotonic() - began
-        assert [name for name in files if os.path.exists(name)] == []
+        assert shared(pair) == []
     finally:
         cycle.front.kill()
         cycle.front.wait()
@@ -210,5 +209,5 @@ def test_nothing_is_left_on_either_node(pair: Pair, number: int, tmp_path: Path)
             each.run("serve.stop")
     moment = "ready" if is_late else "loading"
     print(f"\n{act.__name__} while {moment}: a ended after {a_s:.1f} s, b after {b_s:.1f} s")
-    is_clean(pair, files)
+    is_clean(pair)
     assert max(a_s, b_s) < BOUND_S

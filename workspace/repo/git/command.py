@@ -212,10 +212,15 @@ class Command:
             {"GIT_DIR": str(git_dir.absolute()), "GIT_WORK_TREE": str(self.path)} if git_dir else {}
         )
         self._trusted = False
+        # Where git keeps what, by name; this never changes.
+        self._paths: dict[str, Path] = {}
 
     def look(self, *args: str, check: bool = True) -> Answer:
         """Run a git command that only reads: no lock, no network."""
-        return self._git((*LOOKING_FLAGS, *args), LOOKING, check=check, limit_s=LOOK_S)
+        answer = self._git((*LOOKING_FLAGS, *args), LOOKING, check=check, limit_s=LOOK_S)
+        # rev-parse fails where the user's safe.directory does not allow the folder.
+        self._trusted |= args[0] == "rev-parse" and answer.status == 0
+        return answer
 
     def write(
         self,
@@ -227,7 +232,6 @@ class Command:
         """Run a git command that writes, immune to the user's configuration, offline."""
         if not self._trusted:
             self.look("rev-parse", "--git-dir")
-            self._trusted = True
         echo = shlex.join(["git", "-C", str(self.path), *args])
         with run_log.running(echo) if run_log else contextlib.nullcontext():
             variables = git_environment() | dict(env or {})
@@ -443,4 +447,13 @@ def _unusable(exc: Exception) -> ToolchainError:
     again, look = hints.text("repo.memory_again"), hints.text("core.list_file", path=path)
     return ToolchainError(
         f"{path} {process.describe_status(status)}{output}", hint=again if status < 0 else look
+    )
+
+
+def wrapped(lines: Sequence[str]) -> ToolchainError:
+    """Return the error for a wrapper of git that prints before git does."""
+    path = shutil.which("git")
+    return ToolchainError(
+        f"{path} prints something else before its answer: {next(iter(lines), '')!r}",
+        hint=hints.text("core.list_file", path=path),
     )

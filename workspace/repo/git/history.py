@@ -10,6 +10,7 @@ from pathlib import Path
 
 from workspace.core.console import RunLog
 from workspace.core.settings import Settings
+from workspace.repo.git import command
 from workspace.repo.git.command import split
 from workspace.repo.git.repository import Git
 from workspace.repo.git.worktree import try_on
@@ -179,6 +180,37 @@ class Carried:
     tip: str | None
     left_out: tuple[str, ...] = ()
     failing: str | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """The newest entry of HEAD's reflog: its message, and the commit before it.
+
+    `is_ours`: a verb of the workspace made the move.
+    """
+
+    message: str
+    before: str
+    is_ours: bool
+
+
+def last_move(git: Git) -> Move | None:
+    """Return the last move of HEAD, or None where the reflog has fewer than two entries."""
+    args = (
+        "log",
+        "--walk-reflogs",
+        "-2",
+        "--no-show-signature",
+        "--no-color",
+        "--format=%H%x00%ge%x00%gs",
+        "HEAD",
+        "--",
+    )
+    entries = [line.split("\0") for line in git.look(*args, check=False).out.splitlines()]
+    if len(entries) != 2 or any(len(entry) != 3 for entry in entries):
+        return None
+    (_, email, message), (before, _, _) = entries
+    return Move(message, before, email == command.IDENTITY[1])
 
 
 def forks(git: Git, first: str, second: str) -> tuple[str, ...]:

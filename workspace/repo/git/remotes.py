@@ -219,8 +219,8 @@ def complete_store(store: Git, ends: tuple[str, str], remote: Remote, refspec: s
 
     Fetch all of `refspec` where the remote serves no single objects. Raises SourceError.
     """
-    for key, value in (("url", remote.url), ("promisor", "true"), NO_BLOBS):
-        store.set_setting(f"remote.origin.{key}", value)
+    settings = (("url", remote.url), ("promisor", "true"), NO_BLOBS)
+    store.set_settings({f"remote.origin.{key}": value for key, value in settings})
     # git fetches in one call what a diff lacks.
     missing = ("diff", "--shortstat", "--no-renames", "-O/dev/null", *ends, "--")
     try:

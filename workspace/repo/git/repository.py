@@ -2,15 +2,14 @@
 
 import hashlib
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from workspace.core import hints
 from workspace.core.console import RunLog
-from workspace.core.errors import CheckoutError, ToolchainError
+from workspace.core.errors import CheckoutError
 from workspace.core.settings import Settings
 from workspace.repo.git import command
 from workspace.repo.git.command import Command, OnLine, split
@@ -29,10 +28,15 @@ _UNDER_WAY = {
 
 @dataclass(frozen=True)
 class Place:
-    """The repository that git finds for a path: git directory and top of the working tree."""
+    """The repository that git finds for a path: git directory and top of the working tree.
+
+    `present` are those of the `commits` given to `place` that it holds.
+    """
 
     git_dir: Path
     top: Path
+    head: str | None
+    present: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,17 @@ class Gitlink:
 
     commit: str
     hidden: bool
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The git operation that is under way, if any, the tree of a commit, and whether the commit is
+    its base or a descendant of it.
+    """
+
+    operation: str | None
+    tree: str
+    is_on_base: bool
 
 
 NO_BLOBS = ("partialclonefilter", "blob:none")
@@ -59,31 +74,34 @@ class Remote:
 class Git(Command):
     """A repository, given by the folder of its working tree."""
 
-    def place(self) -> Place | None:
+    def place(self, *commits: str) -> Place | None:
         """Find the repository, or None where the path is in none that has a working tree.
 
-        Raises ToolchainError for a wrapper of git whose output is not git's alone.
+        `commits`, as 40 hex, are looked for in it; none is fetched. Raises ToolchainError for a
+        wrapper of git whose output is not git's alone.
         """
-        answer = self.look("rev-parse", "--absolute-git-dir", "--show-toplevel", check=False)
-        lines = answer.out.splitlines()
+        folders = ("--absolute-git-dir", "--show-toplevel")
+        # A revision that names nothing is left out, and what follows it too.
+        query = (*(f"--disambiguate={commit}" for commit in commits), *folders, "--revs-only")
+        answer = self.look("rev-parse", *query, "HEAD^{commit}", check=False)
         if answer.status != 0:
             return None
-        if len(lines) != 2 or not lines[0].startswith("/"):
-            git = shutil.which("git")
-            raise ToolchainError(
-                f"{git} prints something else before its answer: {(lines or [''])[0]!r}",
-                hint=hints.text("core.list_file", path=git),
-            )
-        return Place(*map(Path, lines))
+        lines = answer.out.splitlines()
+        start = next((at for at, line in enumerate(lines) if line.startswith("/")), 0)
+        present, paths, head = lines[:start], lines[start : start + 2], lines[start + 2 :]
+        if len(paths) != 2 or len(head) > 1 or not {*present} <= {*commits}:
+            raise command.wrapped(lines)
+        return Place(Path(paths[0]), Path(paths[1]), head[0] if head else None, frozenset(present))
 
     def path_of(self, name: str) -> Path:
         """Return where git keeps `name` (objects, index, modules/…).
 
         The repository may be a plain clone, a submodule or a linked worktree.
         """
-        return Path(
-            self.look("rev-parse", "--path-format=absolute", "--git-path", name).out.rstrip("\n")
-        )
+        if name not in self._paths:
+            query = ("rev-parse", "--path-format=absolute", "--git-path", name)
+            self._paths[name] = Path(self.look(*query).out.rstrip("\n"))
+        return self._paths[name]
 
     def resolve(self, revision: str) -> str | None:
         """Return the commit that a revision names, as 40 hex, or None; never fetch it."""
@@ -98,6 +116,13 @@ class Git(Command):
             ).out.strip()
             or None
         )
+
+    def resolve_all(self, *revisions: str) -> tuple[str | None, ...]:
+        """Return what `resolve` returns for each revision, from one start of git."""
+        names = "".join(f"{revision}^{{commit}}\n" for revision in revisions).encode()
+        answers = self.pipe(names, "cat-file", "--batch-check=%(objectname)").decode().splitlines()
+        # A name without an object is repeated, with a word behind it.
+        return tuple(None if " " in answer else answer for answer in answers)
 
     def head(self) -> str | None:
         """Return the commit that is checked out, or None before the first commit."""
@@ -137,23 +162,18 @@ class Git(Command):
             != set()
         )
 
-    def slugs(self, base: str, tip: str) -> tuple[str, ...]:
-        """Return the slug of the subject of each commit in base..tip, oldest first."""
-        log = ("log", "--reverse", "--no-show-signature", "--format=%f", f"{base}..{tip}", "--")
-        return tuple(self.look(*log).out.splitlines())
-
     def under_way(self) -> str | None:
         """Return the git operation that waits to be continued or aborted, or None."""
-        return _operation(Path(self.look("rev-parse", "--absolute-git-dir").out.rstrip("\n")))
+        return _operation(self.path_of("."))
 
-    def operation_and_tree(self, commit: str) -> tuple[str | None, str]:
-        """Return what `under_way` and `tree` return, from one start of git."""
-        folder, tree = (
-            self.look("rev-parse", "--absolute-git-dir", f"{commit}^{{tree}}")
-            .out.rstrip("\n")
-            .rsplit("\n", 1)
-        )
-        return _operation(Path(folder)), tree
+    def standing(self, commit: str, base: str) -> Standing:
+        """Return how a commit that the repository holds stands to another such commit."""
+        # The folder comes last: its name may have several lines.
+        query = ("rev-parse", f"{commit}^{{tree}}", f"{base}...{commit}", "--absolute-git-dir")
+        revisions, _, folder = self.look(*query).out.partition("/")
+        tree, *ends = revisions.split()
+        # The merge bases follow, each with a ^ (gitrevisions(7)).
+        return Standing(_operation(Path(f"/{folder[:-1]}")), tree, f"^{base}" in ends)
 
     def edits(self) -> tuple[str, ...]:
         """Return the tracked paths whose content is not HEAD's, staged or not."""
@@ -242,10 +262,26 @@ class Git(Command):
         if name == "HEAD" or self.resolve(name) != commit:
             self.write("update-ref", "--no-deref", "--create-reflog", name, commit)
 
+    def set_refs(self, wanted: Mapping[str, str]) -> None:
+        """Make references name commits, in this order."""
+        for name, known in zip(wanted, self.resolve_all(*wanted), strict=True):
+            if known != wanted[name]:
+                self.write("update-ref", "--no-deref", "--create-reflog", name, wanted[name])
+
     def set_setting(self, key: str, value: str, *, run_log: RunLog | None = None) -> None:
         """Set a value of the repository's own configuration, unless it has that value already."""
         if self.setting(key) != value:
             self.write("config", "--local", key, value, run_log=run_log)
+
+    def set_settings(self, wanted: Mapping[str, str], *, run_log: RunLog | None = None) -> None:
+        """Set those of the repository's own settings that have another value."""
+        listed = split(self.look("config", "--local", "--list", "-z", check=False).out)
+        known = dict(entry.partition("\n")[::2] for entry in listed)
+        for key, value in wanted.items():
+            # git lists section and name in small letters, and what is between them as it is.
+            section, *between, name = key.split(".")
+            if known.get(".".join((section.lower(), *between, name.lower()))) != value:
+                self.write("config", "--local", key, value, run_log=run_log)
 
     def hide(self, path: str, *, run_log: RunLog | None = None) -> None:
         """Set the skip-worktree bit of an index entry."""
@@ -269,8 +305,10 @@ class Git(Command):
         """Return the content of a blob."""
         return self.look("cat-file", "blob", oid).out.encode(errors="surrogateescape")
 
-    def move_to(self, commit: str, *, run_log: RunLog) -> None:
-        """Move the checkout to a commit: write files that differ, keep all others and local edits.
+    def move_to(self, commit: str, *, before: str, run_log: RunLog) -> None:
+        """Move the checkout from the commit `before`, which is HEAD, to another commit.
+
+        Files that differ are written, all others and local edits stay.
 
         Raises CheckoutError, with nothing moved, where a file that git does not track, ignored or
         not, has the path of a file of the commit.
@@ -278,7 +316,6 @@ class Git(Command):
         # All files of a copied clone count as edited until a refresh. With -q git would not report
         # an abandoned lock.
         self.write("update-index", "--refresh", check=False)
-        before = self.look("rev-parse", "--verify", "HEAD").out.strip()
         self._refuse_files_in_the_way(before, commit)
         # HEAD moves last: otherwise files that a power cut left empty would count as the user's
         # edits.
@@ -317,16 +354,16 @@ class Git(Command):
         """
         url = remote.url
         if (origin := self.setting("remote.origin.url")) is None:
-            self.set_setting("remote.origin.url", url)
-            self.set_setting("remote.origin.fetch", "+refs/heads/*:refs/remotes/origin/*")
+            branches = "+refs/heads/*:refs/remotes/origin/*"
+            self.set_settings({"remote.origin.url": url, "remote.origin.fetch": branches})
         # Only a remote with a name can serve later what a filter leaves out.
         if origin in (None, url):
             name = "origin"
         elif self.is_partial:
             # Without a filter git would refuse new trees of which it lacks files (fsckObjects).
             name, whole = f"fork-{hashlib.sha256(url.encode()).hexdigest()[:8]}", False
-            for key, value in (("url", url), ("promisor", "true"), NO_BLOBS):
-                self.set_setting(f"remote.{name}.{key}", value)
+            settings = (("url", url), ("promisor", "true"), NO_BLOBS)
+            self.set_settings({f"remote.{name}.{key}": value for key, value in settings})
         else:
             name, whole = url, True
         partial = () if whole else ("--filter=blob:none",)
@@ -424,37 +461,6 @@ def changed_paths(before: command.Entries, now: command.Entries) -> tuple[str, .
 
 def _operation(git_dir: Path) -> str | None:
     return next((name for entry, name in _UNDER_WAY.items() if (git_dir / entry).exists()), None)
-
-
-@dataclass(frozen=True)
-class Move:
-    """The newest entry of HEAD's reflog: its message, and the commit before it.
-
-    `is_ours`: a verb of the workspace made the move.
-    """
-
-    message: str
-    before: str
-    is_ours: bool
-
-
-def last_move(git: Git) -> Move | None:
-    """Return the last move of HEAD, or None where the reflog has fewer than two entries."""
-    args = (
-        "log",
-        "--walk-reflogs",
-        "-2",
-        "--no-show-signature",
-        "--no-color",
-        "--format=%H%x00%ge%x00%gs",
-        "HEAD",
-        "--",
-    )
-    entries = [line.split("\0") for line in git.look(*args, check=False).out.splitlines()]
-    if len(entries) != 2 or any(len(entry) != 3 for entry in entries):
-        return None
-    (_, email, message), (before, _, _) = entries
-    return Move(message, before, email == command.IDENTITY[1])
 
 
 def untracked(git: Git) -> tuple[str, ...]:

@@ -325,8 +325,8 @@ class Trial:
         apply = (*self._flags, "apply", "--cached", "--whitespace=nowarn", *args)
         if "--3way" not in args:
             return self._git.write(*apply, env=self._env, check=False).status == 0
-        git_dir = self._git.look("rev-parse", "--absolute-git-dir").out.rstrip("\n")
         with tempfile.TemporaryDirectory(prefix="workspace-tree-") as tree:
+            git_dir = str(self._git.path_of("."))
             place = {**self._env, "GIT_DIR": git_dir, "GIT_WORK_TREE": tree}
             return self._git.write("-C", tree, *apply, env=place, check=False).status == 0
 
@@ -389,10 +389,10 @@ class _Move(records.Record):
 
 def move(layout: Layout, project: str, git: Git, target: str, *, run_log: RunLog) -> None:
     """Move the checkout to a commit, as Git.move_to does, with a record until it ends."""
-    note = layout.moving(project)
-    records.write(note, {"from": git.head(), "to": target})
+    note, source = layout.moving(project), git.head() or ""
+    records.write(note, {"from": source, "to": target})
     try:
-        git.move_to(target, run_log=run_log)
+        git.move_to(target, before=source, run_log=run_log)
     except CheckoutError:
         # Refused before any file was touched: the next run must not finish it.
         note.unlink(missing_ok=True)
