@@ -407,7 +407,7 @@ def apply_series(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
     if tree.head() == base and names:
         with stages.step(run_log, "patches") as view:
             _run_am(bump_sandbox, tree, names, run_log)
-            made = series.file_stems(tree.slugs(base, "HEAD"))
+            made = series.stems_of(tree, base, "HEAD")
             gone = [name for name in names if name.removesuffix(".patch") not in made]
             view.reason = f"{len(made)} of {len(names)} on {bump_sandbox.pin.tag}" + (
                 f"; upstream has {', '.join(gone)}" if gone else ""

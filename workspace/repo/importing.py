@@ -148,7 +148,7 @@ def _is_applied(work: _Import, stack: Stack) -> bool:
         return False
     wanted = file_stems(mail.read_mail(part).slug for part in work.parts)
     below = work.git.resolve(f"{stack.head}~{len(wanted)}")
-    if not below or file_stems(work.git.slugs(below, stack.head)) != wanted:
+    if not below or series.stems_of(work.git, below, stack.head) != wanted:
         return False
     with contextlib.suppress(PatchConflict, PatchDrift, SettingsError):
         return _tip_on(work, below) == stack.head

@@ -251,7 +251,7 @@ def _apply_in_checkout(
 
 def _check(project: str, git: Git, stack: Stack, base: str, tip: str) -> None:
     """Prove by count and tree that the commits are those of the series. Raises PatchDrift."""
-    made = series.file_stems(git.slugs(base, tip))
+    made = series.stems_of(git, base, tip)
     if len(made) != len(stack.names):
         lost = [name for name in stack.names if name.removesuffix(".patch") not in made]
         raise PatchDrift(

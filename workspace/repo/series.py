@@ -43,6 +43,12 @@ def file_stems(slugs: Iterable[str]) -> tuple[str, ...]:
     return tuple(stems)
 
 
+def stems_of(git: Git, base: str, tip: str) -> tuple[str, ...]:
+    """Return the name for the patch of each commit in base..tip, oldest first."""
+    log = ("log", "--reverse", "--no-show-signature", "--format=%f", f"{base}..{tip}", "--")
+    return file_stems(git.look(*log).out.splitlines())
+
+
 @dataclass(frozen=True)
 class Series:
     """The commit that the patches are for, and their file names in the order of application."""

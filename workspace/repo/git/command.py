@@ -448,3 +448,12 @@ def _unusable(exc: Exception) -> ToolchainError:
     return ToolchainError(
         f"{path} {process.describe_status(status)}{output}", hint=again if status < 0 else look
     )
+
+
+def wrapped(lines: Sequence[str]) -> ToolchainError:
+    """Return the error for a wrapper of git that prints before git does."""
+    path = shutil.which("git")
+    return ToolchainError(
+        f"{path} prints something else before its answer: {next(iter(lines), '')!r}",
+        hint=hints.text("core.list_file", path=path),
+    )

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Literal
 
 from workspace.core import hints
 from workspace.core.console import RunLog
-from workspace.core.errors import CheckoutError, ToolchainError
+from workspace.core.errors import CheckoutError
 from workspace.core.settings import Settings
 from workspace.repo.git import command
 from workspace.repo.git.command import Command, OnLine, split
@@ -79,12 +78,8 @@ class Git(Command):
         lines = answer.out.splitlines()
         start = next((at for at, line in enumerate(lines) if line.startswith("/")), len(lines))
         present, paths, head = lines[:start], lines[start : start + 2], lines[start + 2 :]
-        if not set(present) <= set(commits) or len(paths) != 2 or len(head) > 1:
-            git = shutil.which("git")
-            raise ToolchainError(
-                f"{git} prints something else before its answer: {(lines or [''])[0]!r}",
-                hint=hints.text("core.list_file", path=git),
-            )
+        if len(paths) != 2 or len(head) > 1 or not {*present} <= {*commits}:
+            raise command.wrapped(lines)
         return Place(Path(paths[0]), Path(paths[1]), head[0] if head else None, frozenset(present))
 
     def path_of(self, name: str) -> Path:
@@ -155,11 +150,6 @@ class Git(Command):
             - {"", command.IDENTITY[1]}
             != set()
         )
-
-    def slugs(self, base: str, tip: str) -> tuple[str, ...]:
-        """Return the slug of the subject of each commit in base..tip, oldest first."""
-        log = ("log", "--reverse", "--no-show-signature", "--format=%f", f"{base}..{tip}", "--")
-        return tuple(self.look(*log).out.splitlines())
 
     def under_way(self) -> str | None:
         """Return the git operation that waits to be continued or aborted, or None."""
