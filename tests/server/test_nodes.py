@@ -79,7 +79,7 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
         ('"10.0.0.2"', '"spark"', "does not appear to be an IPv4 or IPv6 address"),
         ('"10.0.0.2"', "7", "Expected `str`, got `int`"),
         ('ssh = "me@b"\n', "", "a and b have no ssh address"),
-        ("[b]", 'ssh = "c"\nfolder = "/x"\n[b]', "no node has no ssh address"),
+        ("[b]", 'ssh = "c"\nfolder = "/x"\n[b]', "each node has an ssh address"),
         ('"me@b"', '"-oProxyCommand=reboot"', "ssh = '-oProxyCommand=reboot' cannot be used"),
         ('"~/clone of b"', '"clone"', "folder = 'clone' cannot be used"),
         ('"~/clone of b"', '"/cl*"', r"folder = '/cl\*' cannot be used"),

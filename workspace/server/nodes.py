@@ -109,8 +109,8 @@ def read_nodes(root: Path) -> Nodes:
     nodes = tuple(_node(name, table) for name, table in document.items())
     here = [node.name for node in nodes if node.is_here]
     if len(here) != 1:
-        count = f"{' and '.join(here)} have" if here else "no node has"
-        raise _unusable(f"{count} no ssh address: exactly one node is this machine")
+        named = f"{' and '.join(here)} have no" if here else "each node has an"
+        raise _unusable(f"{named} ssh address: exactly one node, this machine, has none")
     for subject in ("address", "ssh"):
         owners: dict[str, str] = {}
         for node in nodes:
