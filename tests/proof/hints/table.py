@@ -26,7 +26,9 @@ _REFUSED = f"{_RANKS}nodes_that_cannot_serve_together_are_a_sentence_whose_hint_
 _SYNC = "tests/server/test_node_sync.py::test_"
 _LINK = "tests/machine/test_link.py::test_"
 _SPARK = "tests/support/test_spark.py::test_"
-_AGAIN = f"{_SPARK}failed_part_is_on_the_page_with_its_figures_and_runs_again"
+_AGAIN = (
+    "tests/proof/test_spark.py::test_failed_part_is_on_the_page_with_its_figures_and_runs_again"
+)
 _BUNDLE = "tests/install/test_bundle.py::test_"
 # The test that runs the command of the hint.
 ELSEWHERE = {
