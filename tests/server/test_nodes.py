@@ -161,6 +161,14 @@ def test_a_copy_that_finds_no_room_names_the_node_and_shows_its_disk(
     assert run_hint(caught.value.hint, tmp_path, environment) == 0
 
 
+def test_what_a_node_prints_of_its_secrets_is_masked(environment: dict[str, str]) -> None:
+    line = "HF_TOKEN=hf_abcdefghijklmnopqrst https://me:p4ssw0rd@example.org/x denied"
+    done = Remote(node("b"), environment).run(["sh", "-c", f"echo '{line}' >&2; exit 1"])
+    assert "hf_abc" not in done.stderr
+    assert "p4ss" not in done.stderr
+    assert done.stderr.endswith("denied\n")
+
+
 def test_a_machine_without_ssh_has_the_package_as_hint(tmp_path: Path) -> None:
     (tmp_path / "sudo").write_text('#!/bin/sh\n[ "$*" = "apt install openssh-client" ]\n')
     (tmp_path / "sudo").chmod(0o755)

@@ -198,11 +198,9 @@ class Redactor:
         for path, label, pattern in self._places:
             if path in line:
                 line = pattern.sub(label, line)
+        line = without_secrets(line)
         if ":" in line and "/" in line:
-            line = _URL_HOST.sub(_url_host, _URL_USER.sub(rf"\g<1>{MASK}@", line))
-        if _HAS_SECRET_TERM.search(line):
-            line = _PAIR.sub(_pair, _masked(line, _HEADER, _BEARER, _FLAG, _NETRC))
-        line = _TOKEN.sub(MASK, line)
+            line = _URL_HOST.sub(_url_host, line)
         if "@" in line:
             line = _EMAIL.sub(
                 lambda match: match[0] if _is_reserved(match[1]) else "<email>",
@@ -232,6 +230,17 @@ class Redactor:
         ):
             return match[0]
         return "<ip>"
+
+
+def without_secrets(line: str) -> str:
+    """Mask what has the form of a secret: a user in a URL, the value of a name such as HF_TOKEN,
+    and tokens of known services.
+    """
+    if ":" in line and "/" in line:
+        line = _URL_USER.sub(rf"\g<1>{MASK}@", line)
+    if _HAS_SECRET_TERM.search(line):
+        line = _PAIR.sub(_pair, _masked(line, _HEADER, _BEARER, _FLAG, _NETRC))
+    return _TOKEN.sub(MASK, line)
 
 
 def _masked(line: str, *patterns: re.Pattern[str]) -> str:

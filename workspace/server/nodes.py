@@ -10,7 +10,7 @@ import ipaddress
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.core import hints, process, records
@@ -18,6 +18,7 @@ from workspace.core.console import RunLog
 from workspace.core.errors import NodeError, SettingsError, ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.process import Completed
+from workspace.core.redaction import without_secrets
 
 NODES = "nodes.toml"
 # A node that is off answers nothing: ssh would wait for two minutes (tcp(7), tcp_syn_retries).
@@ -221,13 +222,16 @@ class Remote:
 
     def _captured(self, argv: Sequence[str], limit_s: float) -> Completed:
         try:
-            return process.capture(argv, env=self.environment, timeout_s=limit_s)
+            done = process.capture(argv, env=self.environment, timeout_s=limit_s)
         except process.NoAnswer as exc:
             raise NodeError(
                 f"{self.node.name} gave no answer in {limit_s:g} s", hint=_by_hand(self.node)
             ) from exc
         except ToolchainError as exc:
             raise ToolchainError(exc.message, hint=hints.text("server.install_ssh")) from exc
+        # The secrets of the node are not known here, so what looks like one is masked.
+        shown = "\n".join(map(without_secrets, done.stderr.split("\n")))
+        return replace(done, stderr=shown)
 
 
 def unreachable(node: Node, output: str) -> NodeError:
