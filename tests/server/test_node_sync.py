@@ -58,8 +58,9 @@ def pair(built: World, tmp_path: Path) -> Path:
 
 def rows(world: World) -> dict[str, tuple[str, str, str | None]]:
     ended = world.run("node", "--json")
-    assert ended.code == 0, ended.output
     found = json.loads(ended.out)["rows"]
+    fails = any(row["state"] == "FAIL" for row in found)
+    assert ended.code == (13 if fails else 0), ended.output
     return {row["name"]: (row["state"], row["text"], row["hint"]) for row in found}
 
 
@@ -212,16 +213,15 @@ def test_kernels_that_were_compiled_here_are_those_of_the_other_node(
 
 LINK = Link("lo", "up", None, 9000, ("10.0.0.1",), False, (), (), "", -1, "", True)
 FACTS = Facts(
-    **dict.fromkeys(
-        ("workspace", "pin", "tree", "libraries", "kernels", "python", "torch", "device"), "x"
-    ),
+    **dict.fromkeys(("workspace", "pin", "tree", "libraries", "kernels", "python", "torch"), "x"),
+    device="cpu",
     **dict.fromkeys(("driver", "cuda", "kernel", "machine"), "y"),
     layers="ok",
     edited=(),
     unsaved=(),
     has_commits=False,
     free_memory_gib=1.5,
-    free_disk_gib=2.0,
+    free_disk_gib=20.0,
     settings={},
     link=LINK,
     time=0.0,
@@ -235,12 +235,13 @@ def test_differences_that_no_sync_ends_have_a_command_each(tmp_path: Path) -> No
         (tmp_path / "programs" / name).write_text('#!/bin/sh\nexec [ "$1" != fail ]\n')
         (tmp_path / "programs" / name).chmod(0o755)
     node = Node("b", "10.0.0.1", "lo", "b", "/clone")
-    there = replace(FACTS, driver="z", torch="z", link=replace(LINK, mtu=1500))
+    there = replace(FACTS, driver="z", torch="z", free_disk_gib=1, link=replace(LINK, mtu=1500))
     found = {row.name: row for row in compare(FACTS, there, node, -2.5)}
     assert found["b driver"].text == "z, and y here"
     assert found["b torch"].hint == "./scripts/inv node.sync b"
     assert found["b mtu"].text.startswith("1500, and 9000 here")
     assert (found["b clock"].state, found["b clock"].text) == ("warn", "2.5 s ahead")
+    assert (found["b free"].state, found["b free"].hint) == ("warn", "ssh -t b 'df -h /clone'")
     for fact in ("driver", "mtu", "clock"):
         hint = (found[f"b {fact}"].hint or "").split("    ")[0]
         subprocess.run(["sh", "-c", hint], env=environment, check=True, cwd=tmp_path)

@@ -22,12 +22,20 @@ from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import CheckoutError, NodeError, SmokeError, WorkspaceError, listed
 from workspace.core.paths import Layout
 from workspace.install import bundle, plan, precompiled, stages, wheel
-from workspace.machine import hardware, link
+from workspace.machine import doctor_host, hardware, link
 from workspace.machine.link import Link
 from workspace.machine.machine import Machine
 from workspace.repo import checkout, patches
 from workspace.repo.git import Git
-from workspace.server.nodes import Node, Remote, failed, look_there, message, read_nodes
+from workspace.server.nodes import (
+    Node,
+    Remote,
+    failed,
+    look_at_disk,
+    look_there,
+    message,
+    read_nodes,
+)
 
 # A first command in a fresh clone makes the environment of the tools.
 FIRST_S = 600.0
@@ -145,7 +153,10 @@ def shared(written: Mapping[str, str]) -> dict[str, str]:
 
 
 def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
-    """Print one row for each fact of each node beside this one, or one JSON document."""
+    """Print one row for each fact of each node beside this one, or one JSON document.
+
+    Raises NodeError where a row is FAIL.
+    """
     nodes = read_nodes(machine.layout.root)
     here = observe(machine, nodes.here.interface)
     environment = machine.settings.child_environment("plain")
@@ -165,6 +176,9 @@ def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
         shown += compare(here, there, node, time.time() - there.time)
         found[node.name] = asdict(there)
     console.show(shown, as_json=as_json, nodes=found)
+    if faults := [row for row in shown if row.state is State.FAIL]:
+        names = listed([row.name for row in faults])
+        raise NodeError(f"checks of the nodes fail: {names}", hint=faults[0].hint)
 
 
 def ask(remote: Remote, *, limit_s: float = 60.0) -> Facts:
@@ -212,7 +226,10 @@ def compare(here: Facts, there: Facts, node: Node, clock_s: float) -> Iterator[R
         text = f"edited there: {names}" if names else "vendor/vllm has commits without a patch"
         yield Row(State.WARN, f"{node.name} edits", text, hint=look_there(node))
     free = f"{there.free_memory_gib:g} GiB of memory, {there.free_disk_gib:g} GiB of disk"
-    yield Row(State.OK, f"{node.name} free", free)
+    # As the doctor warns of this machine.
+    is_short = there.free_disk_gib < doctor_host.COMFORT_GIB.get(here.device, 0.0)
+    state, look = (State.WARN, look_at_disk(node)) if is_short else (State.OK, None)
+    yield Row(state, f"{node.name} free", free, hint=look)
     yield from _link_rows(there, node)
     if here.link and there.link and here.link.mtu != there.link.mtu:
         text = f"{there.link.mtu}, and {here.link.mtu} here: large packets are lost"

@@ -205,11 +205,7 @@ class Remote:
             raise unreachable(self.node, done.stderr)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["scp failed"]
-            command = f"df -h {self.quoted()}"
-            raise NodeError(
-                f"{self.node.name}: {lines[-1]}",
-                hint=hints.text("server.on_node", address=self.node.ssh, command=command),
-            )
+            raise NodeError(f"{self.node.name}: {lines[-1]}", hint=look_at_disk(self.node))
 
     def quoted(self) -> str:
         """Return the folder of the node's clone as a POSIX shell takes it."""
@@ -265,6 +261,12 @@ def _by_hand(node: Node) -> str:
 def look_there(node: Node) -> str:
     """Return the command that shows the states of both repositories on the node."""
     command = f"cd {Remote(node, {}).quoted()} && git status -uall && git -C vendor/vllm status"
+    return hints.text("server.on_node", address=node.ssh, command=command)
+
+
+def look_at_disk(node: Node) -> str:
+    """Return the command that shows the room on the node's disk."""
+    command = f"df -h {Remote(node, {}).quoted()}"
     return hints.text("server.on_node", address=node.ssh, command=command)
 
 
