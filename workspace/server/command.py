@@ -58,8 +58,8 @@ _COUNTS = (
 _READ = re.compile(r"ssl_(certfile|keyfile|ca_certs)|(py)?log\w*_config_file|\w+_fp8_scale_path")
 _WRITTEN = re.compile(r"\w+_dir|debug_dump_path|\w+_save_path|shared_storage_path")
 _MODULES = re.compile(
-    r"middleware|model_class_overrides|logits_processors|scheduler_cls|worker_cls|worker_extension_cls|\w+_module_path"
-    r"|(tool|reasoning)_parser_plugin"
+    r"middleware|model_class_overrides|logits_processors|scheduler_cls|worker_cls"
+    r"|worker_extension_cls|\w+_module_path|(tool|reasoning)_parser_plugin"
 )
 _FIND = (
     "import sys, importlib.util as util;"
